@@ -1,0 +1,1 @@
+"""featinv-pl: natural images from a classifier's spatial feature map."""

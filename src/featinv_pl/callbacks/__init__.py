@@ -1,0 +1,1 @@
+"""What happens around the steps: scores, pictures, shards, files, progress."""

@@ -1,0 +1,79 @@
+"""Files that a run leaves: its configuration, its scores, and the parts it has trained."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+
+SCORES = "scores.json"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `<default_root_dir>/<stage>.yaml`, and hands the configuration to the loggers once.
+
+    Lightning's own would write into the loggers' folder, which runs share.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called on rank zero at the start of a run."""
+        text = self.parser.dump(self.config, skip_none=False)
+        write_text(Path(trainer.default_root_dir) / f"{stage}.yaml", text)
+        for logger in trainer.loggers:
+            cast(Logger, logger).log_hyperparams(yaml.safe_load(text))
+
+
+class ScoreFile(Callback):
+    """Writes all scores of `validate` and `test` to `<default_root_dir>/scores.json`."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, unless training goes on."""
+        if trainer.state.fn == "validate":
+            self._write(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero:
+            scores = {name: float(value) for name, value in sorted(trainer.logged_metrics.items())}
+            write_text(Path(trainer.default_root_dir) / SCORES, json.dumps(scores, indent=2) + "\n")
+
+
+class SavePretrained(Callback):
+    """Saves a trained part at the end of `fit`, in the layout in which it is loaded.
+
+    Args:
+        folder: Where to. What is there is replaced when the new one is whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save beside, then swap."""
+        if not trainer.is_global_zero:
+            return
+        partial = self.folder.with_name(self.folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        cast(Any, pl_module).save_pretrained(partial)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(partial, self.folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

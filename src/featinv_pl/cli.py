@@ -1,0 +1,102 @@
+"""LightningCLI with our models and data: a constructor's signature is its configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import get_loader, set_loader
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+# Imported so that a configuration can name these classes without their path.
+import featinv_pl.callbacks.per_source
+import featinv_pl.callbacks.reconstruction_grid
+import featinv_pl.callbacks.shard_writer
+import featinv_pl.data.digits
+import featinv_pl.data.feature_shards
+import featinv_pl.data.folders
+import featinv_pl.extraction
+import featinv_pl.inversion
+import featinv_pl.metrics.agreement
+import featinv_pl.metrics.frechet
+import featinv_pl.metrics.similarity
+import featinv_pl.pretraining  # noqa: F401
+from featinv_pl.callbacks.files import SaveConfig
+from featinv_pl.callbacks.progress import Progress
+from featinv_pl.errors import UserError
+
+KEYWORDS = ("last", "best", "hpc")
+
+
+class FeatinvCLI(LightningCLI):
+    """Lightning's commands, with one progress line and checkpoints that are there."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, without Lightning's warning that a command was called from Python."""
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a checkpoint that does not exist before any network is built."""
+        path = self._get(self.config, "ckpt_path")
+        if path is not None and path not in KEYWORDS and not Path(path).is_file():
+            raise UserError(f"--ckpt_path: there is no file '{path}'. Check the path, or leave it out to start anew.")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add our progress line, unless progress bars are switched off."""
+        trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        extra = [] if trainer_config.get("enable_progress_bar") is False else [Progress()]
+        return self._instantiate_trainer(trainer_config, extra)
+
+
+def load_yaml(text: str) -> Any:
+    """Read YAML in which `base: FILE` puts the settings of another file beneath those of this one.
+
+    Paths are relative to the including file, into whose folder jsonargparse changes while it reads.
+    """
+    return _on_base(get_loader("yaml")(text), Path())
+
+
+def _on_base(settings: Any, folder: Path) -> Any:
+    if not isinstance(settings, dict) or "base" not in settings:
+        return settings
+    path = folder / settings.pop("base")
+    if not path.is_file():
+        raise UserError(f"base: there is no file '{path.absolute()}'. The path is relative to the including file.")
+    return _merge(_on_base(get_loader("yaml")(path.read_text()), path.parent), settings)
+
+
+def _merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` over `base`: dictionaries are merged, `key+` appends to a list, all else is replaced."""
+    merged = dict(base)
+    for key, value in settings.items():
+        appended = key.removesuffix("+")
+        if key != appended and appended in merged:
+            merged[appended] = [*merged[appended], *value]
+        elif isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+set_loader("yaml with base", load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def train(args: list[str]) -> Trainer:
+    """Run one of Lightning's commands.
+
+    Args:
+        args: The command line, without the program's name.
+    """
+    # The trade of precision for speed that Lightning recommends for GPUs with tensor cores.
+    torch.set_float32_matmul_precision("high")
+    return FeatinvCLI(
+        args=args,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_callback=SaveConfig,
+        parser_kwargs={"parser_mode": "yaml with base"},
+    ).trainer

@@ -1,0 +1,1 @@
+"""Images and feature shards as LightningDataModules."""

@@ -1,0 +1,127 @@
+"""Handwritten digits that come with scikit-learn: 1,797 real images and no download."""
+
+import functools
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from torch.utils.data import DataLoader, Dataset
+
+from featinv_pl.data.corruptions import CORRUPTIONS, corrupt
+from featinv_pl.data.images import ImageSample, collate_images
+from featinv_pl.errors import UserError
+from featinv_pl.types import from_uint8
+
+IMAGE_SIZE = 32
+TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
+SPLITS = ("train", "val", "clean", "hard")
+
+
+class DigitImages(Dataset[ImageSample]):
+    """One source of digits.
+
+    Args:
+        source: `train`, `val`, `clean` (the test images), `hard` (the test images on which another
+            classifier errs or is least sure), or `corrupted/<corruption>/<severity>`.
+        limit: At most so many images, the first of a fixed random order.
+    """
+
+    def __init__(self, source: str, limit: int | None = None) -> None:
+        kind, *corruption = source.split("/")
+        known = kind in SPLITS and not corruption
+        if not known and (kind != "corrupted" or len(corruption) != 2 or not corruption[1].isdigit()):
+            raise UserError(
+                f"--data.sources: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
+                f"corrupted/<corruption>/<severity>, with a corruption among {', '.join(CORRUPTIONS)}."
+            )
+        self.source = source
+        self.indices = split_indices()["clean" if corruption else kind][:limit]
+        self.corruption = (corruption[0], int(corruption[1])) if corruption else None
+        self[0]  # an unknown corruption or severity is an error now, not in the middle of a run
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> ImageSample:
+        index = int(self.indices[item])
+        image = digit_images()[index]
+        if self.corruption is not None:
+            image = corrupt(image, *self.corruption, seed=index)
+        return {
+            "images": from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)),
+            "labels": int(digits().target[index]),
+            "source": self.source,
+            "key": f"{index:04d}",
+        }
+
+
+class DigitsData(LightningDataModule):
+    """Digits, as batches of images.
+
+    Args:
+        sources: What `predict` reads, one after the other; `DigitImages` lists the names.
+        limit: At most so many images of each corrupted source.
+        batch_size: Images per batch.
+    """
+
+    def __init__(self, sources: list[str] | None = None, limit: int | None = None, batch_size: int = 64) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.predicted = [
+            DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []
+        ]
+
+    def train_dataloader(self) -> DataLoader[ImageSample]:
+        """The training split, in a new order each epoch."""
+        return self._loader(DigitImages("train"), shuffle=True, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[ImageSample]:
+        """The validation split."""
+        return self._loader(DigitImages("val"))
+
+    def predict_dataloader(self) -> list[DataLoader[ImageSample]]:
+        """One loader for each of `sources`."""
+        return [self._loader(images) for images in self.predicted]
+
+    def _loader(self, images: DigitImages, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
+        return DataLoader(images, self.batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate_images)
+
+
+@functools.cache
+def digits():  # noqa: ANN201 (scikit-learn's Bunch has no type)
+    """The data set as scikit-learn gives it: 8x8 images with values 0 to 16."""
+    return load_digits()
+
+
+@functools.cache
+def digit_images() -> NDArray[np.uint8]:
+    """All digits as (1797, 32, 32, 3) bytes."""
+    grey = (digits().images * 255 / 16).round().astype(np.uint8)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
+    return np.repeat(np.stack(large)[..., None], 3, axis=-1)
+
+
+@functools.cache
+def split_indices() -> dict[str, NDArray[np.int64]]:
+    """The fixed stratified split, each part in a fixed random order."""
+    target = digits().target
+    rest, test = train_test_split(np.arange(len(target)), test_size=TEST_SIZE, stratify=target, random_state=0)
+    train, val = train_test_split(rest, test_size=VAL_SIZE, stratify=target[rest], random_state=0)
+    return {"train": train, "val": val, "clean": test, "hard": _hardest(rest, test)}
+
+
+def _hardest(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The test images to which logistic regression on raw pixels gives their label the least probability.
+
+    Adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
+    """
+    pixels, target = digits().data / 16, digits().target
+    other = LogisticRegression(max_iter=500).fit(pixels[train], target[train])
+    confidence = other.predict_proba(pixels[test])[np.arange(len(test)), target[test]]
+    return test[np.sort(np.argsort(confidence, kind="stable")[:HARD_SIZE])]

@@ -1,0 +1,62 @@
+"""Feature extraction: images in, feature maps, logits and latents out, by `featinv-pl predict`."""
+
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.frozen import digest
+from featinv_pl.types import Batch, ImageBatch, Provenance, from_uint8, to_uint8
+
+
+class FeatureExtraction(LightningModule):
+    """Looks at images through a backbone, and encodes them to latents.
+
+    Args:
+        backbone: The classifier: a timm name or a folder written by fitting a `Classifier`.
+        autoencoder: The prior's autoencoder, in diffusers' layout.
+        image_size: Side of the images that are stored and encoded: the prior's resolution.
+    """
+
+    def __init__(self, backbone: str, autoencoder: str, image_size: int) -> None:
+        super().__init__()
+        self.backbone = Backbone(backbone)
+        self.autoencoder = LatentAutoencoder(autoencoder)
+        self.image_size = image_size
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Batch:
+        """See a batch; its images are stored at the prior's resolution."""
+        features, logits = self.backbone(batch["images"])
+        images = self._resize(batch["images"])
+        return {
+            "images": images,
+            "features": features,
+            "logits": logits,
+            "latents": self.autoencoder.encode(images),
+            "labels": batch["labels"],
+            "source": batch["source"],
+            "key": batch["key"],
+        }
+
+    def _resize(self, images: Tensor) -> Tensor:
+        size = [self.image_size, self.image_size]
+        if list(images.shape[-2:]) != size:
+            images = transforms.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+        return from_uint8(to_uint8(images))
+
+    @property
+    def provenance(self) -> Provenance:
+        """What made the features, for the manifest."""
+        return {
+            "backbone": self.backbone.name,
+            "backbone_digest": digest(self.backbone.model),
+            "layer": "forward_features",
+            "feature_shape": list(self.backbone.feature_shape),
+            "num_classes": self.backbone.num_classes,
+            "transform": self.backbone.transform_name,
+            "autoencoder_digest": digest(self.autoencoder),
+            "image_size": self.image_size,
+        }

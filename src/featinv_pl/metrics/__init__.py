@@ -1,0 +1,1 @@
+"""Scores as torchmetrics: states that add up over batches and ranks."""

@@ -1,0 +1,1 @@
+"""Networks in plain torch: the frozen classifier and prior, and the control that is trained."""

@@ -1,0 +1,82 @@
+"""The trained half: a feature map steers the prior through an encoder and a ControlNet."""
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from featinv_pl.nets.prior import Residuals
+
+
+class FeatureEncoder(nn.Module):
+    """Brings a feature map to the width and grid of the prior's first layer.
+
+    Bilinear upsampling to the latent grid, then three 3x3 convolutions with SiLU between them. The
+    last one starts at zero, as in the authors' code, so that training starts from the bare prior.
+
+    Args:
+        in_channels: Channels of the feature map.
+        out_channels: Width of the UNet's first block.
+        hidden_channels: Width between.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
+        super().__init__()
+        self.hidden_channels = hidden_channels
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1),
+            nn.SiLU(),
+            _zero(nn.Conv2d(hidden_channels, out_channels, 3, padding=1)),
+        )
+
+    def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """Encode feature maps.
+
+        Args:
+            features: (B, C, h, w).
+            size: (H / f, W / f), the latent grid.
+
+        Returns:
+            (B, out_channels, H / f, W / f).
+        """
+        upsampled = functional.interpolate(features, size, mode="bilinear", align_corners=False)
+        encoded: Tensor = self.layers(upsampled)
+        return encoded
+
+
+class FeatureControl(nn.Module):
+    """A ControlNet that reads feature maps.
+
+    Args:
+        unet: The prior's UNet, whose encoder the ControlNet starts as a copy of.
+        in_channels: Channels of the feature map.
+        hidden_channels: Width of the feature encoder.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, in_channels: int, hidden_channels: int = 512) -> None:
+        super().__init__()
+        self.encoder = FeatureEncoder(in_channels, unet.config.block_out_channels[0], hidden_channels)
+        self.controlnet = ControlNetModel.from_unet(unet)
+        # The encoder stands outside, so that a map is encoded once and serves every sampling step.
+        self.controlnet.controlnet_cond_embedding = nn.Identity()
+        # The copy inherits the UNet's frozen weights.
+        self.requires_grad_(True).train()
+
+    def forward(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor) -> Residuals:
+        """Compute what is added to the UNet.
+
+        Args:
+            latents: (B, channels, h, w), scaled and noised.
+            timesteps: (B,) or scalar.
+            prompts: (B, L, D).
+            encoded: The output of `encoder` for the feature maps, on the grid of `latents`.
+        """
+        down, middle = self.controlnet(latents, timesteps, prompts, encoded, return_dict=False)
+        return down, middle
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

@@ -1,0 +1,27 @@
+"""Networks that never train."""
+
+import hashlib
+from typing import Self
+
+from torch import nn
+
+
+class Frozen(nn.Module):
+    """A network whose weights never change: no gradients, always in eval mode."""
+
+    def freeze(self) -> Self:
+        """Switch gradients off. Call once, at the end of the constructor."""
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode, whatever Lightning or a parent module asks for."""
+        return super().train(False)
+
+
+def digest(module: nn.Module) -> str:
+    """Hexadecimal SHA-256 of a module's names, shapes and values, independent of dtype in storage."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().double().cpu().numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,33 @@
+"""How the LightningModules are optimised: factories from the configuration, applied to what trains."""
+
+from collections.abc import Callable, Iterable
+from typing import TypedDict
+
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class _Schedule(TypedDict):
+    scheduler: LRScheduler
+    interval: str
+
+
+class Optimisation(TypedDict, total=False):
+    """What Lightning's `configure_optimizers` returns."""
+
+    optimizer: Optimizer
+    lr_scheduler: _Schedule
+
+
+def optimise(
+    parameters: Iterable[Parameter], optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
+) -> Optimisation:
+    """Build an optimizer over `parameters`, and a learning rate schedule that advances every step."""
+    built = optimizer(parameters)
+    if lr_scheduler is None:
+        return {"optimizer": built}
+    return {"optimizer": built, "lr_scheduler": {"scheduler": lr_scheduler(built), "interval": "step"}}

@@ -1,0 +1,205 @@
+"""Frozen parts for a domain that has none: a classifier, an autoencoder and a prior of one's own.
+
+Each module trains one part on plain images and saves it in the layout that `Backbone` and `Prior`
+load. The callback `SavePretrained` calls for that at the end of `fit`.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import AdamW
+
+from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.prior import PROMPTS, denoising_target
+from featinv_pl.optimisation import Optimisation, optimise
+from featinv_pl.sampling.noise import generator
+from featinv_pl.types import ImageBatch
+
+
+class Pretraining(LightningModule, ABC):
+    """What the three have in common: a loss, its logging, and an optimizer from the configuration."""
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+        super().__init__()
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+
+    @abstractmethod
+    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Scalars to log, of which `loss` is minimised."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the trained part into `folder`."""
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Minimise `loss`."""
+        losses = self.losses(batch, (torch.initial_seed(), self.global_rank, self.current_epoch, batch_idx))
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
+        return losses["loss"]
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Log the same scalars, with randomness that repeats, so that curves are comparable."""
+        losses = self.losses(batch, ("val", self.global_rank, batch_idx))
+        size = len(batch["images"])
+        self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Optimise whatever is not frozen."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
+
+
+class Classifier(Pretraining):
+    """Trains a timm model to classify; saved, it serves as a backbone.
+
+    Args:
+        model: A timm model name.
+        num_classes: Number of classes.
+        image_size: Side of the (square) images it is trained on.
+        model_args: Further arguments of the timm model, such as `output_stride: 8` for a finer map.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        image_size: int,
+        model_args: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.image_size = image_size
+        self.model = timm.create_model(model, num_classes=num_classes, **(model_args or {}))
+
+    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy."""
+        logits, labels = self.model(batch["images"]), batch["labels"]
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": functional.cross_entropy(logits, labels), "accuracy": accuracy}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors` in timm's layout."""
+        half = (0.5, 0.5, 0.5)  # what maps [0, 1] to the [-1, 1] that training saw
+        size = (3, self.image_size, self.image_size)
+        transform = {"input_size": size, "mean": half, "std": half, "crop_pct": 1.0}
+        save_for_hf(self.model, str(folder), safe_serialization=True, data_config=transform)
+
+
+class Autoencoder(Pretraining):
+    """Trains an AutoencoderKL, between images and the latents that diffusion works on.
+
+    Args:
+        config: Arguments of diffusers' AutoencoderKL.
+        kl_weight: Weight of the Kullback-Leibler term, per latent value.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    latent_variance: Tensor
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        kl_weight: float = 1e-4,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.vae = AutoencoderKL(**config)
+        self.kl_weight = kl_weight
+        self.register_buffer("latent_variance", torch.ones(()))
+
+    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Absolute error of the image, and the Kullback-Leibler divergence of the latents from N(0, 1)."""
+        images = batch["images"]
+        distribution = self.vae.encode(images).latent_dist
+        latents = distribution.mean + distribution.std * _noise_like(distribution.mean, *noise_key)
+        if self.training:
+            self.latent_variance.lerp_(latents.detach().var(), 0.01)
+        error = functional.l1_loss(self.vae.decode(latents).sample, images)
+        kl = distribution.kl().mean() / latents[0].numel()
+        return {"loss": error + self.kl_weight * kl, "l1": error, "kl": kl}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write diffusers' layout, with the factor that scales latents to unit variance."""
+        self.vae.register_to_config(scaling_factor=float(self.latent_variance.rsqrt()))
+        self.vae.save_pretrained(folder)
+
+
+class NoisePredictor(Pretraining):
+    """Trains the UNet of a latent diffusion prior on images alone.
+
+    There is no text: both stored prompts are zeros.
+
+    Args:
+        autoencoder: A folder in diffusers' layout, as fitting an `Autoencoder` writes it.
+        config: Arguments of diffusers' UNet2DConditionModel.
+        prediction_type: What the UNet predicts: the noise, as Stable Diffusion, or the velocity, which
+            weighs the noisy timesteps more, where a feature map has most to say.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    def __init__(
+        self,
+        autoencoder: str,
+        config: dict[str, Any],
+        prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.autoencoder = LatentAutoencoder(autoencoder)
+        channels = self.autoencoder.latent_channels
+        self.unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, **config)
+        # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.
+        self.schedule = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        )
+
+    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """The error of the predicted noise, at random timesteps."""
+        moments = self.autoencoder.encode(batch["images"])
+        mean = moments.chunk(2, dim=1)[0]
+        latents = self.autoencoder.sample(moments, _noise_like(mean, *noise_key, "latents"))
+        noise = _noise_like(mean, *noise_key, "noise")
+        steps = self.schedule.config.num_train_timesteps
+        timesteps = torch.randint(steps, (len(mean),), generator=generator(*noise_key, "timesteps")).to(self.device)
+        prompts = torch.zeros(len(mean), 1, self.unet.config.cross_attention_dim, device=self.device)
+        noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
+        prediction = self.unet(noisy_latents, timesteps, prompts, return_dict=False)[0]
+        target = denoising_target(self.schedule, latents, noise, timesteps)
+        return {"loss": functional.mse_loss(prediction, target)}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a whole prior: `unet/`, `vae/`, `scheduler/` and the stored prompts."""
+        self.unet.save_pretrained(folder / "unet")
+        self.autoencoder.vae.save_pretrained(folder / "vae")
+        self.schedule.save_pretrained(folder / "scheduler")
+        nothing = torch.zeros(1, self.unet.config.cross_attention_dim)
+        save_file({"prompt": nothing, "empty": nothing.clone()}, folder / PROMPTS)
+
+
+def _noise_like(tensor: Tensor, *identity: int | str) -> Tensor:
+    """Standard normal noise of the shape and device of `tensor`, decided by `identity`."""
+    return torch.randn(tensor.shape, generator=generator(*identity)).to(tensor)

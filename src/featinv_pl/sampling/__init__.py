@@ -1,0 +1,1 @@
+"""Sampling as functions of a denoiser."""

@@ -1,0 +1,24 @@
+"""Random numbers that depend on what they are for, not on when they are drawn."""
+
+import hashlib
+
+import torch
+from torch import Generator, Tensor
+
+
+def generator(*identity: int | str) -> Generator:
+    """A CPU generator seeded by its arguments, such as (seed, rank, epoch, batch).
+
+    `seed_everything` gives every rank the same random state, so whatever must differ between ranks
+    and repeat after a resume draws from one of these.
+    """
+    digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def keyed_noise(keys: list[str], shape: tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal noise (len(keys), *shape) in which each sample's part depends on its key alone.
+
+    A sample gets the same noise in every batch, on every rank and device, with every batch size.
+    """
+    return torch.stack([torch.randn(shape, generator=generator(seed, key)) for key in keys])

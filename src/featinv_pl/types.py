@@ -1,0 +1,73 @@
+"""What travels between the rooms: batches, reconstructions, and the range of image values.
+
+Shapes use B for the batch, C for feature channels, h and w for the feature map, K for classes.
+"""
+
+from typing import NotRequired, TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Views(TypedDict):
+    """Images as a backbone sees them."""
+
+    images: NotRequired[Tensor]
+    """(B, 3, H, W) in [-1, 1]. Training on shards leaves them out: it needs only latents."""
+    features: Tensor
+    """(B, C, h, w), the penultimate feature map."""
+    logits: Tensor
+    """(B, K)."""
+
+
+class ImageBatch(TypedDict):
+    """Images before any backbone has seen them."""
+
+    images: Tensor
+    """(B, 3, H, W) in [-1, 1]."""
+    labels: Tensor
+    """(B,) class indices."""
+    source: list[str]
+    """Where each image comes from, such as `imagenet-a` or `corrupted/fog/3`."""
+    key: list[str]
+    """A name for each image, unique within its source."""
+
+
+class Batch(Views):
+    """A batch of feature shards."""
+
+    latents: NotRequired[Tensor]
+    """(B, 2 * channels, H / f, W / f): mean and log-variance of the prior's autoencoder."""
+    labels: Tensor
+    source: list[str]
+    key: list[str]
+
+
+class Inversion(Views):
+    """Reconstructions from feature maps, sent back through the backbone."""
+
+    ceiling: Views
+    """The originals after the prior's autoencoder alone: what no inversion can surpass."""
+
+
+class Provenance(TypedDict):
+    """The frozen parts that made a feature shard; they must match those of the model that reads it."""
+
+    backbone: str
+    backbone_digest: str
+    layer: str
+    feature_shape: list[int]
+    num_classes: int
+    transform: str
+    autoencoder_digest: str
+    image_size: int
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Quantise images in [-1, 1] to bytes, rounding to nearest and clamping what lies outside."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Map bytes to [-1, 1]. Inverse of `to_uint8`."""
+    return images.float() / 127.5 - 1
