@@ -1,12 +1,12 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import wandb
 import yaml
-from jsonargparse import get_loader, set_loader
-from lightning.pytorch import Trainer
+from jsonargparse import capture_parser, get_loader, set_loader
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that a configuration can name these classes without their path.
@@ -34,19 +34,16 @@ class FeatinvCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, without Lightning's warning that a command was called from Python."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(cast(list[str], args))
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that does not exist before any network is built."""
-        path = self._get(self.config, "ckpt_path")
+        """Add our progress line, and refuse a checkpoint that is not there before any network is built."""
+        config = self.config[self.subcommand]
+        if config.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"] = [Progress()]
+        path = config.get("ckpt_path")
         if path is not None and path not in KEYWORDS and not Path(path).is_file():
             raise UserError(f"--ckpt_path: there is no file '{path}'. Check the path, or leave it out to start anew.")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add our progress line, unless progress bars are switched off."""
-        trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        extra = [] if trainer_config.get("enable_progress_bar") is False else [Progress()]
-        return self._instantiate_trainer(trainer_config, extra)
 
 
 def load_yaml(text: str) -> Any:
@@ -83,20 +80,30 @@ def _merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 set_loader("yaml with base", load_yaml, exceptions=(yaml.YAMLError,))
 
 
-def train(args: list[str]) -> Trainer:
+def train(args: list[str]) -> None:
     """Run one of Lightning's commands.
 
     Args:
         args: The command line, without the program's name.
     """
-    # The trade of precision for speed that Lightning recommends for GPUs with tensor cores.
+    # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
-    return FeatinvCLI(
-        args=args,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_callback=SaveConfig,
-        parser_kwargs={"parser_mode": "yaml with base"},
-    ).trainer
+    try:
+        FeatinvCLI(
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            parser_kwargs={"parser_mode": "yaml with base"},
+        )
+    finally:
+        wandb.finish()  # so that the next command of this process gets a run of its own
+
+
+def effective_config(args: list[str]) -> str:
+    """The whole configuration that a command line amounts to, as YAML."""
+    parser = capture_parser(lambda: train(args))
+    dumped: str = parser.dump(parser.parse_args(args), skip_none=False)
+    return dumped

@@ -1,6 +1,5 @@
 """Feature extraction: images in, feature maps, logits and latents out, by `featinv-pl predict`."""
 
-
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode

@@ -73,8 +73,8 @@ class FeatureInversion(LightningModule):
         moments, features = batch["latents"], self.condition(batch["features"])
         size = len(moments)
 
-        noise = torch.randn(2, size, self.prior.autoencoder.latent_channels, *moments.shape[2:], generator=rng).to(moments)
-        timesteps = torch.randint(self.prior.schedule.config.num_train_timesteps, (size,), generator=rng).to(self.device)
+        noise = torch.randn(2, size, *self.prior.latent_shape(moments), generator=rng).to(moments)
+        timesteps = torch.randint(self.prior.num_timesteps, (size,), generator=rng).to(self.device)
         dropped = (torch.rand(size, 1, 1, generator=rng) < self.dropout).to(self.device)
 
         latents = self.prior.autoencoder.sample(moments, noise[0])
@@ -106,7 +106,8 @@ class FeatureInversion(LightningModule):
         Returns:
             (B, 3, H, W), about [-1, 1].
         """
-        return self.prior.autoencoder.decode(sample(self.denoiser(features, noise), noise, self.prior.schedule, self.sampler))
+        latents = sample(self.denoiser(features, noise), noise, self.prior.schedule, self.sampler)
+        return self.prior.autoencoder.decode(latents)
 
     def denoiser(self, features: Tensor, noise: Tensor) -> Denoiser:
         """The controlled and guided prior for a batch of feature maps, which it encodes once."""
@@ -133,8 +134,7 @@ class FeatureInversion(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> Inversion:
         """Reconstruct a batch from its maps, and once more by the autoencoder alone."""
         moments = batch["latents"]
-        shape = (self.prior.autoencoder.latent_channels, *moments.shape[2:])
-        noise = keyed_noise(batch["key"], shape, seed=0).to(moments)
+        noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), seed=0).to(moments)
         mean = self.prior.autoencoder.sample(moments, torch.zeros_like(noise))
         return {
             **self.backbone.look(self.invert(batch["features"], noise)),
@@ -180,7 +180,7 @@ class FeatureInversion(LightningModule):
             "unet": digest(self.prior.unet),
         }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained half alone: frozen parts are named, not stored."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {name: value for name, value in state.items() if "control." in name}

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prior import PROMPTS, denoising_target
-from featinv_pl.optimisation import Optimisation, optimise
+from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.noise import generator
 from featinv_pl.types import ImageBatch
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
 
 SCORES = "scores.json"
 
@@ -26,9 +26,9 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called on rank zero at the start of a run."""
         text = self.parser.dump(self.config, skip_none=False)
-        write_text(Path(trainer.default_root_dir) / f"{stage}.yaml", text)
+        write_bytes(Path(trainer.default_root_dir) / f"{TrainerFn(stage).value}.yaml", text.encode())
         for logger in trainer.loggers:
-            cast(Logger, logger).log_hyperparams(yaml.safe_load(text))
+            logger.log_hyperparams(yaml.safe_load(text))
 
 
 class ScoreFile(Callback):
@@ -46,7 +46,7 @@ class ScoreFile(Callback):
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             scores = {name: float(value) for name, value in sorted(trainer.logged_metrics.items())}
-            write_text(Path(trainer.default_root_dir) / SCORES, json.dumps(scores, indent=2) + "\n")
+            write_bytes(Path(trainer.default_root_dir) / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
 
 
 class SavePretrained(Callback):
@@ -71,9 +71,9 @@ class SavePretrained(Callback):
         os.replace(partial, self.folder)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
+    partial.write_bytes(data)
     os.replace(partial, path)

@@ -83,9 +83,7 @@ class PerSource(Callback):
         # saw no sample of a source must take part.
         sources = cast(Any, trainer).datamodule.sources(stage)
         levels = sorted({level for source in sources for level in _levels(source)})
-        self.metrics = {
-            level: {arm: self.template.clone().to(pl_module.device) for arm in ARMS} for level in levels
-        }
+        self.metrics = {level: {arm: self.template.clone().to(pl_module.device) for arm in ARMS} for level in levels}
         self.previous = {}
 
     def _update(self, batch: Batch, outputs: Inversion) -> None:

@@ -1,7 +1,7 @@
 """Pictures: originals above their reconstructions."""
 
+import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.types import Batch, Inversion, to_uint8
 
 PICTURES = "pictures"
+FACTS_FILE = "tiles.json"
 STRIPS = ("original", "autoencoder", "reconstruction")
 FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 
@@ -93,13 +95,11 @@ class ReconstructionGrid(Callback):
             return
         for source, rows in self.rows.items():
             folder = Path(trainer.default_root_dir) / PICTURES / source
-            folder.mkdir(parents=True, exist_ok=True)
             strips = {name: _strip(rows[name]) for name in STRIPS}
             for name, strip in strips.items():
-                _write(folder / f"{name}.png", strip)
-            facts = folder / "tiles.json.partial"
-            facts.write_text(json.dumps({name: rows[name] for name in FACTS}))
-            os.replace(facts, folder / "tiles.json")
+                write_bytes(folder / f"{name}.png", _png(strip))
+            facts = {name: rows[name] for name in FACTS}
+            write_bytes(folder / FACTS_FILE, json.dumps(facts).encode())
             picture = np.concatenate(list(strips.values()))
             for logger in trainer.loggers:
                 if hasattr(logger, "log_image"):
@@ -113,7 +113,7 @@ def _strip(tiles: list[Tensor]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return pixels
 
 
-def _write(path: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-    partial = path.with_suffix(".partial")
-    Image.fromarray(pixels).save(partial, "PNG")
-    os.replace(partial, path)
+def _png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -32,7 +32,7 @@ def gaussian_blur(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pi
 def contrast(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
     """Contrast reduced around the mean of the image."""
     mean = pixels.mean(axis=(0, 1), keepdims=True)
-    return (pixels - mean) * (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1] + mean
+    return np.asarray((pixels - mean) * (0.75, 0.5, 0.4, 0.3, 0.15)[severity - 1] + mean)
 
 
 def pixelate(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:

@@ -1,6 +1,7 @@
 """Handwritten digits that come with scikit-learn: 1,797 real images and no download."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,11 +90,13 @@ class DigitsData(LightningDataModule):
         return [self._loader(images) for images in self.predicted]
 
     def _loader(self, images: DigitImages, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
-        return DataLoader(images, self.batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate_images)
+        return DataLoader(
+            images, batch_size=self.batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate_images
+        )
 
 
 @functools.cache
-def digits():  # noqa: ANN201 (scikit-learn's Bunch has no type)
+def digits() -> Any:
     """The data set as scikit-learn gives it: 8x8 images with values 0 to 16."""
     return load_digits()
 

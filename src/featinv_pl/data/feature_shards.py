@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from featinv_pl.data.shards import Manifest, Sample, ShardSet, collate_samples, find_sets
 from featinv_pl.errors import UserError
@@ -14,7 +15,7 @@ from featinv_pl.errors import UserError
 SHARDS_AT_ONCE = 16
 
 
-class ShardShuffle(DistributedSampler[Sample]):
+class ShardShuffle(DistributedSampler[int]):
     """A random order that reads a few shards at a time.
 
     Shards are shuffled, then samples within groups of `SHARDS_AT_ONCE` shards, so that reading stays
@@ -29,7 +30,7 @@ class ShardShuffle(DistributedSampler[Sample]):
     """
 
     def __init__(self, shards: ShardSet, rank: int, world_size: int, seed: int) -> None:
-        super().__init__(shards, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        super().__init__(cast(Dataset[int], shards), world_size, rank, shuffle=True, seed=seed, drop_last=True)
         self.shard_sizes = shards.shard_sizes
 
     def __iter__(self) -> Iterator[int]:
@@ -120,10 +121,10 @@ class FeatureShards(LightningDataModule):
         sampler = UnrepeatedDistributedSampler(shards, world_size, rank, shuffle=False)
         return self._loader(shards, sampler, drop_last=False)
 
-    def _loader(self, shards: ShardSet, sampler: DistributedSampler[Sample], drop_last: bool) -> DataLoader[Sample]:
+    def _loader(self, shards: ShardSet, sampler: DistributedSampler[int], drop_last: bool) -> DataLoader[Sample]:
         return DataLoader(
             shards,
-            self.batch_size,
+            batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,
             num_workers=self.num_workers,

@@ -40,7 +40,9 @@ class FolderImages(Dataset[ImageSample]):
             if path.suffix.lower() in SUFFIXES
         ]
         if not files:
-            raise UserError(f"--data: no images below '{root}/<class>/'. Known suffixes: {', '.join(sorted(SUFFIXES))}.")
+            raise UserError(
+                f"--data: no images below '{root}/<class>/'. Known suffixes: {', '.join(sorted(SUFFIXES))}."
+            )
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
         self.files = [files[index] for index in order]
         self.root, self.source, self.image_size, self.crop_pct = root, source, image_size, crop_pct
@@ -111,7 +113,7 @@ class FolderData(LightningDataModule):
     def _loader(self, images: FolderImages, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
         return DataLoader(
             images,
-            self.batch_size,
+            batch_size=self.batch_size,
             shuffle=shuffle,
             drop_last=drop_last,
             num_workers=self.num_workers,

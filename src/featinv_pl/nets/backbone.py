@@ -3,11 +3,12 @@
 import difflib
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -41,7 +42,7 @@ class Backbone(Frozen):
     def __init__(self, name: str, pretrained: bool = True) -> None:
         super().__init__()
         self.name = name
-        self.model = _create(name, pretrained)
+        self.model: Any = _create(name, pretrained)
         config = resolve_model_data_config(self.model)
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
         self.interpolation = InterpolationMode(config["interpolation"])
@@ -85,7 +86,7 @@ class Backbone(Frozen):
         return f"{self.interpolation.value} {height}x{width} mean {mean} std {std}"
 
 
-def _create(name: str, pretrained: bool) -> nn.Module:
+def _create(name: str, pretrained: bool) -> Any:
     """Build a timm model, with errors that say what to do."""
     folder = Path(name)
     if folder.is_dir():
@@ -111,7 +112,7 @@ def _create(name: str, pretrained: bool) -> nn.Module:
         ) from error
 
 
-def _as_map(output: Tensor, model: nn.Module, input_size: tuple[int, int], name: str) -> Tensor:
+def _as_map(output: Any, model: Any, input_size: tuple[int, int], name: str) -> Tensor:
     """Bring the output of `forward_features` to (B, C, h, w).
 
     Args:
@@ -128,7 +129,8 @@ def _as_map(output: Tensor, model: nn.Module, input_size: tuple[int, int], name:
             tokens = output[:, prefix:]
             height = isqrt(tokens.shape[1] * input_size[0] // input_size[1])
             if height and height * (height * input_size[1] // input_size[0]) == tokens.shape[1]:
-                return tokens.unflatten(1, (height, -1)).permute(0, 3, 1, 2)
+                grid: Tensor = tokens.unflatten(1, (height, -1))
+                return grid.permute(0, 3, 1, 2)
     raise UserError(
         f"--model.backbone: the penultimate layer of '{name}' is not a spatial map, so there is nothing to "
         "invert. Choose a model whose `forward_features` returns one map or one grid of tokens."

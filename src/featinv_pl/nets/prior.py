@@ -40,6 +40,7 @@ class Prior(Frozen):
                     f"--model.prior: '{folder}' has no {part}. Give a folder with unet/, vae/ and scheduler/ in "
                     f"diffusers' layout and {PROMPTS}; fitting a NoisePredictor writes one."
                 )
+        self.folder = folder
         self.autoencoder = LatentAutoencoder(root / "vae", "--model.prior")
         self.unet = load_part(UNet2DConditionModel, root / "unet", "--model.prior")
         self.schedule = DDIMScheduler.from_pretrained(root / "scheduler")
@@ -70,6 +71,15 @@ class Prior(Frozen):
             return_dict=False,
         )[0]
         return prediction
+
+    def latent_shape(self, moments: Tensor) -> tuple[int, ...]:
+        """(channels, h, w) of one latent, given moments (B, 2 * channels, h, w)."""
+        return self.autoencoder.latent_channels, *moments.shape[2:]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Length T of the noise schedule."""
+        return int(self.schedule.config.num_train_timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What `predict` should return."""

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
@@ -50,7 +49,7 @@ def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: 
     # A solver has state, so each call makes its own. Spacing is explicit: solvers differ in its default.
     solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing="leading")
     solver.set_timesteps(sampler.steps, device=noise.device)
-    latents = noise * solver.init_noise_sigma
+    latents: Tensor = noise * solver.init_noise_sigma
     for timestep in solver.timesteps:
         latents = solver.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0]
     return latents

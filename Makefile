@@ -1,0 +1,45 @@
+# Each target sets up what it needs. PYTHON chooses the interpreter; PIP_FLAGS is handed to pip.
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types format check bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## create .venv with everything in it
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install  ## the whole job on handwritten digits; FLAGS=--fresh starts over
+	$(BIN)/featinv-pl demo $(FLAGS)
+
+test: install  ## the tests, with coverage of src
+	$(BIN)/pytest --numprocesses 2 --cov --cov-report term:skip-covered --cov-fail-under 90
+
+lint: install  ## style and mistakes
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: install  ## static types
+	$(BIN)/mypy
+
+format: install  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: lint types test  ## all that CI runs
+
+bench: install  ## cost of a training step and of sampling on this machine
+	$(BIN)/python experiments/bench/digits.py
+
+clean:  ## remove what runs and tests leave, but not .venv
+	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache
