@@ -38,8 +38,8 @@ format: install  ## rewrite the code in the project's style
 
 check: lint types test  ## all that CI runs
 
-bench: install  ## cost of a training step and of sampling on this machine
-	$(BIN)/python experiments/bench/digits.py
+bench: demo  ## where the time of training and sampling goes on this machine
+	$(BIN)/featinv-pl fit --config experiments/digits/spatial.yaml --config experiments/bench/profile.yaml
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Tiny real networks, made once per session by the classes that users make theirs with."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ MakeBatch = Callable[..., Batch]
 
 
 @pytest.fixture(autouse=True)
-def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has its own folder, seed and caches, and never reaches for a network."""
     torch.set_num_threads(1)  # ten times faster than threads that wait for each other
     torch.manual_seed(0)
@@ -21,7 +21,6 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HF_HUB_OFFLINE", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    yield
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,9 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
 from featinv_pl.errors import UserError
 
@@ -29,12 +29,25 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     try:
         run(arguments)
-    except UserError as error:
-        print(f"featinv-pl: error: {error}", file=sys.stderr)
+    except ValueError as error:
+        print(f"featinv-pl: error: {_user_error(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("featinv-pl: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _user_error(error: BaseException) -> UserError:
+    """The message for users within an error: jsonargparse wraps what a constructor raises.
+
+    An error with no such message is a defect, and is raised again.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    raise error
 
 
 def run(args: list[str]) -> None:
@@ -47,10 +60,10 @@ def run(args: list[str]) -> None:
         from featinv_pl.cli import train
 
         train(args)
-    elif command in ("report", "demo"):
-        from jsonargparse import auto_cli
-
-        auto_cli(_own_command(command), args=args[1:], prog=f"featinv-pl {command}")
+    elif command == "report":
+        _report(args[1:])
+    elif command == "demo":
+        _demo(args[1:])
     elif command == "--version":
         print(version("featinv-pl"))
     elif command in ("-h", "--help"):
@@ -59,14 +72,24 @@ def run(args: list[str]) -> None:
         raise UserError(f"there is no command '{command}'. `featinv-pl --help` lists them.")
 
 
-def _own_command(name: str) -> Callable[..., Any]:
-    if name == "report":
-        from featinv_pl.viz.report import report
+def _report(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl report", description="One page of pictures, tables and curves.")
+    parser.add_argument("folder", type=Path, help="holds one folder per inverter, as `test` has left it")
+    options = parser.parse_args(args)
+    from featinv_pl.viz.report import report
 
-        return report
+    report(options.folder)
+    print(f"Open {options.folder / 'report.html'}.")
+
+
+def _demo(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl demo", description="The whole job on handwritten digits.")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of reusing stages that are done")
+    parser.add_argument("--config", type=Path, help="an overlay for every stage, such as experiments/debug.yaml")
+    options = parser.parse_args(args)
     from featinv_pl.demo import demo
 
-    return demo
+    demo(options.fresh, options.config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -33,17 +34,27 @@ class FeatinvCLI(LightningCLI):
     """Lightning's commands, with one progress line and checkpoints that are there."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, without Lightning's warning that a command was called from Python."""
+        """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
         self.config = parser.parse_args(cast(list[str], args))
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and path not in KEYWORDS:
+            _check_checkpoint(Path(path))
 
     def before_instantiate_classes(self) -> None:
-        """Add our progress line, and refuse a checkpoint that is not there before any network is built."""
-        config = self.config[self.subcommand]
-        if config.trainer.enable_progress_bar is not False:
+        """Add our progress line, unless progress is switched off."""
+        if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [Progress()]
-        path = config.get("ckpt_path")
-        if path is not None and path not in KEYWORDS and not Path(path).is_file():
-            raise UserError(f"--ckpt_path: there is no file '{path}'. Check the path, or leave it out to start anew.")
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"--ckpt_path: there is no file '{path}'. Check the path, or leave it out to start anew.")
+    try:
+        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        raise UserError(
+            f"--ckpt_path: '{path}' is damaged or is no checkpoint ({str(error).splitlines()[0]}). Give another one."
+        ) from error
 
 
 def load_yaml(text: str) -> Any:

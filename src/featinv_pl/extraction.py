@@ -26,7 +26,7 @@ class FeatureExtraction(LightningModule):
         self.autoencoder = LatentAutoencoder(autoencoder)
         self.image_size = image_size
 
-    def predict_step(self, batch: ImageBatch, batch_idx: int) -> Batch:
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """See a batch; its images are stored at the prior's resolution."""
         features, logits = self.backbone(batch["images"])
         images = self._resize(batch["images"])

@@ -131,7 +131,7 @@ class FeatureInversion(LightningModule):
     # Evaluation
 
     @torch.no_grad()
-    def validation_step(self, batch: Batch, batch_idx: int) -> Inversion:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
         """Reconstruct a batch from its maps, and once more by the autoencoder alone."""
         moments = batch["latents"]
         noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), seed=0).to(moments)
@@ -141,7 +141,7 @@ class FeatureInversion(LightningModule):
             "ceiling": self.backbone.look(self.prior.autoencoder.decode(mean)),
         }
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Inversion:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
         """As in validation."""
         return self.validation_step(batch, batch_idx)
 

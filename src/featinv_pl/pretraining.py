@@ -48,7 +48,7 @@ class Pretraining(LightningModule, ABC):
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the same scalars, with randomness that repeats, so that curves are comparable."""
         losses = self.losses(batch, ("val", self.global_rank, batch_idx))
         size = len(batch["images"])

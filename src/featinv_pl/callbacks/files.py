@@ -9,7 +9,6 @@ from typing import Any, cast
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
-from lightning.pytorch.trainer.states import TrainerFn
 
 SCORES = "scores.json"
 
@@ -17,18 +16,40 @@ SCORES = "scores.json"
 class SaveConfig(SaveConfigCallback):
     """Writes `<default_root_dir>/<stage>.yaml`, and hands the configuration to the loggers once.
 
-    Lightning's own would write into the loggers' folder, which runs share.
+    Lightning's own would write into the loggers' folder, which runs share, and before anything has
+    been checked: a run that is refused must not overwrite the configuration of one that was not.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, now that model and data have been accepted."""
+        self.save_config(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless this is within `fit`."""
+        if trainer.state.fn == "validate":
+            self.save_config(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self.save_config(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self.save_config(trainer, pl_module, "predict")
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called on rank zero at the start of a run."""
-        text = self.parser.dump(self.config, skip_none=False)
-        write_bytes(Path(trainer.default_root_dir) / f"{TrainerFn(stage).value}.yaml", text.encode())
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
+        """Write the file and tell the loggers."""
+        if trainer.is_global_zero:
+            text = self.parser.dump(self.config, skip_none=False)
+            write_bytes(Path(trainer.default_root_dir) / f"{stage}.yaml", text.encode())
+            for logger in trainer.loggers:
+                logger.log_hyperparams(yaml.safe_load(text))
 
 
 class ScoreFile(Callback):

@@ -89,12 +89,13 @@ def _arms(folder: Path) -> list[Arm]:
 
 
 def _sources(arms: list[Arm]) -> list[str]:
-    """Sources that every arm has pictures of: whole data sets first, then corruptions by name and severity."""
+    """Sources with scores, and pictures by every arm: whole data sets first, then corruptions by name and severity."""
     pictured = [
         {path.parent.relative_to(arm.folder / PICTURES).as_posix() for path in arm.folder.rglob(FACTS_FILE)}
         for arm in arms
     ]
-    return sorted(set.intersection(*pictured), key=lambda source: (source.count("/"), source))
+    scored = {name.rpartition("/")[0] for arm in arms for name in arm.scores}
+    return sorted(scored.intersection(*pictured), key=lambda source: (source.count("/"), source))
 
 
 def _rows(arms: list[Arm], source: str) -> list[dict[str, Any]]:

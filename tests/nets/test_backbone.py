@@ -1,0 +1,160 @@
+"""A backbone shows timm's own penultimate map and logits, whatever the layout of the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor
+from torch.nn import functional
+
+from featinv_pl.errors import UserError
+from featinv_pl.nets.backbone import Backbone
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+
+
+def save(folder: Path, name: str, size: tuple[int, int], **model_args: Any) -> Any:
+    """Save a tiny timm model with weights and statistics of its own, and return it."""
+    model = timm.create_model(name, num_classes=10, **model_args).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data += 0.1 * torch.rand_like(tensor)
+    config = {"input_size": (3, *size), "mean": MEAN, "std": STD, "interpolation": "bilinear", "crop_pct": 1.0}
+    save_for_hf(model, str(folder), safe_serialization=True, data_config=config)
+    return model
+
+
+def normalise(images: Tensor) -> Tensor:
+    """What the models above expect, for images in [-1, 1]."""
+    return torch.stack([((images[:, n] + 1) / 2 - MEAN[n]) / STD[n] for n in range(3)], dim=1)
+
+
+def some_images(*size: int) -> Tensor:
+    return torch.rand(2, 3, *size) * 2 - 1
+
+
+def channels_first(output: Tensor) -> Tensor:
+    return output
+
+
+def channels_last(output: Tensor) -> Tensor:
+    return output.permute(0, 3, 1, 2)
+
+
+def after_a_class_token(output: Tensor) -> Tensor:
+    """A grid of 2 x 4 tokens in reading order."""
+    rows = [torch.stack([output[:, 1 + 4 * row + column] for column in range(4)], dim=-1) for row in range(2)]
+    return torch.stack(rows, dim=-2)
+
+
+SWIN = {"img_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "model_args", "as_map"),
+    [
+        ("test_resnet", (64, 64), {"channels": [8, 8, 8, 12]}, channels_first),
+        ("test_efficientnet", (64, 96), {}, channels_first),
+        ("swin_tiny_patch4_window7_224", (32, 32), SWIN, channels_last),
+        ("mambaout_femto", (32, 64), {"depths": [1, 1], "dims": [8, 16]}, channels_last),
+        ("test_vit", (32, 64), {"img_size": (32, 64)}, after_a_class_token),
+    ],
+)
+def test_map_and_logits_are_timms(
+    name: str, size: tuple[int, int], model_args: dict[str, Any], as_map: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    model = save(tmp_path / "model", name, size, **model_args)
+    backbone = Backbone(str(tmp_path / "model"))
+    images = some_images(*size)
+    features, logits = backbone(images)
+    with torch.no_grad():
+        expected, expected_logits = as_map(model.forward_features(normalise(images))), model(normalise(images))
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-5, atol=1e-5)
+    assert backbone.input_size == size
+    assert backbone.feature_shape == features.shape[1:]
+    assert backbone.num_classes == 10
+
+
+def test_images_of_another_size_are_resized_as_the_model_says(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", "test_resnet", (64, 32), channels=[8, 8, 8, 8])
+    images = some_images(80, 96)
+    resized = functional.interpolate(images, (64, 32), mode="bilinear", antialias=True)
+    _, logits = Backbone(str(tmp_path / "model"))(images)
+    torch.testing.assert_close(logits, model(normalise(resized)), rtol=1e-4, atol=1e-4)
+
+
+def test_a_name_of_timm_builds_that_model() -> None:
+    backbone = Backbone("test_resnet", pretrained=False)
+    assert backbone.feature_shape == (96, 5, 5)
+    assert backbone.input_size == (160, 160)
+    assert backbone.num_classes == 1000
+
+
+def test_stays_frozen(classifier_folder: Path) -> None:
+    backbone = Backbone(str(classifier_folder))
+    images = some_images(32, 32)
+    before = backbone(images)[1]
+    logits = backbone.train()(images.clone().requires_grad_())[1]
+    assert torch.equal(logits, before)
+    assert not logits.requires_grad
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_looks_at_bytes(classifier_folder: Path) -> None:
+    backbone = Backbone(str(classifier_folder))
+    stored = torch.randint(0, 256, (2, 3, 32, 32)) / 127.5 - 1
+    stored[0, 0, 0, 0], stored[0, 0, 0, 1] = 1, -1
+    drawn = stored + (torch.rand_like(stored) - 0.5) * 0.98 / 127.5  # by less than half a step
+    drawn[0, 0, 0, 0], drawn[0, 0, 0, 1] = 1.7, -1.7
+    views = backbone.look(drawn)
+    features, logits = backbone(stored)
+    torch.testing.assert_close(views["images"], stored, rtol=0, atol=1e-6)
+    torch.testing.assert_close(views["features"], features, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(views["logits"], logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(views["features"], backbone(drawn)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_name_of_transform_tells_all_of_it(tmp_path: Path, classifier_folder: Path) -> None:
+    save(tmp_path / "model", "test_resnet", (64, 32), channels=[8, 8, 8, 8])
+    name = Backbone(str(tmp_path / "model")).transform_name
+    assert all(part in name for part in ("bilinear", "64x32", "0.4", "0.6", "0.2", "0.3"))
+    assert name != Backbone(str(classifier_folder)).transform_name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet5O", r"'resnet5O' is neither a folder nor a timm model\. Did you mean resnet50,"),
+        ("qqqqzzzz", r"'qqqqzzzz' is neither a folder nor a timm model\. `timm\.list_models"),
+        ("resnet18.nowhere", r"weights of 'resnet18\.nowhere' could not be loaded .*nowhere"),
+        ("crossvit_tiny_240", r"'crossvit_tiny_240' is not a spatial map"),
+    ],
+)
+def test_refuses_a_name(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--model.backbone.*{message}"):
+        Backbone(name, pretrained=False)
+
+
+def test_refuses_a_folder_that_is_no_classifier(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(UserError, match=r"--model.backbone.*elsewhere' holds no config\.json"):
+        Backbone(str(tmp_path / "elsewhere"))
+
+
+@pytest.mark.parametrize("damage", ["no weights", "damaged weights", "damaged config"])
+def test_refuses_a_damaged_folder(damage: str, tmp_path: Path) -> None:
+    save(tmp_path, "test_resnet", (32, 32), channels=[8, 8, 8, 8])
+    if damage == "no weights":
+        (tmp_path / "model.safetensors").unlink()
+    elif damage == "damaged weights":
+        (tmp_path / "model.safetensors").write_bytes(b"0123456789")
+    else:
+        (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Backbone(str(tmp_path))

@@ -1,0 +1,237 @@
+"""The frozen prior, its autoencoder, and the control that starts as no control at all."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from featinv_pl.errors import UserError
+from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.control import FeatureControl, FeatureEncoder
+from featinv_pl.nets.prior import PROMPTS, Prior, denoising_target
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHANNELS = 6
+
+
+@pytest.fixture
+def prior(prior_folder: Path) -> Prior:
+    return Prior(str(prior_folder))
+
+
+@pytest.fixture
+def own_prior(prior_folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(prior_folder, tmp_path / "prior"))
+
+
+@pytest.fixture
+def control(prior: Prior) -> FeatureControl:
+    return FeatureControl(prior.unet, in_channels=CHANNELS, hidden_channels=8)
+
+
+def perturb(control: FeatureControl) -> FeatureControl:
+    """Stand in for training: every weight moves, so that nothing is zero."""
+    for parameter in control.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return control
+
+
+def predict(prior: Prior, control: FeatureControl | None, features: Tensor) -> Tensor:
+    """A prediction for fixed noisy latents, steered by feature maps."""
+    rng = torch.Generator().manual_seed(3)
+    latents = torch.randn(len(features), 4, 4, 4, generator=rng)
+    timesteps = torch.arange(1, len(features) + 1) * 300
+    prompts = torch.randn(len(features), 2, 8, generator=rng)  # with one token, attention has no choice
+    if control is None:
+        return prior.predict(latents, timesteps, prompts)
+    residuals = control(latents, timesteps, prompts, control.encoder(features, (4, 4)))
+    return prior.predict(latents, timesteps, prompts, residuals)
+
+
+# Autoencoder
+
+
+@pytest.fixture
+def autoencoder(own_prior: Path) -> LatentAutoencoder:
+    """One whose scaling factor is not 1."""
+    config = json.loads((own_prior / "vae/config.json").read_text())
+    (own_prior / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.25}))
+    return LatentAutoencoder(own_prior / "vae")
+
+
+def test_autoencoder_goes_there_and_back(autoencoder: LatentAutoencoder, prior_folder: Path) -> None:
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    theirs = AutoencoderKL.from_pretrained(prior_folder / "vae")
+    moments = autoencoder.encode(images)
+    distribution = theirs.encode(images).latent_dist
+    torch.testing.assert_close(moments, torch.cat([distribution.mean, distribution.logvar], dim=1))
+    assert moments.shape == (2, 8, 4, 4)
+    assert not moments.requires_grad
+
+    latents = autoencoder.sample(moments, torch.zeros(2, 4, 4, 4))
+    decoded = autoencoder.decode(latents)
+    torch.testing.assert_close(decoded, theirs.decode(distribution.mean).sample)
+    assert decoded.shape == images.shape
+
+
+def test_latents_are_scaled_draws_from_their_moments(autoencoder: LatentAutoencoder) -> None:
+    moments, noise = torch.randn(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
+    mean, variance = moments[:, :4], moments[:, 4:].exp()
+    torch.testing.assert_close(autoencoder.sample(moments, noise), 0.25 * (mean + variance.sqrt() * noise))
+
+
+def test_autoencoder_names_the_option_that_gave_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--model.autoencoder: '.*' holds no config\.json"):
+        LatentAutoencoder(tmp_path)
+
+
+# Control
+
+
+def test_untrained_control_leaves_the_prior_as_it_is(prior: Prior, control: FeatureControl) -> None:
+    features = torch.randn(3, CHANNELS, 2, 2)
+    assert torch.equal(predict(prior, control, features), predict(prior, None, features))
+
+
+def test_trained_control_steers_by_the_map(prior: Prior, control: FeatureControl) -> None:
+    perturb(control)
+    features = torch.randn(3, CHANNELS, 2, 2)
+    steered = predict(prior, control, features)
+    assert not torch.allclose(steered, predict(prior, None, features), atol=1e-3)
+    turned = predict(prior, control, features.flip(-1))
+    assert all(not torch.allclose(one, other, atol=1e-3) for one, other in zip(steered, turned, strict=True))
+
+
+def test_gradients_reach_all_of_the_control_and_nothing_else(prior: Prior, control: FeatureControl) -> None:
+    prior.train()
+    predict(prior, perturb(control), torch.randn(3, CHANNELS, 2, 2)).square().mean().backward()
+    without = [name for name, weight in control.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not without
+    assert all(parameter.grad is None for parameter in prior.parameters())
+    assert not any(module.training for module in prior.modules())
+
+
+def test_training_can_start_from_zero(prior: Prior, control: FeatureControl) -> None:
+    optimizer = torch.optim.SGD(control.parameters(), lr=1.0)
+    features = torch.randn(3, CHANNELS, 2, 2)
+    start = {name: weight.detach().clone() for name, weight in control.named_parameters()}
+    for _ in range(4):  # zero layers stand in a row, and each lets the gradient through once it has moved
+        optimizer.zero_grad()
+        predict(prior, control, features).square().mean().backward()
+        optimizer.step()
+    still = [name for name, weight in control.named_parameters() if torch.equal(weight, start[name])]
+    assert not still
+
+
+def test_control_starts_as_a_copy_of_the_unet(prior: Prior, control: FeatureControl) -> None:
+    unet = prior.unet.state_dict()
+    shared = {name: weight for name, weight in control.controlnet.named_parameters() if name in unet}
+    assert {name.split(".")[0] for name in shared} >= {"conv_in", "time_embedding", "down_blocks", "mid_block"}
+    assert all(torch.equal(weight, unet[name]) for name, weight in shared.items())
+    assert all(weight.data_ptr() != unet[name].data_ptr() for name, weight in shared.items())
+    assert all(parameter.requires_grad for parameter in control.parameters())
+
+
+def test_encoder_upsamples_then_convolves() -> None:
+    encoder = FeatureEncoder(CHANNELS, 5, hidden_channels=7)
+    features = torch.randn(2, CHANNELS, 2, 3)
+    assert not encoder(features, (4, 8)).any()
+    for parameter in encoder.parameters():
+        parameter.data = 0.1 * torch.randn_like(parameter)
+    hidden = functional.interpolate(features, (4, 8), mode="bilinear")
+    weights = list(encoder.parameters())
+    for number, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
+        hidden = functional.conv2d(functional.silu(hidden) if number else hidden, weight, bias, padding=1)
+    assert hidden.shape == (2, 5, 4, 8)
+    torch.testing.assert_close(encoder(features, (4, 8)), hidden)
+
+
+# Prior
+
+
+def test_prior_holds_what_its_folder_says(own_prior: Path) -> None:
+    stored = {"prompt": torch.randn(2, 8), "empty": torch.randn(2, 8)}
+    save_file(stored, own_prior / PROMPTS)
+    prior = Prior(str(own_prior))
+    assert torch.equal(prior.prompt, stored["prompt"])
+    assert torch.equal(prior.empty, stored["empty"])
+    assert prior.num_timesteps == 1000
+    assert prior.latent_shape(torch.zeros(5, 8, 3, 2)) == (4, 3, 2)
+    weights = load_file(own_prior / "unet" / WEIGHTS)
+    assert all(torch.equal(weight, weights[name]) for name, weight in prior.unet.state_dict().items())
+
+
+def test_prompt_and_timestep_matter(prior: Prior) -> None:
+    latents, prompts = torch.randn(2, 4, 4, 4), torch.randn(2, 1, 8)
+    base = prior.predict(latents, torch.tensor(10), prompts)
+    assert torch.equal(base, prior.predict(latents, torch.tensor([10, 10]), prompts))
+    assert not torch.allclose(base, prior.predict(latents, torch.tensor(900), prompts), atol=1e-4)
+    assert not torch.allclose(base, prior.predict(latents, torch.tensor(10), prompts * 3), atol=1e-4)
+
+
+def test_target_is_noise_or_velocity(prior: Prior) -> None:
+    latents, noise, timesteps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.tensor([20, 700])
+    assert torch.equal(prior.target(latents, noise, timesteps), noise)
+    schedule = type(prior.schedule).from_config(prior.schedule.config, prediction_type="v_prediction")
+    signal = schedule.alphas_cumprod[timesteps].view(2, 1, 1, 1)
+    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * latents
+    torch.testing.assert_close(denoising_target(schedule, latents, noise, timesteps), velocity)
+
+
+# Folders that will not do
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", PROMPTS])
+def test_names_a_missing_part(part: str, own_prior: Path) -> None:
+    (own_prior / part).unlink()
+    with pytest.raises(UserError, match=f"--model.prior.*has no {part}"):
+        Prior(str(own_prior))
+
+
+@pytest.mark.parametrize(
+    ("part", "weight"),
+    [("unet", "conv_in.weight"), ("unet", "mid_block.resnets.0.norm1.bias"), ("vae", "quant_conv.bias")],
+)
+def test_refuses_a_file_without_a_weight(part: str, weight: str, own_prior: Path) -> None:
+    file = own_prior / part / WEIGHTS
+    weights = load_file(file)
+    del weights[weight]
+    save_file(weights, file)
+    with pytest.raises(UserError, match=f"--model.prior: '.*{part}' lacks 1 weights .*such as {weight}"):
+        Prior(str(own_prior))
+
+
+def another_shape(file: Path) -> None:
+    weights = load_file(file)
+    save_file({**weights, "conv_in.weight": weights["conv_in.weight"][:4].clone()}, file)
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-64])
+
+
+@pytest.mark.parametrize("damage", [another_shape, truncated, Path.unlink])
+def test_refuses_damaged_weights(damage: Callable[[Path], None], own_prior: Path) -> None:
+    damage(own_prior / "unet" / WEIGHTS)
+    with pytest.raises(UserError, match=r"--model.prior: '.*unet' could not be loaded as UNet2DConditionModel"):
+        Prior(str(own_prior))
+
+
+@pytest.mark.parametrize("damage", ["damaged prompts", "no empty prompt", "damaged scheduler"])
+def test_refuses_damaged_small_parts(damage: str, own_prior: Path) -> None:
+    if damage == "damaged prompts":
+        (own_prior / PROMPTS).write_bytes(b"0123456789")
+    elif damage == "no empty prompt":
+        save_file({"prompt": torch.zeros(1, 8)}, own_prior / PROMPTS)
+    else:
+        (own_prior / "scheduler/scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"--model\.prior"):
+        Prior(str(own_prior))

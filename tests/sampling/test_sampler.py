@@ -1,0 +1,126 @@
+"""From noise to latents with each solver."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+from featinv_pl.nets.prior import Prior
+from featinv_pl.sampling.guidance import Denoiser
+from featinv_pl.sampling.sampler import SCHEDULERS, Sampler, sample
+
+SOLVERS: list[Any] = list(get_args(get_type_hints(Sampler)["scheduler"]))
+SHAPE = (2, 4, 4, 4)
+
+
+def make_schedule(**options: Any) -> DDIMScheduler:
+    """That of Stable Diffusion."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return DDIMScheduler(**betas, clip_sample=False, steps_offset=1, **options)
+
+
+def perfect_denoiser(schedule: DDIMScheduler, goal: Tensor) -> Denoiser:
+    """Knows the image, and so returns the true noise or velocity."""
+
+    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+        signal = schedule.alphas_cumprod[timestep]
+        noise = (latents - signal.sqrt() * goal) / (1 - signal).sqrt()
+        if schedule.config.prediction_type == "epsilon":
+            return noise
+        return signal.sqrt() * noise - (1 - signal).sqrt() * goal
+
+    return denoise
+
+
+@pytest.fixture
+def denoiser(prior_folder: Path) -> Denoiser:
+    """A network that knows nothing."""
+    prior = Prior(str(prior_folder))
+
+    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+        with torch.no_grad():
+            return prior.predict(latents, timestep, prior.prompt.expand(len(latents), -1, -1))
+
+    return denoise
+
+
+def test_every_solver_that_the_type_allows_exists() -> None:
+    assert set(SOLVERS) == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_perfect_denoiser_is_followed_to_its_image(solver: Any, prediction_type: str, steps: int) -> None:
+    schedule = make_schedule(set_alpha_to_one=True, prediction_type=prediction_type)
+    goal, noise = 0.5 * torch.randn(SHAPE), torch.randn(SHAPE)
+    drawn = sample(perfect_denoiser(schedule, goal), noise, schedule, Sampler(solver, steps))
+    torch.testing.assert_close(drawn, goal, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [5, 50])
+def test_ddim_of_stable_diffusion_ends_at_the_least_noise_of_training(steps: int) -> None:
+    schedule = make_schedule(set_alpha_to_one=False)
+    goal, noise = torch.randn(SHAPE), torch.randn(SHAPE)
+    drawn = sample(perfect_denoiser(schedule, goal), noise, schedule, Sampler("ddim", steps))
+    first, last = schedule.alphas_cumprod[1000 - 1000 // steps + 1], schedule.alphas_cumprod[0]
+    true_noise = (noise - first.sqrt() * goal) / (1 - first).sqrt()  # without eta it never changes
+    torch.testing.assert_close(drawn, last.sqrt() * goal + (1 - last).sqrt() * true_noise, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_call_a_step_at_falling_times(solver: Any) -> None:
+    times: list[int] = []
+
+    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+        times.append(int(timestep))
+        return latents
+
+    sample(denoise, torch.randn(SHAPE), make_schedule(), Sampler(solver, 10))
+    assert len(times) == 10
+    assert times == sorted(set(times), reverse=True)
+    if solver == "ddim":
+        assert times == list(range(901, 0, -100))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_latents_are_finite_repeatable_and_their_own(solver: Any, denoiser: Denoiser) -> None:
+    noise, schedule, sampler = torch.randn(5, 4, 4, 4), make_schedule(set_alpha_to_one=False), Sampler(solver, 4)
+    kept = noise.clone()
+    drawn = sample(denoiser, noise, schedule, sampler)
+    assert drawn.isfinite().all()
+    assert torch.equal(noise, kept)
+    torch.manual_seed(5)
+    assert torch.equal(sample(denoiser, noise, schedule, sampler), drawn)
+    backwards = sample(denoiser, noise.flip(0)[:3], schedule, sampler)
+    torch.testing.assert_close(backwards, drawn.flip(0)[:3], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn[0], drawn[1], atol=0.1)
+
+
+def test_solvers_differ(denoiser: Denoiser) -> None:
+    noise, schedule = torch.randn(SHAPE), make_schedule()
+    drawn = [sample(denoiser, noise, schedule, Sampler(solver, 4)) for solver in SOLVERS]
+    assert all(not torch.allclose(one, other, atol=1e-3) for one, other in combinations(drawn, 2))
+
+
+def test_defaults_are_the_authors() -> None:
+    assert Sampler() == Sampler(scheduler="ddim", steps=50, guidance_scale=1.75, guidance="text")
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_refuses_no_steps(steps: int) -> None:
+    with pytest.raises(UserError, match=rf"sampler\.steps must be at least 1, and is {steps}"):
+        Sampler(steps=steps)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("steps", [1000, 1001])
+def test_refuses_more_steps_than_the_schedule_has(solver: Any, steps: int) -> None:
+    schedule, noise = make_schedule(), torch.randn(1, 4, 2, 2)
+    with pytest.raises(UserError, match="steps"):
+        sample(lambda latents, timestep: latents, noise, schedule, Sampler(solver, steps))
