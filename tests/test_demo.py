@@ -25,7 +25,7 @@ def test_demo_runs_reuses_and_starts_over(capsys: pytest.CaptureFixture[str]) ->
     for source in ("clean", "corrupted", "hard"):
         for name in ("cosine", "cosine_floor", "cosine_ceiling", "cosine_calibrated", "agreement@1", "agreement@5"):
             assert f"{source}/{name}" in metrics["spatial"]
-        assert f"{source}/fd_test_convnext" in metrics["pooled"]
+        assert f"{source}/fd_test_convnext2" in metrics["pooled"]
     stages = json.loads((runs / "stages.json").read_text())
     assert len(stages) == 8
     page = (runs / "report.html").read_text()

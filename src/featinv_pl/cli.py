@@ -1,5 +1,7 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
+import logging
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
@@ -8,6 +10,7 @@ import torch
 import wandb
 import yaml
 from jsonargparse import capture_parser, get_loader, set_loader
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that a configuration can name these classes without their path.
@@ -28,6 +31,13 @@ from featinv_pl.callbacks.progress import Progress
 from featinv_pl.errors import UserError
 
 KEYWORDS = ("last", "best", "hpc")
+EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
+    r".*does not have many workers",  # small data sets are read faster by the main process
+    r"The number of training batches",  # epochs of small data sets are shorter than the logging interval
+    r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
+    r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
+)
 
 
 class FeatinvCLI(LightningCLI):
@@ -40,8 +50,20 @@ class FeatinvCLI(LightningCLI):
         if path is not None and path not in KEYWORDS:
             _check_checkpoint(Path(path))
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what belongs to the process rather than to a class."""
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of the networks. One is best for tiny networks, whose threads mostly wait for each "
+            "other, and gives the same figures on every machine; null leaves the choice to torch.",
+        )
+
     def before_instantiate_classes(self) -> None:
         """Add our progress line, unless progress is switched off."""
+        if (num_threads := self.config[self.subcommand].num_threads) is not None:
+            torch.set_num_threads(num_threads)
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [Progress()]
 
@@ -97,6 +119,9 @@ def train(args: list[str]) -> None:
     Args:
         args: The command line, without the program's name.
     """
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
     try:
@@ -111,6 +136,11 @@ def train(args: list[str]) -> None:
         )
     finally:
         wandb.finish()  # so that the next command of this process gets a run of its own
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """Lightning advertises services at the start of every run."""
+    return "Tip:" not in record.getMessage()
 
 
 def effective_config(args: list[str]) -> str:

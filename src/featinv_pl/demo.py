@@ -91,18 +91,19 @@ def demo(fresh: bool = False, config: Path | None = None) -> None:
 def _run_once(stage: Stage, command: list[str], fingerprint: str) -> None:
     """Run a stage unless its last run had the same fingerprint and its outputs are there."""
     records = _records()
-    record = records.get(stage.name, {})
+    record = records.pop(stage.name, {})
     outputs = [RUNS / output for output in stage.outputs]
     if record.get("fingerprint") == fingerprint and all(path.exists() for path in outputs):
         print(f"      reused, done before in {_minutes(record['seconds'])}", flush=True)
         return
+    _write_records(records)  # first, so that an interrupted stage does not pass for done
     for path in outputs:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     start = time.monotonic()
     train(command)
     seconds = time.monotonic() - start
     record = {"command": f"featinv-pl {stage.command}", "seconds": seconds, "fingerprint": fingerprint}
-    write_bytes(RUNS / STAGES, json.dumps({**_records(), stage.name: record}, indent=2).encode())
+    _write_records({**records, stage.name: record})
     print(f"      done in {_minutes(seconds)}", flush=True)
 
 
@@ -110,6 +111,10 @@ def _records() -> dict[str, dict[str, Any]]:
     path = RUNS / STAGES
     records: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
     return records
+
+
+def _write_records(records: dict[str, dict[str, Any]]) -> None:
+    write_bytes(RUNS / STAGES, json.dumps(records, indent=2).encode())
 
 
 def _fingerprint(command: list[str], needed: list[str]) -> str:

@@ -36,7 +36,7 @@ def test_grows_with_severity(name: str) -> None:
 def test_is_decided_by_its_seed(name: str) -> None:
     image = digit_images()[0]
     first = corrupt(image, name, 2, seed=7)
-    np.random.seed(1)  # noqa: NPY002
+    np.random.seed(1)
     assert np.array_equal(corrupt(image, name, 2, seed=7), first)
     assert np.array_equal(corrupt(image, name, 2, seed=8), first) == (name != "gaussian_noise")
 

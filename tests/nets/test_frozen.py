@@ -1,6 +1,7 @@
 """Frozen networks stay frozen, and a digest is of what they compute with."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_digest_sees_a_change_of(changed: str) -> None:
     elif changed == "buffer":
         network.get_buffer("1.running_mean")[0] += 1e-6
     elif changed == "name":
-        network = nn.Sequential(*reversed(list(network.children())))
+        network = nn.Sequential(OrderedDict(zip("ab", network.children(), strict=True)))
     else:
         weight = network.get_parameter("0.weight")
         weight.data = weight.data.view(3, 4)

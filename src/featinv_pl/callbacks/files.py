@@ -67,7 +67,9 @@ class ScoreFile(Callback):
     def _write(self, trainer: Trainer) -> None:
         if trainer.is_global_zero:
             scores = {name: float(value) for name, value in sorted(trainer.logged_metrics.items())}
-            write_bytes(Path(trainer.default_root_dir) / SCORES, (json.dumps(scores, indent=2) + "\n").encode())
+            path = Path(trainer.default_root_dir) / SCORES
+            write_bytes(path, (json.dumps(scores, indent=2) + "\n").encode())
+            print(f"{len(scores)} scores in {path}")
 
 
 class SavePretrained(Callback):

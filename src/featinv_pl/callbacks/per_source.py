@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.types import Batch, Inversion
 
 Key = Literal["features", "logits", "images", "labels"]
 ARMS = ("", "_floor", "_ceiling")
 
 
-class PerSource(Callback):
+class PerSource(EvaluationCallback):
     """Feeds one metric for every source and logs it as `<source>/<score>`.
 
     Beside each score stand two references, computed by the same metric on the same images:
@@ -38,47 +39,8 @@ class PerSource(Callback):
         self.metrics: dict[str, dict[str, Metric]] = {}
         self.previous: dict[str, Tensor] = {}
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self._start(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self._start(trainer, pl_module, "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Feed the metrics."""
-        self._update(batch, outputs)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Feed the metrics."""
-        self._update(batch, outputs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores."""
-        pl_module.log_dict(self.scores())
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the scores."""
-        pl_module.log_dict(self.scores())
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make metrics for every source of the stage."""
         # All metrics exist on every rank from the start: `compute` waits for all ranks, and one that
         # saw no sample of a source must take part.
         sources = cast(Any, trainer).datamodule.sources(stage)
@@ -86,7 +48,8 @@ class PerSource(Callback):
         self.metrics = {level: {arm: self.template.clone().to(pl_module.device) for arm in ARMS} for level in levels}
         self.previous = {}
 
-    def _update(self, batch: Batch, outputs: Inversion) -> None:
+    def see(self, batch: Batch, outputs: Inversion) -> None:
+        """Feed the metrics of the sources in a batch."""
         originals = cast(Mapping[str, Tensor], batch)
         reconstructions = cast(Mapping[str, Tensor], outputs)[self.key]
         ceilings = cast(Mapping[str, Tensor], outputs["ceiling"])[self.key]
@@ -103,6 +66,10 @@ class PerSource(Callback):
         if len(preds):
             for level in _levels(source):
                 self.metrics[level][arm].update(preds, target)
+
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log all scores."""
+        pl_module.log_dict(self.scores())
 
     def scores(self) -> dict[str, Tensor]:
         """All scores so far; those of a source that has no sample are left out."""

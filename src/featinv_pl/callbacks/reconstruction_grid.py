@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.types import Batch, Inversion, to_uint8
 
@@ -21,7 +22,7 @@ STRIPS = ("original", "autoencoder", "reconstruction")
 FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 
 
-class ReconstructionGrid(Callback):
+class ReconstructionGrid(EvaluationCallback):
     """Writes and logs the first images of every source: original, autoencoder alone, reconstruction.
 
     `<default_root_dir>/pictures/<source>/` gets one strip of tiles per row (`original.png`,
@@ -36,47 +37,12 @@ class ReconstructionGrid(Callback):
         self.num_images = num_images
         self.rows: dict[str, dict[str, list[Any]]] = {}
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
+    def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the images of the last evaluation."""
         self.rows = {}
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self.rows = {}
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first images."""
-        self._keep(batch, outputs)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the first images."""
-        self._keep(batch, outputs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and log."""
-        self._publish(trainer)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and log."""
-        self._publish(trainer)
-
-    def _keep(self, batch: Batch, outputs: Inversion) -> None:
+    def see(self, batch: Batch, outputs: Inversion) -> None:
+        """Keep the first images of each source."""
         cosines = cosine_similarity(outputs["features"], batch["features"]).mean((1, 2))
         for row, source in enumerate(batch["source"]):
             rows = self.rows.setdefault(source, {name: [] for name in (*STRIPS, *FACTS)})
@@ -90,7 +56,8 @@ class ReconstructionGrid(Callback):
             rows["reconstruction_prediction"].append(int(outputs["logits"][row].argmax()))
             rows["cosine"].append(round(float(cosines[row]), 4))
 
-    def _publish(self, trainer: Trainer) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write and log the pictures."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         for source, rows in self.rows.items():

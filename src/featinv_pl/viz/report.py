@@ -143,11 +143,11 @@ def _curve(arms: list[Arm], sources: list[str]) -> bytes:
 
 
 def _overview(arms: list[Arm], sources: list[str], groups: list[str]) -> bytes:
-    """One picture for all groups: originals above their reconstructions, as PNG."""
+    """One picture, with the last source of each group: originals above their reconstructions, as PNG."""
     shown = [[source for source in sources if source.split("/")[0] == group] for group in groups]
-    middle = [below[len(below) // 2] for below in shown]
-    figure = Figure(figsize=(9, 0.8 * (len(arms) + 1) * len(middle) + 0.4 * len(middle)), layout="constrained")
-    for part, source in zip(figure.subfigures(len(middle), 1, squeeze=False)[:, 0], middle, strict=True):
+    chosen = [below[-1] for below in shown]
+    figure = Figure(figsize=(9, 0.8 * (len(arms) + 1) * len(chosen) + 0.4 * len(chosen)), layout="constrained")
+    for part, source in zip(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0], chosen, strict=True):
         rows = [("original", arms[0].strip(source, "original"))]
         rows += [(arm.name, arm.strip(source, "reconstruction")) for arm in arms]
         part.suptitle(source, fontsize="medium")

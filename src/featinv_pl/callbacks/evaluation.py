@@ -1,0 +1,52 @@
+"""What validation and testing have in common for a callback."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from featinv_pl.types import Batch, Inversion
+
+
+class EvaluationCallback(Callback, ABC):
+    """Sees every batch and its reconstructions, in validation and in testing alike."""
+
+    @abstractmethod
+    def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start afresh. `stage` is `validate` or `test`."""
+
+    @abstractmethod
+    def see(self, batch: Batch, outputs: Inversion) -> None:
+        """Take in one batch."""
+
+    @abstractmethod
+    def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All batches of all sources have been seen."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start."""
+        self.start(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start."""
+        self.start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """See."""
+        self.see(batch, outputs)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """See."""
+        self.see(batch, outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self.finish(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish."""
+        self.finish(trainer, pl_module)

@@ -1,0 +1,89 @@
+"""Agreement of predictions, against plain numpy."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
+
+
+def logits(size: int, classes: int = 12) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    target = torch.randn(size, classes, generator=rng)
+    return target + torch.randn(size, classes, generator=rng), target
+
+
+def score(preds: Tensor, target: Tensor, sizes: Sequence[int] | None = None) -> dict[str, float]:
+    metric = Agreement()
+    for batch in zip(preds.split(sizes or [len(preds)]), target.split(sizes or [len(preds)]), strict=True):
+        metric.update(*batch)
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def expected(preds: Tensor, target: Tensor, k: int = 5) -> dict[str, float]:
+    ours, theirs = (np.argsort(-side.numpy(), axis=1)[:, :k].tolist() for side in (preds, target))
+    pairs = list(zip(ours, theirs, strict=True))
+    return {
+        "agreement@1": float(np.mean([a[0] == b[0] for a, b in pairs])),
+        "agreement@5": float(np.mean([b[0] in a for a, b in pairs])),
+        "overlap@5": float(np.mean([len(set(a) & set(b)) / k for a, b in pairs])),
+    }
+
+
+def test_equals_plain_numpy() -> None:
+    preds, target = logits(200)
+    plain = expected(preds, target)
+    assert len(set(plain.values())) == 3
+    assert score(preds, target) == pytest.approx(plain, abs=1e-6)
+    assert score(target, preds)["agreement@5"] != pytest.approx(plain["agreement@5"], abs=1e-6)  # it has a direction
+
+
+def test_by_hand() -> None:
+    target = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0, 0, 0, 0]])  # 0, then 1 to 4
+    preds = torch.tensor([[5.0, 6, 0, 0, 0, 9, 8, 7, 0, 0]])  # 5, 6, 7, then 1, then 0
+    assert score(preds, target) == pytest.approx({"agreement@1": 0, "agreement@5": 1, "overlap@5": 0.4})
+
+
+def test_fewer_than_five_classes_stand_for_five() -> None:
+    preds, target = logits(50, classes=3)
+    scores = score(preds, target)
+    assert scores["agreement@1"] == pytest.approx(expected(preds, target, 3)["agreement@1"])
+    assert scores["agreement@1"] < 1
+    assert scores["agreement@5"] == scores["overlap@5"] == 1
+
+
+def test_batches_and_ranks_do_not_matter() -> None:
+    preds, target = logits(60)
+    whole = score(preds, target)
+    assert score(preds, target, [1, 19, 40]) == pytest.approx(whole, abs=1e-12)
+    one, other = Agreement(), Agreement()
+    one.update(preds[:7], target[:7])
+    other.update(preds[7:], target[7:])
+    one.merge_state(other)
+    assert {name: value.item() for name, value in one.compute().items()} == pytest.approx(whole)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_nothing_scores_nan() -> None:
+    assert all(value.isnan() for value in Agreement().compute().values())
+    assert LabelAccuracy().compute()["label@1"].isnan()
+
+
+def test_label_accuracy_counts_labelled_samples_only() -> None:
+    preds = torch.eye(4)[[0, 1, 2, 3, 0]]
+    labels = torch.tensor([0, 1, 3, -1, 1])
+    metric = LabelAccuracy()
+    metric.update(preds[:2], labels[:2])
+    other = LabelAccuracy()
+    other.update(preds[2:], labels[2:])
+    metric.merge_state(other)
+    assert metric.compute()["label@1"] == pytest.approx(2 / 4)
+
+
+def test_label_accuracy_of_unlabelled_samples_is_nan() -> None:
+    metric = LabelAccuracy()
+    metric.update(torch.eye(3), torch.full((3,), -1))
+    assert metric.compute()["label@1"].isnan()

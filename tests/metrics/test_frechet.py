@@ -1,0 +1,101 @@
+"""The Fréchet distance, against its textbook formula and against torchmetrics."""
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import sqrtm  # type: ignore[import-untyped]
+from torch import Tensor
+from torchmetrics.image.fid import _compute_fid
+
+from featinv_pl.errors import UserError
+from featinv_pl.metrics.frechet import FrechetDistance, frechet_distance
+
+CHANNELS = 6
+
+
+def maps(size: int) -> tuple[Tensor, Tensor]:
+    """Two sets of correlated features with means of their own."""
+    rng = torch.Generator().manual_seed(size)
+    mix = torch.randn(2, CHANNELS, CHANNELS, generator=rng)
+    maps = torch.randn(2, size, CHANNELS, 3, 4, generator=rng)
+    preds, target = torch.einsum("sij,snjhw->snihw", mix, maps) + torch.tensor([5.0, 5.5]).view(2, 1, 1, 1, 1)
+    return preds, target
+
+
+def score(preds: Tensor, target: Tensor, batch_size: int = 1000) -> float:
+    metric = FrechetDistance(CHANNELS, "tiny")
+    for batch in zip(preds.split(batch_size), target.split(batch_size), strict=True):
+        metric.update(*batch)
+    return metric.compute()["fd_tiny"].item()
+
+
+def moments(features: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    pooled = features.double().mean((2, 3)).numpy()
+    return pooled.mean(0), np.cov(pooled, rowvar=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_the_textbook(dtype: torch.dtype) -> None:
+    preds, target = (side.to(dtype) for side in maps(50))
+    (mean_a, cov_a), (mean_b, cov_b) = moments(preds), moments(target)
+    textbook = np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b - 2 * sqrtm(cov_a @ cov_b).real)
+    assert textbook > 0.1
+    assert score(preds, target) == pytest.approx(textbook, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [4, 50])  # fewer samples than channels make covariances singular
+def test_equals_torchmetrics(size: int) -> None:
+    preds, target = maps(size)
+    (mean_a, cov_a), (mean_b, cov_b) = moments(preds), moments(target)
+    theirs = _compute_fid(*(torch.from_numpy(array) for array in (mean_a, cov_a, mean_b, cov_b)))
+    tolerance = 1e-6 if size > CHANNELS else 1e-4  # theirs takes roots of eigenvalues that are zero but for rounding
+    assert score(preds, target) == pytest.approx(theirs.item(), rel=tolerance)
+
+
+def test_of_diagonal_gaussians_by_hand() -> None:
+    mean_a, mean_b = torch.tensor([0.0, 1.0]).double(), torch.tensor([3.0, 5.0]).double()
+    cov_a, cov_b = torch.diag(torch.tensor([4.0, 1.0]).double()), torch.diag(torch.tensor([9.0, 0.0]).double())
+    distance = frechet_distance(mean_a, cov_a, mean_b, cov_b)
+    assert distance.item() == pytest.approx(25 + (2 - 3) ** 2 + (1 - 0) ** 2)
+    assert frechet_distance(mean_b, cov_b, mean_a, cov_a).item() == pytest.approx(distance.item())
+
+
+@pytest.mark.parametrize("size", [3, 50])
+def test_identical_sets_have_none(size: int) -> None:
+    preds, _ = maps(size)
+    assert score(preds, preds[torch.randperm(size)]) == pytest.approx(0, abs=1e-6)
+
+
+def test_batches_and_ranks_do_not_matter() -> None:
+    preds, target = maps(50)
+    whole = score(preds, target)
+    assert score(preds, target, batch_size=7) == pytest.approx(whole, rel=1e-9)
+    one, other = FrechetDistance(CHANNELS, "tiny"), FrechetDistance(CHANNELS, "tiny")
+    one.update(preds[:20], target[:20])
+    other.update(preds[20:], target[20:])
+    one.merge_state(other)
+    assert one.compute()["fd_tiny"].item() == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_two_samples_are_the_least() -> None:
+    metric = FrechetDistance(CHANNELS, "resnet50.a1_in1k")
+    preds, target = maps(3)
+    for number in range(3):
+        ((name, value),) = metric.compute().items()
+        assert name == "fd_resnet50.a1_in1k"
+        assert value.isnan() == (number < 2)
+        metric.update(preds[number : number + 1], target[number : number + 1])
+
+
+@pytest.mark.parametrize("extractor", ["fid", "inception_v3"])
+def test_is_never_called_fid(extractor: str) -> None:
+    with pytest.raises(UserError, match="would read as FID"):
+        FrechetDistance(CHANNELS, extractor)
+
+
+def test_refuses_maps_of_another_width() -> None:
+    metric = FrechetDistance(CHANNELS + 1, "tiny")
+    with pytest.raises(UserError, match=f"num_features is {CHANNELS + 1}, and the feature map has {CHANNELS} channels"):
+        metric.update(*maps(3))
