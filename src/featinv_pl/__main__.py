@@ -56,7 +56,7 @@ def run(args: list[str]) -> None:
     Libraries are imported by the command that needs them: help and errors should not wait for torch.
     """
     command = args[0] if args else "--help"
-    if command in TRAINER_COMMANDS or command in ("-c", "--config", "--print_completion"):
+    if command in TRAINER_COMMANDS or command in ("-c", "--config"):
         from featinv_pl.cli import train
 
         train(args)

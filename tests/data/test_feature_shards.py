@@ -90,6 +90,7 @@ def test_training_reads_a_few_shards_at_a_time(make_batch: MakeBatch, tmp_path: 
     order = list(ShardShuffle(ShardSet(tmp_path / "large", "train", ""), 0, 1, seed=0))
     groups = [{index // 4 for index in order[start : start + 64]} for start in (0, 64, 128)]
     assert [len(group) for group in groups] == [16, 16, 8]
+    assert groups[0] not in (set(range(16)), set(range(24, 40)))
     assert [index // 4 for index in order[:8]] != sorted(index // 4 for index in order[:8])
 
 
