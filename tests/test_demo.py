@@ -14,12 +14,19 @@ ROOT = Path(__file__).parents[1]
 
 def test_demo_runs_reuses_and_starts_over(capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(ROOT / "experiments", "experiments")
+    runs = Path("runs/demo")
+    runs.mkdir(parents=True)
+    (runs / "leftover").touch()
     args = ["demo", "--config", "experiments/debug.yaml"]
-    main(args)
+    with pytest.raises(SystemExit):
+        main(["demo", "--config", "experiments/nowhere.yaml", "--fresh"])
+    assert (runs / "leftover").exists()  # a mistake removes nothing
+
+    main([*args, "--fresh"])
+    assert not (runs / "leftover").exists()
     printed = capsys.readouterr().out
     commands = re.findall(r"^\[\d/9\] featinv-pl (\w+)", printed, re.MULTILINE)
     assert commands == ["fit", "fit", "fit", "predict", "fit", "test", "fit", "test", "report"]
-    runs = Path("runs/demo")
     metrics = json.loads((runs / "metrics.json").read_text())
     assert set(metrics) == {"spatial", "pooled"}
     for source in ("clean", "corrupted", "hard"):
@@ -45,8 +52,3 @@ def test_demo_runs_reuses_and_starts_over(capsys: pytest.CaptureFixture[str]) ->
     pooled.write_text(pooled.read_text() + "    dropout: 0.2\n")
     main(args)
     assert capsys.readouterr().out.count("reused") == 6
-
-    (runs / "leftover").touch()
-    main([*args, "--fresh"])
-    assert "reused" not in capsys.readouterr().out
-    assert not (runs / "leftover").exists()

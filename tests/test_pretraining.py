@@ -94,7 +94,8 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     backbone = Backbone("classifier")
     assert backbone.feature_shape == (8, 2, 2)
     assert backbone.input_size == (16, 16)
-    seen = collate_images(list(FolderImages(images / "val", "val", 16)))
+    found = FolderImages(images / "val", "val", 16)
+    seen = collate_images([found[index] for index in range(len(found))])
     assert torch.equal(backbone(seen["images"])[1].argmax(1), seen["labels"])
 
     fit("Autoencoder", images, config=AUTOENCODER)

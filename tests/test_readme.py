@@ -32,7 +32,9 @@ def test_overrides_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "FeatureInversion"])
-    assert "Probability with which training replaces map and prompt together" in " ".join(capsys.readouterr().out.split())
+    assert "Probability with which training replaces map and prompt together" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_make_targets_exist() -> None:

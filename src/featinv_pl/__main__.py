@@ -30,7 +30,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         run(arguments)
     except ValueError as error:
-        print(f"featinv-pl: error: {_user_error(error)}", file=sys.stderr)
+        # Out of a data loader's worker, torch returns the message with the worker's traceback before it.
+        message = str(_user_error(error)).rpartition(f"{UserError.__name__}: ")[2].strip()
+        print(f"featinv-pl: error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("featinv-pl: interrupted", file=sys.stderr)

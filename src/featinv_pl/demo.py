@@ -72,18 +72,19 @@ def demo(fresh: bool = False, config: Path | None = None) -> None:
     if not EXPERIMENTS.is_dir():
         raise UserError(f"demo: there is no folder '{EXPERIMENTS}' here. Run it from the project's folder.")
     os.environ.setdefault("WANDB_SILENT", "true")
+    overlay = [] if config is None else ["--config", str(config)]
+    commands = {stage.name: [*shlex.split(stage.command), *overlay] for stage in PIPELINE}
+    fingerprints: dict[str, str] = {}
+    for stage in PIPELINE:  # a mistake in a configuration shows before anything is removed or run
+        needed = [fingerprints[name] for name in stage.needs]
+        fingerprints[stage.name] = _fingerprint(commands[stage.name], needed)
     if fresh:
         shutil.rmtree(RUNS, ignore_errors=True)
-    start = time.monotonic()
-    done: dict[str, str] = {}
+    start, last = time.monotonic(), len(PIPELINE) + 1
     for number, stage in enumerate(PIPELINE, 1):
-        command = shlex.split(stage.command)
-        if config is not None:
-            command += ["--config", str(config)]
-        print(f"[{number}/{len(PIPELINE) + 1}] featinv-pl {shlex.join(command)}", flush=True)
-        done[stage.name] = _fingerprint(command, [done[name] for name in stage.needs])
-        _run_once(stage, command, done[stage.name])
-    print(f"[{len(PIPELINE) + 1}/{len(PIPELINE) + 1}] featinv-pl report {RUNS}", flush=True)
+        print(f"[{number}/{last}] featinv-pl {shlex.join(commands[stage.name])}", flush=True)
+        _run_once(stage, commands[stage.name], fingerprints[stage.name])
+    print(f"[{last}/{last}] featinv-pl report {RUNS}", flush=True)
     report(RUNS)
     print(f"Done in {_minutes(time.monotonic() - start)}. Open {RUNS / 'report.html'}.")
 

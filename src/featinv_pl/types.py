@@ -3,10 +3,11 @@
 Shapes use B for the batch, C for feature channels, h and w for the feature map, K for classes.
 """
 
-from typing import NotRequired, TypedDict
+from typing import NotRequired
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 
 class Views(TypedDict):
@@ -36,7 +37,7 @@ class ImageBatch(TypedDict):
 class Batch(Views):
     """A batch of feature shards."""
 
-    latents: NotRequired[Tensor]
+    latents: Tensor
     """(B, 2 * channels, H / f, W / f): mean and log-variance of the prior's autoencoder."""
     labels: Tensor
     source: list[str]

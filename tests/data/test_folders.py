@@ -37,7 +37,7 @@ def test_labels_follow_sorted_names(root: Path) -> None:
 
 def test_order_is_random_and_fixed(root: Path, tmp_path: Path) -> None:
     order = keys(FolderImages(root, "pets", 16))
-    by_name = [f"{name}/{number}" for name in ("Bee", "ant", "owl") for number in range(10)]
+    by_name = [f"{name}/{number}.png" for name in ("Bee", "ant", "owl") for number in range(10)]
     rng = torch.Generator().manual_seed(ORDER_SEED)
     assert order == [by_name[index] for index in torch.randperm(30, generator=rng)]
     assert {key.split("/")[0] for key in order[:10]} == {"Bee", "ant", "owl"}
@@ -50,7 +50,7 @@ def test_image_belongs_to_its_key(root: Path) -> None:
     images = FolderImages(root, "pets", 16)
     for item in range(30):
         sample = images[item]
-        number = int(sample["key"].split("/")[1])
+        number = int(Path(sample["key"]).stem)
         red, green, blue = (channel.unique().tolist() for channel in sample["images"])
         assert red == pytest.approx([number / 127.5 - 1])
         assert green == blue == [-1]
@@ -95,10 +95,9 @@ def test_other_files_are_passed_over(tmp_path: Path) -> None:
     save(tmp_path / "a" / "one.JPG")
     save(tmp_path / "loose.png")
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    assert keys(FolderImages(tmp_path, "s", 8)) == ["a/one"]
+    assert keys(FolderImages(tmp_path, "s", 8)) == ["a/one.JPG"]
 
 
-@pytest.mark.xfail(strict=True, reason="the key drops the suffix")
 def test_files_that_differ_in_their_suffix_have_keys_of_their_own(tmp_path: Path) -> None:
     save(tmp_path / "a" / "one.jpg")
     save(tmp_path / "a" / "one.png")

@@ -153,7 +153,6 @@ def test_refuses_a_folder_that_is_no_classifier(tmp_path: Path) -> None:
         Backbone(str(tmp_path / "elsewhere"))
 
 
-@pytest.mark.xfail(strict=True, reason="Backbone lets the errors of timm and safetensors through")
 @pytest.mark.parametrize("damage", ["no weights", "damaged weights", "damaged config"])
 def test_refuses_a_damaged_folder(damage: str, tmp_path: Path) -> None:
     save(tmp_path, "test_resnet", (32, 32), channels=[8, 8, 8, 8])

@@ -231,7 +231,6 @@ def test_refuses_damaged_weights(damage: Callable[[Path], None], own_prior: Path
         Prior(str(own_prior))
 
 
-@pytest.mark.xfail(strict=True, reason="Prior lets the errors of safetensors and diffusers through")
 @pytest.mark.parametrize("damage", ["damaged prompts", "no empty prompt", "damaged scheduler"])
 def test_refuses_damaged_small_parts(damage: str, own_prior: Path) -> None:
     if damage == "damaged prompts":

@@ -117,7 +117,6 @@ def test_refuses_no_steps(steps: int) -> None:
         Sampler(steps=steps)
 
 
-@pytest.mark.xfail(strict=True, reason="sample lets the errors of diffusers through")
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1000, 1001])
 def test_refuses_more_steps_than_the_schedule_has(solver: Any, steps: int) -> None:

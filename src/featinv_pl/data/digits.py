@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader, Dataset
 
@@ -35,11 +35,13 @@ class DigitImages(Dataset[ImageSample]):
     def __init__(self, source: str, limit: int | None = None) -> None:
         kind, *corruption = source.split("/")
         known = kind in SPLITS and not corruption
-        if not known and (kind != "corrupted" or len(corruption) != 2 or not corruption[1].isdigit()):
+        if not known and (kind != "corrupted" or len(corruption) != 2 or not corruption[1].isdecimal()):
             raise UserError(
                 f"--data.sources: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
                 f"corrupted/<corruption>/<severity>, with a corruption among {', '.join(CORRUPTIONS)}."
             )
+        if limit is not None and limit < 1:
+            raise UserError(f"--data.limit must be at least 1, and is {limit}.")
         self.source = source
         self.indices = split_indices()["clean" if corruption else kind][:limit]
         self.corruption = (corruption[0], int(corruption[1])) if corruption else None
@@ -120,11 +122,11 @@ def split_indices() -> dict[str, NDArray[np.int64]]:
 
 
 def _hardest(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The test images to which logistic regression on raw pixels gives their label the least probability.
+    """The test images to which a discriminant analysis of raw pixels gives their label the least probability.
 
     Adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
     """
     pixels, target = digits().data / 16, digits().target
-    other = LogisticRegression(max_iter=500).fit(pixels[train], target[train])
+    other = LinearDiscriminantAnalysis().fit(pixels[train], target[train])
     confidence = other.predict_proba(pixels[test])[np.arange(len(test)), target[test]]
     return test[np.sort(np.argsort(confidence, kind="stable")[:HARD_SIZE])]

@@ -117,6 +117,11 @@ class FeatureShards(LightningDataModule):
 
     def _evaluation_loader(self, shards: ShardSet) -> DataLoader[Sample]:
         rank, world_size = self._rank
+        if len(shards) < world_size:
+            raise UserError(
+                f"--trainer.devices: '{shards.folder}' has {len(shards)} samples, which is fewer than the "
+                f"{world_size} processes. Use fewer."
+            )
         # Every sample once: torch's own sampler repeats some to give each rank the same number.
         sampler = UnrepeatedDistributedSampler(shards, world_size, rank, shuffle=False)
         return self._loader(shards, sampler, drop_last=False)

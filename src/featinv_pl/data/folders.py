@@ -63,7 +63,7 @@ class FolderImages(Dataset[ImageSample]):
             "images": from_uint8(transforms.pil_to_tensor(image)),
             "labels": label,
             "source": self.source,
-            "key": str(path.relative_to(self.root).with_suffix("")),
+            "key": path.relative_to(self.root).as_posix(),
         }
 
 

@@ -13,15 +13,19 @@ import tarfile
 from bisect import bisect_right
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from json import JSONDecodeError
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from tokenize import TokenError
+from typing import Literal, NotRequired
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 from webdataset import TarWriter
 
 from featinv_pl.errors import UserError
@@ -58,7 +62,7 @@ class Sample(TypedDict):
     images: NotRequired[Tensor]
     features: Tensor
     logits: Tensor
-    latents: NotRequired[Tensor]
+    latents: Tensor
     labels: int
     source: str
     key: str
@@ -71,21 +75,19 @@ def encode(batch: Batch, index: int, image_format: ImageFormat) -> dict[str, byt
     """Turn one sample of a batch into the members of a tar.
 
     Args:
-        batch: With images and, where a prior is known, latents.
+        batch: With images.
         index: Which sample.
         image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
     """
-    members = {
+    return {
         image_format: _encode_image(batch["images"][index], image_format),
         "features.npy": _encode_array(batch["features"][index], "features"),
         "logits.npy": _encode_array(batch["logits"][index], "logits"),
+        "latent.npy": _encode_array(batch["latents"][index], "latents"),
         "json": json.dumps(
             {"label": int(batch["labels"][index]), "source": batch["source"][index], "key": batch["key"][index]}
         ).encode(),
     }
-    if "latents" in batch:
-        members["latent.npy"] = _encode_array(batch["latents"][index], "latents")
-    return members
 
 
 def decode(members: dict[str, bytes], with_images: bool) -> Sample:
@@ -102,12 +104,11 @@ def decode(members: dict[str, bytes], with_images: bool) -> Sample:
     sample: Sample = {
         "features": _decode_array(members["features.npy"]),
         "logits": _decode_array(members["logits.npy"]),
+        "latents": _decode_array(members["latent.npy"]),
         "labels": int(meta["label"]),
         "source": str(meta["source"]),
         "key": str(meta["key"]),
     }
-    if "latent.npy" in members:
-        sample["latents"] = _decode_array(members["latent.npy"])
     if with_images:
         pixels = np.array(Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"])).convert("RGB"))
         sample["images"] = from_uint8(torch.from_numpy(pixels).permute(2, 0, 1))
@@ -133,7 +134,10 @@ def _encode_array(tensor: Tensor, name: str) -> bytes:
 
 
 def _decode_array(data: bytes) -> Tensor:
-    array: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        array: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (EOFError, SyntaxError, TokenError) as error:  # what numpy raises over a damaged header
+        raise ValueError(f"an array that cannot be read ({type(error).__name__})") from error
     if array.dtype != np.float16:
         raise ValueError(f"dtype {array.dtype} instead of float16")
     tensor = torch.from_numpy(array).float()
@@ -228,22 +232,24 @@ def read_manifest(folder: Path, option: str) -> Manifest:
             "Run the extraction (featinv-pl predict) to its end."
         )
     try:
-        manifest: Manifest = json.loads((folder / MANIFEST).read_text())
-        version, shards = manifest["format_version"], manifest["shards"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{option}: '{folder / MANIFEST}' is damaged ({error}). Extract the features anew.") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{option}: '{folder}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
-            "Extract the features anew."
-        )
-    for shard in shards:
-        path = folder / shard["name"]
+        contents = json.loads((folder / MANIFEST).read_text())
+        version = contents.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:  # checked first: another version may have other fields
+            raise UserError(
+                f"{option}: '{folder}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
+                "Extract the features anew."
+            )
+        manifest = TypeAdapter(Manifest).validate_python(contents)
+    except (JSONDecodeError, UnicodeDecodeError, AttributeError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{option}: '{folder / MANIFEST}' is damaged ({reason}). Extract the features anew.") from error
+    for shard in manifest["shards"]:
+        path, expected = folder / shard["name"], shard["bytes"]
         size = path.stat().st_size if path.is_file() else None
-        if size != shard["bytes"]:
+        if size != expected:
             found = "is missing" if size is None else f"has {size} bytes"
             raise UserError(
-                f"{option}: the shard '{path}' {found}; its manifest says {shard['bytes']} bytes. "
+                f"{option}: the shard '{path}' {found}; its manifest says {expected} bytes. "
                 "Copy it again, or extract the features anew."
             )
     return manifest
@@ -283,11 +289,13 @@ class ShardSet(Dataset[Sample]):
         return sum(self.shard_sizes)
 
     def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         number = bisect_right(self._ends, index)
         shard = self.manifest["shards"][number]
         within = index - (self._ends[number] - shard["samples"])
         path = self.folder / shard["name"]
-        entries = _tar_index(path)
+        entries = _tar_index(path, path.stat().st_mtime_ns)
         if len(entries) != shard["samples"]:
             raise UserError(
                 f"The shard '{path}' is damaged: {len(entries)} samples can be read, and its manifest says "
@@ -297,10 +305,8 @@ class ShardSet(Dataset[Sample]):
         try:
             with path.open("rb") as file:
                 sample = decode({name: _read(file, *span) for name, span in members.items()}, self.with_images)
-            expected = tuple(self.manifest["provenance"]["feature_shape"])
-            if sample["features"].shape != expected:
-                raise ValueError(f"a map of shape {tuple(sample['features'].shape)} instead of {expected}")
-        except (OSError, ValueError, KeyError) as error:
+            self._check(sample)
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = f"no member {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(
                 f"The sample '{key}' of the shard '{path}' is damaged: {reason}. Extract the features anew."
@@ -308,14 +314,28 @@ class ShardSet(Dataset[Sample]):
         sample["source"] = self.source
         return sample
 
+    def _check(self, sample: Sample) -> None:
+        made_by = self.manifest["provenance"]
+        for name, tensor, shape in (
+            ("a map", sample["features"], tuple(made_by["feature_shape"])),
+            ("logits", sample["logits"], (made_by["num_classes"],)),
+        ):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} of shape {tuple(tensor.shape)} instead of {shape}")
+
 
 Span = tuple[int, int]
 """Offset and size of a member in its tar."""
 
 
 @lru_cache(maxsize=4096)
-def _tar_index(path: Path) -> list[tuple[str, dict[str, Span]]]:
-    """Where each entry's members lie: (key, {suffix: span}) in the order of the tar."""
+def _tar_index(path: Path, modified: int) -> list[tuple[str, dict[str, Span]]]:
+    """Where each entry's members lie: (key, {suffix: span}) in the order of the tar.
+
+    Args:
+        path: The tar.
+        modified: When it was last modified, so that a tar that has been replaced is read anew.
+    """
     entries: dict[str, dict[str, Span]] = {}
     try:
         with tarfile.open(path) as tar:
@@ -337,12 +357,11 @@ def collate_samples(samples: list[Sample]) -> Batch:
     batch: Batch = {
         "features": torch.stack([sample["features"] for sample in samples]),
         "logits": torch.stack([sample["logits"] for sample in samples]),
+        "latents": torch.stack([sample["latents"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),
         "source": [sample["source"] for sample in samples],
         "key": [sample["key"] for sample in samples],
     }
     if "images" in samples[0]:
         batch["images"] = torch.stack([sample["images"] for sample in samples])
-    if "latents" in samples[0]:
-        batch["latents"] = torch.stack([sample["latents"] for sample in samples])
     return batch

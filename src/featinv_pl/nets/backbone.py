@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import resolve_model_data_config
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -95,7 +96,13 @@ def _create(name: str, pretrained: bool) -> Any:
                 f"--model.backbone: the folder '{name}' holds no config.json, so it is not a classifier in "
                 "timm's layout. Give the folder that fitting a Classifier has written."
             )
-        return timm.create_model(f"local-dir:{name}", pretrained=pretrained)
+        try:
+            return timm.create_model(f"local-dir:{name}", pretrained=pretrained)
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(
+                f"--model.backbone: the classifier in '{name}' could not be loaded ({_first_line(error)}). "
+                "Its files are damaged or do not belong together: fit the Classifier anew."
+            ) from error
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         hint = f"Did you mean {', '.join(close)}? " if close else ""

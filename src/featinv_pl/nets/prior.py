@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,10 +44,22 @@ class Prior(Frozen):
         self.folder = folder
         self.autoencoder = LatentAutoencoder(root / "vae", "--model.prior")
         self.unet = load_part(UNet2DConditionModel, root / "unet", "--model.prior")
-        self.schedule = DDIMScheduler.from_pretrained(root / "scheduler")
-        prompts = load_file(root / PROMPTS)
-        self.register_buffer("prompt", prompts["prompt"])
-        self.register_buffer("empty", prompts["empty"])
+        try:
+            self.schedule = DDIMScheduler.from_pretrained(root / "scheduler")
+            prompts = load_file(root / PROMPTS)
+            self.register_buffer("prompt", prompts["prompt"])
+            self.register_buffer("empty", prompts["empty"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"--model.prior: the scheduler or {PROMPTS} of '{folder}' is damaged ({reason}). Make the prior anew."
+            ) from error
+        width = self.unet.config.cross_attention_dim
+        if self.prompt.shape[1:] != (width,) or self.empty.shape != self.prompt.shape:
+            raise UserError(
+                f"--model.prior: the prompts of '{folder}' have the shapes {tuple(self.prompt.shape)} and "
+                f"{tuple(self.empty.shape)}; its UNet wants (tokens, {width}) for both. Make the prior anew."
+            )
         self.freeze()
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, control: Residuals | None = None) -> Tensor:

@@ -46,6 +46,9 @@ def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: 
     Returns:
         Latents of the shape of `noise`, scaled to unit variance.
     """
+    longest = schedule.config.num_train_timesteps - 2  # with its offset, more would leave the schedule
+    if sampler.steps > longest:
+        raise UserError(f"--model.sampler.steps must be at most {longest} for this prior, and is {sampler.steps}.")
     # A solver has state, so each call makes its own. Spacing is explicit: solvers differ in its default.
     solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing="leading")
     solver.set_timesteps(sampler.steps, device=noise.device)
