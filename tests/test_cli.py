@@ -240,6 +240,13 @@ def test_bad_options_are_refused(
     refused(["fit", "--config", config, override], capsys, *fragments)
 
 
+def test_images_in_place_of_shards_are_refused(
+    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**inversion(classifier_folder, prior_folder), "data": {"class_path": "DigitsData"}}
+    refused(["fit", "--config", write(Path("images.yaml"), settings)], capsys, "reads feature shards, and DigitsData")
+
+
 def test_typo_in_a_yaml_is_refused(
     shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -150,7 +150,14 @@ class FeatureInversion(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse shard sets that other frozen parts have made, before anything is computed."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        for folder, manifest in getattr(datamodule, "manifests", {}).items():
+        if datamodule is None:  # loaders given by hand answer for themselves
+            return
+        if not hasattr(datamodule, "manifests"):
+            raise UserError(
+                f"--data: FeatureInversion reads feature shards, and {type(datamodule).__name__} gives images. "
+                "Extract their features first (featinv-pl predict), then give FeatureShards."
+            )
+        for folder, manifest in datamodule.manifests.items():
             theirs: Provenance = manifest["provenance"]
             shape = tuple(theirs["feature_shape"])
             if theirs["backbone_digest"] != self.frozen["backbone"] or shape != self.backbone.feature_shape:
