@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
 from featinv_pl.data.shards import read_manifest
@@ -330,6 +331,20 @@ def test_extraction_repeats_byte_for_byte(shards: Path, classifier_folder: Path,
     main(["predict", "--config", write(Path("e.yaml"), extraction(classifier_folder, prior_folder, ["val"]))])
     for path in Path("shards/val").iterdir():
         assert path.read_bytes() == (shards / "val" / path.name).read_bytes()
+
+
+class Recorder(Callback):
+    """Notes whether Lightning keeps all predictions in memory."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        Path("kept").write_text(str(trainer.predict_loop.return_predictions))
+
+
+def test_extraction_does_not_keep_its_predictions(classifier_folder: Path, prior_folder: Path) -> None:
+    settings = extraction(classifier_folder, prior_folder, ["val"])
+    settings["trainer"]["callbacks"].append({"class_path": f"{__name__}.Recorder"})
+    main(["predict", "--config", write(Path("extract.yaml"), settings)])
+    assert Path("kept").read_text() == "False"
 
 
 def test_every_command_runs_as_a_module() -> None:

@@ -114,10 +114,20 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
 
 def test_saving_again_replaces_the_folder_whole(images: Path) -> None:
     Path("autoencoder").mkdir()
+    Path("autoencoder/config.json").touch()
     Path("autoencoder/stale").touch()
     fit("Autoencoder", images, steps=1, config=AUTOENCODER)
     assert not Path("autoencoder/stale").exists()
     assert not Path("autoencoder.partial").exists()
+
+
+def test_a_folder_of_something_else_is_never_replaced(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("autoencoder").mkdir()
+    Path("autoencoder/thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        fit("Autoencoder", images, steps=1, config=AUTOENCODER)
+    assert "'autoencoder' exists and is no saved model" in capsys.readouterr().err
+    assert Path("autoencoder/thesis.txt").read_text() == "years of work"
 
 
 def test_the_scaling_factor_gives_latents_unit_variance() -> None:

@@ -61,7 +61,10 @@ class FeatinvCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Add our progress line, unless progress is switched off."""
+        """Settings of the process, and what only a command line can decide."""
+        if self.subcommand == "predict" and self.config.predict.return_predictions is None:
+            # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
+            self.config.predict.return_predictions = False
         if (num_threads := self.config[self.subcommand].num_threads) is not None:
             torch.set_num_threads(num_threads)
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:

@@ -10,7 +10,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from featinv_pl.errors import UserError
+
 SCORES = "scores.json"
+SAVED = ("config.json", "prompts.safetensors")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -81,6 +84,16 @@ class SavePretrained(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse, before training, a folder that holds something else: replacing it would lose that."""
+        saved = any((self.folder / name).is_file() for name in SAVED)
+        empty = self.folder.is_dir() and not any(self.folder.iterdir())
+        if self.folder.exists() and not saved and not empty:
+            raise UserError(
+                f"--trainer.callbacks.folder: '{self.folder}' exists and is no saved model, so it is left as it is. "
+                "Choose a new folder for SavePretrained."
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save beside, then swap."""

@@ -19,7 +19,7 @@ Pixels = NDArray[np.float64]
 
 
 def gaussian_noise(pixels: Pixels, severity: int, rng: np.random.Generator) -> Pixels:
-    """Noise of the sensor, the same on all channels of grey images in expectation only."""
+    """Noise of the sensor, drawn for each channel by itself."""
     return pixels + rng.normal(scale=(0.08, 0.12, 0.18, 0.26, 0.38)[severity - 1], size=pixels.shape)
 
 

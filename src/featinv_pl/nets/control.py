@@ -60,8 +60,6 @@ class FeatureControl(nn.Module):
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
-        # The copy inherits the UNet's frozen weights.
-        self.requires_grad_(True).train()
 
     def forward(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor) -> Residuals:
         """Compute what is added to the UNet.
