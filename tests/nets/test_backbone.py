@@ -96,7 +96,7 @@ def test_images_of_another_size_are_resized_as_the_model_says(tmp_path: Path) ->
 
 
 def test_a_name_of_timm_builds_that_model() -> None:
-    backbone = Backbone("test_resnet", pretrained=False)
+    backbone = Backbone("test_resnet", "random")
     assert backbone.feature_shape == (96, 5, 5)
     assert backbone.input_size == (160, 160)
     assert backbone.num_classes == 1000
@@ -144,7 +144,7 @@ def test_name_of_transform_tells_all_of_it(tmp_path: Path, classifier_folder: Pa
 )
 def test_refuses_a_name(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--model.backbone.*{message}"):
-        Backbone(name, pretrained=False)
+        Backbone(name, "random")
 
 
 def test_refuses_a_folder_that_is_no_classifier(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch.nn import functional
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import FeatureControl, FeatureEncoder
-from featinv_pl.nets.prior import PROMPTS, Prior, denoising_target
+from featinv_pl.nets.prior import Prior, denoising_target
+from featinv_pl.nets.prompts import FILE as PROMPTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHANNELS = 6
@@ -64,7 +65,7 @@ def autoencoder(own_prior: Path) -> LatentAutoencoder:
     """One whose scaling factor is not 1."""
     config = json.loads((own_prior / "vae/config.json").read_text())
     (own_prior / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.25}))
-    return LatentAutoencoder(own_prior / "vae")
+    return LatentAutoencoder.load(str(own_prior / "vae"))
 
 
 def test_autoencoder_goes_there_and_back(autoencoder: LatentAutoencoder, prior_folder: Path) -> None:
@@ -90,7 +91,7 @@ def test_latents_are_scaled_draws_from_their_moments(autoencoder: LatentAutoenco
 
 def test_autoencoder_names_the_option_that_gave_its_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model.autoencoder: '.*' holds no config\.json"):
-        LatentAutoencoder(tmp_path)
+        LatentAutoencoder.load(str(tmp_path))
 
 
 # Control
