@@ -102,7 +102,7 @@ class FeatInvPipeline:
             BACKBONE: backbone.title,
             "layer": backbone.layer,
             "input_size": backbone.input_size[0],
-            PRIOR: Path(prior.source).name if Path(prior.source).exists() else prior.source,
+            PRIOR: "/".join(Path(prior.source).parts[-2:]),
             "image_size": self.inversion.image_size,
             "conditioning": self.inversion.conditioning,
             "hidden_channels": self.inversion.control.encoder.hidden_channels,

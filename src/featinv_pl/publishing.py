@@ -23,6 +23,7 @@ from featinv_pl.pipeline import FeatInvPipeline
 CARD = "README.md"
 CONFIGURATION = "fit.yaml"
 HALF_PRECISION = 1e-3  # relative; what storing weights in fp16 or bf16 costs
+SHOWN = ("lr", "betas", "weight_decay")
 SHOWN_SCORES = ("cosine", "agreement@1", "agreement@5", "fid")
 
 
@@ -132,17 +133,22 @@ def _prefix(name: str) -> str:
 
 def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
     """What the model card says of the training."""
-    model, trainer = settings["model"]["init_args"], settings["trainer"]
-    optimizer = model["optimizer"]
+    model, data = settings["model"]["init_args"], settings.get("data") or {}
     return {
         "Steps": str(steps),
-        "Batch size": str(settings.get("data", {}).get("init_args", {}).get("batch_size")),
-        "Optimizer": f"`{optimizer['class_path']}` {optimizer.get('init_args', {})}"
-        if isinstance(optimizer, dict)
-        else str(optimizer),
+        "Batch size": str(data.get("init_args", {}).get("batch_size")),
+        "Optimizer": _optimizer(model["optimizer"]),
         "Dropout of map and prompt": str(model["dropout"]),
-        "Precision": str(trainer.get("precision") or "32-true"),
+        "Precision": str(settings["trainer"]["precision"] or "32-true"),
     }
+
+
+def _optimizer(settings: str | dict[str, Any]) -> str:
+    """An optimizer in one line: its class, or class and the arguments that matter."""
+    if isinstance(settings, str):
+        return settings
+    arguments = settings.get("init_args", {})
+    return ", ".join([settings["class_path"], *(f"{name} {arguments[name]}" for name in SHOWN if name in arguments)])
 
 
 def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], scores: dict[str, float]) -> None:
@@ -151,12 +157,15 @@ def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], scor
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
-        shown = {name: value for name, value in scores.items() if name.rpartition("/")[2] in SHOWN_SCORES}
+        sources = sorted({name.split("/")[0] for name in scores})
+        table = {source: [scores.get(f"{source}/{score}") for score in SHOWN_SCORES] for source in sources}
         template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(
             files("featinv_pl").joinpath("model_card.md").read_text()
         )
         shape = "x".join(str(size) for size in pipeline.inversion.backbone.feature_shape)
-        card = template.render(name=folder.name, index=pipeline.index, shape=shape, recipe=recipe, scores=shown)
+        card = template.render(
+            name=folder.name, index=pipeline.index, shape=shape, recipe=recipe, names=SHOWN_SCORES, scores=table
+        )
         (partial / CARD).write_text(card)
         partial.rename(folder)
     finally:

@@ -141,12 +141,12 @@ def _autoencoder(
 
 def _training(model: FeatureInversion, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, float]:
     model.control.zero_grad()
-    loss = model.loss(
-        inputs["x_start"], inputs["noise"], inputs["train_timesteps"], inputs["context"], inputs["hint"]
-    )
+    loss = model.loss(inputs["x_start"], inputs["noise"], inputs["train_timesteps"], inputs["context"], inputs["hint"])
     loss.backward()
     # What the gradients are called here, found by sending their names through the converter.
-    gradients = {name: parameter.grad for name, parameter in model.control.named_parameters()}
+    gradients = {
+        name: parameter.grad for name, parameter in model.control.named_parameters() if parameter.grad is not None
+    }
     ours = {name: gradients[there] for name, there in control_names(model).items()}
     norms = GOLDEN["training"]["control_grad_norms"]
     found, expected = zip(*((float(ours[name].double().norm()), norm) for name, norm in norms.items()), strict=True)

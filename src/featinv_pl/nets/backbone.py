@@ -110,8 +110,7 @@ class Backbone(Frozen):
         Returns:
             (3, H, W) in [-1, 1].
         """
-        cropped: Tensor = self._crop(image.convert("RGB"))
-        return cropped * 2 - 1
+        return from_uint8(self._crop(image.convert("RGB")))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` in timm's layout."""
