@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check bench clean
+.PHONY: help install demo test lint types format check bench parity full-size clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv with everything in it
 
@@ -40,6 +40,12 @@ check: lint types test  ## all that CI runs
 
 bench: demo  ## where the time of training and sampling goes on this machine
 	$(BIN)/featinv-pl fit --config experiments/digits/spatial.yaml --config experiments/bench/profile.yaml
+
+parity: install  ## differences from the authors' code, on a small model of theirs
+	cd tests && ../$(BIN)/python -m parity
+
+full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
+	cd tests && ../$(BIN)/python -m full_size
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

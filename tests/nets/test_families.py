@@ -98,7 +98,7 @@ def test_there_are_at_least_forty() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_map_is_spatial_and_logits_are_timms(name: str) -> None:
-    fixed = timm.get_pretrained_cfg(name).fixed_input_size  # type: ignore[union-attr]
+    fixed = timm.get_pretrained_cfg(name).fixed_input_size
     backbone = Backbone(name, "random", input_size=None if fixed else SMALLER)
     height, width = backbone.input_size
     corner = torch.rand(1, 3, height, width) * 2 - 1

@@ -77,9 +77,11 @@ def _encode(state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, op
             None, config=CLIPTextConfig.from_dict(config), state_dict=state, output_loading_info=True
         )
         encoder, report = loaded
-        tokens = CLIPTokenizer.from_pretrained(tokenizer)(
-            [PROMPT, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
-        )
+        tokenize = CLIPTokenizer.from_pretrained(tokenizer)
+        # Where the files are out of reach, transformers makes an empty tokenizer without a word.
+        if len(tokenize) != encoder.config.vocab_size:
+            raise ValueError(f"it knows {len(tokenize)} tokens instead of {encoder.config.vocab_size}")
+        tokens = tokenize([PROMPT, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

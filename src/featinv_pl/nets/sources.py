@@ -1,5 +1,6 @@
 """Where weights come from: a folder in diffusers' layout, the hub, or one file. None of them may run code."""
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -106,9 +107,9 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
         raise UserError(f"{option}: there is no file '{path}'. Check the path.")
     try:
         contents = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, option)
+    except UserError:
+        raise
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{option}: '{path}' is damaged or is no file of weights ({reason}). Download or copy it again."
@@ -125,14 +126,18 @@ def _load_pickle(path: Path, option: str) -> Any:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError:  # the format before 1.6, which has no list; its loading is as strict
         names = []
-    foreign = [name for name in names if not name.startswith(tuple(f"{package}." for package in INERT_PACKAGES))]
-    if foreign:
+    inert = [name for name in names if name.split(".")[0] in INERT_PACKAGES]
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in inert]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise
         raise UserError(
-            f"{option}: '{path}' wants to call {', '.join(sorted(foreign))}, which no weights need, so it is not "
-            "opened. Get the file from a source that you trust, best as .safetensors."
-        )
-    with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+            f"{option}: '{path}' wants to call {refused[1]}, which no weights need, so it is not opened. "
+            "Get the file from a source that you trust, best as .safetensors."
+        ) from error
 
 
 def _is_zip(path: Path) -> bool:

@@ -3,7 +3,7 @@
 `golden.json`, `golden_inputs` and `golden_compact` were recorded from the authors' code (CPU, fp32). Their
 weights need not be stored, because they are a function of each tensor's name and shape.
 
-`python -m golden.parity`, from `tests/`, prints the table.
+`python -m parity`, from `tests/`, prints the table.
 """
 
 import json
@@ -28,7 +28,7 @@ from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.publishing import import_official
 from featinv_pl.sampling.sampler import Sampler, sample
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "golden"
 GOLDEN = json.loads((HERE / "golden.json").read_text())
 CHANNELS = GOLDEN["config"]["hint_channels"]
 BOUND, SAMPLED_BOUND = 1e-5, 1e-4
@@ -59,7 +59,8 @@ def tensor(name: str, shape: list[int]) -> Tensor:
 def state_dict() -> dict[str, Tensor]:
     """The recorded model's weights, in LDM's layout, checked against their recorded checksums."""
     weights = {name: tensor(name, entry["shape"]) for name, entry in GOLDEN["keys"].items()}
-    wrong = [name for name, entry in GOLDEN["keys"].items() if zlib.crc32(weights[name].numpy()) != entry["crc32_fp32"]]
+    found = {name: zlib.crc32(value.numpy().tobytes()) for name, value in weights.items()}
+    wrong = [name for name, entry in GOLDEN["keys"].items() if found[name] != entry["crc32_fp32"]]
     assert not wrong, wrong
     return weights
 
