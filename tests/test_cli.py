@@ -72,6 +72,7 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
             "init_args": {
                 "backbone": str(classifier),
                 "prior": str(prior),
+                "image_size": 32,
                 "hidden_channels": 8,
                 "sampler": {"steps": 2},
             },

@@ -1,16 +1,34 @@
 """Every shipped YAML says what the code accepts."""
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from featinv_pl.cli import effective_config
+from featinv_pl.nets.backbone import Backbone
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
-COMMANDS = {"extract.yaml": "predict"}
-OVERLAYS = {"trainer.yaml", "debug.yaml", "bench/profile.yaml", "digits/inversion.yaml", "digits/trainer.yaml"}
+# What an overlay is laid over; all other files are whole experiments.
+OVER = {
+    "": "digits/spatial.yaml",
+    "imagenet/extract/crops/": "imagenet/extract/crops/resnet50.yaml",
+    "imagenet/backbones/": "imagenet/train/resnet50-spatial.yaml",
+    "imagenet/extract/sources/": "imagenet/extract/crops/resnet50.yaml",
+    "imagenet/test/": "imagenet/train/resnet50-spatial.yaml",
+    "imagenet/train/recipes/": "imagenet/train/resnet50-spatial.yaml",
+}
+OVERLAYS = {
+    *("trainer.yaml", "debug.yaml", "bench/profile.yaml", "digits/inversion.yaml", "digits/trainer.yaml"),
+    "imagenet/extract/crops/extraction.yaml",
+}
+
+
+def command(name: str) -> str:
+    return "predict" if "extract" in name else "fit"
 
 
 def names() -> list[str]:
@@ -20,15 +38,16 @@ def names() -> list[str]:
 @pytest.mark.parametrize("name", names())
 def test_yaml_is_parsed(name: str) -> None:
     """Overlays are laid over a whole experiment; all others stand alone."""
+    folder = name.removesuffix(Path(name).name)
     config = ["--config", str(EXPERIMENTS / name)]
-    if name in OVERLAYS:
-        config = ["--config", str(EXPERIMENTS / "digits/spatial.yaml"), *config]
-    command = COMMANDS.get(Path(name).name, "fit")
-    parsed = yaml.safe_load(effective_config([command, *config]))[command]
+    if name in OVERLAYS or folder in OVER.keys() - {""}:
+        config = ["--config", str(EXPERIMENTS / OVER.get(folder, OVER[""])), *config]
+    verb = command(name)
+    parsed = yaml.safe_load(effective_config([verb, *config]))[verb]
     assert parsed["model"]["class_path"].startswith("featinv_pl.")
     again = Path("again.yaml")
     again.write_text(yaml.safe_dump(parsed))
-    assert yaml.safe_load(effective_config([command, "--config", str(again)]))[command] == parsed
+    assert yaml.safe_load(effective_config([verb, "--config", str(again)]))[verb] == parsed
 
 
 def test_schedules_end_with_training() -> None:
@@ -50,3 +69,69 @@ def test_corrupted_sources_have_at_least_four_corruptions_at_two_severities() ->
             severities.setdefault(corruption, set()).add(severity)
     assert len(severities) >= 4
     assert min(map(len, severities.values())) >= 2
+
+
+# ImageNet
+
+BACKBONES = {"resnet50": (2048, 7, 7), "convnext": (1024, 9, 9), "swinv2": (1024, 12, 12)}
+
+
+@cache
+def settings(name: str) -> dict[str, Any]:
+    """What a file amounts to."""
+    verb = command(name)
+    text = effective_config([verb, "--config", str(EXPERIMENTS / "imagenet" / name)])
+    parsed: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return parsed[verb]
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_give_the_maps_of_the_paper(name: str) -> None:
+    extract = settings(f"extract/{name}.yaml")
+    model, data = extract["model"]["init_args"], extract["data"]["init_args"]
+    backbone = Backbone(model["backbone"], "random", model["layer"], model["input_size"])
+    assert backbone.feature_shape == BACKBONES[name]
+    assert (backbone.input_size[0], backbone.crop_pct) == (data["image_size"], data["crop_pct"])
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("conditioning", ["spatial", "pooled"])
+def test_recipes(name: str, conditioning: str) -> None:
+    ours = settings(f"train/{name}-{conditioning}.yaml")
+    authors = settings(f"train/{name}-{conditioning}-authors.yaml")
+    for run in (ours, authors):
+        model, extract = run["model"]["init_args"], settings(f"extract/{name}.yaml")["model"]["init_args"]
+        assert model["conditioning"] == conditioning
+        assert [model[key] for key in ("backbone", "input_size", "image_size")] == [
+            extract[key] for key in ("backbone", "input_size", "image_size")
+        ]
+        assert model["prior"] == extract["autoencoder"]
+        sampler = model["sampler"]
+        assert (sampler["scheduler"], sampler["steps"], sampler["guidance_scale"]) == ("ddim", 50, 1.75)
+        assert sampler["guidance"] == "text"
+        samples = run["trainer"]["max_steps"] * run["data"]["init_args"]["batch_size"]
+        assert samples == 3_840_000
+    assert ours["trainer"]["default_root_dir"] != authors["trainer"]["default_root_dir"]
+    trained = authors["model"]["init_args"]
+    assert trained["optimizer"] == {**trained["optimizer"], "class_path": "torch.optim.AdamW"}
+    assert trained["optimizer"]["init_args"]["lr"] == 1e-5
+    assert trained["dropout"] == 0.15
+    assert authors["data"]["init_args"]["batch_size"] == 8
+    assert authors["trainer"]["precision"] == "32-true"
+    assert ours["trainer"]["precision"] == "bf16-mixed"
+    assert ours["model"]["init_args"]["lr_scheduler"]["class_path"].endswith("LinearLR")
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_shard_set_that_is_read_is_written(name: str) -> None:
+    written = set()
+    for variant in ("", "-train", "-train-authors"):
+        extract = settings(f"extract/{name}{variant}.yaml")
+        [writer] = extract["trainer"]["callbacks"]
+        folder = writer["init_args"]["folder"]
+        written |= {f"{folder}/{source}" for source in extract["data"]["init_args"]["predict"]}
+    for run in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
+        data = settings(f"train/{name}-{run}.yaml")["data"]["init_args"]
+        assert {data["train"], data["val"], *data["test"].values()} <= written
+    data = settings(f"extract/{name}-train-authors.yaml")["data"]["init_args"]
+    assert (data["views"], data["vertical_flip"]) == (3, True)

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,47 @@ from featinv_pl.cli import effective_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"`featinv-pl ((?:fit|predict|test) --config [^`]+)`", README)))
+PAGES = (README, (ROOT / "experiments/imagenet/README.md").read_text())
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def shell_commands() -> list[str]:
+    """Every `featinv-pl` command of the pages that is whole, in text or in a block."""
+    found = set()
+    for page in PAGES:
+        found |= set(re.findall(r"`(featinv-pl (?:fit|predict|test) --config [^`]+)`", page))
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found |= {" ".join(line.split()) for line in lines if line.startswith("featinv-pl")}
+    return sorted(command for command in found if not re.search(r"\b(FILE|FOLDER|RUN|CKPT|DIR)\b|\[", command))
+
+
+@pytest.mark.parametrize("command", shell_commands())
+def test_command_is_understood(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
-    # The checkpoint is a run's result, so it need not be there.
-    effective_config(re.sub(r" --ckpt_path \S+", "", command).split())
+    verb, *args = command.split()[1:]
+    if verb in ("fit", "predict", "test"):
+        # Checkpoint and configuration of a run are its results, so they need not be there.
+        args = re.sub(r" --ckpt_path \S+", "", " ".join(args))
+        args = re.sub(r"runs/imagenet/(\w+)/(\w+)/fit.yaml", r"experiments/imagenet/train/\1-\2.yaml", args)
+        effective_config([verb, *args.split()])
+    else:
+        with pytest.raises(SystemExit) as stop:
+            main([verb, "--help"])
+        assert stop.value.code == 0
+        known = capsys.readouterr().out
+        assert all(option in known for option in args if option.startswith("--"))
+
+
+def test_pages_show_every_command() -> None:
+    assert {command.split()[1] for command in shell_commands()} >= {"export", "import", "reconstruct", "predict", "fit"}
+
+
+def test_python_of_the_readme_is_that_of_the_model_card() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    card = files("featinv_pl").joinpath("model_card.md").read_text()
+    assert block.replace("digits-inverter", "{{ name }}").replace("docs/digits/4.png", "cat.jpg") in card
 
 
 def test_overrides_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +73,8 @@ def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_make_targets_exist() -> None:
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    named = set(re.findall(r"`?make (\w+)", README))
-    assert named >= {"demo", "test", "install", "help"}
+    named = set(re.findall(r"`?make ([\w-]+)", README))
+    assert named >= {"demo", "test", "install", "help", "parity", "full-size"}
     for target in (*named, "install", "demo", "test", "lint", "types", "format", "check", "bench", "clean"):
         assert re.search(rf"^  {target} ", listed, re.MULTILINE), target
 

@@ -2,8 +2,8 @@
 
 import logging
 import warnings
+from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
@@ -29,6 +29,7 @@ import featinv_pl.pretraining  # noqa: F401
 from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.progress import Progress
 from featinv_pl.errors import UserError
+from featinv_pl.nets.sources import read_checkpoint
 
 KEYWORDS = ("last", "best", "hpc")
 EXPECTED_WARNINGS = (
@@ -48,7 +49,7 @@ class FeatinvCLI(LightningCLI):
         self.config = parser.parse_args(cast(list[str], args))
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and path not in KEYWORDS:
-            _check_checkpoint(Path(path))
+            read_checkpoint(Path(path), "--ckpt_path", map_location="meta")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the process rather than to a class."""
@@ -71,19 +72,10 @@ class FeatinvCLI(LightningCLI):
             self.trainer_defaults["callbacks"] = [Progress()]
 
 
-def _check_checkpoint(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"--ckpt_path: there is no file '{path}'. Check the path, or leave it out to start anew.")
-    try:
-        torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except (RuntimeError, UnpicklingError, EOFError) as error:
-        raise UserError(
-            f"--ckpt_path: '{path}' is damaged or is no checkpoint ({str(error).splitlines()[0]}). Give another one."
-        ) from error
-
-
 def load_yaml(text: str) -> Any:
     """Read YAML in which `base: FILE` puts the settings of another file beneath those of this one.
+
+    Of several, `base: [FILE, FILE]`, each lies over the one before it.
 
     Paths are relative to the including file, into whose folder jsonargparse changes while it reads.
     """
@@ -93,10 +85,14 @@ def load_yaml(text: str) -> Any:
 def _on_base(settings: Any, folder: Path) -> Any:
     if not isinstance(settings, dict) or "base" not in settings:
         return settings
-    path = folder / settings.pop("base")
-    if not path.is_file():
-        raise UserError(f"base: there is no file '{path.absolute()}'. The path is relative to the including file.")
-    return _merge(_on_base(get_loader("yaml")(path.read_text()), path.parent), settings)
+    bases = settings.pop("base")
+    merged: dict[str, Any] = {}
+    for base in bases if isinstance(bases, list) else [bases]:
+        path = folder / base
+        if not path.is_file():
+            raise UserError(f"base: there is no file '{path.absolute()}'. The path is relative to the including file.")
+        merged = _merge(merged, _on_base(get_loader("yaml")(path.read_text()), path.parent))
+    return _merge(merged, settings)
 
 
 def _merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -148,6 +144,12 @@ def _is_no_tip(record: logging.LogRecord) -> bool:
 
 def effective_config(args: list[str]) -> str:
     """The whole configuration that a command line amounts to, as YAML."""
-    parser = capture_parser(lambda: train(args))
+    parser = _parser()
     dumped: str = parser.dump(parser.parse_args(args), skip_none=False)
     return dumped
+
+
+@cache
+def _parser() -> Any:
+    """The parser of all commands, which takes seconds to build."""
+    return capture_parser(lambda: train([]))

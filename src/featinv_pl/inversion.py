@@ -17,6 +17,7 @@ from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
+from featinv_pl.nets.sources import fill
 from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.guidance import Denoiser, classifier_free
 from featinv_pl.sampling.noise import generator, keyed_noise
@@ -231,7 +232,7 @@ class FeatureInversion(LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained half, strictly: a missing or unexpected weight is an error."""
         control = {name.removeprefix("control."): value for name, value in state_dict.items()}
-        return self.control.load_state_dict(control, strict=strict, assign=assign)
+        return fill(self.control, control, "control", "--ckpt_path")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the control belongs to."""

@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
 from lightning.pytorch.cli import LightningArgumentParser
@@ -17,7 +16,7 @@ from featinv_pl.callbacks.files import SCORES
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
-from featinv_pl.nets.sources import read_weights
+from featinv_pl.nets.sources import read_checkpoint, read_weights
 from featinv_pl.pipeline import FeatInvPipeline
 
 CARD = "README.md"
@@ -40,9 +39,9 @@ def export(run: Path, folder: Path) -> None:
     home = next((parent for parent in checkpoint.parents if (parent / CONFIGURATION).is_file()), None)
     if home is None:
         raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
+    state = read_checkpoint(checkpoint, "RUN")
     settings = yaml.safe_load((home / CONFIGURATION).read_text())
     inversion = _inversion(settings, home)
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     inversion.on_load_checkpoint(state)
     inversion.load_state_dict(state["state_dict"])
     scores = json.loads((home / SCORES).read_text()) if (home / SCORES).is_file() else {}

@@ -66,7 +66,7 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
     return loaded
 
 
-def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> None:
+def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> Any:
     """Load weights into a network, naming what is missing, too much or of another shape.
 
     Args:
@@ -74,6 +74,9 @@ def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> No
         weights: By the names of its state dict.
         what: The network, in the error's words.
         option: The option that named the source, for errors.
+
+    Returns:
+        What `load_state_dict` returns.
     """
     expected = network.state_dict()
     wrong = [
@@ -86,7 +89,7 @@ def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> No
             f"{option}: {len(wrong)} tensors of the {what} are missing, too many or of another shape (it has "
             f"{len(expected)}), such as {wrong[0]}. They belong to another architecture, or the file is not whole."
         )
-    network.load_state_dict(weights)
+    return network.load_state_dict(weights)
 
 
 def read_weights(path: Path, option: str) -> dict[str, Tensor]:
@@ -119,6 +122,25 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
     if not weights:
         raise UserError(f"{option}: '{path}' holds no tensors. Give a file with a state dict.")
     return weights
+
+
+def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of our own runs, which holds nothing but tensors and plain values.
+
+    Args:
+        path: The file.
+        option: The option that named it, for errors.
+        map_location: `meta` checks the file without reading its tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{option}: there is no file '{path}'. Check the path.")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        return checkpoint
+    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
+        raise UserError(
+            f"{option}: '{path}' is damaged or is no checkpoint ({str(error).splitlines()[0]}). Give another one."
+        ) from error
 
 
 def _load_pickle(path: Path, option: str) -> Any:

@@ -16,7 +16,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
 
 SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
-SMALLEST_TILE, CAPTION = 192, 40  # pixels
+SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
 
 
 def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_samples: int, seed: int) -> None:
@@ -86,11 +86,12 @@ def _name(logits: Tensor) -> str:
 def _sheet(rows: list[list[Any]]) -> Image.Image:
     """Pictures (tile, caption, prediction) in rows, each with its two lines of text below."""
     side = max(SMALLEST_TILE, rows[0][1][0].width)
-    sheet = Image.new("RGB", (side * len(rows[0]), (side + CAPTION) * len(rows)), "white")
+    width, height = side + GAP, side + CAPTION
+    sheet = Image.new("RGB", (width * len(rows[0]) - GAP, height * len(rows)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for top, row in enumerate(rows):
         for left, (tile, *lines) in enumerate(row):
-            x, y = left * side, top * (side + CAPTION)
+            x, y = left * width, top * height
             # Small pictures, such as digits, stay sharp; larger ones are smoothed.
             resample = Image.Resampling.NEAREST if tile.width < SMALLEST_TILE else Image.Resampling.BICUBIC
             sheet.paste(tile.resize((side, side), resample), (x, y))
