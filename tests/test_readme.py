@@ -34,9 +34,9 @@ def test_command_is_understood(
     verb, *args = command.split()[1:]
     if verb in ("fit", "predict", "test"):
         # Checkpoint and configuration of a run are its results, so they need not be there.
-        args = re.sub(r" --ckpt_path \S+", "", " ".join(args))
-        args = re.sub(r"runs/imagenet/(\w+)/(\w+)/fit.yaml", r"experiments/imagenet/train/\1-\2.yaml", args)
-        effective_config([verb, *args.split()])
+        line = re.sub(r" --ckpt_path \S+", "", " ".join(args))
+        line = re.sub(r"runs/imagenet/(\w+)/(\w+)/fit.yaml", r"experiments/imagenet/train/\1-\2.yaml", line)
+        effective_config([verb, *line.split()])
     else:
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
