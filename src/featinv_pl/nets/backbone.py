@@ -1,7 +1,6 @@
 """The classifier whose features are inverted: any timm model, frozen."""
 
 import difflib
-import shutil
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -114,10 +113,7 @@ class Backbone(Frozen):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` in timm's layout."""
-        if Path(self.name).is_dir():
-            shutil.copytree(self.name, folder, dirs_exist_ok=True)
-        else:
-            save_for_hf(self.model, str(folder), safe_serialization=True)
+        save_for_hf(self.model, str(folder), safe_serialization=True)
 
     def transform(self, images: Tensor) -> Tensor:
         """The classifier's own resize and normalisation; cropping belongs to the data side."""
