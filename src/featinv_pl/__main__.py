@@ -16,6 +16,7 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   validate   score a FeatureInversion on its validation shards
   test       score a FeatureInversion on shards of any number of sources
   predict    extract features of images into shards
+  verify     check feature shards against their manifest
   report     one page of pictures, tables and curves from scored inversions
   demo       all of the above on handwritten digits
 
@@ -62,6 +63,8 @@ def run(args: list[str]) -> None:
         from featinv_pl.cli import train
 
         train(args)
+    elif command == "verify":
+        _verify(args[1:])
     elif command == "report":
         _report(args[1:])
     elif command == "demo":
@@ -72,6 +75,17 @@ def run(args: list[str]) -> None:
         print(USAGE, end="")
     else:
         raise UserError(f"there is no command '{command}'. `featinv-pl --help` lists them.")
+
+
+def _verify(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl verify", description="Check feature shards against their manifest.")
+    parser.add_argument("folder", type=Path, nargs="+", help="a shard set, or a folder of some")
+    options = parser.parse_args(args)
+    from featinv_pl.data.verification import verify
+
+    results = [verify(folder) for folder in options.folder]
+    if not all(results):
+        sys.exit(1)
 
 
 def _report(args: list[str]) -> None:
