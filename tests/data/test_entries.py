@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from conftest import MakeBatch
-from featinv_pl.data.entries import Sample, Storage, collate, decode, encode, quantise
+from featinv_pl.data import entries
+from featinv_pl.data.entries import ImageFormat, Sample, Storage, collate, decode, prepare, quantise
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
 
@@ -19,6 +20,10 @@ from featinv_pl.types import Batch
 def half(tensor: Tensor) -> Tensor:
     """What fp16 keeps."""
     return tensor.half().float()
+
+
+def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
+    return entries.encode(prepare(batch, storage), index, image_format)
 
 
 def back(members: dict[str, bytes], storage: Storage = "float16", with_images: bool = True) -> Sample:
@@ -62,10 +67,10 @@ def test_refuses_what_half_precision_cannot_hold(
     name: str, value: float, storage: Storage, make_batch: MakeBatch
 ) -> None:
     batch: Any = make_batch(2)
+    prepare(batch, storage)
     batch[name][1].flatten()[3] = value
-    encode(batch, 0, "png", storage)
     with pytest.raises(UserError, match=rf"The {name} do not fit half precision: .* is {value:g}"):
-        encode(batch, 1, "png", storage)
+        prepare(batch, storage)
 
 
 def heavy_tailed(batch: Batch) -> Tensor:
@@ -81,7 +86,7 @@ def test_int8_refuses_maps_that_it_would_change_by_more(make_batch: MakeBatch) -
     batch = make_batch(1, shape=(4, 7, 7))
     batch["features"][:, :, 0, 0] = 1e4  # beside which nothing else is more than a step
     with pytest.raises(UserError, match=r"storage: int8 would change a feature map by .* Store float16"):
-        encode(batch, 0, "png", "int8")
+        prepare(batch, "int8")
 
 
 def test_int8_costs_at_most_a_thousandth_of_cosine(make_batch: MakeBatch) -> None:
@@ -98,8 +103,8 @@ def test_int8_costs_at_most_a_thousandth_of_cosine(make_batch: MakeBatch) -> Non
 
 
 def test_quantised_values_use_the_whole_range() -> None:
-    quantised, steps = quantise(torch.tensor([[[-1.0, 0.5]], [[0.0, 0.0]], [[1e-5, 5e-6]]]))
-    assert quantised.tolist() == [[[-127, 64]], [[0, 0]], [[127, 64]]]
+    quantised, steps = quantise(torch.tensor([[[[-1.0, 0.5]], [[0.0, 0.0]], [[1e-5, 5e-6]]]]))
+    assert quantised.tolist() == [[[[-127, 64]], [[0, 0]], [[127, 64]]]]
     assert steps.dtype == torch.float32
 
 

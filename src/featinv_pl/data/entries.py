@@ -1,10 +1,10 @@
-"""One entry of a shard: `encode` and `decode` are its two directions, `collate` makes a batch of many."""
+"""One entry of a shard: `prepare` and `encode` write it, `decode` reads it, `collate` makes a batch of many."""
 
 import io
 import json
 from functools import lru_cache
 from tokenize import TokenError
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 import numpy as np
 import torch
@@ -36,32 +36,62 @@ class Sample(TypedDict):
     key: str
 
 
-def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
+class Arrays(TypedDict):
+    """A batch on its way into a tar: all that is left to do is to write bytes."""
+
+    meta: list[dict[str, Any]]
+    members: dict[str, NDArray[Any]]
+    """By suffix, each with the batch as its first dimension."""
+    images: NDArray[np.uint8]
+    """(B, H, W, 3)."""
+
+
+def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
+    """Round a batch to what is stored.
+
+    Args:
+        batch: With images.
+        storage: Of the feature maps. `int8` keeps a byte for each value and a step for each channel.
+
+    Raises:
+        UserError: Values do not fit half precision, or bytes would change a map too much.
+    """
+    views = batch.get("view") or [None] * len(batch["key"])
+    named = zip(batch["labels"].tolist(), batch["source"], batch["key"], views, strict=True)
+    half = _half(batch["features"], "features")
+    features = {"features.npy": half}
+    if storage == "int8":
+        quantised, steps = quantise(batch["features"].float())
+        features = {"features.npy": quantised, "steps.npy": steps}
+    tensors = {
+        **features,
+        "logits.npy": _half(batch["logits"], "logits"),
+        "latent.npy": _half(batch["latents"], "latents"),
+    }
+    return {
+        "meta": [
+            {"label": label, "source": source, "key": key, **({} if view is None else {"view": view})}
+            for label, source, key, view in named
+        ],
+        "members": {suffix: tensor.cpu().numpy() for suffix, tensor in tensors.items()},
+        "images": to_uint8(batch["images"]).permute(0, 2, 3, 1).cpu().numpy(),
+    }
+
+
+def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, bytes]:
     """Turn one sample of a batch into the members of a tar.
 
     The image comes last, so that training, which has no need of it, reads what precedes it in one go.
 
     Args:
-        batch: With images, on the CPU.
+        arrays: The batch.
         index: Which sample.
         image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
-        storage: Of the feature map. `int8` keeps a byte for each value and a step for each channel.
     """
-    meta = {"label": int(batch["labels"][index]), "source": batch["source"][index], "key": batch["key"][index]}
-    if "view" in batch and (view := batch["view"][index]) is not None:
-        meta["view"] = view
-    features = batch["features"][index]
-    members = {"json": json.dumps(meta).encode()}
-    if storage == "int8":
-        _half(features, "features")  # what does not fit there is no feature map to round either
-        quantised, steps = quantise(features)
-        members |= {"features.npy": _encode_array(quantised), "steps.npy": _encode_array(steps)}
-    else:
-        members["features.npy"] = _encode_array(_half(features, "features"))
-    return members | {
-        "logits.npy": _encode_array(_half(batch["logits"][index], "logits")),
-        "latent.npy": _encode_array(_half(batch["latents"][index], "latents")),
-        image_format: _encode_image(batch["images"][index], image_format),
+    return {
+        "json": json.dumps(arrays["meta"][index]).encode(),
+        **{suffix: _encode_array(values[index]) for suffix, values in arrays["members"].items()},
+        image_format: _encode_image(arrays["images"][index], image_format),
     }
 
 
@@ -70,7 +100,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", with_im
 
     Args:
         members: Bytes by suffix, such as `features.npy`.
-        storage: As given to `encode`.
+        storage: As given to `prepare`.
         with_images: Decode the picture, which training has no need of.
 
     Raises:
@@ -97,34 +127,33 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", with_im
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a feature map to bytes.
+    """Round feature maps to bytes.
 
     Args:
-        features: (C, h, w).
+        features: (B, C, h, w).
 
     Returns:
-        Bytes (C, h, w) in [-127, 127], and the step of each channel (C,), whose product is the map.
+        Bytes (B, C, h, w) in [-127, 127], and the step of each channel (B, C), whose product is the map.
         Channels have steps of their own, since some are far larger than others.
 
     Raises:
-        UserError: Rounding would cost more than `MAX_COSINE_LOSS`.
+        UserError: Rounding would cost a map more than `MAX_COSINE_LOSS`.
     """
-    features = features.float()
-    steps = (features.abs().amax(dim=(1, 2)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    quantised = (features / steps[:, None, None]).round().clamp(-127, 127)
-    cosine = cosine_similarity(quantised * steps[:, None, None], features, dim=0)
-    loss = 1 - cosine[features.abs().amax(dim=0) > 0].mean().item()  # where all is zero there is no direction
-    if loss > MAX_COSINE_LOSS:
+    steps = (features.abs().amax(dim=(2, 3)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    quantised = (features / steps[..., None, None]).round().clamp(-127, 127)
+    somewhere = features.abs().amax(dim=1) > 0  # where all is zero there is no direction to lose
+    loss = (1 - cosine_similarity(quantised * steps[..., None, None], features, dim=1)) * somewhere
+    worst = (loss.sum(dim=(1, 2)) / somewhere.sum(dim=(1, 2)).clamp(min=1)).max().item()
+    if worst > MAX_COSINE_LOSS:
         raise UserError(
-            f"--trainer.callbacks.storage: int8 would change a feature map by {loss:.1e} in cosine, and at most "
+            f"--trainer.callbacks.storage: int8 would change a feature map by {worst:.1e} in cosine, and at most "
             f"{MAX_COSINE_LOSS:g} is allowed. Store float16."
         )
     return quantised.to(torch.int8), steps
 
 
-def _encode_image(image: Tensor, image_format: ImageFormat) -> bytes:
+def _encode_image(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
     buffer = io.BytesIO()
-    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
     options = {"quality": 95} if image_format == "jpg" else {}
     Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "png": "PNG"}[image_format], **options)
     return buffer.getvalue()
@@ -138,9 +167,9 @@ def _half(tensor: Tensor, name: str) -> Tensor:
     return half
 
 
-def _encode_array(tensor: Tensor) -> bytes:
+def _encode_array(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, tensor.cpu().numpy(), allow_pickle=False)
+    np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 

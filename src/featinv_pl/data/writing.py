@@ -18,7 +18,7 @@ from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
-from featinv_pl.data.entries import encode
+from featinv_pl.data.entries import encode, prepare
 from featinv_pl.data.manifests import (
     FORMAT_VERSION,
     INDEX,
@@ -196,11 +196,12 @@ class ShardSetWriter:
     def add(self, batch: Batch) -> None:
         """Take in the next batch of this rank's share, on the CPU.
 
-        Pictures are compressed by threads while the networks look at the next batch.
+        Pictures are compressed by threads while the networks look at the next batch. They get arrays:
+        torch's operations start threads of their own, which fail in threads of a forked process.
         """
-        image_format, storage = self.settings["image_format"], self.settings["storage"]
+        arrays = prepare(batch, self.settings["storage"])
         encoded = [
-            None if reason else self._encoders.submit(encode, batch, index, image_format, storage)
+            None if reason else self._encoders.submit(encode, arrays, index, self.settings["image_format"])
             for index, reason in enumerate(batch.get("unreadable") or [""] * len(batch["key"]))
         ]
         self._in_flight.append((batch, encoded))
