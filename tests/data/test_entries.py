@@ -19,7 +19,7 @@ from featinv_pl.types import Batch
 
 def half(tensor: Tensor) -> Tensor:
     """What fp16 keeps."""
-    return tensor.half().float()
+    return tensor.half()
 
 
 def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
@@ -36,7 +36,6 @@ def test_png_entry_comes_back_whole(make_batch: MakeBatch) -> None:
     assert torch.equal(sample["images"], batch["images"][1])
     for name in ("features", "logits", "latents"):
         assert torch.equal(sample[name], half(batch[name][1]))
-        assert sample[name].dtype == torch.float32
     assert sample["labels"] == batch["labels"][1]
     assert sample["source"] == "corrupted/fog/3"
     assert sample["key"] == "0-1"
@@ -92,13 +91,13 @@ def test_int8_refuses_maps_that_it_would_change_by_more(make_batch: MakeBatch) -
 def test_int8_costs_at_most_a_thousandth_of_cosine(make_batch: MakeBatch) -> None:
     batch = make_batch(8, shape=(64, 7, 7))
     maps = batch["features"] = heavy_tailed(batch)
-    restored = torch.stack([back(encode(batch, n, "png", "int8"), "int8")["features"] for n in range(8)])
+    restored = torch.stack([back(encode(batch, n, "png", "int8"), "int8")["features"] for n in range(8)]).float()
     assert (1 - cosine_similarity(restored.flatten(1), maps.flatten(1), dim=1)).max() < 1e-3
     somewhere = maps.abs().amax(dim=1) > 0
     assert (1 - cosine_similarity(restored, maps, dim=1))[somewhere].mean() < 1e-3
     assert torch.equal(restored[:, 2], maps[:, 2])
     step = maps.abs().amax(dim=(2, 3), keepdim=True) / 127
-    assert ((restored - maps).abs() <= step / 2 * 1.001).all()
+    assert ((restored - maps).abs() <= step / 2 + maps.abs() * 2**-10).all()
     assert len(encode(batch, 0, "png", "int8")["features.npy"]) < 0.6 * len(encode(batch, 0, "png")["features.npy"])
 
 

@@ -191,16 +191,23 @@ def workplace(root: Path, name: str) -> Path:
     return folder
 
 
+def alone_of(kills: int) -> int:
+    """How many of the kills are of one process; the others are of two."""
+    return round(kills * 0.7)
+
+
 def torture_extraction(root: Path, kills: int, rng: random.Random) -> list[Figure]:
     """Kill extraction again and again until it is done; compare with one that nobody has killed."""
     reference = workplace(root, "extraction")
     command = ["predict", "--config", "extract.yaml"]
     seconds = finish(command, reference)
     expected = contents(reference / "shards")
-    figures = []
-    for what, more, share in (("extraction, 1 process", [], 0.7), ("extraction, 2 processes", TWO, 0.3)):
+    figures, alone = [], alone_of(kills)
+    for what, more, count in (("1 process", [], alone), ("2 processes", TWO, kills - alone)):
+        if not count:
+            continue
         wrong = done = rounds = partly = 0
-        while done < round(kills * share):
+        while done < count:
             folder = workplace(root, f"killed-{len(more)}-{rounds}")
             rounds += 1
             while killed([*command, *more], folder, rng.uniform(0.3, 1) * seconds):
@@ -208,7 +215,9 @@ def torture_extraction(root: Path, kills: int, rng: random.Random) -> list[Figur
                 partly += 0 < len(contents(folder / "shards")) < len(expected)
             wrong += contents(folder / "shards") != expected
             shutil.rmtree(folder)
-        figures.append(Figure(f"kills of {what}", done, wrong, f"{partly} of them left some shards; {rounds} sets"))
+        figures.append(
+            Figure(f"kills of extraction, {what}", done, wrong, f"{partly} of them left some shards; {rounds} sets")
+        )
     return figures
 
 
@@ -231,15 +240,17 @@ def weights(folder: Path) -> str:
 
 def torture_streaming(root: Path, kills: int, rng: random.Random) -> list[Figure]:
     """Kill training again and again; every step must see what it sees in a run that nobody has killed."""
-    figures = []
-    for ranks, more, share in ((1, ["--data.num_workers=1"], 0.7), (2, TWO, 0.3)):
+    figures, alone = [], alone_of(kills)
+    for ranks, more, count in ((1, ["--data.num_workers=1"], alone), (2, TWO, kills - alone)):
+        if not count:
+            continue
         command = ["fit", "--config", "fit.yaml", *more]
         reference = workplace(root, f"streaming-{ranks}")
         (reference / "shards").symlink_to(root / "extraction/shards")
         seconds = finish(command, reference)
         expected = {key: keys[-1] for key, keys in lines(reference, ranks).items()}
         lost = twice = done = rounds = resumed = 0
-        while done < round(kills * share):
+        while done < count:
             folder = workplace(root, f"streaming-{ranks}-{rounds}")
             (folder / "shards").symlink_to(root / "extraction/shards")
             rounds += 1

@@ -4,7 +4,7 @@ import io
 import json
 from functools import lru_cache
 from tokenize import TokenError
-from typing import Any, Literal, NotRequired
+from typing import Any, Literal, NotRequired, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from torch.utils.data import default_collate
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
@@ -96,7 +97,7 @@ def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, b
 
 
 def decode(members: dict[str, memoryview], storage: Storage = "float16", with_images: bool = True) -> Sample:
-    """Turn the members of a tar into a sample. Inverse of `encode`, up to the storage's precision.
+    """Turn the members of a tar into a sample, in half precision. Inverse of `encode`, up to the storage's.
 
     Args:
         members: Bytes by suffix, such as `features.npy`.
@@ -109,13 +110,13 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", with_im
     meta = json.loads(bytes(members["json"]))
     if storage == "int8":
         steps = torch.from_numpy(_decode_array(members["steps.npy"], np.float32))
-        features = torch.from_numpy(_decode_array(members["features.npy"], np.int8)) * steps[:, None, None]
+        features = (torch.from_numpy(_decode_array(members["features.npy"], np.int8)) * steps[:, None, None]).half()
     else:
-        features = torch.from_numpy(_decode_array(members["features.npy"], np.float16)).float()
+        features = torch.from_numpy(_decode_array(members["features.npy"], np.float16))
     sample: Sample = {
         "features": features,
-        "logits": torch.from_numpy(_decode_array(members["logits.npy"], np.float16)).float(),
-        "latents": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)).float(),
+        "logits": torch.from_numpy(_decode_array(members["logits.npy"], np.float16)),
+        "latents": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)),
         "labels": int(meta["label"]),
         "source": str(meta["source"]),
         "key": str(meta["key"]),
@@ -203,15 +204,27 @@ def _decode_header(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch."""
+    """Stack samples to a batch, in half precision."""
+    # torch's own function stacks right into the memory that a worker shares with its parent.
     batch: Batch = {
-        "features": torch.stack([sample["features"] for sample in samples]),
-        "logits": torch.stack([sample["logits"] for sample in samples]),
-        "latents": torch.stack([sample["latents"] for sample in samples]),
+        "features": default_collate([sample["features"] for sample in samples]),
+        "logits": default_collate([sample["logits"] for sample in samples]),
+        "latents": default_collate([sample["latents"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),
         "source": [sample["source"] for sample in samples],
         "key": [sample["key"] for sample in samples],
     }
     if "images" in samples[0]:
-        batch["images"] = torch.stack([sample["images"] for sample in samples])
+        batch["images"] = default_collate([sample["images"] for sample in samples])
     return batch
+
+
+Stored = TypeVar("Stored", Sample, Batch)
+
+
+def widen(stored: Stored) -> Stored:
+    """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
+    stored["features"] = stored["features"].float()
+    stored["logits"] = stored["logits"].float()
+    stored["latents"] = stored["latents"].float()
+    return stored

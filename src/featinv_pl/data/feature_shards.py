@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from featinv_pl.data.batches import Batches, ShuffledBatches, cut
+from featinv_pl.data.entries import widen
 from featinv_pl.data.manifests import Manifest, find_sets
 from featinv_pl.data.remote import RemoteSet, is_remote
 from featinv_pl.data.shards import OnError, ShardSet
@@ -20,13 +21,19 @@ NAMED = 10  # damaged samples in the summary; of more there is only the number
 
 
 class BatchReader(Dataset[Batch]):
-    """A shard set read a batch at a time: its index is the list of samples in a batch."""
+    """A shard set read a batch at a time: its index is the list of samples in a batch.
 
-    def __init__(self, shards: ShardSet) -> None:
-        self.shards = shards
+    Args:
+        shards: The set.
+        half: Leave batches in half precision.
+    """
+
+    def __init__(self, shards: ShardSet, half: bool) -> None:
+        self.shards, self.half = shards, half
 
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
-        return self.shards.batch(numbers)
+        batch = self.shards.batch(numbers)
+        return batch if self.half else widen(batch)
 
 
 class FeatureShards(LightningDataModule):
@@ -116,6 +123,7 @@ class FeatureShards(LightningDataModule):
         return self._loader(
             self.train,
             ShuffledBatches(self.train.shard_sizes, self.batch_size, rank, world_size, self.seed, epoch, start),
+            half=True,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,9 +190,9 @@ class FeatureShards(LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _loader(self, shards: ShardSet, batches: Batches) -> DataLoader[Batch]:
+    def _loader(self, shards: ShardSet, batches: Batches, half: bool = False) -> DataLoader[Batch]:
         return DataLoader(
-            BatchReader(shards),
+            BatchReader(shards, half),
             batch_size=None,  # the sampler's items are batches
             sampler=batches,
             num_workers=self.num_workers,
@@ -196,6 +204,10 @@ class FeatureShards(LightningDataModule):
         """Count what the workers have left out of a batch."""
         self.skipped += batch.pop("skipped", [])
         return batch
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Single precision, now that training's workers have handed over half as many bytes."""
+        return widen(batch)
 
     def teardown(self, stage: str) -> None:
         """Say what has been left out."""

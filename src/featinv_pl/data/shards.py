@@ -16,9 +16,10 @@ from pathlib import Path
 from tarfile import BLOCKSIZE
 from typing import Literal, NamedTuple
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from featinv_pl.data.entries import Sample, collate, decode
+from featinv_pl.data.entries import Sample, collate, decode, widen
 from featinv_pl.data.manifests import INDEX, Entry, Shard, index_path, read_manifest
 from featinv_pl.data.remote import RemoteSet
 from featinv_pl.errors import UserError
@@ -96,7 +97,15 @@ class ShardSet(Dataset[Sample]):
         return sum(self.shard_sizes)
 
     def __getitem__(self, number: int) -> Sample:
-        """Read one sample.
+        """Read one sample, in single precision.
+
+        Raises:
+            DamagedError: It is not as it was written.
+        """
+        return widen(self.stored(number))
+
+    def stored(self, number: int) -> Sample:
+        """Read one sample, in half precision.
 
         Raises:
             DamagedError: It is not as it was written.
@@ -121,7 +130,7 @@ class ShardSet(Dataset[Sample]):
         return sample
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        """Read a batch; a set that skips leaves damaged samples out and says which.
+        """Read a batch, in half precision; a set that skips leaves damaged samples out and says which.
 
         Raises:
             DamagedError: A sample is damaged, and the set does not skip or nothing is left.
@@ -129,7 +138,7 @@ class ShardSet(Dataset[Sample]):
         samples, skipped = [], []
         for number in numbers:
             try:
-                samples.append(self[number])
+                samples.append(self.stored(number))
             except DamagedError as error:
                 if self.on_error == "raise":
                     raise
@@ -207,8 +216,9 @@ def _read(file: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
         if with_images or suffix not in PICTURES
     }
     start, end = min(first for first, _, _ in members.values()), max(last for _, last, _ in members.values())
-    data = memoryview(bytearray(end - start))
-    os.preadv(file, [data], start)  # what is missing stays zero, and fails its check
+    data = np.empty(end - start, np.uint8).data
+    if os.preadv(file, [data], start) != len(data):
+        raise ValueError("the shard ends before it")
     contents = {}
     for suffix, (first, last, member) in members.items():
         block = data[first - start : last - start]
