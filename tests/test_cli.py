@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
-from featinv_pl.data.manifests import read_manifest
+from featinv_pl.data.manifests import read_manifest, write_manifest
 
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
@@ -328,7 +328,7 @@ def test_map_of_the_wrong_shape_is_refused(
     shutil.copytree(shards, "shards")
     manifest = read_manifest(Path("shards/train"), "")
     manifest["provenance"]["feature_shape"] = [8, 5, 5]
-    Path("shards/train/manifest.json").write_text(json.dumps(manifest))
+    write_manifest(Path("shards/train"), manifest)
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder))
     refused(["fit", "--config", config], capsys, "maps of (8, 5, 5)", "maps of (8, 4, 4)")
 

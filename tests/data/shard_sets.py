@@ -9,7 +9,7 @@ from tarfile import BLOCKSIZE, TarFile, TarInfo
 from typing import Any
 
 from featinv_pl.data.entries import ImageFormat, Storage
-from featinv_pl.data.manifests import INDEX, MANIFEST, Manifest, Settings, index_path, read_manifest
+from featinv_pl.data.manifests import INDEX, MANIFEST, Manifest, Settings, index_path, read_manifest, write_manifest
 from featinv_pl.data.writing import ShardSetWriter
 from featinv_pl.types import Batch, Provenance
 
@@ -109,4 +109,4 @@ def _agree(folder: Path, manifest: Any) -> None:
     path = folder / shard["name"]
     shard["bytes"], shard["sha256"] = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
     shard["index_sha256"] = hashlib.sha256(index_path(path).read_bytes()).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)

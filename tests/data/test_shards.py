@@ -18,7 +18,7 @@ from torch import Tensor
 
 from conftest import MakeBatch
 from featinv_pl.data.entries import collate
-from featinv_pl.data.manifests import MANIFEST, find_sets, index_path, read_manifest
+from featinv_pl.data.manifests import MANIFEST, find_sets, index_path, read_manifest, write_manifest
 from featinv_pl.data.shards import ShardSet
 from featinv_pl.errors import UserError
 
@@ -111,6 +111,14 @@ def manifest_without_sizes(folder: Path) -> None:
     (folder / MANIFEST).write_text('{"format_version": 2, "shards": [{"name": "a.tar"}]}')
 
 
+def changed_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"num_classes": 10', '"num_classes": 12'))
+
+
+def respaced_manifest(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text() + " ")
+
+
 def another_version(folder: Path) -> None:
     (folder / MANIFEST).write_text('{"format_version": 99, "shards": []}')
 
@@ -132,6 +140,8 @@ def short_shard(folder: Path) -> None:
         (damaged_manifest, f"{MANIFEST}' is damaged"),
         (manifest_of_nothing, f"{MANIFEST}' is damaged"),
         (manifest_without_sizes, f"{MANIFEST}' is damaged"),
+        (changed_manifest, f"{MANIFEST}' is damaged .it has changed since it was written"),
+        (respaced_manifest, f"{MANIFEST}' is damaged .it has changed since it was written"),
         (another_version, "shard format 99, and this version reads 2"),
         (without_shard, r"shard '.*-00001\.tar' is missing; its manifest says \d+ bytes"),
         (short_shard, r"shard '.*-00001\.tar' has \d+ bytes; its manifest says \d+ bytes"),
@@ -254,7 +264,7 @@ def test_names_that_reach_outside_are_refused(make_batch: MakeBatch, tmp_path: P
     manifest = json.loads((tmp_path / "set" / MANIFEST).read_text())
     for name in ("../other.tar", "/etc/passwd", "a/b.tar", "..", ".hidden", ""):
         manifest["shards"][0]["name"] = name
-        (tmp_path / "set" / MANIFEST).write_text(json.dumps(manifest))
+        write_manifest(tmp_path / "set", manifest)
         with pytest.raises(UserError, match="is no plain file name"):
             ShardSet(tmp_path / "set", "val", OPTION)
 

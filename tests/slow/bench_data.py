@@ -67,12 +67,8 @@ def bench_extraction(root: Path, images: int) -> list[str]:
     """Extraction by the public command, against the networks alone on batches in memory."""
     make_photographs(root / "images", images)
     make_networks(root)
-    init: dict[str, Any] = {
-        "backbone": str(root / "resnet50"),
-        "autoencoder": str(root / "vae"),
-        "image_size": IMAGE_SIZE,
-    }
-    networks = FeatureExtraction(**init).eval()
+    backbone, autoencoder = str(root / "resnet50"), str(root / "vae")
+    networks = FeatureExtraction(backbone, autoencoder, IMAGE_SIZE).eval()
     (loader,) = FolderData(
         predict={"bench": root / "images"}, image_size=IMAGE_SIZE, batch_size=BATCH_SIZE
     ).predict_dataloader()

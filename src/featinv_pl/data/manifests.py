@@ -6,6 +6,7 @@ fraction of the time that reading takes, and can be checked sample by sample; SH
 stands in the manifest, where `featinv-pl verify` and downloads compare it.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.types import Provenance
 
 MANIFEST = "manifest.json"
+SEAL = "manifest_sha256"
 FORMAT_VERSION = 2
 PARTIAL = ".partial"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # no folders, so that no shard lies outside its set
@@ -123,7 +125,13 @@ def to_json(contents: Any) -> bytes:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest, last of all: its presence says that the set is whole."""
-    write_file(folder / MANIFEST, to_json(manifest))
+    write_file(folder / MANIFEST, to_json(_sealed(manifest)))
+
+
+def _sealed(manifest: Any) -> dict[str, Any]:
+    """A manifest with the SHA-256 of all else in it: nothing but itself says that it is as it was written."""
+    contents = {name: value for name, value in manifest.items() if name != SEAL}
+    return {**contents, SEAL: hashlib.sha256(to_json(contents)).hexdigest()}
 
 
 def read_manifest(folder: Path, option: str) -> Manifest:
@@ -159,7 +167,12 @@ def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
                 f"{option}: '{place}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
                 "Extract the features anew."
             )
-        manifest = TypeAdapter(Manifest).validate_python(contents)
+        if data != to_json(_sealed(contents)):
+            raise UserError(
+                f"{option}: '{place}/{MANIFEST}' is damaged (it has changed since it was written). Copy it again, or "
+                "extract the features anew."
+            )
+        manifest = TypeAdapter(Manifest).validate_python({n: value for n, value in contents.items() if n != SEAL})
     except (JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError, ValidationError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{option}: '{place}/{MANIFEST}' is damaged ({reason}). Extract the features anew.") from error
