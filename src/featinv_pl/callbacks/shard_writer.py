@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.data.batches import cut
@@ -136,7 +135,7 @@ class ShardWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write a batch to the set of its source."""
-        prediction = cast(Batch, move_data_to_device(outputs, "cpu"))
+        prediction = cast(Batch, outputs)
         if self.trial is not None:
             self.trial.add(prediction)
             return

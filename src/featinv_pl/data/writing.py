@@ -149,7 +149,7 @@ class ShardSetWriter:
         self._numbers = iter([number for samples in self.share for number in samples])
         self._ends = {samples[-1] for samples in self.share}
         self._encoders = ThreadPoolExecutor(ENCODERS)
-        self._in_flight: deque[tuple[Batch, list[Future[dict[str, bytes]] | None]]] = deque()
+        self._in_flight: deque[list[tuple[Unreadable, Future[dict[str, bytes]] | None]]] = deque()
         self._shard: ShardFile | None = None
 
     def _compare(self) -> bool:
@@ -194,17 +194,22 @@ class ShardSetWriter:
             write_file(self.folder / BEGUN, to_json(self._begun))
 
     def add(self, batch: Batch) -> None:
-        """Take in the next batch of this rank's share, on the CPU.
+        """Take in the next batch of this rank's share, from any device.
 
         Pictures are compressed by threads while the networks look at the next batch. They get arrays:
         torch's operations start threads of their own, which fail in threads of a forked process.
         """
         arrays = prepare(batch, self.settings["storage"])
-        encoded = [
-            None if reason else self._encoders.submit(encode, arrays, index, self.settings["image_format"])
-            for index, reason in enumerate(batch.get("unreadable") or [""] * len(batch["key"]))
-        ]
-        self._in_flight.append((batch, encoded))
+        reasons = batch.get("unreadable") or [""] * len(batch["key"])
+        self._in_flight.append(
+            [
+                (
+                    {"key": key, "reason": reason},
+                    None if reason else self._encoders.submit(encode, arrays, index, self.settings["image_format"]),
+                )
+                for index, (key, reason) in enumerate(zip(batch["key"], reasons, strict=True))
+            ]
+        )
         while len(self._in_flight) > BATCHES_IN_FLIGHT:
             self._write_batch()
 
@@ -219,13 +224,12 @@ class ShardSetWriter:
             self._write_batch()
 
     def _write_batch(self) -> None:
-        batch, encoded = self._in_flight.popleft()
-        for index, entry in enumerate(encoded):
+        for image, entry in self._in_flight.popleft():
             number = next(self._numbers)
             if self._shard is None:
                 self._shard = ShardFile(self._path(number // self.settings["shard_size"]))
             if entry is None:
-                self._note_unreadable({"key": batch["key"][index], "reason": batch["unreadable"][index]}, self._shard)
+                self._note_unreadable(image, self._shard)
             else:
                 members = entry.result()
                 self._shard.add(f"{number:09d}", members)
