@@ -241,7 +241,7 @@ def bench_reading(root: Path, samples: int) -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=128, help="to extract features of")
+    parser.add_argument("--images", type=int, default=192, help="to extract features of")
     parser.add_argument("--samples", type=int, default=2000, help="to read")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
