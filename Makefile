@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check bench bench-data torture-data clean
+.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ bench-data: install  ## how fast shards are written and read on this machine, as
 
 torture-data: install  ## kill extraction and streaming, damage shards, and count what is lost: about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/torture_data.py
+
+parity: install  ## differences from the authors' code, on a small model of theirs
+	cd tests && ../$(BIN)/python -m parity
+
+full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
+	cd tests && ../$(BIN)/python -m full_size
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -1,8 +1,11 @@
 """Tiny real networks, made once per session by the classes that users make theirs with."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -10,6 +13,16 @@ from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
 from featinv_pl.types import Batch
 
 MakeBatch = Callable[..., Batch]
+
+
+class Runs:
+    """A pickle that makes a file when it is loaded without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +34,9 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,7 @@ def test_the_scaling_factor_gives_latents_unit_variance() -> None:
     for step in range(500):
         model.losses(batch, (step,))
     model.save_pretrained(Path("vae"))
-    autoencoder = LatentAutoencoder("vae")
+    autoencoder = LatentAutoencoder.load("vae")
     moments = autoencoder.encode(images)
     latents = autoencoder.sample(moments, torch.randn(32, 4, 16, 16))
     assert latents.var().item() == pytest.approx(1, abs=0.05)

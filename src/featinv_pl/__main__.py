@@ -1,7 +1,7 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +16,10 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   validate   score a FeatureInversion on its validation shards
   test       score a FeatureInversion on shards of any number of sources
   predict    extract features of images into shards
-  verify     check feature shards against their manifest
+  verify       check feature shards against their manifest
+  reconstruct  draw pictures from the feature maps of pictures
+  export     write a trained inverter as a folder to publish
+  import     write the authors' checkpoint as such a folder
   report     one page of pictures, tables and curves from scored inversions
   demo       all of the above on handwritten digits
 
@@ -63,12 +66,8 @@ def run(args: list[str]) -> None:
         from featinv_pl.cli import train
 
         train(args)
-    elif command == "verify":
-        _verify(args[1:])
-    elif command == "report":
-        _report(args[1:])
-    elif command == "demo":
-        _demo(args[1:])
+    elif command in OWN_COMMANDS:
+        OWN_COMMANDS[command](args[1:])
     elif command == "--version":
         print(version("featinv-pl"))
     elif command in ("-h", "--help"):
@@ -107,6 +106,71 @@ def _demo(args: list[str]) -> None:
 
     demo(options.fresh, options.config)
 
+
+def _export(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl export", description="Write a trained inverter as a folder to publish.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of `fit`, or a checkpoint in it")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    options = parser.parse_args(args)
+    from featinv_pl.publishing import export
+
+    export(options.run, options.out)
+
+
+def _import(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl import", description="Write the authors' checkpoint as a folder to publish.")
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="their ControlLDM, .ckpt or .safetensors")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument("--model.backbone", dest="backbone", default="convnext_base.fb_in22k_ft_in1k")
+    parser.add_argument("--model.weights", dest="weights", default="pretrained", help="of the backbone; or a file")
+    parser.add_argument("--model.input_size", dest="input_size", type=int, help="of the backbone (their ConvNeXt: 288)")
+    parser.add_argument("--model.prior", dest="prior", default="lambdalabs/miniSD-diffusers")
+    parser.add_argument("--model.image_size", dest="image_size", type=int, default=256)
+    options = vars(parser.parse_args(args))
+    if options["backbone"] == parser.get_default("backbone") and options["input_size"] is None:
+        options["input_size"] = 288
+    from featinv_pl.publishing import import_official
+
+    import_official(options.pop("checkpoint"), options.pop("out"), **options)
+
+
+def _reconstruct(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl reconstruct", description="Draw pictures from the feature maps of pictures.")
+    parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
+    parser.add_argument("--out", required=True, type=Path, help="the folder for PNGs and the contact sheet")
+    parser.add_argument("--num_samples", type=_positive, default=4, help="reconstructions of each image (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--steps", type=_positive, help="of the sampler, if not the model's own")
+    parser.add_argument("--guidance_scale", type=float, help="if not the model's own")
+    options = parser.parse_args(args)
+    import torch
+
+    from featinv_pl.pipeline import FeatInvPipeline
+    from featinv_pl.viz.reconstruct import reconstruct
+
+    pipeline = FeatInvPipeline.from_pretrained(options.model)
+    changes = {"steps": options.steps, "guidance_scale": options.guidance_scale}
+    pipeline.with_sampler(**{name: value for name, value in changes.items() if value is not None})
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    reconstruct(pipeline, options.images, options.out, options.num_samples, options.seed)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"must be at least 1, and is {number}")
+    return number
+
+
+OWN_COMMANDS = {
+    "reconstruct": _reconstruct,
+    "export": _export,
+    "import": _import,
+    "verify": _verify,
+    "report": _report,
+    "demo": _demo,
+}
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.nets.autoencoder import LatentAutoencoder
-from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.frozen import digest
 from featinv_pl.types import Batch, ImageBatch, Provenance, from_uint8, to_uint8
 
@@ -16,14 +16,25 @@ class FeatureExtraction(LightningModule):
 
     Args:
         backbone: The classifier: a timm name or a folder written by fitting a `Classifier`.
-        autoencoder: The prior's autoencoder, in diffusers' layout.
+        autoencoder: The prior's autoencoder: a folder in diffusers' layout, or what `--model.prior` takes.
         image_size: Side of the images that are stored and encoded: the prior's resolution.
+        weights: The classifier's weights: `pretrained`, `random`, or a file.
+        layer: The classifier's layer whose output is the feature map.
+        input_size: Side of the images that the classifier sees, if not that of its configuration.
     """
 
-    def __init__(self, backbone: str, autoencoder: str, image_size: int) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        autoencoder: str,
+        image_size: int = 256,
+        weights: str = "pretrained",
+        layer: str = PENULTIMATE,
+        input_size: int | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = Backbone(backbone)
-        self.autoencoder = LatentAutoencoder(autoencoder)
+        self.backbone = Backbone(backbone, weights, layer, input_size)
+        self.autoencoder = LatentAutoencoder.load(autoencoder)
         self.image_size = image_size
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
@@ -54,7 +65,7 @@ class FeatureExtraction(LightningModule):
         return {
             "backbone": self.backbone.name,
             "backbone_digest": digest(self.backbone.model),
-            "layer": "forward_features",
+            "layer": self.backbone.layer,
             "feature_shape": list(self.backbone.feature_shape),
             "num_classes": self.backbone.num_classes,
             "transform": self.backbone.transform_name,

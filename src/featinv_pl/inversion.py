@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
@@ -31,7 +32,13 @@ class FeatureInversion(LightningModule):
 
     Args:
         backbone: The classifier: a timm name or a folder written by fitting a `Classifier`.
-        prior: The latent diffusion prior: a folder in diffusers' layout.
+        prior: The latent diffusion prior: a hub name, a folder in diffusers' layout, or a file of Stable
+            Diffusion 1.
+        image_size: Side of the images that are drawn, in pixels: the prior's resolution.
+        weights: The classifier's weights: `pretrained`, `random`, or a file.
+        layer: The classifier's layer whose output is inverted.
+        input_size: Side of the images that the classifier sees, if not that of its configuration.
+        control: A model folder, as `featinv-pl export` and `import` write it, whose control to start from.
         conditioning: `spatial` gives the control the whole map; `pooled` its mean, copied to every
             location, which is what the paper compares against.
         dropout: Probability with which training replaces map and prompt together, by zeros and by
@@ -46,6 +53,11 @@ class FeatureInversion(LightningModule):
         self,
         backbone: str,
         prior: str,
+        image_size: int = 256,
+        weights: str = "pretrained",
+        layer: str = PENULTIMATE,
+        input_size: int | None = None,
+        control: Path | None = None,
         conditioning: Literal["spatial", "pooled"] = "spatial",
         dropout: float = 0.15,
         hidden_channels: int = 512,
@@ -56,9 +68,12 @@ class FeatureInversion(LightningModule):
         super().__init__()
         if not 0 <= dropout < 1:
             raise UserError(f"--model.dropout is a probability below 1, and is {dropout}.")
-        self.backbone = Backbone(backbone)
+        self.backbone = Backbone(backbone, weights, layer, input_size)
         self.prior = Prior(prior)
+        self.image_size = image_size
         self.control = FeatureControl(self.prior.unet, self.backbone.feature_shape[0], hidden_channels)
+        if control is not None:
+            self.control.load_pretrained(control, "--model.control")
         self.conditioning = conditioning
         self.dropout = dropout
         self.sampler = sampler
@@ -78,16 +93,27 @@ class FeatureInversion(LightningModule):
         dropped = (torch.rand(size, 1, 1, generator=rng) < self.dropout).to(self.device)
 
         latents = self.prior.autoencoder.sample(moments, noise[0])
-        noisy_latents = self.prior.schedule.add_noise(latents, noise[1], timesteps)
         prompts = torch.where(dropped, self.prior.empty, self.prior.prompt)
         features = torch.where(dropped.unsqueeze(-1), torch.zeros_like(features), features)
+        loss = self.loss(latents, noise[1], timesteps, prompts, features)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
 
+    def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
+        """Mean squared error of the noise (or velocity) that the controlled prior predicts.
+
+        Args:
+            latents: (B, channels, H / f, W / f), clean and scaled.
+            noise: Of the shape of `latents`.
+            timesteps: (B,).
+            prompts: (B, L, D).
+            features: (B, C, h, w), as `condition` returns them.
+        """
+        noisy_latents = self.prior.schedule.add_noise(latents, noise, timesteps)
         encoded = self.control.encoder(features, latents.shape[-2:])
         residuals = self.control(noisy_latents, timesteps, prompts, encoded)
         prediction = self.prior.predict(noisy_latents, timesteps, prompts, residuals)
-        loss = functional.mse_loss(prediction, self.prior.target(latents, noise[1], timesteps))
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return functional.mse_loss(prediction, self.prior.target(latents, noise, timesteps))
 
     def condition(self, features: Tensor) -> Tensor:
         """What the control may see of the feature map (B, C, h, w)."""
@@ -167,10 +193,20 @@ class FeatureInversion(LightningModule):
                     f"{self.backbone.feature_shape}, weights {self.frozen['backbone'][:8]}). "
                     "Give the backbone that made the shards, or extract features with this one."
                 )
+            for option, made_with, ours in (
+                ("layer", theirs["layer"], self.backbone.layer),
+                ("input_size", theirs["transform"], self.backbone.transform_name),
+                ("image_size", theirs["image_size"], self.image_size),
+            ):
+                if made_with != ours:
+                    raise UserError(
+                        f"--model.{option}: the shard set '{folder}' was made with '{made_with}', and this model has "
+                        f"'{ours}'. Give what made the shards, or extract features with this."
+                    )
             if theirs["autoencoder_digest"] != self.frozen["autoencoder"]:
                 raise UserError(
                     f"The latents of the shard set '{folder}' were made with another autoencoder (weights "
-                    f"{theirs['autoencoder_digest'][:8]}) than that of --model.prior '{self.prior.folder}' (weights "
+                    f"{theirs['autoencoder_digest'][:8]}) than that of --model.prior '{self.prior.source}' (weights "
                     f"{self.frozen['autoencoder'][:8]}). Give that prior, or extract features with this one."
                 )
 
@@ -221,6 +257,7 @@ class FeatureInversion(LightningModule):
         """What a checkpoint must share with the model that loads it."""
         return {
             "conditioning": self.conditioning,
+            "layer": self.backbone.layer,
             "feature_shape": list(self.backbone.feature_shape),
             "hidden_channels": self.control.encoder.hidden_channels,
             **self.frozen,

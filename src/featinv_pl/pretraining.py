@@ -13,14 +13,15 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW
 
 from featinv_pl.nets.autoencoder import LatentAutoencoder
-from featinv_pl.nets.prior import PROMPTS, denoising_target
+from featinv_pl.nets.prior import denoising_target
+from featinv_pl.nets.prompts import FILE as PROMPTS
+from featinv_pl.nets.prompts import write_prompts
 from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.noise import generator
 from featinv_pl.types import ImageBatch
@@ -163,7 +164,7 @@ class NoisePredictor(Pretraining):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        self.autoencoder = LatentAutoencoder(autoencoder)
+        self.autoencoder = LatentAutoencoder.load(autoencoder)
         channels = self.autoencoder.latent_channels
         self.unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, **config)
         # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.
@@ -197,7 +198,7 @@ class NoisePredictor(Pretraining):
         self.autoencoder.vae.save_pretrained(folder / "vae")
         self.schedule.save_pretrained(folder / "scheduler")
         nothing = torch.zeros(1, self.unet.config.cross_attention_dim)
-        save_file({"prompt": nothing, "empty": nothing.clone()}, folder / PROMPTS)
+        write_prompts(folder / PROMPTS, prompt=nothing, empty=nothing.clone())
 
 
 def _noise_like(tensor: Tensor, *identity: int | str) -> Tensor:

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn import functional
 
+from conftest import Runs
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.frozen import digest
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 
@@ -96,7 +101,7 @@ def test_images_of_another_size_are_resized_as_the_model_says(tmp_path: Path) ->
 
 
 def test_a_name_of_timm_builds_that_model() -> None:
-    backbone = Backbone("test_resnet", pretrained=False)
+    backbone = Backbone("test_resnet", "random")
     assert backbone.feature_shape == (96, 5, 5)
     assert backbone.input_size == (160, 160)
     assert backbone.num_classes == 1000
@@ -144,7 +149,7 @@ def test_name_of_transform_tells_all_of_it(tmp_path: Path, classifier_folder: Pa
 )
 def test_refuses_a_name(name: str, message: str) -> None:
     with pytest.raises(UserError, match=f"--model.backbone.*{message}"):
-        Backbone(name, pretrained=False)
+        Backbone(name, "random")
 
 
 def test_refuses_a_folder_that_is_no_classifier(tmp_path: Path) -> None:
@@ -164,3 +169,134 @@ def test_refuses_a_damaged_folder(damage: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=str(tmp_path)):
         Backbone(str(tmp_path))
+
+
+# Layers, weights and sizes
+
+
+def intermediate(model: Any, images: Tensor, index: int) -> Tensor:
+    """What timm itself gives for a stage or block, as (B, C, h, w)."""
+    with torch.no_grad():
+        [output] = model.forward_intermediates(
+            images, indices=[index], norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+    assert isinstance(output, Tensor)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "model_args", "layer", "index"),
+    [
+        ("test_resnet", (64, 64), {"channels": [8, 8, 8, 8]}, "layer2", 2),
+        ("test_convnext", (64, 96), {}, "stages.1", 1),
+        ("swin_tiny_patch4_window7_224", (32, 32), SWIN, "layers.0", 0),
+        ("test_vit", (64, 32), {"img_size": (64, 32)}, "blocks.1", 1),
+        ("test_vit", (64, 64), {"img_size": 64, "reg_tokens": 2}, "blocks.0", 0),
+    ],
+)
+def test_any_layer_can_be_the_map(
+    name: str, size: tuple[int, int], model_args: dict[str, Any], layer: str, index: int, tmp_path: Path
+) -> None:
+    model = save(tmp_path / "model", name, size, **model_args)
+    backbone = Backbone(str(tmp_path / "model"), layer=layer)
+    images = some_images(*size)
+    features, logits = backbone(images)
+    torch.testing.assert_close(features, intermediate(model, normalise(images), index), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits, model(normalise(images)), rtol=1e-5, atol=1e-5)
+    assert backbone.feature_shape == features.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("layer5", r"'test_resnet' has no layer 'layer5'\. Did you mean layer"),
+        ("qqqq", r"'test_resnet' has no layer 'qqqq'\. Did you mean .*layer4"),
+        ("fc", r"the output of 'fc' in 'test_resnet' is not a spatial map"),
+    ],
+)
+def test_refuses_a_layer(layer: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"--model.layer: {message}"):
+        Backbone("test_resnet", "random", layer)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
+    model = timm.create_model("test_vit").eval()
+    file = tmp_path / f"weights{suffix}"
+    if suffix == ".pth":
+        torch.save({"state_dict": model.state_dict(), "epoch": 3}, file)
+    else:
+        save_file(model.state_dict(), file)
+    backbone = Backbone("test_vit", str(file))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in backbone.model.state_dict().items())
+
+
+def another_architecture(file: Path) -> None:
+    save_file(timm.create_model("test_convnext").state_dict(), file)
+
+
+def cut(file: Path) -> None:
+    save_file(timm.create_model("test_resnet").state_dict(), file)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [another_architecture, cut])
+def test_refuses_weights(damage: Callable[[Path], None], tmp_path: Path) -> None:
+    damage(tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match=r"--model.weights: '.*weights.safetensors' does not hold .* 'test_resnet'"):
+        Backbone("test_resnet", str(tmp_path / "weights.safetensors"))
+
+
+def test_refuses_weights_that_run_code(tmp_path: Path) -> None:
+    torch.save({"state_dict": Runs(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=r"--model.weights: '.*weights.pth'"):
+        Backbone("test_resnet", str(tmp_path / "weights.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("weights", ["missing.pth", "config.json"])
+def test_refuses_what_is_no_file_of_weights(weights: str) -> None:
+    Path("config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"--model.weights: '{weights}' is not a file that ends in .safetensors"):
+        Backbone("test_resnet", weights)
+
+
+@pytest.mark.parametrize(("name", "grid"), [("test_vit", 6), ("test_convnext", 3)])
+def test_another_input_size(name: str, grid: int, tmp_path: Path) -> None:
+    model = timm.create_model(name)
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    backbone = Backbone(name, str(tmp_path / "weights.safetensors"), input_size=96)
+    assert backbone.input_size == (96, 96)
+    assert backbone.feature_shape[1:] == (grid, grid)
+    head = model.get_classifier().weight
+    assert torch.equal(backbone.model.get_classifier().weight, head)
+
+
+@pytest.mark.parametrize(("name", "input_size"), [("test_convnext", None), ("resnet18.a1_in1k", 288), ("test_vit", 96)])
+def test_crops_pictures_as_timm_does_for_evaluation(name: str, input_size: int | None) -> None:
+    backbone = Backbone(name, "random", input_size=input_size)
+    picture = Image.effect_noise((301, 243), 90).convert("L")
+    config = resolve_model_data_config(backbone.model) | {"input_size": (3, *backbone.input_size)}
+    if input_size == 288:  # the size that this model is tested at
+        config = resolve_model_data_config(backbone.model, use_test_size=True)
+        assert config["crop_pct"] != resolve_model_data_config(backbone.model)["crop_pct"]
+    expected = create_transform(**config)(picture.convert("RGB"))
+    seen = backbone.transform(backbone.crop(picture)[None])[0]
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_saved_backbone_is_the_same(source: str, tmp_path: Path) -> None:
+    if source == "folder":
+        save(tmp_path / "model", "test_vit", (64, 64), img_size=64)
+        backbone = Backbone(str(tmp_path / "model"))
+    else:
+        save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
+        backbone = Backbone("test_vit", str(tmp_path / "weights.safetensors"), input_size=64)
+    backbone.save_pretrained(tmp_path / "saved")
+    again = Backbone(str(tmp_path / "saved"), input_size=64)
+    images = some_images(64, 64)
+    for ours, theirs in zip(backbone(images), again(images), strict=True):
+        assert torch.equal(ours, theirs)
+    assert digest(again.model) == digest(backbone.model)
+    assert again.title == backbone.title == "test_vit"

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 
+from conftest import Runs
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import FeatureControl, FeatureEncoder
-from featinv_pl.nets.prior import PROMPTS, Prior, denoising_target
+from featinv_pl.nets.frozen import digest
+from featinv_pl.nets.prior import Prior, denoising_target
+from featinv_pl.nets.prompts import FILE as PROMPTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHANNELS = 6
@@ -64,7 +67,7 @@ def autoencoder(own_prior: Path) -> LatentAutoencoder:
     """One whose scaling factor is not 1."""
     config = json.loads((own_prior / "vae/config.json").read_text())
     (own_prior / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.25}))
-    return LatentAutoencoder(own_prior / "vae")
+    return LatentAutoencoder.load(str(own_prior / "vae"))
 
 
 def test_autoencoder_goes_there_and_back(autoencoder: LatentAutoencoder, prior_folder: Path) -> None:
@@ -90,7 +93,7 @@ def test_latents_are_scaled_draws_from_their_moments(autoencoder: LatentAutoenco
 
 def test_autoencoder_names_the_option_that_gave_its_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model.autoencoder: '.*' holds no config\.json"):
-        LatentAutoencoder(tmp_path)
+        LatentAutoencoder.load(str(tmp_path))
 
 
 # Control
@@ -187,13 +190,52 @@ def test_target_is_noise_or_velocity(prior: Prior) -> None:
     torch.testing.assert_close(denoising_target(schedule, latents, noise, timesteps), velocity)
 
 
+# Folders of others
+
+
+def test_reads_the_layout_of_older_folders(own_prior: Path) -> None:
+    """A pickle of tensors, attention under its former names, and the configuration of another scheduler."""
+    new = Prior(str(own_prior))
+    former = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(own_prior / "vae" / WEIGHTS)
+    renamed = {}
+    for name, value in weights.items():
+        for now, then in former.items():
+            name = name.replace(f".{now}.", f".{then}.")
+        renamed[name] = value
+    assert renamed.keys() != weights.keys()
+    torch.save(renamed, own_prior / "vae" / Path(WEIGHTS).with_suffix(".bin"))
+    (own_prior / "vae" / WEIGHTS).unlink()
+    schedule = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+    (own_prior / "scheduler/scheduler_config.json").write_text(json.dumps(schedule))
+
+    old = Prior(str(own_prior))
+    assert digest(old.autoencoder) == digest(new.autoencoder)
+    for name in ("clip_sample", "steps_offset", "set_alpha_to_one", "beta_schedule", "prediction_type"):
+        assert old.schedule.config[name] == new.schedule.config[name]
+    assert torch.equal(old.schedule.alphas_cumprod, new.schedule.alphas_cumprod)
+
+
+def test_a_saved_prior_is_the_same(prior: Prior, tmp_path: Path) -> None:
+    prior.save_pretrained(tmp_path / "saved")
+    again = Prior(str(tmp_path / "saved"))
+    assert digest(again) == digest(prior)
+    assert again.schedule.config == prior.schedule.config
+
+
 # Folders that will not do
 
 
 @pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", PROMPTS])
 def test_names_a_missing_part(part: str, own_prior: Path) -> None:
     (own_prior / part).unlink()
-    with pytest.raises(UserError, match=f"--model.prior.*has no {part}"):
+    where, _, name = part.rpartition("/")
+    message = {
+        "config.json": rf"'.*prior/{where}' holds no config\.json",
+        "scheduler_config.json": f"has no {part}",
+        PROMPTS: f"has neither {PROMPTS} nor both text_encoder/ and tokenizer/",
+    }[name]
+    with pytest.raises(UserError, match=f"--model.prior: {message}|--model.prior: '.*' {message}"):
         Prior(str(own_prior))
 
 
@@ -215,20 +257,21 @@ def another_shape(file: Path) -> None:
     save_file({**weights, "conv_in.weight": weights["conv_in.weight"][:4].clone()}, file)
 
 
-def pickled(file: Path) -> None:
-    torch.save(load_file(file), file.with_suffix(".bin"))
-    file.unlink()
-
-
 def truncated(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-64])
 
 
-@pytest.mark.parametrize("damage", [another_shape, truncated, pickled, Path.unlink])
+def pickle_that_runs(file: Path) -> None:
+    torch.save({"weight": Runs(Path("ran").absolute())}, file.with_suffix(".bin"))
+    file.unlink()
+
+
+@pytest.mark.parametrize("damage", [another_shape, truncated, pickle_that_runs, Path.unlink])
 def test_refuses_damaged_weights(damage: Callable[[Path], None], own_prior: Path) -> None:
     damage(own_prior / "unet" / WEIGHTS)
     with pytest.raises(UserError, match=r"--model.prior: '.*unet' could not be loaded as UNet2DConditionModel"):
         Prior(str(own_prior))
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("damage", ["damaged prompts", "no empty prompt", "damaged scheduler"])

@@ -1,33 +1,44 @@
 """The prior's autoencoder: between images and the latents that diffusion works on."""
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError
+from diffusers import AutoencoderKL
 from torch import Tensor
 
-from featinv_pl.errors import UserError
+from featinv_pl.nets import official
 from featinv_pl.nets.frozen import Frozen
-
-Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
+from featinv_pl.nets.sources import find_folder, load_part, read_weights
 
 
 class LatentAutoencoder(Frozen):
     """A frozen AutoencoderKL.
 
     Args:
-        folder: A folder in diffusers' layout: `config.json` and safetensors.
-        option: The option that named the folder, for errors.
+        vae: The network.
     """
 
-    def __init__(self, folder: str | Path, option: str = "--model.autoencoder") -> None:
+    def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
-        self.vae = load_part(AutoencoderKL, Path(folder), option)
+        self.vae = vae
         self.scaling_factor = float(self.vae.config.scaling_factor)
         self.latent_channels = int(self.vae.config.latent_channels)
         self.freeze()
+
+    @classmethod
+    def load(cls, source: str, option: str = "--model.autoencoder") -> Self:
+        """Load the autoencoder of a source.
+
+        Args:
+            source: Its own folder in diffusers' layout (`config.json` and weights), or anything that
+                `Prior` takes: only the autoencoder is fetched and read.
+            option: The option that named the source, for errors.
+        """
+        if Path(source).is_file():
+            return cls(official.autoencoder(read_weights(Path(source), option), option))
+        folder = find_folder(source, ["vae/*"], option)
+        return cls(load_part(AutoencoderKL, folder / "vae" if (folder / "vae").is_dir() else folder, option))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -56,26 +67,3 @@ class LatentAutoencoder(Frozen):
         """Decode scaled latents to images (B, 3, H, W), about [-1, 1]."""
         images: Tensor = self.vae.decode(latents / self.scaling_factor).sample
         return images
-
-
-def load_part(kind: type[Part], folder: Path, option: str) -> Part:
-    """Load one diffusers network from safetensors, refusing a file in which weights are missing."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{option}: '{folder}' holds no config.json. Give a folder in diffusers' layout, "
-            f"with config.json and safetensors of a {kind.__name__}."
-        )
-    try:
-        network, report = kind.from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason}") from error
-    if report["missing_keys"]:
-        raise UserError(
-            f"{option}: '{folder}' lacks {len(report['missing_keys'])} weights of {kind.__name__}, "
-            f"such as {report['missing_keys'][0]}. The file is damaged or of another architecture."
-        )
-    loaded: Part = network
-    return loaded

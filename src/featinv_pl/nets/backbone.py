@@ -1,14 +1,17 @@
 """The classifier whose features are inverted: any timm model, frozen."""
 
 import difflib
+import shutil
 from math import isqrt
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from PIL import Image
 from safetensors import SafetensorError
-from timm.data import resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
+from timm.models import save_for_hf
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -18,21 +21,26 @@ from featinv_pl.nets.frozen import Frozen
 from featinv_pl.types import Views, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
+PENULTIMATE = "forward_features"
 
 
 class Backbone(Frozen):
-    """A frozen timm classifier that returns its penultimate feature map and its logits.
+    """A frozen timm classifier that returns a feature map and its logits.
 
-    The penultimate layer is timm's `forward_features`, brought to (B, C, h, w) whatever its layout.
-    Logits are those of the classifier itself, computed from the untouched output of that layer.
+    Logits are those of the classifier itself, computed from the untouched output of its layers.
 
     Args:
         name: A timm model name (`resnet50.a1_in1k`), a hub name (`hf-hub:org/name`), or a folder
             in timm's layout (`config.json` and `model.safetensors`), as `Classifier` writes it.
-        pretrained: Load weights. False gives random ones, which serves tests.
+        weights: `pretrained` loads those that belong to the name, `random` none, which serves tests; else
+            a file of weights for that architecture, `.safetensors` or `.pth`.
+        layer: The module whose output is the map, by its name in the model (`layer3`, `stages.2`,
+            `blocks.5`). `forward_features` stands for the penultimate layer: timm's function of that
+            name, whose output is what the classifier's head reads.
+        input_size: Side of the images that the classifier sees, if not that of its configuration.
 
     Attributes:
-        feature_shape: (C, h, w) of the map at the classifier's own input size.
+        feature_shape: (C, h, w) of the map at the input size, whatever the layout in the model.
         input_size: (H, W) that the classifier wants.
         num_classes: Number of logits.
     """
@@ -40,16 +48,22 @@ class Backbone(Frozen):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, pretrained: bool = True) -> None:
+    def __init__(
+        self, name: str, weights: str = "pretrained", layer: str = PENULTIMATE, input_size: int | None = None
+    ) -> None:
         super().__init__()
-        self.name = name
-        self.model: Any = _create(name, pretrained)
-        config = resolve_model_data_config(self.model)
+        self.name, self.weights, self.layer = name, weights, layer
+        self.model: Any = _create(name, weights, input_size)
+        config = _data_config(self.model, input_size)
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.crop_pct = float(config["crop_pct"])
+        self._crop = create_transform(**config, normalize=False)
         self.interpolation = InterpolationMode(config["interpolation"])
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
         self.freeze()
+        if layer != PENULTIMATE:
+            _check_layer(self.model, layer, name)
         features, logits = self(torch.zeros(1, 3, *self.input_size))
         self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
         self.num_classes: int = logits.shape[1]
@@ -64,8 +78,46 @@ class Backbone(Frozen):
         Returns:
             The feature map (B, C, h, w) and the logits (B, K).
         """
-        output = self.model.forward_features(self.transform(images))
-        return _as_map(output, self.model, self.input_size, self.name), self.model.forward_head(output)
+        images = self.transform(images)
+        if self.layer == PENULTIMATE:
+            output = self.model.forward_features(images)
+            logits = self.model.forward_head(output)
+        else:
+            outputs: list[Any] = []
+            module = self.model.get_submodule(self.layer)
+            with module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
+                logits = self.model(images)
+            output = outputs[-1] if outputs else None
+        features = _as_map(output, len(images), self.model, self.input_size)
+        if features is None:
+            option, what = (
+                ("--model.backbone", f"the penultimate layer of '{self.name}'")
+                if self.layer == PENULTIMATE
+                else ("--model.layer", f"the output of '{self.layer}' in '{self.name}'")
+            )
+            raise UserError(
+                f"{option}: {what} is not a spatial map, so there is nothing to invert. Choose a model, or a layer "
+                "with --model.layer, that returns one map or one grid of tokens, such as the end of a stage."
+            )
+        return features, logits
+
+    def crop(self, image: Image.Image) -> Tensor:
+        """The classifier's own view of a picture: timm's evaluation transform, before normalisation.
+
+        Args:
+            image: Of any size and mode.
+
+        Returns:
+            (3, H, W) in [-1, 1].
+        """
+        return from_uint8(self._crop(image.convert("RGB")))
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors` in timm's layout."""
+        if Path(self.name).is_dir():
+            shutil.copytree(self.name, folder, dirs_exist_ok=True)
+        else:
+            save_for_hf(self.model, str(folder), safe_serialization=True)
 
     def transform(self, images: Tensor) -> Tensor:
         """The classifier's own resize and normalisation; cropping belongs to the data side."""
@@ -80,6 +132,11 @@ class Backbone(Frozen):
         return {"images": images, "features": features, "logits": logits}
 
     @property
+    def title(self) -> str:
+        """The model's name, also where a folder was given."""
+        return str(self.model.pretrained_cfg.get("architecture")) if Path(self.name).is_dir() else self.name
+
+    @property
     def transform_name(self) -> str:
         """How images reach the classifier, for the manifest of a shard set."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
@@ -87,7 +144,7 @@ class Backbone(Frozen):
         return f"{self.interpolation.value} {height}x{width} mean {mean} std {std}"
 
 
-def _create(name: str, pretrained: bool) -> Any:
+def _create(name: str, weights: str, input_size: int | None) -> Any:
     """Build a timm model, with errors that say what to do."""
     folder = Path(name)
     if folder.is_dir():
@@ -96,53 +153,105 @@ def _create(name: str, pretrained: bool) -> Any:
                 f"--model.backbone: the folder '{name}' holds no config.json, so it is not a classifier in "
                 "timm's layout. Give the folder that fitting a Classifier has written."
             )
-        try:
-            return timm.create_model(f"local-dir:{name}", pretrained=pretrained)
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(
-                f"--model.backbone: the classifier in '{name}' could not be loaded ({_first_line(error)}). "
-                "Its files are damaged or do not belong together: fit the Classifier anew."
-            ) from error
-    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        name = f"local-dir:{name}"
+    elif ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         hint = f"Did you mean {', '.join(close)}? " if close else ""
         raise UserError(
             f"--model.backbone: '{name}' is neither a folder nor a timm model. {hint}"
             "`timm.list_models()` lists all names; a folder must have been written by fitting a Classifier."
         )
+    overlay = _from_file(weights) if weights not in ("pretrained", "random") else None
     try:
-        return timm.create_model(name, pretrained=pretrained)
-    except (OSError, RuntimeError) as error:
+        model = timm.create_model(name, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
+        if input_size and model.pretrained_cfg.get("fixed_input_size"):
+            # Built again, so that timm fits tables of positions to the grid while it loads the weights.
+            model = timm.create_model(
+                name, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
+            )
+        return model
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(_cannot_load(name, weights, error)) from error
+
+
+def _data_config(model: Any, input_size: int | None) -> dict[str, Any]:
+    """The data configuration of timm: that of testing, with its own crop, where the size asked for is that one."""
+    if input_size is None:
+        return dict(resolve_model_data_config(model))
+    tested = resolve_model_data_config(model, use_test_size=True)
+    config = tested if tested["input_size"][1:] == (input_size, input_size) else resolve_model_data_config(model)
+    return {**config, "input_size": (3, input_size, input_size)}
+
+
+def _from_file(weights: str) -> dict[str, Any]:
+    """What tells timm to read a file, with the care that it takes of a model's older weights."""
+    path = Path(weights)
+    if not path.is_file() or path.suffix not in (".safetensors", ".pth"):
         raise UserError(
-            f"--model.backbone: the weights of '{name}' could not be loaded ({_first_line(error)}). "
-            "Check the name and the network, or download the model to a folder and give that."
-        ) from error
+            f"--model.weights: '{weights}' is not a file that ends in .safetensors or .pth. "
+            "Give such a file, `pretrained` for the weights that belong to the model's name, or `random`."
+        )
+    return {"file": weights, "custom_load": False, "source": None}
 
 
-def _as_map(output: Any, model: Any, input_size: tuple[int, int], name: str) -> Tensor:
-    """Bring the output of `forward_features` to (B, C, h, w).
+def _cannot_load(name: str, weights: str, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()
+    if weights not in ("pretrained", "random"):
+        return (
+            f"--model.weights: '{weights}' does not hold the weights of '{name}' "
+            f"({' '.join(line.strip() for line in reason[:2])[:300]}). Give the file of that architecture, undamaged."
+        )
+    if name.startswith("local-dir:"):
+        return (
+            f"--model.backbone: the classifier in '{name.removeprefix('local-dir:')}' could not be loaded "
+            f"({reason[0]}). Its files are damaged or do not belong together: fit the Classifier anew."
+        )
+    return (
+        f"--model.backbone: the weights of '{name}' could not be loaded ({reason[0]}). "
+        "Check the name and the network, or download the weights and give --model.weights FILE."
+    )
+
+
+def _check_layer(model: Any, layer: str, name: str) -> None:
+    layers = [module for module, _ in model.named_modules() if module]
+    if layer not in layers:
+        close = difflib.get_close_matches(layer, layers, n=3) or [info["module"] for info in model.feature_info]
+        raise UserError(
+            f"--model.layer: '{name}' has no layer '{layer}'. Did you mean {', '.join(close)}? "
+            f"`{PENULTIMATE}` is the penultimate one."
+        )
+
+
+def _as_map(output: Any, batch_size: int, model: Any, input_size: tuple[int, int]) -> Tensor | None:
+    """Bring the output of a layer to (B, C, h, w).
 
     Args:
         output: (B, C, h, w), (B, h, w, C), or tokens (B, N, C) with or without prefix tokens.
-        model: The timm model, asked for its layout.
-        input_size: (H, W) of the input: a token grid has its aspect ratio.
-        name: The model's name, for the error.
+        batch_size: Windows of a transformer are no batch.
+        model: The timm model, asked for its layout where shapes leave it open.
+        input_size: (H, W) of the input: a map has its aspect ratio.
+
+    Returns:
+        The map, or None if the output is nothing of the kind.
     """
-    if isinstance(output, Tensor) and output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if getattr(model, "output_fmt", None) == "NHWC" else output
-    if isinstance(output, Tensor) and output.ndim == 3:
+    if not isinstance(output, Tensor) or len(output) != batch_size:
+        return None
+    if output.ndim == 4:
+        return output.permute(0, 3, 1, 2) if _is_channels_last(output, model, input_size) else output
+    if output.ndim == 3:
         declared = getattr(model, "num_prefix_tokens", 0)
         for prefix in (declared, *range(MAX_PREFIX_TOKENS + 1)):
             tokens = output[:, prefix:]
             height = isqrt(tokens.shape[1] * input_size[0] // input_size[1])
-            if height and height * (height * input_size[1] // input_size[0]) == tokens.shape[1]:
+            if height and height * (height * input_size[1] // input_size[0]) == tokens.shape[1] > 1:
                 grid: Tensor = tokens.unflatten(1, (height, -1))
                 return grid.permute(0, 3, 1, 2)
-    raise UserError(
-        f"--model.backbone: the penultimate layer of '{name}' is not a spatial map, so there is nothing to "
-        "invert. Choose a model whose `forward_features` returns one map or one grid of tokens."
-    )
+    return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _is_channels_last(output: Tensor, model: Any, input_size: tuple[int, int]) -> bool:
+    """Whether a map is (B, h, w, C): told by the aspect ratio, since layers within a model differ."""
+    _, first, second, third = output.shape
+    fits_last = first * input_size[1] == second * input_size[0]
+    fits_first = second * input_size[1] == third * input_size[0]
+    return fits_last if fits_last != fits_first else getattr(model, "output_fmt", None) == "NHWC"

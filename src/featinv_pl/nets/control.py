@@ -1,13 +1,22 @@
 """The trained half: a feature map steers the prior through an encoder and a ControlNet."""
 
-from diffusers import ControlNetModel, UNet2DConditionModel
+from pathlib import Path
+
+from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featinv_pl.nets.prior import Residuals
+from featinv_pl.nets.sources import fill, read_weights
+
+Residuals = tuple[list[Tensor], Tensor]
+"""What a ControlNet adds to the UNet: one tensor per skip connection, and one for the middle."""
+
+PARTS = ("encoder", "controlnet")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-class FeatureEncoder(nn.Module):
+class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Brings a feature map to the width and grid of the prior's first layer.
 
     Bilinear upsampling to the latent grid, then three 3x3 convolutions with SiLU between them. The
@@ -19,6 +28,7 @@ class FeatureEncoder(nn.Module):
         hidden_channels: Width between.
     """
 
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
         super().__init__()
         self.hidden_channels = hidden_channels
@@ -56,7 +66,7 @@ class FeatureControl(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, in_channels: int, hidden_channels: int = 512) -> None:
         super().__init__()
-        self.encoder = FeatureEncoder(in_channels, unet.config.block_out_channels[0], hidden_channels)
+        self.encoder: FeatureEncoder = FeatureEncoder(in_channels, unet.config.block_out_channels[0], hidden_channels)
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
@@ -72,6 +82,24 @@ class FeatureControl(nn.Module):
         """
         down, middle = self.controlnet(latents, timesteps, prompts, encoded, return_dict=False)
         return down, middle
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `encoder/` and `controlnet/` in diffusers' layout."""
+        for name in PARTS:
+            getattr(self, name).save_pretrained(folder / name)
+
+    def load_pretrained(self, folder: Path, option: str) -> None:
+        """Load what `save_pretrained` has written.
+
+        diffusers' own loader would put a fresh embedding of pictures in place of the encoder's output,
+        so the weights are loaded into the network as it stands.
+
+        Args:
+            folder: Holds `encoder/` and `controlnet/`.
+            option: The option that named the folder, for errors.
+        """
+        for name in PARTS:
+            fill(self.get_submodule(name), read_weights(folder / name / WEIGHTS, option), name, option)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -23,5 +23,5 @@ def digest(module: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.detach().double().cpu().numpy().tobytes())
+        sha.update(tensor.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()

@@ -1,28 +1,37 @@
-"""The latent diffusion prior: what natural images look like. Frozen, in diffusers' layout."""
+"""The latent diffusion prior: what natural images look like. Frozen."""
 
+import json
+from json import JSONDecodeError
 from pathlib import Path
+from typing import Any
 
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.autoencoder import LatentAutoencoder, load_part
+from featinv_pl.nets import official
+from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.control import Residuals
 from featinv_pl.nets.frozen import Frozen
+from featinv_pl.nets.prompts import FILE as PROMPTS
+from featinv_pl.nets.prompts import encode_prompts, read_prompts, write_prompts
+from featinv_pl.nets.sources import find_folder, load_part, read_weights
 
-Residuals = tuple[list[Tensor], Tensor]
-"""What a ControlNet adds to the UNet: one tensor per skip connection, and one for the middle."""
-
-PROMPTS = "prompts.safetensors"
+OPTION = "--model.prior"
+FILES = ["unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*", PROMPTS]
+TOKENIZER = "openai/clip-vit-large-patch14"  # that of Stable Diffusion 1, which its original files do not hold
 
 
 class Prior(Frozen):
     """A frozen latent diffusion model with two stored prompt embeddings.
 
+    The text encoder of a prior that brings one serves once, to encode the prompts; see `encode_prompts`.
+
     Args:
-        folder: A folder with `unet/`, `vae/`, `scheduler/` in diffusers' layout and
-            `prompts.safetensors`, which holds `prompt` and `empty`, both (L, D).
+        source: A folder with `unet/`, `vae/`, `scheduler/` in diffusers' layout, and either
+            `prompts.safetensors`, which holds `prompt` and `empty`, both (L, D), or `text_encoder/` and
+            `tokenizer/`; the hub name of such a folder (`lambdalabs/miniSD-diffusers`); or one file in the
+            original layout of Stable Diffusion 1, `.ckpt` or `.safetensors`.
 
     Attributes:
         autoencoder: Between images and latents.
@@ -32,35 +41,58 @@ class Prior(Frozen):
     prompt: Tensor
     empty: Tensor
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, source: str) -> None:
         super().__init__()
-        root = Path(folder)
-        for part in ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json", PROMPTS):
-            if not (root / part).is_file():
-                raise UserError(
-                    f"--model.prior: '{folder}' has no {part}. Give a folder with unet/, vae/ and scheduler/ in "
-                    f"diffusers' layout and {PROMPTS}; fitting a NoisePredictor writes one."
-                )
-        self.folder = folder
-        self.autoencoder = LatentAutoencoder(root / "vae", "--model.prior")
-        self.unet = load_part(UNet2DConditionModel, root / "unet", "--model.prior")
-        try:
-            self.schedule = DDIMScheduler.from_pretrained(root / "scheduler")
-            prompts = load_file(root / PROMPTS)
-            self.register_buffer("prompt", prompts["prompt"])
-            self.register_buffer("empty", prompts["empty"])
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"--model.prior: the scheduler or {PROMPTS} of '{folder}' is damaged ({reason}). Make the prior anew."
-            ) from error
+        self.source = source
+        if Path(source).is_file():
+            prompt, empty = self._load_file(Path(source))
+        else:
+            prompt, empty = self._load_folder(find_folder(source, FILES, OPTION))
         width = self.unet.config.cross_attention_dim
-        if self.prompt.shape[1:] != (width,) or self.empty.shape != self.prompt.shape:
+        if prompt.shape[1:] != (width,) or empty.shape != prompt.shape:
             raise UserError(
-                f"--model.prior: the prompts of '{folder}' have the shapes {tuple(self.prompt.shape)} and "
-                f"{tuple(self.empty.shape)}; its UNet wants (tokens, {width}) for both. Make the prior anew."
+                f"{OPTION}: the prompts of '{source}' have the shapes {tuple(prompt.shape)} and "
+                f"{tuple(empty.shape)}; its UNet wants (tokens, {width}) for both. Make the prior anew."
             )
+        self.register_buffer("prompt", prompt)
+        self.register_buffer("empty", empty)
         self.freeze()
+
+    def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:
+        self.autoencoder = LatentAutoencoder(load_part(AutoencoderKL, folder / "vae", OPTION))
+        self.unet = load_part(UNet2DConditionModel, folder / "unet", OPTION)
+        self.schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
+        if (folder / PROMPTS).is_file():
+            return read_prompts(folder / PROMPTS, OPTION)
+        weights = sorted((folder / "text_encoder").glob("*.safetensors")) or sorted(
+            (folder / "text_encoder").glob("*.bin")
+        )
+        if not weights or not (folder / "tokenizer").is_dir():
+            raise UserError(
+                f"{OPTION}: '{folder}' has neither {PROMPTS} nor both text_encoder/ and tokenizer/. "
+                "Give a prior that is whole; fitting a NoisePredictor writes one without text."
+            )
+        config = _read_json(folder / "text_encoder" / "config.json")
+        return encode_prompts(read_weights(weights[0], OPTION), config, str(folder / "tokenizer"), OPTION)
+
+    def _load_file(self, path: Path) -> tuple[Tensor, Tensor]:
+        state = read_weights(path, OPTION)
+        self.autoencoder = LatentAutoencoder(official.autoencoder(state, OPTION))
+        self.unet = official.unet(state, OPTION)
+        self.schedule = official.schedule()
+        text_encoder = official.part(state, official.TEXT_ENCODER)
+        if not text_encoder:
+            raise UserError(f"{OPTION}: '{path}' has no text encoder ({official.TEXT_ENCODER}*). Give a whole file.")
+        config = official.text_encoder_config(text_encoder)
+        tokenizer = path.parent / "tokenizer"
+        return encode_prompts(text_encoder, config, str(tokenizer) if tokenizer.is_dir() else TOKENIZER, OPTION)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a folder in the layout that `Prior` loads, with the prompts stored."""
+        self.unet.save_pretrained(folder / "unet")
+        self.autoencoder.vae.save_pretrained(folder / "vae")
+        self.schedule.save_pretrained(folder / "scheduler")
+        write_prompts(folder / PROMPTS, self.prompt, self.empty)
 
     def predict(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, control: Residuals | None = None) -> Tensor:
         """Predict the noise (or the velocity, if the prior was trained so).
@@ -89,6 +121,11 @@ class Prior(Frozen):
         """(channels, h, w) of one latent, given moments (B, 2 * channels, h, w)."""
         return self.autoencoder.latent_channels, *moments.shape[2:]
 
+    def latent_grid(self, image_size: int) -> tuple[int, int, int]:
+        """(channels, h, w) of the latents of square images with that side, in pixels."""
+        side = image_size // 2 ** (len(self.autoencoder.vae.config.block_out_channels) - 1)
+        return self.autoencoder.latent_channels, side, side
+
     @property
     def num_timesteps(self) -> int:
         """Length T of the noise schedule."""
@@ -112,3 +149,28 @@ def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, ti
         velocity: Tensor = schedule.get_velocity(latents, noise, timesteps)
         return velocity
     return noise
+
+
+def _schedule(path: Path) -> DDIMScheduler:
+    """The noise schedule of a prior, whichever scheduler its configuration is of.
+
+    What a configuration leaves out is Stable Diffusion's: older ones do, and DDIM's own defaults differ.
+    """
+    config = _read_json(path)
+    try:
+        return DDIMScheduler.from_config({**official.SCHEDULE, **config, "clip_sample": False})
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{OPTION}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        contents: dict[str, Any] = json.loads(path.read_text())
+        return contents
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{OPTION}: '{path.parents[1]}' has no {path.parent.name}/{path.name}. "
+            "Give a whole prior in diffusers' layout."
+        ) from error
+    except (OSError, JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{OPTION}: '{path}' is damaged ({error}). Make the prior anew.") from error

@@ -1,0 +1,97 @@
+"""The two prompts of the method, encoded once and stored, so that no run keeps a text encoder."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import cached_assets_path
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+
+PROMPT = "a high-quality, detailed, and professional image"
+FILE = "prompts.safetensors"
+LENGTH = 77  # tokens of a prompt of Stable Diffusion, the end filled up
+
+
+def read_prompts(path: Path, option: str) -> tuple[Tensor, Tensor]:
+    """Read the stored embeddings: of the prompt and of the empty prompt, both (L, D)."""
+    try:
+        prompts = load_file(path)
+        return prompts["prompt"], prompts["empty"]
+    except (OSError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{option}: '{path}' is damaged ({reason}). Make the prior anew.") from error
+
+
+def write_prompts(path: Path, prompt: Tensor, empty: Tensor) -> None:
+    """Write embeddings (L, D), whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    save_file({"prompt": prompt.contiguous(), "empty": empty.contiguous()}, partial)
+    os.replace(partial, path)
+
+
+def encode_prompts(
+    state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, option: str
+) -> tuple[Tensor, Tensor]:
+    """Encode both prompts as Stable Diffusion 1 does, or take them from the cache if that was done before.
+
+    The cache is Hugging Face's for assets. Its key is the text encoder's weights, so that no other
+    encoder's prompts can be mistaken for this one's.
+
+    Args:
+        state: Weights of a CLIP text model, as transformers names them.
+        config: Its CLIPTextConfig, as a dictionary.
+        tokenizer: A folder or hub name of its CLIPTokenizer.
+        option: The option that named the prior, for errors.
+
+    Returns:
+        The last hidden states of the prompt and of the empty prompt, both (L, D).
+    """
+    stored = cached_assets_path("featinv-pl", namespace="prompts", subfolder=_key(state)) / FILE
+    if not stored.is_file():
+        prompt, empty = _encode(state, config, tokenizer, option)
+        write_prompts(stored, prompt, empty)
+    return read_prompts(stored, option)
+
+
+def _key(state: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256(PROMPT.encode())
+    for name, tensor in sorted(state.items()):
+        sha.update(name.encode())
+        sha.update(tensor.float().numpy().tobytes())
+    return sha.hexdigest()
+
+
+@torch.no_grad()
+def _encode(state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, option: str) -> tuple[Tensor, Tensor]:
+    # Two seconds of import that only this function needs.
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    try:
+        loaded: Any = CLIPTextModel.from_pretrained(
+            None, config=CLIPTextConfig.from_dict(config), state_dict=state, output_loading_info=True
+        )
+        encoder, report = loaded
+        tokenize = CLIPTokenizer.from_pretrained(tokenizer)
+        # Where the files are out of reach, transformers makes an empty tokenizer without a word.
+        if len(tokenize) != encoder.config.vocab_size:
+            raise ValueError(f"it knows {len(tokenize)} tokens instead of {encoder.config.vocab_size}")
+        tokens = tokenize([PROMPT, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{option}: the prompts could not be encoded with the prior's text encoder and the tokenizer "
+            f"'{tokenizer}' ({reason}). Check the network, or put tokenizer/ of the same model beside the weights."
+        ) from error
+    if report["missing_keys"]:
+        raise UserError(
+            f"{option}: the text encoder lacks {len(report['missing_keys'])} weights, such as "
+            f"{sorted(report['missing_keys'])[0]}. The file is damaged or of another architecture."
+        )
+    prompt, empty = encoder.eval()(tokens.input_ids).last_hidden_state
+    return prompt, empty

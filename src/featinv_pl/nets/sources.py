@@ -1,0 +1,156 @@
+"""Where weights come from: a folder in diffusers' layout, the hub, or one file. None of them may run code."""
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+
+Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
+
+HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
+# Old checkpoints of Lightning keep such objects beside their weights.
+INERT_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf", "numpy")
+
+
+def find_folder(source: str, files: list[str], option: str) -> Path:
+    """The folder of a source, fetched from the hub where it is a name.
+
+    Args:
+        source: A folder, or a name on the hub.
+        files: Patterns of the files that are needed.
+        option: The option that named the source, for errors.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
+    except (OSError, ValueError) as error:  # what the hub's errors all are
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{option}: '{source}' is no folder, no file, and could not be fetched from the hub ({reason}). "
+            "Check the name and the network, or download it and give its folder."
+        ) from error
+
+
+def load_part(kind: type[Part], folder: Path, option: str) -> Part:
+    """Load one network in diffusers' layout, refusing a file in which weights are missing."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{option}: '{folder}' holds no config.json. Give a folder in diffusers' layout, "
+            f"with config.json and weights of a {kind.__name__}."
+        )
+    # Old folders hold a pickle alone, which diffusers reads as tensors only.
+    safe = not any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
+    try:
+        network, report = kind.from_pretrained(
+            folder, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason}") from error
+    if report["missing_keys"]:
+        raise UserError(
+            f"{option}: '{folder}' lacks {len(report['missing_keys'])} weights of {kind.__name__}, "
+            f"such as {report['missing_keys'][0]}. The file is damaged or of another architecture."
+        )
+    loaded: Part = network
+    return loaded
+
+
+def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> None:
+    """Load weights into a network, naming what is missing, too much or of another shape.
+
+    Args:
+        network: Is left as it was if anything is wrong.
+        weights: By the names of its state dict.
+        what: The network, in the error's words.
+        option: The option that named the source, for errors.
+    """
+    expected = network.state_dict()
+    wrong = [
+        name
+        for name in dict.fromkeys([*expected, *weights])
+        if name not in expected or weights.get(name) is None or weights[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{option}: {len(wrong)} tensors of the {what} are missing, too many or of another shape (it has "
+            f"{len(expected)}), such as {wrong[0]}. They belong to another architecture, or the file is not whole."
+        )
+    network.load_state_dict(weights)
+
+
+def read_weights(path: Path, option: str) -> dict[str, Tensor]:
+    """Read a state dict from `.safetensors`, or from a file of torch (`.ckpt`, `.pth`, `.bin`).
+
+    A file of torch is a pickle, which may call any function. Torch's `weights_only` refuses all but
+    tensors; objects of Lightning, OmegaConf and NumPy, which checkpoints often carry, are replaced by
+    nothing. Anything else is refused.
+
+    Args:
+        path: The file.
+        option: The option that named it, for errors.
+
+    Returns:
+        Tensors by name, of the entry `state_dict` if there is one.
+    """
+    if not path.is_file():
+        raise UserError(f"{option}: there is no file '{path}'. Check the path.")
+    try:
+        contents = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, option)
+    except UserError:
+        raise
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{option}: '{path}' is damaged or is no file of weights ({reason}). Download or copy it again."
+        ) from error
+    state: Any = contents.get("state_dict", contents) if isinstance(contents, dict) else {}
+    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    if not weights:
+        raise UserError(f"{option}: '{path}' holds no tensors. Give a file with a state dict.")
+    return weights
+
+
+def _load_pickle(path: Path, option: str) -> Any:
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # the format before 1.6, which has no list; its loading is as strict
+        names = []
+    inert = [name for name in names if name.split(".")[0] in INERT_PACKAGES]
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in inert]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused is None:
+            raise
+        raise UserError(
+            f"{option}: '{path}' wants to call {refused[1]}, which no weights need, so it is not opened. "
+            "Get the file from a source that you trust, best as .safetensors."
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the file is of torch's present format, which alone can be mapped into memory."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+class _Inert:
+    """Stands for any object that is not a tensor, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take what the object took."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget what the object knew."""

@@ -1,0 +1,192 @@
+"""A trained inverter as a folder that can be published, and as three lines of Python."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+from featinv_pl.inversion import FeatureInversion
+from featinv_pl.nets.sources import find_folder
+from featinv_pl.sampling.noise import keyed_noise
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.types import Views, to_uint8
+
+INDEX = "model_index.json"
+BACKBONE, PRIOR = "backbone", "prior"
+
+
+class FeatInvPipeline:
+    """Draws images from a picture's feature map, or from a map.
+
+        pipeline = FeatInvPipeline.from_pretrained("folder-or-hub-name")
+        [drawn] = pipeline(Image.open("cat.jpg"), num_samples=4)
+        drawn[0].save("reconstruction.png")
+
+    Args:
+        inversion: The inverter, with its frozen parts.
+
+    Attributes:
+        inversion: The same, whose `sampler` may be replaced.
+    """
+
+    def __init__(self, inversion: FeatureInversion) -> None:
+        self.inversion = inversion.eval()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Load a model folder, as `featinv-pl export` and `import` write it.
+
+        Args:
+            source: The folder, or its name on the hub.
+        """
+        folder = find_folder(str(source), ["*"], "--model")
+        index = _read_index(folder)
+        try:
+            # Parts that came from a disk lie in the folder; those of the hub are named.
+            backbone, prior = (
+                str(folder / name) if (folder / name).is_dir() else index[name] for name in (BACKBONE, PRIOR)
+            )
+            inversion = FeatureInversion(
+                backbone,
+                prior,
+                image_size=index["image_size"],
+                layer=index["layer"],
+                input_size=index["input_size"],
+                control=folder,
+                conditioning=index["conditioning"],
+                hidden_channels=index["hidden_channels"],
+                sampler=Sampler(**index["sampler"]),
+            )
+            theirs = index["digests"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"--model: '{folder / INDEX}' is damaged ({error}). Export the model anew.") from error
+        for name, ours in inversion.frozen.items():
+            if theirs.get(name) != ours:
+                raise UserError(
+                    f"--model: the {name} of '{folder}' has other weights ({ours[:8]}) than the one that its control "
+                    f"was trained with ({str(theirs.get(name))[:8]}). Copy the folder again, or export the model anew."
+                )
+        return cls(inversion)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a model folder: `encoder/`, `controlnet/`, `model_index.json`, and frozen parts of this disk.
+
+        Args:
+            folder: Must not exist.
+        """
+        inversion = self.inversion
+        folder.mkdir(parents=True)
+        inversion.control.save_pretrained(folder)
+        backbone, prior = inversion.backbone, inversion.prior
+        if Path(backbone.name).exists() or Path(backbone.weights).is_file():
+            backbone.save_pretrained(folder / BACKBONE)
+        if Path(prior.source).exists():
+            prior.save_pretrained(folder / PRIOR)
+        (folder / INDEX).write_text(json.dumps(self.index, indent=2) + "\n")
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What `from_pretrained` needs besides weights."""
+        backbone, prior = self.inversion.backbone, self.inversion.prior
+        return {
+            "_class_name": type(self).__name__,
+            "_featinv_pl_version": version("featinv-pl"),
+            BACKBONE: backbone.title,
+            "layer": backbone.layer,
+            "input_size": backbone.input_size[0],
+            PRIOR: "/".join(Path(prior.source).parts[-2:]),
+            "image_size": self.inversion.image_size,
+            "conditioning": self.inversion.conditioning,
+            "hidden_channels": self.inversion.control.encoder.hidden_channels,
+            "sampler": asdict(self.inversion.sampler),
+            "digests": self.inversion.frozen,
+        }
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all networks."""
+        self.inversion.to(device)
+        return self
+
+    def crop(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """What the classifier sees of pictures of any size: (B, 3, H, W) in [-1, 1]."""
+        return torch.stack([self.inversion.backbone.crop(picture) for picture in pictures])
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> Views:
+        """Send images (B, 3, H, W) in [-1, 1] through the classifier."""
+        return self.inversion.backbone.look(images.to(self.inversion.device))
+
+    @torch.no_grad()
+    def draw(self, features: Tensor, num_samples: int = 1, seed: int = 0) -> Tensor:
+        """Draw images from one feature map.
+
+        Noise depends on the seed and on the sample's number alone, so equal numbers of two maps start
+        from equal noise, and what differs between them is the maps' doing.
+
+        Args:
+            features: (C, h, w).
+            num_samples: How many images.
+            seed: Of the noise.
+
+        Returns:
+            (num_samples, 3, H, W), about [-1, 1].
+        """
+        inversion = self.inversion
+        shape = inversion.backbone.feature_shape
+        if features.shape[0] != shape[0] or features.ndim != len(shape):
+            raise UserError(f"The map has the shape {tuple(features.shape)}; this inverter reads {shape}.")
+        grid = inversion.prior.latent_grid(inversion.image_size)
+        noise = keyed_noise([str(number) for number in range(num_samples)], grid, seed)
+        maps = features.to(inversion.device).expand(num_samples, -1, -1, -1)
+        return inversion.invert(maps, noise.to(inversion.device))
+
+    def __call__(
+        self, pictures: Image.Image | Sequence[Image.Image] | Tensor, num_samples: int = 1, seed: int = 0
+    ) -> list[list[Image.Image]]:
+        """Reconstruct pictures, or draw from feature maps.
+
+        Args:
+            pictures: One or several pictures of any size, or maps (B, C, h, w).
+            num_samples: Images per picture or map.
+            seed: Of the noise.
+
+        Returns:
+            For each picture or map its `num_samples` images.
+        """
+        if isinstance(pictures, Tensor):
+            features = pictures
+        else:
+            several = [pictures] if isinstance(pictures, Image.Image) else pictures
+            features = self.look(self.crop(several))["features"]
+        return [[as_picture(image) for image in self.draw(one, num_samples, seed)] for one in features]
+
+    def with_sampler(self, **changes: Any) -> Self:
+        """Change how images are drawn, by fields of `Sampler`."""
+        self.inversion.sampler = replace(self.inversion.sampler, **changes)
+        return self
+
+
+def as_picture(image: Tensor) -> Image.Image:
+    """Turn an image (3, H, W) in [-1, 1] into a picture."""
+    return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        return index
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--model: '{folder}' has no {INDEX}, so it is no published model. "
+            "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
+        ) from error
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--model: '{folder / INDEX}' is damaged ({error}). Export the model anew.") from error
