@@ -289,3 +289,11 @@ def test_a_folder_without_sets_is_refused_under_its_own_name(name: str, tmp_path
     assert source == "mine"
     with pytest.raises(UserError, match=f"{OPTION}: .*'{tmp_path / name}'"):
         ShardSet(folder, source, OPTION)
+
+
+def test_many_shards_need_few_open_files(make_batch: MakeBatch, tmp_path: Path) -> None:
+    write_set(tmp_path, make_batch(80), shard_size=1)
+    shards = ShardSet(tmp_path, "val", OPTION)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert [shards[number]["key"] for number in range(80)] == [f"0-{number}" for number in range(80)]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

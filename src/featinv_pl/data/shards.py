@@ -27,6 +27,7 @@ from featinv_pl.types import Batch
 
 OnError = Literal["raise", "skip"]
 PICTURES = ("png", "jpg")
+OPEN_SHARDS = 24  # more than training shuffles at once; an index of 1000 entries takes 2 MB
 
 
 class DamagedError(UserError):
@@ -37,7 +38,6 @@ class OpenShard(NamedTuple):
     """A tar that is being read."""
 
     path: Path
-    file: int
     entries: list[Entry]
 
 
@@ -81,7 +81,7 @@ class ShardSet(Dataset[Sample]):
                 if on_error == "raise":
                     raise
                 self.skipped += [f"{error} (a whole shard)"] * shard["samples"]
-        self._open = lru_cache(maxsize=64)(self._open_shard)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._latent_shape: tuple[int, ...] | None = None
 
     @property
@@ -116,7 +116,7 @@ class ShardSet(Dataset[Sample]):
         shard = self._open(position)
         entry = shard.entries[number - (self._ends[position] - self.shards[position]["samples"])]
         try:
-            members = _read(shard.file, entry, self.with_images)
+            members = _read(shard.path, entry, self.with_images)
             sample = decode(members, self.manifest["settings"]["storage"], self.with_images)
             self._check(sample)
         except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
@@ -163,10 +163,7 @@ class ShardSet(Dataset[Sample]):
                 f"The index '{index_path(path)}' has {len(entries)} samples, and its manifest says "
                 f"{shard['samples']}. Extract the features anew."
             )
-        try:
-            return OpenShard(path, os.open(path, os.O_RDONLY), entries)
-        except OSError as error:
-            raise DamagedError(f"The shard '{path}' cannot be opened: {error}.") from error
+        return OpenShard(path, entries)
 
     def _check(self, sample: Sample) -> None:
         made_by = self.manifest["provenance"]
@@ -208,7 +205,7 @@ def read_index(path: Path, shard: Shard) -> list[Entry]:
     return INDEX.validate_json(data)["entries"]
 
 
-def _read(file: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
+def _read(path: Path, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     """Read an entry's members in one go, and check each."""
     members = {
         suffix: (member["offset"], member["offset"] + BLOCKSIZE + -(-member["size"] // BLOCKSIZE) * BLOCKSIZE, member)
@@ -217,8 +214,9 @@ def _read(file: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     }
     start, end = min(first for first, _, _ in members.values()), max(last for _, last, _ in members.values())
     data = np.empty(end - start, np.uint8).data
-    if os.preadv(file, [data], start) != len(data):
-        raise ValueError("the shard ends before it")
+    with path.open("rb", buffering=0) as file:
+        if os.preadv(file.fileno(), [data], start) != len(data):
+            raise ValueError("the shard ends before it")
     contents = {}
     for suffix, (first, last, member) in members.items():
         block = data[first - start : last - start]
