@@ -71,7 +71,7 @@ class FeatinvCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
         if self.config[self.subcommand].plan:
-            _plan(self.config[self.subcommand].trainer.callbacks or [])
+            self._plan_extraction()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
             # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
             self.config.predict.return_predictions = False
@@ -80,13 +80,15 @@ class FeatinvCLI(LightningCLI):
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [Progress()]
 
-
-def _plan(callbacks: list[Any]) -> None:
-    writers = [callback for callback in callbacks if callback.class_path.endswith(".ShardWriter")]
-    if not writers:
-        raise UserError("--plan: only predict with a ShardWriter among --trainer.callbacks has something to plan.")
-    for writer in writers:
-        writer.init_args.plan = True
+    def _plan_extraction(self) -> None:
+        """Let an extraction do nothing but estimate itself."""
+        trainer = self.config[self.subcommand].trainer
+        writers = [callback for callback in trainer.callbacks or [] if callback.class_path.endswith(".ShardWriter")]
+        if self.subcommand != "predict" or not writers:
+            raise UserError("--plan: only predict with a ShardWriter among --trainer.callbacks has something to plan.")
+        for writer in writers:
+            writer.init_args.plan = True
+        trainer.logger, self.save_config_callback = False, None
 
 
 def _check_checkpoint(path: Path) -> None:

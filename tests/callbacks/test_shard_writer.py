@@ -134,6 +134,7 @@ def test_plan_writes_nothing_and_tells_all(config: str, capsys: pytest.CaptureFi
     size = re.search(r"84 samples of ([\d.]+) kB: 0\.\d+ GB, and about 0\.\d+ hours on 1 processes of", printed)
     assert size is not None
     assert not Path("shards").exists()
+    assert not Path("run").exists()
     extract(config, "--data.views=4")
     tars = sum(path.stat().st_size for path in Path("shards/mine").glob("*.tar"))
     assert float(size[1]) * 84 * 1000 == pytest.approx(tars, rel=0.1)

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from conftest import MakeBatch
 from featinv_pl.data import entries
-from featinv_pl.data.entries import ImageFormat, Sample, Storage, collate, decode, prepare, quantise
+from featinv_pl.data.entries import ImageFormat, Sample, Storage, collate_samples, decode, prepare, quantise
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
 
@@ -56,7 +56,7 @@ def test_the_image_comes_last_and_is_optional(make_batch: MakeBatch) -> None:
     assert list(encode(batch, 0, "png")) == ["json", "features.npy", "logits.npy", "latent.npy", "png"]
     assert "images" not in back(encode(batch, 0, "png"), with_images=False)
     samples = [back(encode(batch, index, "png"), with_images=False) for index in range(2)]
-    assert collate(samples).keys() == {"features", "logits", "latents", "labels", "source", "key"}
+    assert collate_samples(samples).keys() == {"features", "logits", "latents", "labels", "source", "key"}
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])

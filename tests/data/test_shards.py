@@ -17,7 +17,7 @@ from shard_sets import OPTION, replace_member, write_set
 from torch import Tensor
 
 from conftest import MakeBatch
-from featinv_pl.data.entries import collate
+from featinv_pl.data.entries import collate_samples
 from featinv_pl.data.manifests import MANIFEST, find_sets, index_path, read_manifest, write_manifest
 from featinv_pl.data.shards import ShardSet
 from featinv_pl.errors import UserError
@@ -37,7 +37,7 @@ def test_set_gives_every_sample_by_its_index(make_batch: MakeBatch, tmp_path: Pa
     shards = ShardSet(tmp_path, "val", OPTION)
     assert [shard["samples"] for shard in manifest["shards"]] == shards.shard_sizes == [3, 3, 2]
     assert len(shards) == 8
-    together = collate([shards[index] for index in range(8)])
+    together = collate_samples([shards[index] for index in range(8)])
     assert together["key"] == batch["key"]
     assert together["source"] == ["val"] * 8  # by the name that the user gave
     assert torch.equal(together["images"], batch["images"])

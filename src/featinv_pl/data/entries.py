@@ -1,4 +1,4 @@
-"""One entry of a shard: `prepare` and `encode` write it, `decode` reads it, `collate` makes a batch of many."""
+"""One entry of a shard: `prepare` and `encode` write it, `decode` reads it, `collate_samples` makes a batch of many."""
 
 import io
 import json
@@ -203,7 +203,7 @@ def _decode_header(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]
     return dtype, shape
 
 
-def collate(samples: list[Sample]) -> Batch:
+def collate_samples(samples: list[Sample]) -> Batch:
     """Stack samples to a batch, in half precision."""
     # torch's own function stacks right into the memory that a worker shares with its parent.
     batch: Batch = {

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset
 
-from featinv_pl.data.entries import Sample, collate, decode, widen
+from featinv_pl.data.entries import Sample, collate_samples, decode, widen
 from featinv_pl.data.manifests import INDEX, Entry, Shard, index_path, read_manifest
 from featinv_pl.data.remote import RemoteSet
 from featinv_pl.errors import UserError
@@ -145,7 +145,7 @@ class ShardSet(Dataset[Sample]):
                 skipped.append(str(error))
         if not samples:
             raise DamagedError(f"All {len(skipped)} samples of a batch are damaged, such as this: {skipped[0]}")
-        batch = collate(samples)
+        batch = collate_samples(samples)
         if skipped:
             batch["skipped"] = skipped
         return batch
