@@ -62,7 +62,12 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
         },
         "model": {
             "class_path": "FeatureInversion",
-            "init_args": {"backbone": str(classifier_folder), "prior": str(prior_folder), "hidden_channels": 8},
+            "init_args": {
+                "backbone": str(classifier_folder),
+                "prior": str(prior_folder),
+                "image_size": 32,
+                "hidden_channels": 8,
+            },
         },
         "data": {"class_path": "FeatureShards", "init_args": {"train": "shards/val", "batch_size": 16}},
     }

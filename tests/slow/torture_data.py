@@ -130,7 +130,13 @@ def make_networks(folder: Path) -> None:
         },
         "model": {
             "class_path": "FeatureInversion",
-            "init_args": {"backbone": "net", "prior": "prior", "hidden_channels": 8, "sampler": {"steps": 1}},
+            "init_args": {
+                "backbone": "net",
+                "prior": "prior",
+                "image_size": 32,
+                "hidden_channels": 8,
+                "sampler": {"steps": 1},
+            },
         },
         "data": {
             "class_path": "FeatureShards",
