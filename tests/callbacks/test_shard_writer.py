@@ -103,12 +103,17 @@ def test_goes_on_byte_for_byte_alone_and_in_two_processes(config: str) -> None:
             extract(*args, f"--trainer.callbacks+={json.dumps(interruption)}")
     kept = sorted(path.name for path in Path("shards/mine").glob("*.tar"))
     assert kept == ["mine-00000.tar", "mine-00001.tar"]
-    extract(*args, "--trainer.devices=2", "--trainer.strategy=ddp_fork", "--data.num_workers=1")
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp_fork", "--data.num_workers=1")
+    extract(*args, *two)
+    assert files("shards") == expected
+    begun = {name: json.loads(expected["manifest.json"])[name] for name in ("settings", "provenance")}
+    for name in ("manifest.json", "mine-00002.tar"):  # one shard is left, and nothing for one of the processes
+        (Path("shards/mine") / name).unlink()
+    Path("shards/mine/extraction.json").write_text(json.dumps(begun))
+    extract(*args, *two)
     assert files("shards") == expected
     Path("shards/mine/manifest.json").unlink()  # as if killed before the last step
-    Path("shards/mine/extraction.json").write_text(
-        json.dumps({name: json.loads(expected["manifest.json"])[name] for name in ("settings", "provenance")})
-    )
+    Path("shards/mine/extraction.json").write_text(json.dumps(begun))
     extract(*args)
     assert files("shards") == expected
 

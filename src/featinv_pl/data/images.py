@@ -100,11 +100,10 @@ class ImageData(LightningDataModule):
             `ShardWriter` leaves what this process has still to compute.
     """
 
-    # A process may have nothing left to extract of a source while others have.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(self, predicted: Sequence[ImageSource], batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
+        # A process may have nothing left to extract of a source while others have.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
         if batch_size < 1:
             raise UserError(f"--data.batch_size must be at least 1, and is {batch_size}.")
         self.predicted, self.batch_size, self.num_workers = predicted, batch_size, num_workers
