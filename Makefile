@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check bench parity full-size clean
+.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv with everything in it
 
@@ -40,6 +40,12 @@ check: lint types test  ## all that CI runs
 
 bench: demo  ## where the time of training and sampling goes on this machine
 	$(BIN)/featinv-pl fit --config experiments/digits/spatial.yaml --config experiments/bench/profile.yaml
+
+bench-data: install  ## how fast shards are written and read on this machine, as ratios
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/bench_data.py
+
+torture-data: install  ## kill extraction and streaming, damage shards, and count what is lost: about 20 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/torture_data.py
 
 parity: install  ## differences from the authors' code, on a small model of theirs
 	cd tests && ../$(BIN)/python -m parity

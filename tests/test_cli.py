@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
-from featinv_pl.data.shards import read_manifest
+from featinv_pl.data.manifests import read_manifest, write_manifest
 
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
@@ -33,7 +33,7 @@ def extraction(classifier: Path, prior: Path, sources: list[str]) -> dict[str, A
         "trainer": {
             **TRAINER,
             "default_root_dir": "shards",
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 40}}],
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 30}}],
             "limit_predict_batches": 2,
         },
         "model": {
@@ -185,7 +185,7 @@ def test_base_lies_beneath(capsys: pytest.CaptureFixture[str]) -> None:
 CLASSIFIER: dict[str, Any] = {"model": "test_resnet", "num_classes": 10, "image_size": 32}
 
 
-@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["demo", "--help"], ["report", "--help"], []])
+@pytest.mark.parametrize("command", [["--help"], ["fit", "--help"], ["demo", "--help"], ["verify", "--help"], []])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with contextlib.suppress(SystemExit):
         main(command)
@@ -307,14 +307,20 @@ def test_checkpoint_of_another_model_is_refused(
     assert Path("before/inversion.ckpt").read_bytes() == before
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_finished_shards_are_never_overwritten(
     shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(shards, "shards")
-    before = {path: path.read_bytes() for path in Path("shards").rglob("*") if path.is_file()}
+    before = files(Path("shards/val"))
     config = write(Path("extract.yaml"), extraction(classifier_folder, prior_folder, ["val"]))
-    refused(["predict", "--config", config], capsys, "already holds a finished shard set")
-    assert {path: path.read_bytes() for path in Path("shards").rglob("*") if path.is_file()} == before
+    main(["predict", "--config", config])
+    assert "already holds the finished shard set" in capsys.readouterr().out
+    refused(["predict", "--config", config, "--data.batch_size=15"], capsys, "batch_size: 30 there, 15 here")
+    assert files(Path("shards/val")) == before
 
 
 def test_map_of_the_wrong_shape_is_refused(
@@ -323,7 +329,7 @@ def test_map_of_the_wrong_shape_is_refused(
     shutil.copytree(shards, "shards")
     manifest = read_manifest(Path("shards/train"), "")
     manifest["provenance"]["feature_shape"] = [8, 5, 5]
-    Path("shards/train/manifest.json").write_text(json.dumps(manifest))
+    write_manifest(Path("shards/train"), manifest)
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder))
     refused(["fit", "--config", config], capsys, "maps of (8, 5, 5)", "maps of (8, 4, 4)")
 

@@ -16,6 +16,7 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   validate   score a FeatureInversion on its validation shards
   test       score a FeatureInversion on shards of any number of sources
   predict    extract features of images into shards
+  verify       check feature shards against their manifest
   reconstruct  draw pictures from the feature maps of pictures
   export     write a trained inverter as a folder to publish
   import     write the authors' checkpoint as such a folder
@@ -73,6 +74,17 @@ def run(args: list[str]) -> None:
         print(USAGE, end="")
     else:
         raise UserError(f"there is no command '{command}'. `featinv-pl --help` lists them.")
+
+
+def _verify(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl verify", description="Check feature shards against their manifest.")
+    parser.add_argument("folder", type=Path, nargs="+", help="a shard set, or a folder of some")
+    options = parser.parse_args(args)
+    from featinv_pl.data.verification import verify
+
+    results = [verify(folder) for folder in options.folder]
+    if not all(results):
+        sys.exit(1)
 
 
 def _report(args: list[str]) -> None:
@@ -155,6 +167,7 @@ OWN_COMMANDS = {
     "reconstruct": _reconstruct,
     "export": _export,
     "import": _import,
+    "verify": _verify,
     "report": _report,
     "demo": _demo,
 }

@@ -36,6 +36,7 @@ EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
     r".*does not have many workers",  # small data sets are read faster by the main process
     r"The number of training batches",  # epochs of small data sets are shorter than the logging interval
+    r"Total length of `\w+` across ranks is zero",  # an extraction that lacked nothing but its manifest
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
 )
@@ -61,8 +62,17 @@ class FeatinvCLI(LightningCLI):
             "other, and gives the same figures on every machine; null leaves the choice to torch.",
         )
 
+        parser.add_argument(
+            "--plan",
+            action="store_true",
+            help="Of predict: print the samples, shards, bytes and hours that it takes, after a short trial, and "
+            "write nothing.",
+        )
+
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
+        if self.config[self.subcommand].plan:
+            self._plan_extraction()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
             # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
             self.config.predict.return_predictions = False
@@ -70,6 +80,16 @@ class FeatinvCLI(LightningCLI):
             torch.set_num_threads(num_threads)
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [Progress()]
+
+    def _plan_extraction(self) -> None:
+        """Let an extraction do nothing but estimate itself."""
+        trainer = self.config[self.subcommand].trainer
+        writers = [callback for callback in trainer.callbacks or [] if callback.class_path.endswith(".ShardWriter")]
+        if self.subcommand != "predict" or not writers:
+            raise UserError("--plan: only predict with a ShardWriter among --trainer.callbacks has something to plan.")
+        for writer in writers:
+            writer.init_args.plan = True
+        trainer.logger, self.save_config_callback = False, None
 
 
 def load_yaml(text: str) -> Any:

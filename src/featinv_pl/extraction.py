@@ -49,6 +49,8 @@ class FeatureExtraction(LightningModule):
             "labels": batch["labels"],
             "source": batch["source"],
             "key": batch["key"],
+            "view": batch["view"],
+            "unreadable": batch["unreadable"],
         }
 
     def _resize(self, images: Tensor) -> Tensor:

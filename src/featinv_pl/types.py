@@ -21,6 +21,17 @@ class Views(TypedDict):
     """(B, K)."""
 
 
+class View(TypedDict):
+    """A random view of an image: all that is needed to draw it again."""
+
+    number: int
+    """Which of the views of its image, from 0."""
+    crop: tuple[int, int, int, int]
+    """Top, left, height and width in pixels of the original."""
+    flips: str
+    """`h`, `v`, `hv`, or empty."""
+
+
 class ImageBatch(TypedDict):
     """Images before any backbone has seen them."""
 
@@ -32,6 +43,10 @@ class ImageBatch(TypedDict):
     """Where each image comes from, such as `imagenet-a` or `corrupted/fog/3`."""
     key: list[str]
     """A name for each image, unique within its source."""
+    view: list[View | None]
+    """None for the central crop."""
+    unreadable: list[str]
+    """Why an image could not be read, in which case it is black; empty for those that could."""
 
 
 class Batch(Views):
@@ -42,6 +57,11 @@ class Batch(Views):
     labels: Tensor
     source: list[str]
     key: list[str]
+    view: NotRequired[list[View | None]]
+    """Only while features are extracted, as is the next."""
+    unreadable: NotRequired[list[str]]
+    skipped: NotRequired[list[str]]
+    """Why samples that belong here were left out; the data module takes it away before a model sees it."""
 
 
 class Inversion(Views):

@@ -11,8 +11,9 @@ from shard_sets import write_set
 from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
-from featinv_pl.data.feature_shards import FeatureShards, ShardShuffle
-from featinv_pl.data.shards import MANIFEST, ShardSet
+from featinv_pl.data.batches import ShuffledBatches
+from featinv_pl.data.feature_shards import FeatureShards
+from featinv_pl.data.manifests import MANIFEST
 from featinv_pl.errors import UserError
 
 SIZE = 21
@@ -36,7 +37,7 @@ def keys(loader: DataLoader[Any]) -> list[str]:
 
 
 def epoch(loader: DataLoader[Any], number: int) -> list[str]:
-    cast(ShardShuffle, loader.sampler).set_epoch(number)
+    cast(ShuffledBatches, loader.sampler).set_epoch(number)
     return keys(loader)
 
 
@@ -80,22 +81,42 @@ def test_ranks_share_the_training_set(folder: Path, world_size: int) -> None:
         assert len(set(seen)) == len(seen) == SIZE - SIZE % world_size
 
 
-def test_training_reads_a_few_shards_at_a_time(make_batch: MakeBatch, tmp_path: Path) -> None:
-    write_set(tmp_path / "many", make_batch(40), shard_size=1)
-    shards = ShardSet(tmp_path / "many", "train", "")
-    order = list(ShardShuffle(shards, 0, 1, seed=0))
-    assert sorted(order) == list(range(40))
-
-    write_set(tmp_path / "large", make_batch(160), shard_size=4)
-    order = list(ShardShuffle(ShardSet(tmp_path / "large", "train", ""), 0, 1, seed=0))
+def test_training_reads_a_few_shards_at_a_time() -> None:
+    assert sorted(ShuffledBatches([1] * 40, 1, 0, 1, seed=0).order(0)) == list(range(40))
+    order = ShuffledBatches([4] * 40, 1, 0, 1, seed=0).order(0).tolist()
     groups = [{index // 4 for index in order[start : start + 64]} for start in (0, 64, 128)]
     assert [len(group) for group in groups] == [16, 16, 8]
     assert groups[0] not in (set(range(16)), set(range(24, 40)))
     assert [index // 4 for index in order[:8]] != sorted(index // 4 for index in order[:8])
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+def test_training_goes_on_within_an_epoch(folder: Path, start: int, num_workers: int) -> None:
+    whole, rest = (FeatureShards(train=folder, batch_size=4, num_workers=num_workers) for _ in range(2))
+    expected = epoch(whole.train_dataloader(), 3) + epoch(whole.train_dataloader(), 4)
+    order = {"samples": SIZE, "batch_size": 4, "processes": 1, "seed": 0}
+    rest.load_state_dict({"epoch": 3, "batches": start, "order": order})
+    loader = rest.train_dataloader()
+    assert len(loader) == SIZE // 4  # Lightning adds the batches that it has seen
+    assert keys(loader) + epoch(loader, 4) == expected[start * 4 :]
+
+
+def test_only_the_same_settings_tell_what_is_left_of_an_epoch(folder: Path) -> None:
+    order = {"samples": SIZE, "batch_size": 7, "processes": 2, "seed": 0}
+    data = FeatureShards(train=folder, batch_size=4)
+    data.load_state_dict({"epoch": 1, "batches": 2, "order": order})
+    with pytest.raises(UserError, match="batch_size: 7 in the checkpoint, 4 here; processes: 2 in the checkpoint, 1"):
+        data.train_dataloader()
+    data.load_state_dict({"epoch": 1, "batches": 0, "order": order})
+    assert keys(data.train_dataloader()) == epoch(FeatureShards(train=folder, batch_size=4).train_dataloader(), 1)
+
+
 def test_training_leaves_images_out_and_the_last_part_of_a_batch(folder: Path, make_batch: MakeBatch) -> None:
-    batches = list(FeatureShards(train=folder, batch_size=8).train_dataloader())
+    data = FeatureShards(train=folder, batch_size=8)
+    batches = list(data.train_dataloader())
+    assert batches[0]["features"].dtype == torch.float16  # as it is stored: what workers hand over is half as large
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in batches]
     assert [len(batch["key"]) for batch in batches] == [8, 8]
     assert batches[0].keys() == {"features", "logits", "latents", "labels", "source", "key"}
     original = make_batch(SIZE)
@@ -156,6 +177,25 @@ def test_a_stage_without_its_set(folder: Path) -> None:
         data.train_dataloader()
     with pytest.raises(UserError, match=r"--data\.test"):
         data.test_dataloader()
+
+
+def test_counts_what_it_skips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, damage in (("train-00001.tar", 600), ("train-00003.tar", 700)):
+        contents = bytearray((folder / name).read_bytes())
+        contents[damage] ^= 1
+        (folder / name).write_bytes(contents)
+    (folder / "train-00005.tar").unlink()  # holds one sample
+    data = FeatureShards(val=folder, batch_size=4, num_workers=2, on_error="skip")
+    (loader,) = data.val_dataloader()
+    seen = [key for batch in loader for key in data.on_before_batch_transfer(batch, 0)["key"]]
+    assert sorted(set(all_keys()) - set(seen)) == ["0-12", "0-20", "0-4"]
+    data.teardown("validate")
+    printed = capsys.readouterr().err
+    assert printed.startswith("3 damaged samples were skipped:")
+    for fragment in ("'000000004' of the shard", "'000000012' of the shard", "train-00005.tar' is missing"):
+        assert fragment in printed
+    with pytest.raises(UserError, match="is missing"):
+        FeatureShards(val=folder)
 
 
 def test_names_the_option_of_a_missing_set(folder: Path, tmp_path: Path) -> None:

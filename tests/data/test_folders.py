@@ -1,13 +1,16 @@
 """Folders of a user's own images."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from featinv_pl.data.folders import ORDER_SEED, FolderData, FolderImages
 from featinv_pl.errors import UserError
+from featinv_pl.types import to_uint8
 
 
 def save(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", colour: int | tuple[int, ...] = 0) -> None:
@@ -107,9 +110,8 @@ def test_files_that_differ_in_their_suffix_have_keys_of_their_own(tmp_path: Path
 def test_refuses_a_folder_without_images(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder '.*nowhere' for the source 'pets'"):
         FolderImages(tmp_path / "nowhere", "pets", 8)
-    save(tmp_path / "loose.png")
     (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=r"no images below '.*<class>/'.*\.jpeg, \.jpg, \.png"):
+    with pytest.raises(UserError, match=r"no images in '.*' or below '.*<class>/'.*\.jpeg, \.jpg, \.png"):
         FolderImages(tmp_path, "pets", 8)
 
 
@@ -146,6 +148,111 @@ def test_training_on_less_than_a_batch_keeps_it(root: Path) -> None:
 
 def test_training_needs_images_and_validation_does_not() -> None:
     data = FolderData()
-    assert data.val_dataloader() == data.predict_dataloader() == []
+    assert [*data.val_dataloader(), *data.predict_dataloader()] == []
     with pytest.raises(UserError, match=r"--data\.train"):
         data.train_dataloader()
+
+
+# Views
+
+
+def views_of(root: Path, **more: Any) -> FolderImages:
+    return FolderImages(root, "pets", 16, **{"views": 3, **more})
+
+
+def test_views_follow_each_other_over_all_images(root: Path) -> None:
+    images, central = views_of(root), FolderImages(root, "pets", 16)
+    assert len(images) == 90
+    for item in (0, 29, 30, 89):
+        sample, view = images[item], images[item]["view"]
+        assert sample["key"] == f"{central[item % 30]['key']}#{item // 30}"
+        assert sample["labels"] == central[item % 30]["labels"]
+        assert view is not None
+        assert view["number"] == item // 30
+    assert central[0]["view"] is None
+
+
+def test_views_are_functions_of_seed_key_and_number(root: Path, tmp_path: Path) -> None:
+    noise = Image.effect_noise((40, 30), 80).convert("RGB")
+    for path in root.rglob("*.png"):
+        noise.save(path)
+    first = [views_of(root)[item] for item in range(90)]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    again = views_of(root)
+    for item in reversed(range(90)):
+        assert torch.equal(again[item]["images"], first[item]["images"])
+        assert again[item]["view"] == first[item]["view"]
+    assert torch.equal(torch.get_rng_state(), state)
+    crops = {view["crop"] for sample in first if (view := sample["view"])}
+    assert len(crops) > 80
+    other = views_of(root, seed=1)
+    assert sum(other[item]["view"] == first[item]["view"] for item in range(90)) < 5
+
+
+def test_a_view_can_be_drawn_again_from_its_record(root: Path) -> None:
+    noise = Image.effect_noise((40, 30), 80).convert("RGB")
+    for path in root.rglob("*.png"):
+        noise.save(path)
+    images = views_of(root, views=8, vertical_flip=True)
+    seen = set()
+    for item in range(0, 240, 7):
+        sample = images[item]
+        view = sample["view"]
+        assert view is not None
+        top, left, height, width = view["crop"]
+        cut = noise.crop((left, top, left + width, top + height)).resize((16, 16), Image.Resampling.BICUBIC)
+        if "h" in view["flips"]:
+            cut = cut.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if "v" in view["flips"]:
+            cut = cut.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        assert np.array_equal(to_uint8(sample["images"]).permute(1, 2, 0).numpy(), np.asarray(cut))
+        seen.add(view["flips"])
+    assert seen == {"", "h", "v", "hv"}
+    upright = views_of(root)
+    views = [upright[item]["view"] for item in range(90)]
+    assert {view["flips"] for view in views if view is not None} == {"", "h"}
+
+
+def test_preparation_tells_sources_apart(root: Path) -> None:
+    names = [views_of(root, **more).preparation for more in ({}, {"views": 2}, {"seed": 1}, {"vertical_flip": True})]
+    names += [FolderImages(root, "pets", 16, crop).preparation for crop in (1.0, 0.9)]
+    assert len(set(names)) == 6
+    before = FolderImages(root, "a", 16).digest()
+    assert views_of(root).digest() == before
+    (root / "owl/3.png").rename(root / "ant/30.png")
+    assert FolderImages(root, "a", 16).digest() != before
+
+
+def test_extraction_goes_on_past_a_file_that_cannot_be_read(root: Path) -> None:
+    (root / "owl/3.png").write_bytes(b"no picture")
+    images = FolderImages(root, "pets", 16, tolerant=True)
+    samples = [images[item] for item in range(30)]
+    (bad,) = [sample for sample in samples if sample["unreadable"]]
+    assert bad["key"] == "owl/3.png"
+    assert bad["labels"] == 2
+    assert "cannot identify image file 'owl/3.png'" in bad["unreadable"]
+    assert bad["images"].unique().tolist() == [-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"views": -1}, r"--data\.views must be 0"), ({"crop_pct": 0}, r"--data\.crop_pct is a share")],
+)
+def test_refuses_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        FolderData(**options)
+
+
+def test_a_benchmark_of_many_sources(tmp_path: Path) -> None:
+    for name in ("fog/1", "fog/3", "snow/1"):
+        save(tmp_path / "c" / name / "n01440764" / "a.JPEG", size=(224, 224))
+        save(tmp_path / "c" / name / "n01443537" / "a.JPEG", size=(224, 224), colour=(9, 9, 9))
+    data = FolderData(predict={"imagenet-c": tmp_path / "c"}, image_size=224)
+    assert [images.source for images in data.predicted] == [
+        f"imagenet-c/{name}" for name in ("fog/1", "fog/3", "snow/1")
+    ]
+    (batch,) = data.predict_dataloader()[1]
+    assert sorted(batch["labels"].tolist()) == [0, 1]
+    assert set(batch["source"]) == {"imagenet-c/fog/3"}
+    assert batch["images"].unique().numel() <= 4  # neither resized nor cropped: no edges, two colours

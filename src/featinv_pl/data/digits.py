@@ -1,20 +1,20 @@
 """Handwritten digits that come with scikit-learn: 1,797 real images and no download."""
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import train_test_split
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from featinv_pl.data.corruptions import CORRUPTIONS, corrupt
-from featinv_pl.data.images import ImageSample, collate_images
+from featinv_pl.data.images import ImageData, ImageSample, ImageSource
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
 
@@ -23,7 +23,7 @@ TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
 SPLITS = ("train", "val", "clean", "hard")
 
 
-class DigitImages(Dataset[ImageSample]):
+class DigitImages(ImageSource):
     """One source of digits.
 
     Args:
@@ -47,8 +47,19 @@ class DigitImages(Dataset[ImageSample]):
         self.corruption = (corruption[0], int(corruption[1])) if corruption else None
         self[0]  # an unknown corruption or severity is an error now, not in the middle of a run
 
-    def __len__(self) -> int:
+    @property
+    def num_images(self) -> int:
+        """Number of digits."""
         return len(self.indices)
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """Index among all digits, and digit."""
+        return ((f"{index:04d}", int(digits().target[index])) for index in self.indices)
+
+    @property
+    def preparation(self) -> str:
+        """The resolution, and the corruption if any."""
+        return f"{IMAGE_SIZE} px, {self.source}"
 
     def __getitem__(self, item: int) -> ImageSample:
         index = int(self.indices[item])
@@ -60,10 +71,12 @@ class DigitImages(Dataset[ImageSample]):
             "labels": int(digits().target[index]),
             "source": self.source,
             "key": f"{index:04d}",
+            "view": None,
+            "unreadable": "",
         }
 
 
-class DigitsData(LightningDataModule):
+class DigitsData(ImageData):
     """Digits, as batches of images.
 
     Args:
@@ -73,28 +86,16 @@ class DigitsData(LightningDataModule):
     """
 
     def __init__(self, sources: list[str] | None = None, limit: int | None = None, batch_size: int = 64) -> None:
-        super().__init__()
-        self.batch_size = batch_size
-        self.predicted = [
-            DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []
-        ]
+        predicted = [DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []]
+        super().__init__(predicted, batch_size)
 
     def train_dataloader(self) -> DataLoader[ImageSample]:
         """The training split, in a new order each epoch."""
-        return self._loader(DigitImages("train"), shuffle=True, drop_last=True)
+        return self.training_loader(DigitImages("train"))
 
     def val_dataloader(self) -> DataLoader[ImageSample]:
         """The validation split."""
-        return self._loader(DigitImages("val"))
-
-    def predict_dataloader(self) -> list[DataLoader[ImageSample]]:
-        """One loader for each of `sources`."""
-        return [self._loader(images) for images in self.predicted]
-
-    def _loader(self, images: DigitImages, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
-        return DataLoader(
-            images, batch_size=self.batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=collate_images
-        )
+        return self.evaluation_loader(DigitImages("val"))
 
 
 @functools.cache

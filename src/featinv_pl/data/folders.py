@@ -1,81 +1,132 @@
-"""Folders of images, one folder per class: how users with other images bring them."""
+"""Folders of images: ImageNet, its variants, and users' own."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
-from PIL import Image, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
-from featinv_pl.data.images import ImageSample, collate_images
+from featinv_pl.data.images import ImageData, ImageSample, ImageSource
+from featinv_pl.data.layouts import find_sources, labelled_images
+from featinv_pl.data.views import RATIO, SCALE, central_crop, draw_view, take_view
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 ORDER_SEED = 0
 
 
-class FolderImages(Dataset[ImageSample]):
-    """Images below `<root>/<class>/`, in a fixed random order.
+class FolderImages(ImageSource):
+    """Images of one source, in a fixed random order; `layouts` says how they are found and labelled.
 
     The order is random so that any stretch of a shard set is a fair sample of its source, and fixed
-    so that two runs agree. Classes are numbered in the order of their sorted names.
+    so that two runs agree.
 
     Args:
         root: The folder.
         source: Name of the source in batches and scores.
         image_size: Side of the square crop.
         crop_pct: Share of the shorter side that the central crop keeps.
+        views: Random views of each image, or 0 for the central crop alone.
+        seed: Seed of the views.
+        vertical_flip: Flip half of the views upside down.
+        tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
     """
 
-    def __init__(self, root: Path, source: str, image_size: int, crop_pct: float = 1.0) -> None:
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        image_size: int,
+        crop_pct: float = 1.0,
+        views: int = 0,
+        seed: int = 0,
+        vertical_flip: bool = False,
+        tolerant: bool = False,
+    ) -> None:
         if not root.is_dir():
             raise UserError(f"--data: there is no folder '{root}' for the source '{source}'. Check the path.")
-        classes = sorted(folder.name for folder in root.iterdir() if folder.is_dir())
-        files = [
-            (path, label)
-            for label, name in enumerate(classes)
-            for path in sorted((root / name).iterdir())
-            if path.suffix.lower() in SUFFIXES
-        ]
-        if not files:
-            raise UserError(
-                f"--data: no images below '{root}/<class>/'. Known suffixes: {', '.join(sorted(SUFFIXES))}."
-            )
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
-        self.files = [files[index] for index in order]
+        images = labelled_images(root)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+        # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
+        self._names = np.array([os.fsencode(images[index][0]) for index in order])
+        self._labels = np.array([images[index][1] for index in order])
         self.root, self.source, self.image_size, self.crop_pct = root, source, image_size, crop_pct
+        self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
 
-    def __len__(self) -> int:
-        return len(self.files)
+    @property
+    def num_images(self) -> int:
+        """Number of files."""
+        return len(self._names)
+
+    def names(self) -> Iterator[tuple[str, int]]:
+        """Path below the root, and label, of each file."""
+        return ((os.fsdecode(name), int(label)) for name, label in zip(self._names, self._labels, strict=True))
+
+    @property
+    def preparation(self) -> str:
+        """Crop, views and flips."""
+        if not self.views:
+            return f"central crop of {self.crop_pct:g}, {self.image_size} px, bicubic"
+        flips = "horizontal and vertical" if self.vertical_flip else "horizontal"
+        return (
+            f"{self.views} views of seed {self.seed}: random crop of {SCALE[0]:g} to {SCALE[1]:g} of the area, "
+            f"aspect {RATIO[0]:.2f} to {RATIO[1]:.2f}, {self.image_size} px, bicubic, {flips} flips"
+        )
 
     def __getitem__(self, item: int) -> ImageSample:
-        path, label = self.files[item]
-        try:
-            image = Image.open(path).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"--data: '{path}' cannot be read as an image ({error}). Remove or replace it.") from error
-        short = round(self.image_size / self.crop_pct)
-        image = transforms.resize(image, [short], transforms.InterpolationMode.BICUBIC)
-        image = transforms.center_crop(image, [self.image_size, self.image_size])
-        return {
-            "images": from_uint8(transforms.pil_to_tensor(image)),
-            "labels": label,
+        number, index = divmod(item, self.num_images)
+        name = os.fsdecode(self._names[index])
+        sample: ImageSample = {
+            "images": torch.full((3, self.image_size, self.image_size), -1.0),
+            "labels": int(self._labels[index]),
             "source": self.source,
-            "key": path.relative_to(self.root).as_posix(),
+            "key": f"{name}#{number}" if self.views else name,
+            "view": None,
+            "unreadable": "",
         }
+        try:
+            with Image.open(self.root / name) as file:
+                image = file.convert("RGB")
+        # Of a damaged file, Pillow's decoders raise any of these.
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+            reason = str(error).replace(str(self.root / name), name)
+            if not self.tolerant:
+                raise UserError(
+                    f"--data: '{self.root / name}' cannot be read as an image ({reason}). Remove or replace it."
+                ) from error
+            return {**sample, "unreadable": reason or type(error).__name__}
+        if self.views:
+            view = draw_view(image, name, number, self.seed, self.vertical_flip)
+            sample["view"] = view
+            image = take_view(image, view, self.image_size)
+        else:
+            image = central_crop(image, self.image_size, self.crop_pct)
+        sample["images"] = from_uint8(transforms.pil_to_tensor(image))
+        return sample
 
 
-class FolderData(LightningDataModule):
+class FolderData(ImageData):
     """Folders of images, as batches.
 
+    Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/`
+    (ImageNet-V2), in `<class>/`, or in the folder itself if they have no labels.
+
     Args:
-        train: `<class>/<image>` to train on.
-        val: The same, for validation.
-        predict: The same, by name of source, for extraction.
+        train: A folder to train on.
+        val: One for validation.
+        predict: Folders by name of source, for extraction. A folder of several sources, such as
+            ImageNet-C's `<corruption>/<severity>/<wnid>/`, gives `<name>/<corruption>/<severity>`.
         image_size: Side of the square crop.
-        crop_pct: Share of the shorter side that the central crop keeps.
+        crop_pct: Share of the shorter side that the central crop keeps. Images that were cropped
+            before, as those of ImageNet-C to 224 px, want 1 and that size.
+        views: Extract so many random views of each image (crop, horizontal flip) in place of the
+            central crop, as training wants it.
+        vertical_flip: Flip half of the views upside down, as the paper's authors did.
+        seed: Seed of the views.
         batch_size: Images per batch.
         num_workers: Processes that read images.
     """
@@ -87,36 +138,31 @@ class FolderData(LightningDataModule):
         predict: dict[str, Path] | None = None,
         image_size: int = 256,
         crop_pct: float = 1.0,
+        views: int = 0,
+        vertical_flip: bool = False,
+        seed: int = 0,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
+        if views < 0:
+            raise UserError(f"--data.views must be 0 (the central crop) or more, and is {views}.")
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"--data.crop_pct is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
+        predicted = [
+            FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, tolerant=True)
+            for name, folder in (predict or {}).items()
+            for source, root in find_sources(name, folder).items()
+        ]
+        super().__init__(predicted, batch_size, num_workers)
         self.train = FolderImages(train, "train", image_size, crop_pct) if train else None
         self.val = FolderImages(val, "val", image_size, crop_pct) if val else None
-        self.predicted = [FolderImages(root, name, image_size, crop_pct) for name, root in (predict or {}).items()]
 
     def train_dataloader(self) -> DataLoader[ImageSample]:
         """The training images, in a new order each epoch."""
         if self.train is None:
             raise UserError("--data.train: fit needs a folder of training images.")
-        return self._loader(self.train, shuffle=True, drop_last=len(self.train) >= self.batch_size)
+        return self.training_loader(self.train)
 
     def val_dataloader(self) -> list[DataLoader[ImageSample]]:
         """The validation images, if any."""
-        return [] if self.val is None else [self._loader(self.val)]
-
-    def predict_dataloader(self) -> list[DataLoader[ImageSample]]:
-        """One loader for each folder of `predict`."""
-        return [self._loader(images) for images in self.predicted]
-
-    def _loader(self, images: FolderImages, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
-        return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            collate_fn=collate_images,
-        )
+        return [] if self.val is None else [self.evaluation_loader(self.val)]

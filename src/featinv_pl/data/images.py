@@ -1,11 +1,18 @@
-"""One image with its label and name, and how such samples become a batch."""
+"""Images with their labels and names, and how extraction and training read them."""
 
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from featinv_pl.types import ImageBatch
+from featinv_pl.data.batches import Batches, cut
+from featinv_pl.errors import UserError
+from featinv_pl.types import ImageBatch, View
 
 
 class ImageSample(TypedDict):
@@ -17,6 +24,45 @@ class ImageSample(TypedDict):
     """-1 where there is none."""
     source: str
     key: str
+    view: View | None
+    unreadable: str
+
+
+class ImageSource(Dataset[ImageSample], ABC):
+    """Images of one source, in a fixed order.
+
+    Attributes:
+        source: Its name.
+        views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes
+            first, then view 1 of all, so that any stretch is a fair sample.
+    """
+
+    source: str
+    views: int = 0
+
+    @abstractmethod
+    def names(self) -> Iterator[tuple[str, int]]:
+        """Key and label of each image."""
+
+    @property
+    @abstractmethod
+    def num_images(self) -> int:
+        """Number of images, whatever the number of views."""
+
+    @property
+    @abstractmethod
+    def preparation(self) -> str:
+        """How an image becomes a sample, for the manifest."""
+
+    def __len__(self) -> int:
+        return self.num_images * max(self.views, 1)
+
+    def digest(self) -> str:
+        """SHA-256 of names and labels: two sources of the same digest hold the same samples in the same order."""
+        sha256 = hashlib.sha256()
+        for key, label in self.names():
+            sha256.update(f"{key}\0{label}\n".encode())
+        return sha256.hexdigest()
 
 
 def collate_images(samples: list[ImageSample]) -> ImageBatch:
@@ -26,4 +72,71 @@ def collate_images(samples: list[ImageSample]) -> ImageBatch:
         "labels": torch.tensor([sample["labels"] for sample in samples]),
         "source": [sample["source"] for sample in samples],
         "key": [sample["key"] for sample in samples],
+        "view": [sample["view"] for sample in samples],
+        "unreadable": [sample["unreadable"] for sample in samples],
     }
+
+
+class ImageBatches(Dataset[ImageBatch]):
+    """A source read a batch at a time: its index is the list of samples in a batch."""
+
+    def __init__(self, images: ImageSource) -> None:
+        self.images = images
+
+    def __getitem__(self, numbers: Sequence[int]) -> ImageBatch:
+        return collate_images([self.images[number] for number in numbers])
+
+
+class ImageData(LightningDataModule):
+    """What all data modules of images share: sources to extract features of.
+
+    Args:
+        predicted: The sources, which `predict` reads one after the other.
+        batch_size: Images per batch.
+        num_workers: Processes that read images.
+
+    Attributes:
+        batches: The samples of each batch that `predict` reads, by source: at first all, of which
+            `ShardWriter` leaves what this process has still to compute.
+    """
+
+    def __init__(self, predicted: Sequence[ImageSource], batch_size: int, num_workers: int = 0) -> None:
+        super().__init__()
+        # A process may have nothing left to extract of a source while others have.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        if batch_size < 1:
+            raise UserError(f"--data.batch_size must be at least 1, and is {batch_size}.")
+        self.predicted, self.batch_size, self.num_workers = predicted, batch_size, num_workers
+        self.batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
+
+    def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
+        """One loader for each source of which something is left to do."""
+        return [
+            DataLoader(
+                ImageBatches(images),
+                batch_size=None,  # the sampler's items are batches
+                sampler=Batches(self.batches[images.source]),
+                num_workers=self.num_workers,
+            )
+            for images in self.predicted
+            if images.source in self.batches
+        ]
+
+    def training_loader(self, images: ImageSource) -> DataLoader[ImageSample]:
+        """Shuffled anew each epoch, in whole batches if there are as many."""
+        return self._loader(images, shuffle=True, drop_last=len(images) >= self.batch_size)
+
+    def evaluation_loader(self, images: ImageSource) -> DataLoader[ImageSample]:
+        """In order."""
+        return self._loader(images)
+
+    def _loader(self, images: ImageSource, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
+        return DataLoader(
+            images,
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate_images,
+        )

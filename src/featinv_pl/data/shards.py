@@ -1,285 +1,93 @@
-"""Feature shards: WebDataset tars beside a manifest.
+"""Reading a shard set by sample number.
 
-`encode` and `decode` are one entry's two directions. Tars are written by webdataset and stay readable
-by it. They are read here by offset, because webdataset's stream stops without a word at a damaged
-header and so loses samples, and because its order is neither exact nor repeatable across workers.
+webdataset reads these tars too, but as a stream that stops without a word at a damaged header, and in
+an order that is neither exact nor repeatable across workers. Reading by offset is also ten times
+faster, and gives any sample at any time, which exact resumption needs.
 """
 
 import hashlib
-import io
-import json
 import os
-import tarfile
+import zlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from json import JSONDecodeError
 from pathlib import Path
-from tokenize import TokenError
-from typing import Literal, NotRequired
+from tarfile import BLOCKSIZE
+from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
-from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
 from torch.utils.data import Dataset
-from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
-from webdataset import TarWriter
 
+from featinv_pl.data.entries import Sample, collate_samples, decode, widen
+from featinv_pl.data.manifests import INDEX, Entry, Shard, index_path, read_manifest
+from featinv_pl.data.remote import RemoteSet
 from featinv_pl.errors import UserError
-from featinv_pl.types import Batch, Provenance, from_uint8, to_uint8
+from featinv_pl.types import Batch
 
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
-PARTIAL = ".partial"
-ImageFormat = Literal["png", "jpg"]
-
-
-class Shard(TypedDict):
-    """What the manifest knows of one tar."""
-
-    name: str
-    samples: int
-    bytes: int
-    sha256: str
+OnError = Literal["raise", "skip"]
+PICTURES = ("png", "jpg")
+OPEN_SHARDS = 24  # more than training shuffles at once; an index of 1000 entries takes 2 MB
 
 
-class Manifest(TypedDict):
-    """A shard set: what made it, and what it holds."""
-
-    format_version: int
-    package_version: str
-    source: str
-    provenance: Provenance
-    shards: list[Shard]
+class DamagedError(UserError):
+    """A shard, or a sample of one, is not as it was written."""
 
 
-class Sample(TypedDict):
-    """One entry of a `Batch`, without the batch dimension."""
+class OpenShard(NamedTuple):
+    """A tar that is being read."""
 
-    images: NotRequired[Tensor]
-    features: Tensor
-    logits: Tensor
-    latents: Tensor
-    labels: int
-    source: str
-    key: str
-
-
-# One entry
-
-
-def encode(batch: Batch, index: int, image_format: ImageFormat) -> dict[str, bytes]:
-    """Turn one sample of a batch into the members of a tar.
-
-    Args:
-        batch: With images.
-        index: Which sample.
-        image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
-    """
-    return {
-        image_format: _encode_image(batch["images"][index], image_format),
-        "features.npy": _encode_array(batch["features"][index], "features"),
-        "logits.npy": _encode_array(batch["logits"][index], "logits"),
-        "latent.npy": _encode_array(batch["latents"][index], "latents"),
-        "json": json.dumps(
-            {"label": int(batch["labels"][index]), "source": batch["source"][index], "key": batch["key"][index]}
-        ).encode(),
-    }
-
-
-def decode(members: dict[str, bytes], with_images: bool) -> Sample:
-    """Turn the members of a tar into a sample. Inverse of `encode`, up to fp16.
-
-    Args:
-        members: Bytes by suffix, such as `features.npy`.
-        with_images: Decode the picture, which training has no need of.
-
-    Raises:
-        ValueError, KeyError: The entry is damaged; `ShardSet` adds where.
-    """
-    meta = json.loads(members["json"])
-    sample: Sample = {
-        "features": _decode_array(members["features.npy"]),
-        "logits": _decode_array(members["logits.npy"]),
-        "latents": _decode_array(members["latent.npy"]),
-        "labels": int(meta["label"]),
-        "source": str(meta["source"]),
-        "key": str(meta["key"]),
-    }
-    if with_images:
-        pixels = np.array(Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"])).convert("RGB"))
-        sample["images"] = from_uint8(torch.from_numpy(pixels).permute(2, 0, 1))
-    return sample
-
-
-def _encode_image(image: Tensor, image_format: ImageFormat) -> bytes:
-    buffer = io.BytesIO()
-    pixels = to_uint8(image).permute(1, 2, 0).cpu().numpy()
-    options = {"quality": 95} if image_format == "jpg" else {}
-    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "png": "PNG"}[image_format], **options)
-    return buffer.getvalue()
-
-
-def _encode_array(tensor: Tensor, name: str) -> bytes:
-    half = tensor.to(torch.float16)
-    if not half.isfinite().all():
-        largest = tensor.abs().max().item()
-        raise UserError(f"The {name} do not fit half precision: their largest magnitude is {largest:g}.")
-    buffer = io.BytesIO()
-    np.save(buffer, half.cpu().numpy(), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _decode_array(data: bytes) -> Tensor:
-    try:
-        array: NDArray[np.float16] = np.load(io.BytesIO(data), allow_pickle=False)
-    except (EOFError, SyntaxError, TokenError) as error:  # what numpy raises over a damaged header
-        raise ValueError(f"an array that cannot be read ({type(error).__name__})") from error
-    if array.dtype != np.float16:
-        raise ValueError(f"dtype {array.dtype} instead of float16")
-    tensor = torch.from_numpy(array).float()
-    if not tensor.isfinite().all():
-        raise ValueError("a value that is not finite")
-    return tensor
-
-
-# A set of shards
-
-
-class ShardSetWriter:
-    """Writes one process's shards of a set. Nothing has its final name before it is whole.
-
-    Args:
-        folder: Where to.
-        source: Name of the source.
-        rank: This process's rank, which its shards' names carry.
-        shard_size: Samples per shard.
-        image_format: See `encode`.
-
-    Attributes:
-        shards: The finished ones.
-    """
-
-    def __init__(
-        self, folder: Path, source: str, rank: int = 0, shard_size: int = 1000, image_format: ImageFormat = "png"
-    ) -> None:
-        self.folder, self.source, self.rank = folder, source, rank
-        self.shard_size, self.image_format = shard_size, image_format
-        self.shards: list[Shard] = []
-        self._tar: TarWriter | None = None
-        self._count = 0
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def add(self, batch: Batch, index: int) -> None:
-        """Append one sample of a batch."""
-        members = encode(batch, index, self.image_format)
-        if self._tar is None:
-            # A fixed time makes equal content equal bytes.
-            self._tar = TarWriter(str(self._partial), encoder=False, mtime=0, user="featinv", group="featinv")
-        key = f"{self.rank:04d}-{len(self.shards) * self.shard_size + self._count:09d}"
-        self._tar.write({"__key__": key, **members})
-        self._count += 1
-        if self._count == self.shard_size:
-            self.finish_shard()
-
-    def finish_shard(self) -> None:
-        """Close the shard in progress, if any, and give it its name."""
-        if self._tar is None:
-            return
-        self._tar.close()
-        self._tar = None
-        final = self._partial.with_suffix("")
-        data = self._partial.read_bytes()
-        os.replace(self._partial, final)
-        sha256 = hashlib.sha256(data).hexdigest()
-        self.shards.append({"name": final.name, "samples": self._count, "bytes": len(data), "sha256": sha256})
-        self._count = 0
-
-    def close(self) -> None:
-        """Let go of an unfinished shard, which keeps its partial name."""
-        if self._tar is not None:
-            self._tar.close()
-            self._tar = None
-
-    @property
-    def _partial(self) -> Path:
-        name = self.source.replace("/", "-")
-        return self.folder / f"{name}-{self.rank:04d}-{len(self.shards):05d}.tar{PARTIAL}"
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a manifest, last of all: its presence says that the set is whole."""
-    partial = folder / (MANIFEST + PARTIAL)
-    partial.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(partial, folder / MANIFEST)
-
-
-def read_manifest(folder: Path, option: str) -> Manifest:
-    """Read a manifest and check that every shard it names is there, whole by its size.
-
-    Args:
-        folder: The shard set.
-        option: The option that named the folder, for errors.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{option}: there is no folder '{folder}'. Check the path, or extract features first.")
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"{option}: '{folder}' has no {MANIFEST}, so it is no finished shard set. "
-            "Run the extraction (featinv-pl predict) to its end."
-        )
-    try:
-        contents = json.loads((folder / MANIFEST).read_text())
-        version = contents.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:  # checked first: another version may have other fields
-            raise UserError(
-                f"{option}: '{folder}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
-                "Extract the features anew."
-            )
-        manifest = TypeAdapter(Manifest).validate_python(contents)
-    except (JSONDecodeError, UnicodeDecodeError, AttributeError, ValidationError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{option}: '{folder / MANIFEST}' is damaged ({reason}). Extract the features anew.") from error
-    for shard in manifest["shards"]:
-        path, expected = folder / shard["name"], shard["bytes"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise UserError(
-                f"{option}: the shard '{path}' {found}; its manifest says {expected} bytes. "
-                "Copy it again, or extract the features anew."
-            )
-    return manifest
-
-
-def find_sets(name: str, folder: Path, option: str) -> dict[str, Path]:
-    """Shard sets at or below a folder, by name of source.
-
-    A folder of sets, such as that of a benchmark with many corruptions, gives `name/<path below>`.
-    """
-    if (folder / MANIFEST).is_file() or not folder.is_dir():
-        return {name: folder}
-    below = sorted(path.parent for path in folder.rglob(MANIFEST))
-    return {f"{name}/{path.relative_to(folder).as_posix()}": path for path in below} or {name: folder}
+    path: Path
+    entries: list[Entry]
 
 
 class ShardSet(Dataset[Sample]):
-    """A shard set, by index.
+    """A shard set, by sample number.
 
     Args:
-        folder: Holds the manifest and the tars.
+        folder: Holds the manifest, the tars and their indices.
         source: Name of the source in batches and scores.
         option: The option that named the folder, for errors.
         with_images: Decode the pictures.
+        on_error: `raise` at the first damage, or `skip` damaged shards and samples.
+        remote: Where shards are fetched from that are not in the folder.
+
+    Attributes:
+        manifest: What made the set, and what it holds.
+        shards: Those that can be read.
+        skipped: Why others cannot, one line for each.
     """
 
-    def __init__(self, folder: Path, source: str, option: str, with_images: bool = True) -> None:
-        self.folder, self.source, self.with_images = folder, source, with_images
+    def __init__(
+        self,
+        folder: Path,
+        source: str,
+        option: str,
+        with_images: bool = True,
+        on_error: OnError = "raise",
+        remote: RemoteSet | None = None,
+    ) -> None:
+        self.folder, self.source, self.option, self.with_images = folder, source, option, with_images
+        self.on_error, self.remote = on_error, remote
         self.manifest = read_manifest(folder, option)
-        self.shard_sizes = [shard["samples"] for shard in self.manifest["shards"]]
+        self.shards: list[Shard] = []
+        self.skipped: list[str] = []
+        for shard in self.manifest["shards"]:
+            try:
+                if remote is None:
+                    check_size(folder / shard["name"], shard, option)
+                self.shards.append(shard)
+            except DamagedError as error:
+                if on_error == "raise":
+                    raise
+                self.skipped += [f"{error} (a whole shard)"] * shard["samples"]
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._latent_shape: tuple[int, ...] | None = None
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """Samples of each shard."""
+        return [shard["samples"] for shard in self.shards]
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -288,80 +96,131 @@ class ShardSet(Dataset[Sample]):
     def __len__(self) -> int:
         return sum(self.shard_sizes)
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect_right(self._ends, index)
-        shard = self.manifest["shards"][number]
-        within = index - (self._ends[number] - shard["samples"])
-        path = self.folder / shard["name"]
-        entries = _tar_index(path, path.stat().st_mtime_ns)
-        if len(entries) != shard["samples"]:
-            raise UserError(
-                f"The shard '{path}' is damaged: {len(entries)} samples can be read, and its manifest says "
-                f"{shard['samples']}. Extract the features anew."
-            )
-        key, members = entries[within]
+    def __getitem__(self, number: int) -> Sample:
+        """Read one sample, in single precision.
+
+        Raises:
+            DamagedError: It is not as it was written.
+        """
+        return widen(self.stored(number))
+
+    def stored(self, number: int) -> Sample:
+        """Read one sample, in half precision.
+
+        Raises:
+            DamagedError: It is not as it was written.
+        """
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        position = bisect_right(self._ends, number)
+        shard = self._open(position)
+        entry = shard.entries[number - (self._ends[position] - self.shards[position]["samples"])]
         try:
-            with path.open("rb") as file:
-                sample = decode({name: _read(file, *span) for name, span in members.items()}, self.with_images)
+            members = _read(shard.path, entry, self.with_images)
+            sample = decode(members, self.manifest["settings"]["storage"], self.with_images)
             self._check(sample)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
             reason = f"no member {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(
-                f"The sample '{key}' of the shard '{path}' is damaged: {reason}. Extract the features anew."
+            raise DamagedError(
+                f"The sample '{entry['key']}' of the shard '{shard.path}' is damaged: {reason}. "
+                "Copy the shard again, extract the features anew, or leave damaged samples out with "
+                "--data.on_error=skip."
             ) from error
         sample["source"] = self.source
         return sample
 
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        """Read a batch, in half precision; a set that skips leaves damaged samples out and says which.
+
+        Raises:
+            DamagedError: A sample is damaged, and the set does not skip or nothing is left.
+        """
+        samples, skipped = [], []
+        for number in numbers:
+            try:
+                samples.append(self.stored(number))
+            except DamagedError as error:
+                if self.on_error == "raise":
+                    raise
+                skipped.append(str(error))
+        if not samples:
+            raise DamagedError(f"All {len(skipped)} samples of a batch are damaged, such as this: {skipped[0]}")
+        batch = collate_samples(samples)
+        if skipped:
+            batch["skipped"] = skipped
+        return batch
+
+    def _open_shard(self, position: int) -> OpenShard:
+        shard = self.shards[position]
+        path = self.folder / shard["name"]
+        if self.remote is not None:
+            self.remote.fetch(index_path(path), shard["index_sha256"])
+            self.remote.fetch(path, shard["sha256"])
+            check_size(path, shard, self.option)
+        entries = read_index(path, shard)
+        if len(entries) != shard["samples"]:
+            raise DamagedError(
+                f"The index '{index_path(path)}' has {len(entries)} samples, and its manifest says "
+                f"{shard['samples']}. Extract the features anew."
+            )
+        return OpenShard(path, entries)
+
     def _check(self, sample: Sample) -> None:
         made_by = self.manifest["provenance"]
+        side = made_by["image_size"]
+        self._latent_shape = self._latent_shape or tuple(sample["latents"].shape)
         for name, tensor, shape in (
             ("a map", sample["features"], tuple(made_by["feature_shape"])),
             ("logits", sample["logits"], (made_by["num_classes"],)),
+            ("latents", sample["latents"], self._latent_shape),
+            ("a picture", sample.get("images"), (3, side, side)),
         ):
-            if tensor.shape != shape:
+            if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} instead of {shape}")
 
 
-Span = tuple[int, int]
-"""Offset and size of a member in its tar."""
+def check_size(path: Path, shard: Shard, option: str) -> None:
+    """Check that a tar is there, whole by its size, and its index beside it."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != shard["bytes"]:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise DamagedError(
+            f"{option}: the shard '{path}' {found}; its manifest says {shard['bytes']} bytes. "
+            "Copy it again, or extract the features anew."
+        )
+    if not index_path(path).is_file():
+        raise DamagedError(
+            f"{option}: the index '{index_path(path)}' is missing. Copy it again, or extract the features anew."
+        )
 
 
-@lru_cache(maxsize=4096)
-def _tar_index(path: Path, modified: int) -> list[tuple[str, dict[str, Span]]]:
-    """Where each entry's members lie: (key, {suffix: span}) in the order of the tar.
-
-    Args:
-        path: The tar.
-        modified: When it was last modified, so that a tar that has been replaced is read anew.
-    """
-    entries: dict[str, dict[str, Span]] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, suffix = member.name.partition(".")
-                entries.setdefault(key, {})[suffix] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise UserError(f"The shard '{path}' is damaged: {error}. Extract the features anew.") from error
-    return list(entries.items())
+def read_index(path: Path, shard: Shard) -> list[Entry]:
+    """The entries of a tar."""
+    data = index_path(path).read_bytes()
+    if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
+        raise DamagedError(
+            f"The index '{index_path(path)}' is damaged: it has changed since it was written. "
+            "Copy it again, or extract the features anew."
+        )
+    return INDEX.validate_json(data)["entries"]
 
 
-def _read(file: io.BufferedReader, offset: int, size: int) -> bytes:
-    file.seek(offset)
-    return file.read(size)
-
-
-def collate_samples(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch."""
-    batch: Batch = {
-        "features": torch.stack([sample["features"] for sample in samples]),
-        "logits": torch.stack([sample["logits"] for sample in samples]),
-        "latents": torch.stack([sample["latents"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-        "source": [sample["source"] for sample in samples],
-        "key": [sample["key"] for sample in samples],
+def _read(path: Path, entry: Entry, with_images: bool) -> dict[str, memoryview]:
+    """Read an entry's members in one go, and check each."""
+    members = {
+        suffix: (member["offset"], member["offset"] + BLOCKSIZE + -(-member["size"] // BLOCKSIZE) * BLOCKSIZE, member)
+        for suffix, member in entry["members"].items()
+        if with_images or suffix not in PICTURES
     }
-    if "images" in samples[0]:
-        batch["images"] = torch.stack([sample["images"] for sample in samples])
-    return batch
+    start, end = min(first for first, _, _ in members.values()), max(last for _, last, _ in members.values())
+    data = np.empty(end - start, np.uint8).data
+    with path.open("rb", buffering=0) as file:
+        if os.preadv(file.fileno(), [data], start) != len(data):
+            raise ValueError("the shard ends before it")
+    contents = {}
+    for suffix, (first, last, member) in members.items():
+        block = data[first - start : last - start]
+        if zlib.crc32(block) != member["crc32"]:
+            raise ValueError(f"its member '{suffix}' has changed since it was written")
+        contents[suffix] = block[BLOCKSIZE : BLOCKSIZE + member["size"]]
+    return contents

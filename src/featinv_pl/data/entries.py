@@ -1,0 +1,230 @@
+"""One entry of a shard: `prepare` and `encode` write it, `decode` reads it, `collate_samples` makes a batch of many."""
+
+import io
+import json
+from functools import lru_cache
+from tokenize import TokenError
+from typing import Any, Literal, NotRequired, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from torch.utils.data import default_collate
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
+
+from featinv_pl.errors import UserError
+from featinv_pl.types import Batch, from_uint8, to_uint8
+
+ImageFormat = Literal["png", "jpg"]
+Storage = Literal["float16", "int8"]
+
+MAX_COSINE_LOSS = 1e-3  # of a map rounded to bytes, averaged over its locations
+HALF_INFINITY = 0x7C00  # a half's exponent bits, all set in infinities and NaN alone
+
+
+class Sample(TypedDict):
+    """One entry of a `Batch`, without the batch dimension."""
+
+    images: NotRequired[Tensor]
+    features: Tensor
+    logits: Tensor
+    latents: Tensor
+    labels: int
+    source: str
+    key: str
+
+
+class Arrays(TypedDict):
+    """A batch on its way into a tar: all that is left to do is to write bytes."""
+
+    meta: list[dict[str, Any]]
+    members: dict[str, NDArray[Any]]
+    """By suffix, each with the batch as its first dimension."""
+    images: NDArray[np.uint8]
+    """(B, H, W, 3)."""
+
+
+def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
+    """Round a batch to what is stored.
+
+    Args:
+        batch: With images.
+        storage: Of the feature maps. `int8` keeps a byte for each value and a step for each channel.
+
+    Raises:
+        UserError: Values do not fit half precision, or bytes would change a map too much.
+    """
+    views = batch.get("view") or [None] * len(batch["key"])
+    named = zip(batch["labels"].tolist(), batch["source"], batch["key"], views, strict=True)
+    half = _half(batch["features"], "features")
+    features = {"features.npy": half}
+    if storage == "int8":
+        quantised, steps = quantise(batch["features"].float())
+        features = {"features.npy": quantised, "steps.npy": steps}
+    tensors = {
+        **features,
+        "logits.npy": _half(batch["logits"], "logits"),
+        "latent.npy": _half(batch["latents"], "latents"),
+    }
+    return {
+        "meta": [
+            {"label": label, "source": source, "key": key, **({} if view is None else {"view": view})}
+            for label, source, key, view in named
+        ],
+        "members": {suffix: tensor.cpu().numpy() for suffix, tensor in tensors.items()},
+        "images": to_uint8(batch["images"]).permute(0, 2, 3, 1).cpu().numpy(),
+    }
+
+
+def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, bytes]:
+    """Turn one sample of a batch into the members of a tar.
+
+    The image comes last, so that training, which has no need of it, reads what precedes it in one go.
+
+    Args:
+        arrays: The batch.
+        index: Which sample.
+        image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
+    """
+    return {
+        "json": json.dumps(arrays["meta"][index]).encode(),
+        **{suffix: _encode_array(values[index]) for suffix, values in arrays["members"].items()},
+        image_format: _encode_image(arrays["images"][index], image_format),
+    }
+
+
+def decode(members: dict[str, memoryview], storage: Storage = "float16", with_images: bool = True) -> Sample:
+    """Turn the members of a tar into a sample, in half precision. Inverse of `encode`, up to the storage's.
+
+    Args:
+        members: Bytes by suffix, such as `features.npy`.
+        storage: As given to `prepare`.
+        with_images: Decode the picture, which training has no need of.
+
+    Raises:
+        ValueError, KeyError: The entry is damaged; `ShardSet` adds where.
+    """
+    meta = json.loads(bytes(members["json"]))
+    if storage == "int8":
+        steps = torch.from_numpy(_decode_array(members["steps.npy"], np.float32))
+        features = (torch.from_numpy(_decode_array(members["features.npy"], np.int8)) * steps[:, None, None]).half()
+    else:
+        features = torch.from_numpy(_decode_array(members["features.npy"], np.float16))
+    sample: Sample = {
+        "features": features,
+        "logits": torch.from_numpy(_decode_array(members["logits.npy"], np.float16)),
+        "latents": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)),
+        "labels": int(meta["label"]),
+        "source": str(meta["source"]),
+        "key": str(meta["key"]),
+    }
+    if with_images:
+        image = Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"]), formats=("PNG", "JPEG"))
+        sample["images"] = from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+    return sample
+
+
+def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Round feature maps to bytes.
+
+    Args:
+        features: (B, C, h, w).
+
+    Returns:
+        Bytes (B, C, h, w) in [-127, 127], and the step of each channel (B, C), whose product is the map.
+        Channels have steps of their own, since some are far larger than others.
+
+    Raises:
+        UserError: Rounding would cost a map more than `MAX_COSINE_LOSS`.
+    """
+    steps = (features.abs().amax(dim=(2, 3)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    quantised = (features / steps[..., None, None]).round().clamp(-127, 127)
+    somewhere = features.abs().amax(dim=1) > 0  # where all is zero there is no direction to lose
+    loss = (1 - cosine_similarity(quantised * steps[..., None, None], features, dim=1)) * somewhere
+    worst = (loss.sum(dim=(1, 2)) / somewhere.sum(dim=(1, 2)).clamp(min=1)).max().item()
+    if worst > MAX_COSINE_LOSS:
+        raise UserError(
+            f"--trainer.callbacks.storage: int8 would change a feature map by {worst:.1e} in cosine, and at most "
+            f"{MAX_COSINE_LOSS:g} is allowed. Store float16."
+        )
+    return quantised.to(torch.int8), steps
+
+
+def _encode_image(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
+    buffer = io.BytesIO()
+    options = {"quality": 95} if image_format == "jpg" else {}
+    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "png": "PNG"}[image_format], **options)
+    return buffer.getvalue()
+
+
+def _half(tensor: Tensor, name: str) -> Tensor:
+    half = tensor.to(torch.float16)
+    if not half.isfinite().all():
+        largest = tensor.abs().max().item()
+        raise UserError(f"The {name} do not fit half precision: their largest magnitude is {largest:g}.")
+    return half
+
+
+def _encode_array(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _decode_array(data: memoryview, dtype: type[np.generic]) -> NDArray[np.generic]:
+    """Read an array in numpy's format, without a copy: `np.load` takes longer over its header than over the rest."""
+    length = 10 + int.from_bytes(data[8:10], "little")
+    found, shape = _decode_header(bytes(data[:length]))
+    if found != np.dtype(dtype):
+        raise ValueError(f"dtype {found} instead of {np.dtype(dtype)}")
+    array: NDArray[np.generic] = np.frombuffer(data[length:], dtype).reshape(shape)
+    if dtype is np.float16:
+        bits = array.view(np.uint16) & HALF_INFINITY
+        if (bits == HALF_INFINITY).any():
+            raise ValueError("a value that is not finite")
+    return array
+
+
+@lru_cache(maxsize=64)
+def _decode_header(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    """The dtype and shape of an array; all arrays of a kind in a set share one header."""
+    file = io.BytesIO(header)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not version 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:
+        raise ValueError(f"an array that cannot be read ({error})") from error
+    if fortran or dtype.hasobject:
+        raise ValueError("an array that is pickled or in Fortran's order")
+    return dtype, shape
+
+
+def collate_samples(samples: list[Sample]) -> Batch:
+    """Stack samples to a batch, in half precision."""
+    # torch's own function stacks right into the memory that a worker shares with its parent.
+    batch: Batch = {
+        "features": default_collate([sample["features"] for sample in samples]),
+        "logits": default_collate([sample["logits"] for sample in samples]),
+        "latents": default_collate([sample["latents"] for sample in samples]),
+        "labels": torch.tensor([sample["labels"] for sample in samples]),
+        "source": [sample["source"] for sample in samples],
+        "key": [sample["key"] for sample in samples],
+    }
+    if "images" in samples[0]:
+        batch["images"] = default_collate([sample["images"] for sample in samples])
+    return batch
+
+
+Stored = TypeVar("Stored", Sample, Batch)
+
+
+def widen(stored: Stored) -> Stored:
+    """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
+    stored["features"] = stored["features"].float()
+    stored["logits"] = stored["logits"].float()
+    stored["latents"] = stored["latents"].float()
+    return stored

@@ -1,0 +1,48 @@
+"""Commands and options in `docs/data.md` are understood."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from featinv_pl.cli import effective_config
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/data.md").read_text()
+
+
+def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(r"^featinv-pl (predict (?:\\\n|[^#\n])+)", TEXT, re.MULTILINE)
+    assert len(commands) == 3
+    extract = yaml.safe_load((ROOT / "experiments/digits/extract.yaml").read_text())
+    extract |= {"base": str(ROOT / "experiments/digits/trainer.yaml"), "data": {"class_path": "FolderData"}}
+    (tmp_path / "extract.yaml").write_text(yaml.safe_dump(extract))
+    for command in commands:
+        args = shlex.split(command.replace("\\\n", " ").replace(" extract.yaml", f" {tmp_path}/extract.yaml"))
+        effective_config(args)
+
+
+def test_options_are_understood(tmp_path: Path) -> None:
+    config = tmp_path / "extract.yaml"
+    settings = {
+        "trainer": {"callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards"}}]},
+        "model": {
+            "class_path": "FeatureExtraction",
+            "init_args": {"backbone": "a", "autoencoder": "b", "image_size": 32},
+        },
+        "data": {"class_path": "FolderData"},
+    }
+    config.write_text(json.dumps(settings))
+    images = ("--data.crop_pct=0.9", "--data.image_size=224", "--data.vertical_flip=true", "--data.views=4")
+    writer = ("--trainer.callbacks.max_bad_fraction=0.1", "--trainer.callbacks.storage=int8")
+    effective_config(["predict", "--config", str(config), *images, *writer])
+    shards = {"class_path": "FeatureShards"}
+    reading = ("--data.on_error=skip", "--data.allow_pipe=true", "--data.cache=here")
+    config.write_text(json.dumps({**settings, "data": shards}))
+    effective_config(["predict", "--config", str(config), *reading])
+    for option in (*images, *writer, *reading):
+        assert option.split("=")[0] in TEXT

@@ -1,0 +1,121 @@
+"""Training that was interrupted sees exactly the samples that it has not seen, and ends with the same weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from featinv_pl.__main__ import main
+
+STEPS = 10  # of epochs of four
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp_fork")
+
+
+class Recorder(Callback):
+    """Appends the keys of each batch that is trained on."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        with Path(f"seen-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(json.dumps([trainer.global_step, batch["key"]]) + "\n")
+
+
+@pytest.fixture
+def config(classifier_folder: Path, prior_folder: Path) -> str:
+    trainer: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": "run",
+    }
+    extract = {
+        "trainer": {
+            **trainer,
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 6}}],
+            "limit_predict_batches": 11,
+        },
+        "model": {
+            "class_path": "FeatureExtraction",
+            "init_args": {
+                "backbone": str(classifier_folder),
+                "autoencoder": str(prior_folder / "vae"),
+                "image_size": 32,
+            },
+        },
+        "data": {"class_path": "DigitsData", "init_args": {"sources": ["val"], "batch_size": 6}},
+    }
+    checkpoint = {"dirpath": "run", "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    fit = {
+        "seed_everything": 0,
+        "trainer": {
+            **trainer,
+            "max_steps": STEPS,
+            "callbacks": [
+                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+                {"class_path": f"{__name__}.Recorder"},
+            ],
+        },
+        "model": {
+            "class_path": "FeatureInversion",
+            "init_args": {
+                "backbone": str(classifier_folder),
+                "prior": str(prior_folder),
+                "image_size": 32,
+                "hidden_channels": 8,
+            },
+        },
+        "data": {"class_path": "FeatureShards", "init_args": {"train": "shards/val", "batch_size": 16}},
+    }
+    Path("extract.yaml").write_text(yaml.safe_dump(extract))
+    Path("fit.yaml").write_text(yaml.safe_dump(fit))
+    main(["predict", "--config", "extract.yaml"])
+    return "fit.yaml"
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
+    return state
+
+
+def seen(rank: int = 0) -> list[Any]:
+    path = Path(f"seen-{rank}.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    return lines
+
+
+def test_goes_on_from_any_step(config: str) -> None:
+    main(["fit", "--config", config])
+    whole, final = seen(), weights(f"run/step={STEPS}.ckpt")
+    assert [step for step, _ in whole] == list(range(STEPS))
+    for epoch in (whole[:4], whole[4:8]):
+        keys = [key for _, keys in epoch for key in keys]
+        assert len(keys) == len(set(keys)) == 64
+    Path("run").rename("before")
+    for step in (1, 3, 4, 5, 8):  # within the first epoch, at its end, and later
+        more = [f"--data.num_workers={step % 2}"]  # may be another number than before
+        main(["fit", "--config", config, "--ckpt_path", f"before/step={step}.ckpt", *more])
+        assert seen() == whole[step:]
+        resumed = weights(f"run/step={STEPS}.ckpt")
+        assert all(torch.equal(resumed[name], value) for name, value in final.items())
+
+
+def test_two_processes_go_on_too(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", "--config", config, *TWO, "--data.batch_size=8"]
+    main(args)
+    whole = [seen(rank) for rank in range(2)]
+    keys = [key for lines in whole for _, keys in lines[:4] for key in keys]
+    assert len(keys) == len(set(keys)) == 64
+    main([*args, "--ckpt_path", "run/step=6.ckpt"])
+    assert [seen(rank) for rank in range(2)] == [lines[6:] for lines in whole]
+
+    with pytest.raises(SystemExit):  # what is left of an epoch depends on how it was shared out
+        main(["fit", "--config", config, "--ckpt_path", "run/step=6.ckpt"])
+    assert "batch_size: 8 in the checkpoint, 16 here; processes: 2 in the checkpoint, 1 here" in capsys.readouterr().err
+    main(["fit", "--config", config, "--ckpt_path", "run/step=8.ckpt"])  # a whole number of epochs
+    assert [step for step, _ in seen()] == [8, 9]
