@@ -221,7 +221,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
     [
         ("--data.train=nowhere", ["--data.train: there is no folder 'nowhere'"]),
         ("--data.test.clean=nowhere", ["--data.test.clean: there is no folder 'nowhere'"]),
-        ("--model.prior=nowhere", ["--model.prior: 'nowhere' has no unet/config.json"]),
+        ("--model.prior=nowhere", ["--model.prior: 'nowhere' is no folder, no file, and could not be fetched"]),
         ("--model.backbone=resnett50", ["'resnett50' is neither a folder nor a timm model", "Did you mean resnet50"]),
         ("--ckpt_path=nowhere.ckpt", ["--ckpt_path: there is no file 'nowhere.ckpt'"]),
         ("--model.dropuot=0.1", ["dropuot"]),

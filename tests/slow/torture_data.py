@@ -183,6 +183,11 @@ def killed(args: list[str], folder: Path, after: float) -> bool:
     return False
 
 
+def moment(more: bool, earliest: float, seconds: float, rng: random.Random) -> float:
+    """When to kill, in seconds from the start; past any end once there were enough kills."""
+    return rng.uniform(earliest, 1) * seconds if more else PATIENCE_S
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, locks apart."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -216,7 +221,7 @@ def torture_extraction(root: Path, kills: int, rng: random.Random) -> list[Figur
         while done < count:
             folder = workplace(root, f"killed-{len(more)}-{rounds}")
             rounds += 1
-            while killed([*command, *more], folder, rng.uniform(0.3, 1) * seconds):
+            while killed([*command, *more], folder, moment(done < count, 0.3, seconds, rng)):
                 done += 1
                 partly += 0 < len(contents(folder / "shards")) < len(expected)
             wrong += contents(folder / "shards") != expected
@@ -263,7 +268,7 @@ def torture_streaming(root: Path, kills: int, rng: random.Random) -> list[Figure
             while True:
                 checkpoint = folder / "run/inversion.ckpt"
                 resume = ["--ckpt_path", "run/inversion.ckpt"] if checkpoint.is_file() else []
-                if not killed([*command, *resume], folder, rng.uniform(0.4, 1) * seconds):
+                if not killed([*command, *resume], folder, moment(done < count, 0.4, seconds, rng)):
                     break
                 done += 1
                 resumed += bool(resume)
