@@ -1,0 +1,31 @@
+"""How alike two images are."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from featinv_pl.metrics.sample_metric import SampleMetric
+
+
+class PixelSimilarity(SampleMetric):
+    """Similarity of pixels.
+
+    `psnr` is the peak signal-to-noise ratio in dB, at most 100, which stands for equal images; `ssim`
+    the structural similarity (Wang et al., 2004) as torchmetrics computes it.
+
+    Args:
+        replicates: See `SampleMetric`.
+    """
+
+    higher_is_better = True
+    names = ("psnr", "ssim")
+    reads = ("images", "images")
+
+    def score(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Compare images (B, 3, H, W) in [-1, 1]."""
+        preds, target = (preds + 1) / 2, (target + 1) / 2
+        error = (preds.double() - target).square().flatten(1).mean(1)
+        psnr = -10 * error.clamp(min=1e-10).log10()
+        ssim = structural_similarity_index_measure(preds, target, data_range=1.0, reduction="none")
+        assert isinstance(ssim, Tensor)
+        return torch.stack([psnr, ssim.double()], dim=1)
