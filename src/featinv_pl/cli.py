@@ -14,6 +14,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that a configuration can name these classes without their path.
+import featinv_pl.callbacks.drawn
 import featinv_pl.callbacks.per_source
 import featinv_pl.callbacks.reconstruction_grid
 import featinv_pl.callbacks.shard_writer
@@ -22,9 +23,6 @@ import featinv_pl.data.feature_shards
 import featinv_pl.data.folders
 import featinv_pl.extraction
 import featinv_pl.inversion
-import featinv_pl.metrics.agreement
-import featinv_pl.metrics.frechet
-import featinv_pl.metrics.similarity
 import featinv_pl.pretraining  # noqa: F401
 from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.progress import Progress

@@ -42,6 +42,8 @@ class Batch(Views):
     labels: Tensor
     source: list[str]
     key: list[str]
+    drawn: NotRequired[dict[int, Tensor]]
+    """By row, (3, H, W) bytes: reconstructions that an interrupted test has drawn."""
 
 
 class Inversion(Views):

@@ -190,7 +190,11 @@ class PerSource(EvaluationCallback):
                 KernelDistance(channels, f"kd_{name}"),
             ]
 
-        return [Eye("", None, own)]
+        def judged() -> list[Metric]:
+            return [MapSimilarity(self.replicates), Agreement(self.replicates)]
+
+        judge = [] if module.judge is None else [Eye("judge_", module.judge.look, judged)]
+        return [Eye("", None, own), *judge]
 
     def _find_training_maps(self, datamodule: Any) -> None:
         if datamodule.train is None:
@@ -301,6 +305,7 @@ def _gather(item: Any) -> list[Any]:
 
 
 def network_name(backbone: Any) -> str:
-    """The architecture and weights of a backbone as timm writes them, whether it came from a folder or by name."""
+    """What timm calls the architecture, and the weights if they are its own."""
     config = backbone.model.pretrained_cfg
-    return ".".join(part for part in (config.get("architecture"), config.get("tag")) if part) or backbone.name
+    parts = [config["architecture"], "" if Path(backbone.name).is_dir() else config.get("tag")]
+    return ".".join(part for part in parts if part)

@@ -11,7 +11,7 @@ class PixelSimilarity(SampleMetric):
     """Similarity of pixels.
 
     `psnr` is the peak signal-to-noise ratio in dB, at most 100, which stands for equal images; `ssim`
-    the structural similarity (Wang et al., 2004) as torchmetrics computes it.
+    the structural similarity of luminance (Wang et al., 2004) as torchmetrics computes it.
 
     Args:
         replicates: See `SampleMetric`.
@@ -26,6 +26,8 @@ class PixelSimilarity(SampleMetric):
         preds, target = (preds + 1) / 2, (target + 1) / 2
         error = (preds.double() - target).square().flatten(1).mean(1)
         psnr = -10 * error.clamp(min=1e-10).log10()
-        ssim = structural_similarity_index_measure(preds, target, data_range=1.0, reduction="none")
+        luminance = preds.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        grey = [(images * luminance).sum(1, keepdim=True) for images in (preds, target)]
+        ssim = structural_similarity_index_measure(*grey, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
         return torch.stack([psnr, ssim.double()], dim=1)
