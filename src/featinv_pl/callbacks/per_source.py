@@ -1,8 +1,6 @@
 """Scores for each source, with floor, ceiling and baselines beside every figure."""
 
-import copy
 import warnings
-from itertools import chain
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,11 +65,12 @@ class Tally:
     def add(self, part: "Tally") -> None:
         """Add a source to a group."""
         for key, metrics in part.metrics.items():
-            if key in self.metrics:
-                for metric, other in zip(self.metrics[key], metrics, strict=True):
-                    metric.merge_state(other)
-            else:
-                self.metrics[key] = copy.deepcopy(metrics)
+            if key not in self.metrics:
+                self.metrics[key] = [metric.clone() for metric in metrics]
+                for metric in self.metrics[key]:
+                    metric.reset()
+            for metric, other in zip(self.metrics[key], metrics, strict=True):
+                metric.merge_state(other)
         self.count += part.count
 
 
@@ -159,7 +158,13 @@ class PerSource(EvaluationCallback):
         while self.pending or self.open is not None:
             self._next()
         self.results.derive(self.clean)
-        pl_module.log_dict(self.results.scores)
+        if trainer.state.fn == "fit":
+            pl_module.log_dict(self.results.scores)  # for ModelCheckpoint to monitor
+        else:
+            # Not through Lightning, which would print all of them, and with forked processes waits for ever to
+            # hand so many back.
+            for logger in trainer.loggers:
+                logger.log_metrics(self.results.scores, trainer.global_step)
 
     def end(self) -> None:
         """Write the files, and show what matters most."""
@@ -254,8 +259,6 @@ class PerSource(EvaluationCallback):
         left_out = sorted(key for _, keys in ranks for key in keys)
         if left_out:
             self._note(f"{tally.source}: left out {len(left_out)} samples, not finite, such as '{left_out[0]}'")
-        for metric in chain(*tally.metrics.values()):
-            metric.sync()
         tally.count = len(columns.get("key", []))
         self._score(tally)
         if tally.count and self.writes:
@@ -274,7 +277,7 @@ class PerSource(EvaluationCallback):
             for metric in metrics:
                 with warnings.catch_warnings():  # a rank without samples has updated nothing, and a group only merges
                     warnings.filterwarnings("ignore", "The ``compute`` method")
-                    values = metric.distribution() if isinstance(metric, SampleMetric) else metric.compute()
+                    values = metric.compute()
                 for name, value in values.items():
                     key = Name(tally.source, f"{self.eyes[number].prefix}{name}", arm)
                     self.results.values[key] = value.reshape(-1).cpu().numpy()

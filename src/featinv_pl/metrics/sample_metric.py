@@ -79,12 +79,9 @@ class SampleMetric(Metric):
         self.counts += weights.T @ finite.double()
 
     def compute(self) -> dict[str, Tensor]:
-        """Means by name; NaN before any sample."""
-        return {name: values[0] for name, values in self.distribution().items()}
-
-    def distribution(self) -> dict[str, Tensor]:
-        """By name, (1 + replicates,): the mean, then that of each replicate."""
-        return dict(zip(self.names, (self.sums / self.counts).T, strict=True))
+        """Means by name, NaN before any sample: scalars, or with replicates (1 + replicates,), the mean first."""
+        means = (self.sums / self.counts).T
+        return dict(zip(self.names, means if self.replicates else means[:, 0], strict=True))
 
 
 @lru_cache(maxsize=1)

@@ -47,9 +47,9 @@ class MapSimilarity(SampleMetric):
         bins = ((self.latest[:, 0] + 1) / 2 * BINS).long().clamp(0, BINS - 1)
         self.histogram += torch.bincount(bins, minlength=BINS)
 
-    def distribution(self) -> dict[str, Tensor]:
+    def compute(self) -> dict[str, Tensor]:
         """See `SampleMetric`; the quantile has no replicates."""
-        return {**super().distribution(), "cosine_q05": self._quantile().reshape(1)}
+        return {**super().compute(), "cosine_q05": self._quantile()}
 
     def _quantile(self) -> Tensor:
         count = self.histogram.sum()
