@@ -44,7 +44,7 @@ def _inverter(name: str) -> tuple[Stage, Stage]:
         Stage(
             f"{name} test",
             f"test {config} --ckpt_path {folder}/inversion.ckpt",
-            (f"{name}/scores.json", f"{name}/pictures"),
+            tuple(f"{name}/{output}" for output in ("metrics.json", "scores.csv", "samples", "plots", "pictures")),
             (f"{name} inverter",),
         ),
     )

@@ -76,7 +76,8 @@ class DrawnImages(Callback):
 
     def _load(self, name: str) -> Tensor:
         with safe_open(self.files[name], "pt") as file:
-            return file.get_tensor(name)
+            image: Tensor = file.get_tensor(name)
+            return image
 
     def _names(self, batch: Batch) -> list[str]:
         maps = batch["features"].cpu().contiguous().numpy()

@@ -23,7 +23,7 @@ class EvaluationCallback(Callback, ABC):
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All batches of all sources have been seen."""
 
-    def end(self) -> None:  # noqa: B027 (most have nothing to do)
+    def end(self) -> None:
         """The stage is over, and its progress line is closed."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

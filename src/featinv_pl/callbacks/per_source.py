@@ -1,5 +1,6 @@
 """Scores for each source, with floor, ceiling and baselines beside every figure."""
 
+import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,11 +9,13 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.references import Floor, Neighbours
 from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, samples_file, samples_path
 from featinv_pl.errors import UserError
@@ -85,7 +88,7 @@ class PerSource(EvaluationCallback):
 
     A source `a/b/c` also counts for `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
     `scores.csv` with all scores and their 95 % intervals, and `samples/<source>.parquet` with every
-    sample. What cannot be scored is left out and named; the rest is scored all the same.
+    sample; `plots/` shows them. What cannot be scored is left out and named; the rest is scored all the same.
 
     Args:
         clean: The source that corrupted ones are compared with.
@@ -111,6 +114,7 @@ class PerSource(EvaluationCallback):
         self.open, self.groups, self.neighbours = None, {}, None
         self.device = pl_module.device
         self.root = Path(trainer.default_root_dir)
+        self.loggers = trainer.loggers
         self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
         loaders = trainer.val_dataloaders if stage == "validate" else trainer.test_dataloaders
         self.samples = dict(zip(self.pending, (loader.dataset for loader in cast(list[Any], loaders)), strict=True))
@@ -174,7 +178,25 @@ class PerSource(EvaluationCallback):
             print("\n" + aligned(self.results.table()))
             for note in self.results.notes:
                 print(f"Note: {note}")
+            self._picture()
             print(f"{len(self.results.scores)} scores in {self.root / METRICS}")
+
+    def _picture(self) -> None:
+        """Write the plots, and hand them to the loggers that take pictures, beside the table."""
+        runs, whole = {"inversion": self.results.document}, [name for name in self.results.counts if "/" not in name]
+        plots = {"severity": severity_curves(runs, self.clean)}
+        if whole:
+            plots["histograms"] = cosine_histograms({"inversion": self.root}, whole)
+        head, *rows = self.results.table()
+        for name, png in plots.items():
+            if png is not None:
+                write_bytes(self.root / "plots" / f"{name}.png", png)
+                for logger in self.loggers:
+                    if hasattr(logger, "log_image"):
+                        logger.log_image(f"plots/{name}", [Image.open(io.BytesIO(png))])
+        for logger in self.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table("scores", columns=head, data=rows)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave out sources with fewer samples than there are processes, which would wait for each other."""
@@ -243,7 +265,7 @@ class PerSource(EvaluationCallback):
 
     def _finite(self, tally: Tally, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
         """Leave out samples with a value that is not finite, from all arms, and remember their keys."""
-        tensors = [item[key] for item in (batch, *arms.values()) for key in ("features", "logits")]  # type: ignore[literal-required]
+        tensors = [item[key] for item in (batch, *arms.values()) for key in ("features", "logits")]
         good = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
         if good.all():
             return arms, batch

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import pyarrow
@@ -33,6 +33,18 @@ class Name(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.source}/{self.score}{self.arm}"
+
+
+class Document(TypedDict):
+    """The content of `metrics.json`."""
+
+    samples: dict[str, int]
+    """By source, how many count."""
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    """95 % confidence intervals of those scores that are means."""
+    notes: list[str]
+    """What is missing, and why."""
 
 
 @dataclass
@@ -82,10 +94,20 @@ class Results:
                 intervals[str(name)] = (float(low), float(high))
         return intervals
 
+    @property
+    def document(self) -> "Document":
+        """What `metrics.json` holds."""
+        return {
+            "samples": self.counts,
+            "scores": self.scores,
+            "intervals": self.intervals,
+            "notes": self.notes,
+        }
+
     def files(self) -> dict[str, bytes]:
         """`metrics.json` and `scores.csv`."""
-        scores, intervals = self.scores, self.intervals
-        document = {"samples": self.counts, "scores": scores, "intervals": intervals, "notes": self.notes}
+        document = self.document
+        scores, intervals = document["scores"], document["intervals"]
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
         writer.writerow(["source", "score", "arm", "value", "low", "high", "samples"])
@@ -106,7 +128,7 @@ class Results:
             for suffix, arm in ARMS.items():
                 names = [str(Name(source, column, suffix)) for column in columns]
                 if any(name in scores for name in names):
-                    cells = [_cell(scores.get(name), intervals.get(name)) for name in names]
+                    cells = [cell(scores.get(name), intervals.get(name)) for name in names]
                     table.append([source, str(self.counts[source]), arm, *cells])
         return table
 
@@ -116,7 +138,8 @@ def _ratio(numerator: Values, denominator: Values) -> Values:
         return np.asarray(numerator / denominator)
 
 
-def _cell(score: float | None, interval: tuple[float, float] | None) -> str:
+def cell(score: float | None, interval: tuple[float, float] | None) -> str:
+    """A score with its interval, for a table."""
     if score is None:
         return ""
     digits = 1 if abs(score) >= 10 else 3
@@ -133,8 +156,14 @@ def aligned(table: list[list[str]]) -> str:
 
 
 def samples_path(root: Path, source: str) -> Path:
-    """Where the scores of each sample of a source are."""
+    """Where the scores of each sample of a source are written."""
     return root / SAMPLES / f"{source}.parquet"
+
+
+def samples_folder(root: Path, source: str) -> Path:
+    """Where the scores of each sample of a source, or of a group of sources, are read from."""
+    path = samples_path(root, source)
+    return path if path.is_file() else root / SAMPLES / source
 
 
 def samples_file(columns: Mapping[str, Any]) -> bytes:

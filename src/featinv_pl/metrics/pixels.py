@@ -27,7 +27,7 @@ class PixelSimilarity(SampleMetric):
         error = (preds.double() - target).square().flatten(1).mean(1)
         psnr = -10 * error.clamp(min=1e-10).log10()
         luminance = preds.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        grey = [(images * luminance).sum(1, keepdim=True) for images in (preds, target)]
-        ssim = structural_similarity_index_measure(*grey, data_range=1.0, reduction="none")
+        grey, reference = ((images * luminance).sum(1, keepdim=True) for images in (preds, target))
+        ssim = structural_similarity_index_measure(grey, reference, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
         return torch.stack([psnr, ssim.double()], dim=1)
