@@ -31,8 +31,8 @@ def test_demo_runs_reuses_and_starts_over(capsys: pytest.CaptureFixture[str]) ->
     assert set(metrics) == {"spatial", "pooled"}
     for source in ("clean", "corrupted", "hard"):
         for name in ("cosine", "cosine_floor", "cosine_ceiling", "cosine_calibrated", "agreement@1", "agreement@5"):
-            assert f"{source}/{name}" in metrics["spatial"]
-        assert f"{source}/fd_test_convnext2" in metrics["pooled"]
+            assert f"{source}/{name}" in metrics["spatial"]["scores"]
+        assert f"{source}/fd_test_convnext2" in metrics["pooled"]["scores"]
     stages = json.loads((runs / "stages.json").read_text())
     assert len(stages) == 8
     page = (runs / "report.html").read_text()
@@ -40,11 +40,11 @@ def test_demo_runs_reuses_and_starts_over(capsys: pytest.CaptureFixture[str]) ->
 
     # An unchanged second run computes nothing; a stage whose output is gone runs again, alone.
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
-    (runs / "pooled/scores.json").unlink()
+    (runs / "pooled/scores.csv").unlink()
     main(args)
     printed = capsys.readouterr().out
     assert printed.count("reused") == 7
-    assert (runs / "pooled/scores.json").is_file()
+    assert (runs / "pooled/scores.csv").is_file()
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")} == written
 
     # A change of configuration runs what depends on it, and nothing else.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import sqrtm  # type: ignore[import-untyped]
+from scipy.linalg import sqrtm
 from torch import Tensor
 from torchmetrics.image.fid import _compute_fid
 

@@ -121,6 +121,8 @@ class PerSource(EvaluationCallback):
         # In the middle of training an interval is not worth its time, and nothing is written.
         self.replicates = 0 if trainer.state.fn == "fit" else REPLICATES
         self.eyes = self._eyes(pl_module)
+        for source in self.skipped if stage == "test" else []:
+            self._note(f"{source}: left out, for it has fewer samples than there are processes")
         if stage == "test" and self.limit:
             self._find_training_maps(datamodule)
 

@@ -47,7 +47,7 @@ class FrechetDistance(Metric):
             keys: Not needed; every metric takes them.
         """
         for side, features in enumerate((preds, target)):
-            pooled = pool(features, self.num_features).double()
+            pooled = pool(features, self.num_features)
             self.sums[side] += pooled.sum(0)
             self.outers[side] += pooled.T @ pooled
         self.count += len(preds)
@@ -62,7 +62,7 @@ class FrechetDistance(Metric):
 
 
 def pool(features: Tensor, num_features: int) -> Tensor:
-    """Feature vectors (B, D) from maps (B, D, h, w), or as they are.
+    """Feature vectors (B, D), float64, from maps (B, D, h, w), or as they are.
 
     Raises:
         UserError: There are not `num_features` features.
@@ -71,6 +71,7 @@ def pool(features: Tensor, num_features: int) -> Tensor:
         raise UserError(
             f"A distance was made for {num_features} features, and there are {features.shape[1]}. Give it that number."
         )
+    features = features.double()
     return features.flatten(2).mean(2) if features.ndim > 2 else features
 
 

@@ -50,7 +50,7 @@ class KernelDistance(Metric):
         hashes = torch.tensor([key_hash(key) for key in keys], dtype=torch.float64, device=self.chosen.device)
         wanted = hashes <= self.chosen[-1, 0]
         if wanted.any():
-            pooled = [pool(features[wanted], self.num_features).double() for features in (preds, target)]
+            pooled = [pool(features[wanted], self.num_features) for features in (preds, target)]
             rows = torch.cat([hashes[wanted].unsqueeze(1), *pooled], dim=1)
             self.chosen = _first(torch.cat([self.chosen, rows]), self.size)
 
