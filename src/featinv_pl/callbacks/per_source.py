@@ -2,10 +2,10 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,9 +22,10 @@ from featinv_pl.errors import UserError
 from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
 from featinv_pl.metrics.frechet import FrechetDistance
 from featinv_pl.metrics.kernel import KernelDistance
-from featinv_pl.metrics.pixels import PixelSimilarity
+from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.metrics.similarity import MapSimilarity
+from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, perceptual_distance
 from featinv_pl.types import Batch, Inversion, Views
 
 REPLICATES = 1000
@@ -41,7 +42,7 @@ class Eye:
     """
 
     prefix: str
-    look: Callable[[Tensor], Views] | None
+    look: Callable[[Tensor], Mapping[str, Any]] | None
     metrics: Callable[[], list[Metric]]
 
 
@@ -68,10 +69,6 @@ class Tally:
     def add(self, part: "Tally") -> None:
         """Add a source to a group."""
         for key, metrics in part.metrics.items():
-            if key not in self.metrics:
-                self.metrics[key] = [metric.clone() for metric in metrics]
-                for metric in self.metrics[key]:
-                    metric.reset()
             for metric, other in zip(self.metrics[key], metrics, strict=True):
                 metric.merge_state(other)
         self.count += part.count
@@ -84,6 +81,7 @@ class PerSource(EvaluationCallback):
 
     * `<score>_floor`: another image of the source, chosen by key (not for distances between sets).
     * `<score>_ceiling`: the original through the prior's autoencoder alone.
+    * `label@1_original`: the original itself, that is, the accuracy of the backbone.
     * `<score>_neighbour`: in `test`, the training image with the most similar map.
 
     A source `a/b/c` also counts for `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
@@ -93,12 +91,20 @@ class PerSource(EvaluationCallback):
     Args:
         clean: The source that corrupted ones are compared with.
         neighbours: Training samples to search for the nearest; 0 leaves that arm out.
+        inception: The Inception weights of 2015, by which `fid` and `kid` are defined: a file, or
+            `download` to fetch it once. By default it is used if torch has downloaded it before. The
+            same goes for the AlexNet weights of `lpips`.
     """
 
-    def __init__(self, clean: str = "clean", neighbours: int = 20_000) -> None:
+    def __init__(
+        self,
+        clean: str = "clean",
+        neighbours: int = 20_000,
+        inception: Literal["download"] | Path | None = None,
+    ) -> None:
         if neighbours < 0:
             raise UserError(f"--trainer.callbacks.neighbours must be at least 0, and is {neighbours}.")
-        self.clean, self.limit = clean, neighbours
+        self.clean, self.limit, self.inception = clean, neighbours, inception
         self.results = Results()
         self.pending: list[str] = []
         self.open: Tally | None = None
@@ -131,7 +137,7 @@ class PerSource(EvaluationCallback):
         while self.open is None or self.open.source != batch["source"][0]:
             self._next()
         tally = self.open
-        arms = {"": cast(Views, outputs), "_ceiling": outputs["ceiling"]}
+        arms = {"": cast(Views, outputs), "_ceiling": outputs["ceiling"], "_original": cast(Views, batch)}
         if tally.floor is not None:
             arms["_floor"] = tally.floor(batch)
         if self.neighbours is not None:
@@ -147,8 +153,10 @@ class PerSource(EvaluationCallback):
         for number, eye in enumerate(self.eyes):
             target = {**batch, **eye.look(batch["images"])} if eye.look else batch
             for arm, views in arms.items():
+                if (number, arm) not in tally.metrics:
+                    continue
                 preds = eye.look(views["images"]) if eye.look else views
-                if "logits" in preds:
+                if arm != "_original" and "logits" in preds:
                     columns[f"{eye.prefix}prediction{arm or '_inversion'}"] = preds["logits"].argmax(1).tolist()
                 for metric in tally.metrics[number, arm]:
                     ours, theirs = cast(Any, metric).reads
@@ -222,8 +230,24 @@ class PerSource(EvaluationCallback):
         def judged() -> list[Metric]:
             return [MapSimilarity(self.replicates), Agreement(self.replicates)]
 
-        judge = [] if module.judge is None else [Eye("judge_", module.judge.look, judged)]
-        return [Eye("", None, own), *judge]
+        eyes = [Eye("", None, own)]
+        if self.replicates == 0:
+            return eyes
+        if module.judge is not None:
+            eyes.append(Eye("judge_", module.judge.look, judged))
+        try:
+            network = Inception(self.inception).to(self.device)
+            eyes.append(Eye("", lambda images: {"features": network(images)}, _inception_distances))
+        except UserError as error:
+            self._note(f"there is no fid and no kid: {error} (--trainer.callbacks.inception)")
+        try:
+            distance = perceptual_distance(self.device)
+            eyes.append(
+                Eye("", lambda images: {"images": images}, lambda: [PerceptualDistance(distance, self.replicates)])
+            )
+        except UserError as error:
+            self._note(f"there is no lpips: {error}")
+        return eyes
 
     def _find_training_maps(self, datamodule: Any) -> None:
         if datamodule.train is None:
@@ -255,15 +279,22 @@ class PerSource(EvaluationCallback):
                 tally.floor = Floor(samples)
             except UserError as error:
                 self._note(f"{source}: there is no floor: {error}")
-        arms = ["", "_ceiling"]
+        arms = ["", "_ceiling", "_original"]
         arms += ["_floor"] if tally.floor is not None else []
         arms += ["_neighbour"] if self.neighbours is not None else []
-        for number, eye in enumerate(self.eyes):
-            for arm in arms:
-                # Another image of a set is an image of that set: as a distance between sets, it says nothing.
-                metrics = [item for item in eye.metrics() if arm != "_floor" or isinstance(item, SampleMetric)]
-                tally.metrics[number, arm] = [metric.to(self.device) for metric in metrics]
+        tally.metrics = self._metrics(arms)
         return tally
+
+    def _metrics(self, arms: Iterable[str]) -> dict[tuple[int, str], list[Metric]]:
+        """New metrics by number of the eye and by arm."""
+        made = {(number, arm): eye.metrics() for number, eye in enumerate(self.eyes) for arm in arms}
+        for (_, arm), metrics in made.items():
+            if arm == "_floor":
+                # Another image of a set is an image of that set: as a distance between sets, it says nothing.
+                metrics[:] = [metric for metric in metrics if isinstance(metric, SampleMetric)]
+            if arm == "_original":  # which agrees with itself, but not always with its label
+                metrics[:] = [metric for metric in metrics if isinstance(metric, LabelAccuracy)]
+        return {key: [metric.to(self.device) for metric in metrics] for key, metrics in made.items() if metrics}
 
     def _finite(self, tally: Tally, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
         """Leave out samples with a value that is not finite, from all arms, and remember their keys."""
@@ -288,7 +319,9 @@ class PerSource(EvaluationCallback):
         if tally.count and self.writes:
             write_bytes(samples_path(self.root, tally.source), samples_file(columns))
         for level in _groups(tally.source):
-            self.groups.setdefault(level, Tally(level)).add(tally)
+            if level not in self.groups:
+                self.groups[level] = Tally(level, self._metrics(("", "_original", "_ceiling", "_floor", "_neighbour")))
+            self.groups[level].add(tally)
             if not any(source.startswith(f"{level}/") for source in self.pending):
                 self._score(self.groups.pop(level))
 
@@ -305,6 +338,10 @@ class PerSource(EvaluationCallback):
                 for name, value in values.items():
                     key = Name(tally.source, f"{self.eyes[number].prefix}{name}", arm)
                     self.results.values[key] = value.reshape(-1).cpu().numpy()
+
+
+def _inception_distances() -> list[Metric]:
+    return [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")]
 
 
 def _groups(source: str) -> list[str]:

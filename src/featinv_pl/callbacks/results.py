@@ -17,7 +17,13 @@ METRICS = "metrics.json"
 SCORES = "scores.csv"
 SAMPLES = "samples"
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1", "psnr")
-ARMS = {"": "inversion", "_ceiling": "autoencoder", "_neighbour": "neighbour", "_floor": "floor"}
+ARMS = {
+    "": "inversion",
+    "_ceiling": "autoencoder",
+    "_neighbour": "neighbour",
+    "_floor": "floor",
+    "_original": "original",
+}
 RELATIVE = ("cosine", "agreement@1", "agreement@5", "label@1")
 
 Values = NDArray[np.float64]

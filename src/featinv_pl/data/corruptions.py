@@ -106,7 +106,7 @@ def frost(pixels: Pixels, constants: tuple[float, float], rng: np.random.Generat
     """Ice crystals on the lens: bright ridges of a fractal, bluish."""
     height, width, _ = pixels.shape
     ridges = 1 - np.abs(2 * _plasma(max(height, width), 1.8, rng)[:height, :width] - 1)
-    return constants[0] * pixels + constants[1] * ridges[..., None] ** 2 * np.array([0.85, 0.95, 1.0])
+    return np.asarray(constants[0] * pixels + constants[1] * ridges[..., None] ** 2 * np.array([0.85, 0.95, 1.0]))
 
 
 def fog(pixels: Pixels, constants: tuple[float, float], rng: np.random.Generator) -> Pixels:
@@ -126,10 +126,11 @@ def spatter(pixels: Pixels, constants: tuple[float, ...], rng: np.random.Generat
     if mud:
         cover = ndimage.gaussian_filter(drops.astype(float), strength, mode="nearest")[..., None]
         cover = np.where(cover < 0.8, 0, cover)
-        return pixels * (1 - cover) + cover * np.array([63, 42, 20]) / 255
+        return np.asarray(pixels * (1 - cover) + cover * np.array([63, 42, 20]) / 255)
     depth = ndimage.distance_transform_edt(drops).clip(max=20)
     shine = np.where(drops, liquid, 0) * ndimage.uniform_filter(np.exp(-depth / 2) * drops, 3)
-    return pixels + strength * (shine / max(shine.max(), 1e-9))[..., None] * np.array([175, 238, 238]) / 255
+    shine = shine[..., None] / max(shine.max(), 1e-9)
+    return np.asarray(pixels + strength * shine * np.array([175, 238, 238]) / 255)
 
 
 def contrast(pixels: Pixels, factor: float, rng: np.random.Generator) -> Pixels:
@@ -142,7 +143,7 @@ def brightness(pixels: Pixels, shift: float, rng: np.random.Generator) -> Pixels
     """Value raised, at the same hue and saturation."""
     value = pixels.max(axis=2, keepdims=True)
     raised = (value + shift).clip(0, 1)
-    return np.where(value > 0, pixels * raised / np.where(value > 0, value, 1), raised)
+    return np.asarray(np.where(value > 0, pixels * raised / np.where(value > 0, value, 1), raised))
 
 
 def saturate(pixels: Pixels, constants: tuple[float, float], rng: np.random.Generator) -> Pixels:
@@ -324,6 +325,7 @@ def _plasma(size: int, decay: float, rng: np.random.Generator) -> NDArray[np.flo
     Args:
         size: Is rounded up to a power of two.
         decay: How much smaller the random part is at each finer scale.
+        rng: Makes the random part.
     """
     size = 2 ** math.ceil(math.log2(size))
     cloud = np.zeros((size, size))
@@ -331,18 +333,16 @@ def _plasma(size: int, decay: float, rng: np.random.Generator) -> NDArray[np.flo
     while step > 1:
         half = step // 2
 
-        def noise(shape: tuple[int, ...], scale: float = scale) -> NDArray[np.float64]:
-            return rng.uniform(-scale, scale, shape)
-
+        noise = rng.uniform(-scale, scale, (3, size // step, size // step))
         corners = cloud[::step, ::step]
         rows = corners + np.roll(corners, -1, axis=0)
         centres = (rows + np.roll(rows, -1, axis=1)) / 4
-        centres = centres + noise(centres.shape)
+        centres = centres + noise[0]
         cloud[half::step, half::step] = centres
         across = (centres + np.roll(centres, 1, axis=0) + corners + np.roll(corners, -1, axis=1)) / 4
-        cloud[::step, half::step] = across + noise(across.shape)
+        cloud[::step, half::step] = across + noise[1]
         down = (centres + np.roll(centres, 1, axis=1) + corners + np.roll(corners, -1, axis=0)) / 4
-        cloud[half::step, ::step] = down + noise(down.shape)
+        cloud[half::step, ::step] = down + noise[2]
         step, scale = half, scale / decay
     cloud -= cloud.min()
     return np.asarray(cloud / cloud.max())

@@ -1,5 +1,7 @@
 """How alike two images are."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
@@ -31,3 +33,24 @@ class PixelSimilarity(SampleMetric):
         ssim = structural_similarity_index_measure(grey, reference, data_range=1.0, reduction="none")
         assert isinstance(ssim, Tensor)
         return torch.stack([psnr, ssim.double()], dim=1)
+
+
+class PerceptualDistance(SampleMetric):
+    """LPIPS (Zhang et al., arXiv 1801.03924): `lpips`, a distance between activations of AlexNet.
+
+    Args:
+        distance: From two batches of images (B, 3, H, W) in [-1, 1] to distances (B,).
+        replicates: See `SampleMetric`.
+    """
+
+    higher_is_better = False
+    names = ("lpips",)
+    reads = ("images", "images")
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor], replicates: int = 0) -> None:
+        super().__init__(replicates)
+        self.distance = distance
+
+    def score(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Compare images (B, 3, H, W) in [-1, 1]."""
+        return self.distance(preds, target).double().unsqueeze(1)
