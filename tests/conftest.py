@@ -1,15 +1,30 @@
 """Tiny real networks, made once per session by the classes that users make theirs with."""
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torchmetrics.image.fid import NoTrainInceptionV3
 
+from featinv_pl.metrics import weights
 from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
 from featinv_pl.types import Batch
 
 MakeBatch = Callable[..., Batch]
+
+
+def random_inception(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write FID's Inception network with random weights, and let its checksum pass for the published one."""
+    with monkeypatch.context() as patched:  # torch-fidelity has no way to make the network without weights
+        patched.setattr(torch, "load", lambda *_, **__: {})
+        patched.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+        network = NoTrainInceptionV3("random", ["2048"], str(path))
+    torch.save(network.state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    monkeypatch.setattr(weights, "INCEPTION", f"https://published/random-{digest}.pth")
+    return path
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +33,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)  # ten times faster than threads that wait for each other
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("HF_HUB_OFFLINE", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_MODE", "offline")

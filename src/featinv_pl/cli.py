@@ -18,6 +18,7 @@ import featinv_pl.callbacks.drawn
 import featinv_pl.callbacks.per_source
 import featinv_pl.callbacks.reconstruction_grid
 import featinv_pl.callbacks.shard_writer
+import featinv_pl.data.corrupted
 import featinv_pl.data.digits
 import featinv_pl.data.feature_shards
 import featinv_pl.data.folders

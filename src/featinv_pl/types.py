@@ -3,6 +3,7 @@
 Shapes use B for the batch, C for feature channels, h and w for the feature map, K for classes.
 """
 
+import hashlib
 from typing import NotRequired
 
 import torch
@@ -74,3 +75,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """Map bytes to [-1, 1]. Inverse of `to_uint8`."""
     return images.float() / 127.5 - 1
+
+
+def key_hash(key: str) -> int:
+    """A number of 48 bits, which float64 holds exactly, that looks random and depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")

@@ -9,9 +9,8 @@ from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
 from featinv_pl.data.shards import Sample, collate_samples
-from featinv_pl.metrics.sample_metric import key_hash
 from featinv_pl.sampling.noise import generator
-from featinv_pl.types import Batch, Views
+from featinv_pl.types import Batch, Views, key_hash
 
 OTHERS = 64
 CHUNK = 1024

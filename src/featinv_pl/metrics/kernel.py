@@ -8,7 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.metrics.frechet import pool
-from featinv_pl.metrics.sample_metric import key_hash
+from featinv_pl.types import key_hash
 
 
 class KernelDistance(Metric):

@@ -1,6 +1,5 @@
 """Means over samples, with all that a bootstrap of them needs, in constant memory."""
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from featinv_pl.types import key_hash
 
 
 class SampleMetric(Metric):
@@ -95,8 +96,3 @@ def poisson_weights(keys: tuple[str, ...], replicates: int) -> Tensor:
 
 def _poisson(key: str, replicates: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.random.Generator(np.random.SFC64(key_hash(key))).poisson(1.0, replicates)
-
-
-def key_hash(key: str) -> int:
-    """A number of 48 bits, which float64 holds exactly, that looks random and depends on the key alone."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")
