@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conftest import random_inception
 from featinv_pl.__main__ import main
-from featinv_pl.data.shards import read_manifest
+from featinv_pl.data.shards import ShardSet, ShardSetWriter, collate_samples, read_manifest, write_manifest
 from featinv_pl.inversion import FeatureInversion
 
 TRAINER: dict[str, Any] = {
@@ -204,6 +204,38 @@ def test_fid_and_kid_need_the_weights_of_inception(
     assert scores["val/fid"] > 0
     assert {"val/kid", "val/kid_ceiling"} <= set(scores)
     assert "val/fid_floor" not in scores
+
+
+def test_plan_estimates_and_writes_nothing(
+    shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
+    before = sorted(Path().rglob("*"))
+    main(["test", "--config", config, "--plan"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^corrupted/pixelate/5 +60 +\S+$", printed, re.MULTILINE)
+    assert re.search(r"^all +180 +\S+$", printed, re.MULTILINE)
+    assert "From 2 batches at" in printed
+    assert sorted(Path().rglob("*")) == before
+    refused(["fit", "--config", config, "--plan"], capsys, "--plan estimates the hours of `test`, and this is `fit`")
+
+
+def test_sources_without_labels_are_scored_without_them(
+    shards: Path, classifier_folder: Path, prior_folder: Path
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    unlabelled = ShardSet(shards / "clean", "ood", "")
+    batch = collate_samples([{**unlabelled[index], "labels": -1} for index in range(20)])
+    writer = ShardSetWriter(Path("ood"), "ood")
+    for index in range(20):
+        writer.add(batch, index)
+    writer.finish_shard()
+    write_manifest(Path("ood"), {**unlabelled.manifest, "source": "ood", "shards": writer.shards})
+    settings["data"]["init_args"]["test"] = {"ood": "ood"}
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    scores = scores_of()
+    assert {"ood/cosine", "ood/agreement@1", "ood/cosine_calibrated"} <= set(scores)
+    assert not [name for name in scores if "label@1" in name]
 
 
 class Interruption(Callback):

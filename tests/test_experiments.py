@@ -10,7 +10,14 @@ from featinv_pl.cli import effective_config
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
 COMMANDS = {"extract.yaml": "predict", "adversarial.yaml": "predict"}
-OVERLAYS = {"trainer.yaml", "debug.yaml", "bench/profile.yaml", "digits/inversion.yaml", "digits/trainer.yaml"}
+OVERLAYS = {
+    "imagenet/test/robustness.yaml",
+    "trainer.yaml",
+    "debug.yaml",
+    "bench/profile.yaml",
+    "digits/inversion.yaml",
+    "digits/trainer.yaml",
+}
 
 
 def names() -> list[str]:

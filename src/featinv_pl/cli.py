@@ -26,6 +26,7 @@ import featinv_pl.extraction
 import featinv_pl.inversion
 import featinv_pl.pretraining  # noqa: F401
 from featinv_pl.callbacks.files import SaveConfig
+from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
 from featinv_pl.errors import UserError
 
@@ -59,8 +60,19 @@ class FeatinvCLI(LightningCLI):
             "other, and gives the same figures on every machine; null leaves the choice to torch.",
         )
 
+        parser.add_argument(
+            "--plan",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="For `test`: estimate its hours from a few batches, and write nothing.",
+        )
+
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
+        if self.config[self.subcommand].plan:
+            self._plan()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
             # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
             self.config.predict.return_predictions = False
@@ -68,6 +80,14 @@ class FeatinvCLI(LightningCLI):
             torch.set_num_threads(num_threads)
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [Progress()]
+
+    def _plan(self) -> None:
+        """Let a test do nothing but estimate itself."""
+        if self.subcommand != "test":
+            raise UserError(f"--plan estimates the hours of `test`, and this is `{self.subcommand}`.")
+        trainer = self.config.test.trainer
+        trainer.callbacks, trainer.logger, trainer.limit_test_batches = [Plan()], False, BATCHES
+        self.save_config_callback = None
 
 
 def _check_checkpoint(path: Path) -> None:
