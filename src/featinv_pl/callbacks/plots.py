@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from pyarrow import parquet
@@ -31,7 +32,8 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
     if not sources:
         return None
     figure = Figure(figsize=(12, 5), layout="constrained")
-    colours = {name: f"C{number}" for number, name in enumerate(sorted({name for name, _ in sources.values()}))}
+    names = sorted({name for name, _ in sources.values()})
+    colours = {name: colormaps["tab20" if len(names) > 10 else "tab10"](number) for number, name in enumerate(names)}
     panels = figure.subplots(1, len(CURVES))
     for axes, (score, label) in zip(panels, CURVES.items(), strict=True):
         for style, (run, document) in zip(LINE_STYLES * len(runs), runs.items(), strict=False):

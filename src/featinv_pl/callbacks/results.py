@@ -70,14 +70,15 @@ class Results:
     def derive(self, clean: str) -> None:
         """Add scores that follow from others, replicate by replicate, so that they have intervals too.
 
-        `cosine_calibrated` is where the cosine lies between floor and ceiling; `<score>_relative`, of a
-        group of sources such as a corruption at all its severities, is its ratio to that of `clean`.
+        `cosine_calibrated` is where the cosine lies between floor and ceiling, if these are in order.
+        `<score>_relative`, of a group of sources such as a corruption at all its severities, is its ratio
+        to that of `clean`.
         """
         for source in self.counts:
             for prefix in ("", "judge_"):
                 cosine = f"{prefix}cosine"
                 own, floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in ("", "_floor", "_ceiling"))
-                if own is not None and floor is not None and ceiling is not None:
+                if own is not None and floor is not None and ceiling is not None and ceiling[0] > floor[0]:
                     self.values[Name(source, f"{cosine}_calibrated")] = _ratio(own - floor, ceiling - floor)
             if any(other.startswith(f"{source}/") for other in self.counts):
                 for score in RELATIVE:
