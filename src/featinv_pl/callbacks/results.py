@@ -97,7 +97,8 @@ class Results:
         intervals = {}
         for name, values in sorted(self.values.items()):
             if len(values) > 1 and np.isfinite(values[0]):
-                low, high = np.nanpercentile(values[1:], [2.5, 97.5])
+                # A replicate of few samples can lack all that count, or the difference that a ratio divides by.
+                low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
                 intervals[str(name)] = (float(low), float(high))
         return intervals
 
