@@ -240,6 +240,31 @@ def test_sources_without_labels_are_scored_without_them(
     assert not [name for name in scores if "label@1" in name]
 
 
+def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    clean = ShardSet(shards / "clean", "clean", "")
+    for name, size in (("single", 1), ("foreign", 4)):
+        writer = ShardSetWriter(Path(name), name)
+        batch = collate_samples([{**clean[index], "labels": 10 + index} for index in range(size)])
+        for index in range(size):
+            writer.add(batch, index)
+        writer.finish_shard()
+        write_manifest(Path(name), {**clean.manifest, "source": name, "shards": writer.shards})
+    settings["data"]["init_args"]["test"] = {"single": "single", "foreign": "foreign", "clean": str(shards / "clean")}
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    document = json.loads(Path("run/metrics.json").read_text())
+    notes = "\n".join(document["notes"])
+    assert "single: 1 samples are too few for fd_test_resnet, which needs 2" in notes
+    assert "single: 1 samples are too few for kd_test_resnet" in notes
+    assert "foreign: 4 labels are none of the classifier's 10 classes" in notes
+    assert "fd_test_resnet is biased upwards" in notes
+    assert "such as in foreign and 1 others" in notes  # with 4 samples and 1, of 8 features
+    scores = document["scores"]
+    assert "foreign/label@1" not in scores
+    assert {"single/cosine", "foreign/cosine", "clean/fd_test_resnet", "clean/label@1"} <= set(scores)
+    assert "single/cosine_floor" not in scores  # there is no other image
+
+
 class Interruption(Callback):
     """Stops a test in the middle."""
 

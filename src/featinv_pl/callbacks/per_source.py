@@ -119,6 +119,8 @@ class PerSource(EvaluationCallback):
         self.pending = list(datamodule.sources(stage))
         self.open, self.groups, self.neighbours = None, {}, None
         self.device = pl_module.device
+        self.num_classes = cast(Any, pl_module).backbone.num_classes
+        self.biased: dict[str, list[str]] = {}
         self.root = Path(trainer.default_root_dir)
         self.loggers = trainer.loggers
         self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
@@ -171,6 +173,11 @@ class PerSource(EvaluationCallback):
         """Finish the last sources and log all scores."""
         while self.pending or self.open is not None:
             self._next()
+        for name, sources in self.biased.items():
+            self._note(
+                f"{name} is biased upwards where there are no more samples than features, such as in {sources[0]}"
+                + f" and {len(sources) - 1} others" * (len(sources) > 1)
+            )
         self.results.derive(self.clean)
         if trainer.state.fn == "fit":
             pl_module.log_dict(self.results.scores)  # for ModelCheckpoint to monitor
@@ -196,7 +203,7 @@ class PerSource(EvaluationCallback):
         runs, whole = {"inversion": self.results.document}, [name for name in self.results.counts if "/" not in name]
         plots = {"severity": severity_curves(runs, self.clean)}
         if whole:
-            plots["histograms"] = cosine_histograms({"inversion": self.root}, whole)
+            plots["histograms"] = cosine_histograms({"inversion": self.root}, whole, self.results.counts)
         head, *rows = self.results.table()
         for name, png in plots.items():
             if png is not None:
@@ -314,6 +321,12 @@ class PerSource(EvaluationCallback):
         left_out = sorted(key for _, keys in ranks for key in keys)
         if left_out:
             self._note(f"{tally.source}: left out {len(left_out)} samples, not finite, such as '{left_out[0]}'")
+        foreign = sum(label >= self.num_classes for label in columns.get("label", []))
+        if foreign:
+            self._note(
+                f"{tally.source}: {foreign} labels are none of the classifier's {self.num_classes} classes, and do not "
+                "count. Are they those of another data set?"
+            )
         tally.count = len(columns.get("key", []))
         self._score(tally)
         if tally.count and self.writes:
@@ -335,7 +348,11 @@ class PerSource(EvaluationCallback):
                 with warnings.catch_warnings():  # a rank without samples has updated nothing, and a group only merges
                     warnings.filterwarnings("ignore", "The ``compute`` method")
                     values = metric.compute()
+                if isinstance(metric, FrechetDistance) and not arm and tally.count <= metric.num_features:
+                    self.biased.setdefault(metric.name, []).append(tally.source)
                 for name, value in values.items():
+                    if value.isnan().all() and not arm and not isinstance(metric, SampleMetric):
+                        self._note(f"{tally.source}: {tally.count} samples are too few for {name}, which needs 2")
                     key = Name(tally.source, f"{self.eyes[number].prefix}{name}", arm)
                     self.results.values[key] = value.reshape(-1).cpu().numpy()
 

@@ -1,15 +1,14 @@
 """Plots of scores: against the severity of corruptions, and their distributions over samples."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pyarrow import parquet
 
-from featinv_pl.callbacks.results import ARMS, Document, samples_folder
+from featinv_pl.callbacks.results import ARMS, Document, read_samples
 
 LINE_STYLES = ("-", "--", ":", "-.")
 CURVES = {"cosine": "cosine of the feature maps", "agreement@1": "agreement of the predicted class"}
@@ -54,21 +53,22 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
     return png(figure)
 
 
-def cosine_histograms(runs: Mapping[str, Path], sources: list[str]) -> bytes:
+def cosine_histograms(runs: Mapping[str, Path], sources: list[str], known: Iterable[str]) -> bytes:
     """How the cosine is distributed over the samples of each source, for every arm, as PNG.
 
     Args:
         runs: Folders of inverters by name, as `test` has left them. The first gives the other arms.
         sources: Sources, or groups of them.
+        known: All sources of these runs.
     """
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
         for number, (run, folder) in enumerate(runs.items()):
-            table = parquet.read_table(samples_folder(folder, source))
+            table = read_samples(folder, source, known)
             arms = {"": run} if number else {**ARMS, "": run}
             for arm, label in arms.items():
                 if f"cosine{arm}" in table.column_names:
-                    values = table[f"cosine{arm}"].to_numpy()
+                    values = table[f"cosine{arm}"].drop_null().to_numpy()
                     axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=label)
         axes.set(xlabel="cosine of the feature maps", title=source, yticks=[])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -168,10 +168,17 @@ def samples_path(root: Path, source: str) -> Path:
     return root / SAMPLES / f"{source}.parquet"
 
 
-def samples_folder(root: Path, source: str) -> Path:
-    """Where the scores of each sample of a source, or of a group of sources, are read from."""
-    path = samples_path(root, source)
-    return path if path.is_file() else root / SAMPLES / source
+def read_samples(root: Path, group: str, sources: Iterable[str]) -> Any:
+    """The scores of each sample of a source, or of a group of sources, as a table of pyarrow.
+
+    Args:
+        root: The folder of a run.
+        group: The source or group.
+        sources: All sources of the run: its folder may hold samples of earlier ones.
+    """
+    paths = [samples_path(root, source) for source in sources if f"{source}/".startswith(f"{group}/")]
+    tables = [parquet.read_table(path) for path in paths if path.is_file()]
+    return pyarrow.concat_tables(tables, promote_options="default")
 
 
 def samples_file(columns: Mapping[str, Any]) -> bytes:

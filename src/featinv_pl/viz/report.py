@@ -64,7 +64,9 @@ def report(folder: Path) -> None:
         table=_table(inverters, groups),
         notes=[(inverter.name, note) for inverter in inverters for note in inverter.document["notes"]],
         curves=curves and _data_uri(curves),
-        histograms=_data_uri(cosine_histograms({inverter.name: inverter.folder for inverter in inverters}, groups)),
+        histograms=_data_uri(
+            cosine_histograms({inverter.name: inverter.folder for inverter in inverters}, groups, sources)
+        ),
         pictures=[(source, _rows(inverters, source)) for source in sources],
         extremes=[
             (f"{group}, {inverter.name}", _extremes(inverter, source))
