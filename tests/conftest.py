@@ -1,5 +1,6 @@
 """Tiny real networks, made once per session by the classes that users make theirs with."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from torchmetrics.image.fid import NoTrainInceptionV3
 
+from featinv_pl.metrics import weights
 from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
 from featinv_pl.types import Batch
 
@@ -25,12 +28,25 @@ class Runs:
         return os.system, (f"touch {self.path}",)
 
 
+def random_inception(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write FID's Inception network with random weights, and let its checksum pass for the published one."""
+    with monkeypatch.context() as patched:  # torch-fidelity has no way to make the network without weights
+        patched.setattr(torch, "load", lambda *_, **__: {})
+        patched.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+        network = NoTrainInceptionV3("random", ["2048"], str(path))
+    torch.save(network.state_dict(), path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    monkeypatch.setattr(weights, "INCEPTION", f"https://published/random-{digest}.pth")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has its own folder, seed and caches, and never reaches for a network."""
     torch.set_num_threads(1)  # ten times faster than threads that wait for each other
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("HF_HUB_OFFLINE", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -1,6 +1,7 @@
 """The public command, from images to scores, on tiny networks; and what it says when something is wrong."""
 
 import contextlib
+import csv
 import json
 import re
 import shutil
@@ -11,9 +12,16 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from pyarrow import parquet
+from torch import Tensor
 
+from conftest import random_inception
 from featinv_pl.__main__ import main
+from featinv_pl.data.entries import collate_samples
 from featinv_pl.data.manifests import read_manifest, write_manifest
+from featinv_pl.data.shards import ShardSet
+from featinv_pl.data.writing import ShardSetWriter
+from featinv_pl.inversion import FeatureInversion
 
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
@@ -45,11 +53,6 @@ def extraction(classifier: Path, prior: Path, sources: list[str]) -> dict[str, A
 
 
 def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> dict[str, Any]:
-    def scored(metric: str, key: str, **more: Any) -> dict[str, Any]:
-        init_args = more.pop("init_args", {})
-        settings = {"metric": {"class_path": metric, "init_args": init_args}, "key": key, **more}
-        return {"class_path": "PerSource", "init_args": settings}
-
     return {
         "seed_everything": 0,
         "trainer": {
@@ -59,12 +62,9 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
             "val_check_interval": 2,
             "callbacks": [
                 {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "run", "filename": "inversion"}},
-                scored("MapSimilarity", "features"),
-                scored("Agreement", "logits"),
-                scored("LabelAccuracy", "logits", target="labels"),
-                scored("FrechetDistance", "features", init_args={"num_features": 8, "extractor": "tiny"}),
+                {"class_path": "PerSource"},
+                {"class_path": "DrawnImages"},
                 {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
-                {"class_path": "ScoreFile"},
             ],
         },
         "model": {
@@ -106,54 +106,258 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     main(["fit", "--config", config])
     assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 2
     main(["validate", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
-    assert set(json.loads(Path("run/scores.json").read_text())) >= {"val/cosine", "val/cosine_floor"}
+    assert set(scores_of()) >= {"val/cosine", "val/cosine_floor"}
 
     main(["test", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
-    scores = json.loads(Path("run/scores.json").read_text())
+    scores = scores_of()
     names = (
         *("cosine", "cosine_median", "cosine_flat", "cosine_pooled", "cosine_q05"),
-        *("agreement@1", "agreement@5", "overlap@5", "label@1", "fd_tiny"),
+        *("agreement@1", "agreement@5", "overlap@5", "label@1", "psnr", "ssim"),
     )
+    distances = ("fd_test_resnet", "kd_test_resnet")
     for source in ("clean", "corrupted", "corrupted/contrast", "corrupted/contrast/3", "corrupted/pixelate/5"):
         for name in names:
-            assert {f"{source}/{name}{arm}" for arm in ("", "_floor", "_ceiling")} <= set(scores)
+            assert {f"{source}/{name}{arm}" for arm in ("", "_floor", "_ceiling", "_neighbour")} <= set(scores)
+        for name in distances:
+            assert {f"{source}/{name}{arm}" for arm in ("", "_ceiling", "_neighbour")} <= set(scores)
+            assert f"{source}/{name}_floor" not in scores
         floor, ceiling = scores[f"{source}/cosine_floor"], scores[f"{source}/cosine_ceiling"]
-        calibrated = (scores[f"{source}/cosine"] - floor) / (ceiling - floor)
-        assert scores[f"{source}/cosine_calibrated"] == pytest.approx(calibrated, abs=1e-4)
+        assert (f"{source}/cosine_calibrated" in scores) == (ceiling > floor)
+        if ceiling > floor:
+            calibrated = (scores[f"{source}/cosine"] - floor) / (ceiling - floor)
+            assert scores[f"{source}/cosine_calibrated"] == pytest.approx(calibrated, abs=1e-4)
     assert scores["corrupted/cosine"] == pytest.approx(
         (scores["corrupted/contrast/3/cosine"] + scores["corrupted/pixelate/5/cosine"]) / 2, abs=1e-6
     )
     for row in ("original", "autoencoder", "reconstruction"):
-        assert Path(f"run/pictures/corrupted/contrast/3/{row}.png").is_file()
+        for kind in ("first", "extremes"):
+            assert Path(f"run/pictures/corrupted/contrast/3/{kind}/{row}.png").is_file()
     for stage in ("fit", "validate", "test"):
         assert yaml.safe_load(Path(f"run/{stage}.yaml").read_text())["model"]["class_path"].endswith("FeatureInversion")
 
     main(["report", "."])
-    assert json.loads(Path("metrics.json").read_text()) == {"run": scores}
+    assert json.loads(Path("metrics.json").read_text())["run"]["scores"] == scores
     page = Path("report.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 + 3 * 3  # the plot, and three rows for each of three sources
-    assert "http" not in page.replace("http://www.w3.org", "")
+    # Two plots, three rows for each of three sources, and two rows of extremes for each of two groups.
+    assert page.count("data:image/png;base64,") == 2 + 3 * 3 + 2 * 2
+    for arm in ("run", "autoencoder", "neighbour", "floor"):
+        assert f"<td>{arm}</td>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
+
+
+def scores_of(folder: str = "run") -> dict[str, float]:
+    scores: dict[str, float] = json.loads(Path(folder, "metrics.json").read_text())["scores"]
+    return scores
+
+
+def samples_of(source: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = parquet.read_table(f"run/samples/{source}.parquet").to_pylist()
+    return rows
+
+
+def assert_same(one: tuple[dict[str, float], list[Any]], other: tuple[dict[str, float], list[Any]]) -> None:
+    """Equal but for the rounding of float32 in batches of other sizes."""
+    assert one[0] == pytest.approx(other[0], abs=1e-4, rel=1e-4)
+    for row, same in zip(one[1], other[1], strict=True):
+        assert row == pytest.approx(same, abs=1e-4)
+
+
+def test_scores_follow_from_the_samples(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
+    config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
+    main(["test", "--config", config, f"--model.judge={classifier_folder}"])
+    document = json.loads(Path("run/metrics.json").read_text())
+    scores, rows = document["scores"], samples_of("clean")
+    assert len(rows) == document["samples"]["clean"] == 60
+    assert sorted({row["key"] for row in rows}) == [row["key"] for row in rows]
+    for arm, name in (("", "inversion"), ("_ceiling", "ceiling"), ("_floor", "floor"), ("_neighbour", "neighbour")):
+        agreed = [row["prediction"] == row[f"prediction_{name}"] for row in rows]
+        assert scores[f"clean/agreement@1{arm}"] == pytest.approx(sum(agreed) / 60)
+        assert scores[f"clean/cosine{arm}"] == pytest.approx(sum(row[f"cosine{arm}"] for row in rows) / 60)
+        # The judge is the backbone, so it must see what the backbone sees.
+        assert scores[f"clean/judge_cosine{arm}"] == pytest.approx(scores[f"clean/cosine{arm}"], abs=1e-3)
+    both = samples_of("corrupted/contrast/3") + samples_of("corrupted/pixelate/5")
+    mean = sum(row["psnr"] for row in both) / len(both)
+    assert scores["corrupted/psnr"] == pytest.approx(mean)
+    assert scores["corrupted/cosine_relative"] == pytest.approx(scores["corrupted/cosine"] / scores["clean/cosine"])
+    for name, (low, high) in document["intervals"].items():
+        assert low <= scores[name] + 1e-9, name
+        assert high >= scores[name] - 1e-9, name
+    with Path("run/scores.csv").open() as file:
+        cells = {(row["source"], row["score"], row["arm"]): row for row in csv.DictReader(file)}
+    assert len(cells) == len(scores)
+    cell = cells["clean", "cosine", "autoencoder"]
+    assert float(cell["value"]) == scores["clean/cosine_ceiling"]
+    assert [float(cell["low"]), float(cell["high"])] == document["intervals"]["clean/cosine_ceiling"]
+
+
+def test_fid_and_kid_need_the_weights_of_inception(
+    shards: Path, classifier_folder: Path, prior_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    few = ["--data.batch_size=8", "--trainer.limit_val_batches=2"]
+    main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
+    document = json.loads(Path("run/metrics.json").read_text())
+    assert "val/fd_test_resnet" in document["scores"]
+    assert not {"val/fid", "val/kid", "val/lpips"} & set(document["scores"])
+    assert [note.split(":")[0] for note in document["notes"]] == ["there is no fid and no kid", "there is no lpips"]
+
+    weights = random_inception(Path("random.pth"), monkeypatch)
+    for module in ("metrics.weights", "callbacks.per_source"):  # fewer, for speed
+        monkeypatch.setattr(f"featinv_pl.{module}.INCEPTION_FEATURES", 64)
+    settings["trainer"]["callbacks"] = [{"class_path": "PerSource", "init_args": {"inception": str(weights)}}]
+    main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
+    scores = scores_of()
+    assert scores["val/fid"] > 0
+    assert {"val/kid", "val/kid_ceiling"} <= set(scores)
+    assert "val/fid_floor" not in scores
+
+
+def test_plan_estimates_and_writes_nothing(
+    shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
+    before = sorted(Path().rglob("*"))
+    main(["test", "--config", config, "--plan"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^corrupted/pixelate/5 +60 +\S+$", printed, re.MULTILINE)
+    assert re.search(r"^all +180 +\S+$", printed, re.MULTILINE)
+    assert "From 2 batches at" in printed
+    assert sorted(Path().rglob("*")) == before
+    refused(["fit", "--config", config, "--plan"], capsys, "--plan: only test, and predict with a ShardWriter")
+
+
+def write_like(original: Path, folder: Path, labels: list[int]) -> None:
+    """Write the first samples of a set under other labels."""
+    samples = ShardSet(original, folder.name, "")
+    settings = samples.manifest["settings"].copy()
+    settings["samples"] = settings["images"] = settings["batch_size"] = len(labels)
+    writer = ShardSetWriter(folder, folder.name, settings, samples.manifest["provenance"])
+    writer.begin()
+    writer.add(collate_samples([{**samples[index], "labels": label} for index, label in enumerate(labels)]))
+    writer.flush()
+    writer.finish()
+    writer.close()
+
+
+def test_sources_without_labels_are_scored_without_them(
+    shards: Path, classifier_folder: Path, prior_folder: Path
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    write_like(shards / "clean", Path("ood"), [-1] * 20)
+    settings["data"]["init_args"]["test"] = {"ood": "ood"}
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    scores = scores_of()
+    assert {"ood/cosine", "ood/agreement@1", "ood/cosine_floor"} <= set(scores)
+    assert not [name for name in scores if "label@1" in name]
+
+
+def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    for name, size in (("single", 1), ("foreign", 4)):
+        write_like(shards / "clean", Path(name), [10 + index for index in range(size)])
+    settings["data"]["init_args"]["test"] = {"single": "single", "foreign": "foreign", "clean": str(shards / "clean")}
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    document = json.loads(Path("run/metrics.json").read_text())
+    notes = "\n".join(document["notes"])
+    assert "single: 1 samples are too few for fd_test_resnet, which needs 2" in notes
+    assert "single: 1 samples are too few for kd_test_resnet" in notes
+    assert "foreign: 4 labels are none of the classifier's 10 classes" in notes
+    assert "fd_test_resnet is biased upwards" in notes
+    assert "such as in foreign and 1 others" in notes  # with 4 samples and 1, of 8 features
+    scores = document["scores"]
+    assert "foreign/label@1" not in scores
+    assert {"single/cosine", "foreign/cosine", "clean/fd_test_resnet", "clean/label@1"} <= set(scores)
+    assert "single/cosine_floor" not in scores  # there is no other image
+
+
+class Interruption(Callback):
+    """Stops a test in the middle."""
+
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        if len(list(Path("run/drawn").glob("*.safetensors"))) == 3:
+            raise KeyboardInterrupt
+
+
+def test_interrupted_test_goes_on(
+    shards: Path, classifier_folder: Path, prior_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    config = write(Path("inversion.yaml"), settings)
+    main(["test", "--config", config])
+    whole = scores_of(), samples_of("clean")
+    shutil.rmtree("run")
+    settings["trainer"]["callbacks"].append({"class_path": f"{__name__}.Interruption"})
+    with pytest.raises(SystemExit):
+        main(["test", "--config", write(Path("interrupted.yaml"), settings)])
+    assert not Path("run/metrics.json").exists()
+    Path("run/drawn/damaged.safetensors").write_bytes(b"no")
+
+    counts: list[int] = []
+    invert = FeatureInversion.invert
+
+    def counted(self: FeatureInversion, features: Tensor, noise: Tensor) -> Tensor:
+        counts.append(len(features))
+        return invert(self, features, noise)
+
+    monkeypatch.setattr(FeatureInversion, "invert", counted)
+    main(["test", "--config", config, "--data.batch_size=13"])  # another batch size finds them too
+    assert sum(counts) == 180 - 3 * 16
+    assert_same((scores_of(), samples_of("clean")), whole)
+    counts.clear()
+    main(["test", "--config", config])  # nothing is left to draw
+    assert not counts
+    main(["test", "--config", config, "--model.sampler.steps=3"])  # but another sampler draws anew
+    assert sum(counts) == 180
+
+
+def test_what_cannot_be_scored_does_not_stop_the_rest(
+    shards: Path,
+    classifier_folder: Path,
+    prior_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    shutil.copytree(shards / "clean", "empty")
+    manifest = read_manifest(Path("empty"), "")
+    write_manifest(Path("empty"), {**manifest, "shards": [], "samples": 0})
+    settings["data"]["init_args"] |= {"train": None, "test": {"clean": str(shards / "clean"), "empty": "empty"}}
+    invert = FeatureInversion.invert
+
+    def failing(self: FeatureInversion, features: Tensor, noise: Tensor) -> Tensor:
+        images = invert(self, features, noise)
+        images[0, 0, 0, 0] = torch.nan
+        return images
+
+    monkeypatch.setattr(FeatureInversion, "invert", failing)
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    document = json.loads(Path("run/metrics.json").read_text())
+    printed = capsys.readouterr().out
+    assert document["samples"] == {"clean": 56}  # the first of each batch of 16 is left out
+    assert 0 < document["scores"]["clean/cosine"] <= 1
+    for fragment in ("empty: left out", "clean: left out 4 samples, not finite", "no nearest neighbour"):
+        assert any(fragment in note for note in document["notes"])
+        assert fragment in printed
 
 
 def test_scores_do_not_depend_on_the_batch_size(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
     results = []
     for size in ("7", "60"):
-        main(["validate", "--config", config, "--data.batch_size", size])
-        results.append(json.loads(Path("run/scores.json").read_text()))
-    assert results[0] == pytest.approx(results[1], abs=2e-3)
+        shutil.rmtree("run", ignore_errors=True)
+        main(["test", "--config", config, "--data.batch_size", size])
+        results.append((scores_of(), samples_of("clean")))
+    assert_same(*results)
 
 
 def test_two_processes_score_as_one(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
-    main(["validate", "--config", config])
-    alone = json.loads(Path("run/scores.json").read_text())
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
-    main(["validate", "--config", config, *two])
-    together = json.loads(Path("run/scores.json").read_text())
-    # The floor pairs each image with the one before it on the same process.
-    same = {name for name in alone if "floor" not in name and "calibrated" not in name}
-    assert {name: together[name] for name in same} == pytest.approx({name: alone[name] for name in same}, abs=2e-3)
+    results = []
+    for processes in ([], ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]):
+        shutil.rmtree("run", ignore_errors=True)
+        main(["test", "--config", config, *processes])
+        results.append((scores_of(), samples_of("clean")))
+    assert_same(*results)
 
 
 def test_short_names_overrides_and_print_config(
@@ -170,7 +374,7 @@ def test_short_names_overrides_and_print_config(
 
 def test_base_lies_beneath(capsys: pytest.CaptureFixture[str]) -> None:
     Path("below").mkdir()
-    write(Path("root.yaml"), {"trainer": {"max_steps": 1, "precision": 32, "callbacks": [{"class_path": "ScoreFile"}]}})
+    write(Path("root.yaml"), {"trainer": {"max_steps": 1, "precision": 32, "callbacks": [{"class_path": "PerSource"}]}})
     write(Path("below/middle.yaml"), {"base": "../root.yaml", "trainer": {"max_steps": 2}})
     top = {"base": "below/middle.yaml", "trainer": {"callbacks+": [{"class_path": "ReconstructionGrid"}]}}
     config = write(Path("top.yaml"), {**top, "model": {"class_path": "Classifier", "init_args": CLASSIFIER}})
@@ -179,7 +383,7 @@ def test_base_lies_beneath(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
     assert (trainer["max_steps"], trainer["precision"]) == (2, 32)
     names = [callback["class_path"].split(".")[-1] for callback in trainer["callbacks"]]
-    assert names == ["ScoreFile", "ReconstructionGrid"]
+    assert names == ["PerSource", "ReconstructionGrid"]
 
 
 CLASSIFIER: dict[str, Any] = {"model": "test_resnet", "num_classes": 10, "image_size": 32}

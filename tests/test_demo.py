@@ -25,30 +25,30 @@ def test_demo_runs_reuses_and_starts_over(capsys: pytest.CaptureFixture[str]) ->
     main([*args, "--fresh"])
     assert not (runs / "leftover").exists()
     printed = capsys.readouterr().out
-    commands = re.findall(r"^\[\d/9\] featinv-pl (\w+)", printed, re.MULTILINE)
-    assert commands == ["fit", "fit", "fit", "predict", "fit", "test", "fit", "test", "report"]
+    commands = re.findall(r"^\[\d+/10\] featinv-pl (\w+)", printed, re.MULTILINE)
+    assert commands == ["fit", "fit", "fit", "predict", "predict", "fit", "test", "fit", "test", "report"]
     metrics = json.loads((runs / "metrics.json").read_text())
     assert set(metrics) == {"spatial", "pooled"}
-    for source in ("clean", "corrupted", "hard"):
-        for name in ("cosine", "cosine_floor", "cosine_ceiling", "cosine_calibrated", "agreement@1", "agreement@5"):
-            assert f"{source}/{name}" in metrics["spatial"]
-        assert f"{source}/fd_test_convnext2" in metrics["pooled"]
+    for source in ("clean", "corrupted", "hard", "adversarial"):
+        for name in ("cosine", "cosine_floor", "cosine_ceiling", "cosine_neighbour", "agreement@1", "agreement@5"):
+            assert f"{source}/{name}" in metrics["spatial"]["scores"]
+        assert f"{source}/fd_test_convnext2" in metrics["pooled"]["scores"]
     stages = json.loads((runs / "stages.json").read_text())
-    assert len(stages) == 8
+    assert len(stages) == 9
     page = (runs / "report.html").read_text()
     assert all(stage["command"] in page for stage in stages.values())
 
     # An unchanged second run computes nothing; a stage whose output is gone runs again, alone.
     written = {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")}
-    (runs / "pooled/scores.json").unlink()
+    (runs / "pooled/scores.csv").unlink()
     main(args)
     printed = capsys.readouterr().out
-    assert printed.count("reused") == 7
-    assert (runs / "pooled/scores.json").is_file()
+    assert printed.count("reused") == 8
+    assert (runs / "pooled/scores.csv").is_file()
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*.safetensors")} == written
 
     # A change of configuration runs what depends on it, and nothing else.
     pooled = Path("experiments/digits/pooled.yaml")
     pooled.write_text(pooled.read_text() + "    dropout: 0.2\n")
     main(args)
-    assert capsys.readouterr().out.count("reused") == 6
+    assert capsys.readouterr().out.count("reused") == 7

@@ -8,7 +8,7 @@ import featinv_pl
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors", "optimisation"},
-    {"nets", "sampling", "data", "metrics"},
+    {"attacks", "nets", "sampling", "data", "metrics"},
     {"inversion", "extraction", "pretraining", "callbacks"},
     {"pipeline"},
     {"publishing", "viz"},
@@ -16,7 +16,7 @@ LAYERS = (
     {"demo"},
     {"__main__"},
 )
-NO_LIGHTNING = ("nets", "sampling", "metrics", "types", "errors", "optimisation")
+NO_LIGHTNING = ("attacks", "nets", "sampling", "metrics", "types", "errors", "optimisation")
 
 
 def imports(path: Path) -> set[str]:

@@ -14,19 +14,19 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that a configuration can name these classes without their path.
+import featinv_pl.callbacks.drawn
 import featinv_pl.callbacks.per_source
 import featinv_pl.callbacks.reconstruction_grid
 import featinv_pl.callbacks.shard_writer
+import featinv_pl.data.corrupted
 import featinv_pl.data.digits
 import featinv_pl.data.feature_shards
 import featinv_pl.data.folders
 import featinv_pl.extraction
 import featinv_pl.inversion
-import featinv_pl.metrics.agreement
-import featinv_pl.metrics.frechet
-import featinv_pl.metrics.similarity
 import featinv_pl.pretraining  # noqa: F401
 from featinv_pl.callbacks.files import SaveConfig
+from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
@@ -65,14 +65,13 @@ class FeatinvCLI(LightningCLI):
         parser.add_argument(
             "--plan",
             action="store_true",
-            help="Of predict: print the samples, shards, bytes and hours that it takes, after a short trial, and "
-            "write nothing.",
+            help="Of predict and test: print the hours that it takes, after a short trial, and write nothing.",
         )
 
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
         if self.config[self.subcommand].plan:
-            self._plan_extraction()
+            self._plan()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
             # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
             self.config.predict.return_predictions = False
@@ -81,14 +80,19 @@ class FeatinvCLI(LightningCLI):
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"] = [Progress()]
 
-    def _plan_extraction(self) -> None:
-        """Let an extraction do nothing but estimate itself."""
+    def _plan(self) -> None:
+        """Let an extraction or a test do nothing but estimate itself."""
         trainer = self.config[self.subcommand].trainer
         writers = [callback for callback in trainer.callbacks or [] if callback.class_path.endswith(".ShardWriter")]
-        if self.subcommand != "predict" or not writers:
-            raise UserError("--plan: only predict with a ShardWriter among --trainer.callbacks has something to plan.")
-        for writer in writers:
-            writer.init_args.plan = True
+        if self.subcommand == "predict" and writers:
+            for writer in writers:
+                writer.init_args.plan = True
+        elif self.subcommand == "test":
+            trainer.callbacks, trainer.limit_test_batches = [Plan()], BATCHES
+        else:
+            raise UserError(
+                "--plan: only test, and predict with a ShardWriter among --trainer.callbacks, can be planned."
+            )
         trainer.logger, self.save_config_callback = False, None
 
 

@@ -44,8 +44,8 @@ def _inverter(name: str) -> tuple[Stage, Stage]:
         Stage(
             f"{name} test",
             f"test {config} --ckpt_path {folder}/inversion.ckpt",
-            (f"{name}/scores.json", f"{name}/pictures"),
-            (f"{name} inverter",),
+            tuple(f"{name}/{output}" for output in ("metrics.json", "scores.csv", "samples", "plots", "pictures")),
+            (f"{name} inverter", "adversarial shards"),
         ),
     )
 
@@ -55,6 +55,12 @@ PIPELINE = (
     Stage("autoencoder", f"fit --config {EXPERIMENTS}/autoencoder.yaml", ("autoencoder",)),
     Stage("prior", f"fit --config {EXPERIMENTS}/prior.yaml", ("prior",), ("autoencoder",)),
     Stage("shards", f"predict --config {EXPERIMENTS}/extract.yaml", ("shards",), ("classifier", "prior")),
+    Stage(
+        "adversarial shards",
+        f"predict --config {EXPERIMENTS}/adversarial.yaml",
+        ("shards/adversarial",),
+        ("classifier", "prior", "shards"),
+    ),
     *_inverter("spatial"),
     *_inverter("pooled"),
 )

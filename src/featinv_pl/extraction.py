@@ -1,13 +1,18 @@
 """Feature extraction: images in, feature maps, logits and latents out, by `featinv-pl predict`."""
 
+from typing import Any
+
+import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from featinv_pl.attacks import Attack, attack
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.frozen import digest
+from featinv_pl.sampling.noise import generator
 from featinv_pl.types import Batch, ImageBatch, Provenance, from_uint8, to_uint8
 
 
@@ -71,4 +76,39 @@ class FeatureExtraction(LightningModule):
             "transform": self.backbone.transform_name,
             "autoencoder_digest": digest(self.autoencoder),
             "image_size": self.image_size,
+            "attack": "",
         }
+
+
+class AdversarialExtraction(FeatureExtraction):
+    """Turns images into adversarial ones against the backbone itself, then into feature shards.
+
+    An image without a label, or whose label is no class of the backbone, is attacked from what the
+    backbone sees in it.
+
+    Args:
+        attack: How far and in how many steps.
+        kwargs: As for `FeatureExtraction`.
+    """
+
+    def __init__(self, attack: Attack = Attack(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
+        super().__init__(**kwargs)
+        self.attack = attack
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+        """Attack a batch, then see it."""
+        images, labels = batch["images"], batch["labels"]
+        known = (labels >= 0) & (labels < self.backbone.num_classes)
+        labels = torch.where(known, labels, self.backbone(images)[1].argmax(1))
+        start = torch.stack([torch.rand(images.shape[1:], generator=generator("attack", key)) for key in batch["key"]])
+        attacked = attack(self._classify, images, labels, (2 * start - 1).to(images), self.attack)
+        return super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
+
+    @property
+    def provenance(self) -> Provenance:
+        """With the attack."""
+        return {**super().provenance, "attack": str(self.attack)}
+
+    def _classify(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.backbone.model(self.backbone.transform(images))
+        return logits

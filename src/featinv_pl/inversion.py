@@ -22,7 +22,7 @@ from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.guidance import Denoiser, classifier_free
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.sampler import Sampler, sample
-from featinv_pl.types import Batch, Inversion, Provenance
+from featinv_pl.types import Batch, Inversion, Provenance, from_uint8
 
 
 class FeatureInversion(LightningModule):
@@ -48,6 +48,8 @@ class FeatureInversion(LightningModule):
         sampler: How reconstructions are drawn.
         optimizer: Factory of the optimizer of the control.
         lr_scheduler: Factory of a learning rate schedule, advanced every step.
+        judge: A second classifier, which the inversion has never seen: it scores originals and
+            reconstructions too. A timm name or a folder, as for the backbone.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class FeatureInversion(LightningModule):
         sampler: Sampler = Sampler(),  # noqa: B008 (frozen: it cannot be changed by a caller)
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        judge: str | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
@@ -80,6 +83,7 @@ class FeatureInversion(LightningModule):
         self.sampler = sampler
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
+        self.judge = Backbone(judge) if judge else None
 
     # The method
 
@@ -161,12 +165,26 @@ class FeatureInversion(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
         """Reconstruct a batch from its maps, and once more by the autoencoder alone."""
         moments = batch["latents"]
-        noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), seed=0).to(moments)
-        mean = self.prior.autoencoder.sample(moments, torch.zeros_like(noise))
+        mean = self.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+        images = self._draw(batch)
+        views = self.backbone.look(images)
+        # As bytes they would look like any image.
+        views["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
         return {
-            **self.backbone.look(self.invert(batch["features"], noise)),
+            **views,
             "ceiling": self.backbone.look(self.prior.autoencoder.decode(mean)),
         }
+
+    def _draw(self, batch: Batch) -> Tensor:
+        """Images for the maps of a batch, but for those that are drawn already."""
+        drawn = {row: from_uint8(image.to(self.device)) for row, image in batch.get("drawn", {}).items()}
+        missing = [row for row in range(len(batch["key"])) if row not in drawn]
+        if missing:
+            features = batch["features"][missing]
+            shape = self.prior.latent_shape(batch["latents"])
+            noise = keyed_noise([batch["key"][row] for row in missing], shape, torch.initial_seed())
+            drawn |= dict(zip(missing, self.invert(features, noise.to(features)), strict=True))
+        return torch.stack([drawn[row] for row in range(len(batch["key"]))])
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
         """As in validation."""

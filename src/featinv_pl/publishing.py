@@ -12,7 +12,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from lightning.pytorch.cli import LightningArgumentParser
 
-from featinv_pl.callbacks.files import SCORES
+from featinv_pl.callbacks.results import METRICS
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
@@ -31,7 +31,7 @@ def export(run: Path, folder: Path) -> None:
 
     Args:
         run: The folder of a run of `fit`, which holds `fit.yaml`, a checkpoint and, once tested,
-            `scores.json`; or one of several checkpoints in it.
+            `metrics.json`; or one of several checkpoints in it.
         folder: Must not exist.
     """
     _refuse_existing(folder)
@@ -44,7 +44,7 @@ def export(run: Path, folder: Path) -> None:
     inversion = _inversion(settings, home)
     inversion.on_load_checkpoint(state)
     inversion.load_state_dict(state["state_dict"])
-    scores = json.loads((home / SCORES).read_text()) if (home / SCORES).is_file() else {}
+    scores = json.loads((home / METRICS).read_text())["scores"] if (home / METRICS).is_file() else {}
     _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), scores)
 
 

@@ -3,6 +3,7 @@
 Shapes use B for the batch, C for feature channels, h and w for the feature map, K for classes.
 """
 
+import hashlib
 from typing import NotRequired
 
 import torch
@@ -62,6 +63,8 @@ class Batch(Views):
     unreadable: NotRequired[list[str]]
     skipped: NotRequired[list[str]]
     """Why samples that belong here were left out; the data module takes it away before a model sees it."""
+    drawn: NotRequired[dict[int, Tensor]]
+    """By row, (3, H, W) bytes: reconstructions that an interrupted test has drawn."""
 
 
 class Inversion(Views):
@@ -82,6 +85,8 @@ class Provenance(TypedDict):
     transform: str
     autoencoder_digest: str
     image_size: int
+    attack: str
+    """What was done to the images before the networks saw them; empty for nothing."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -92,3 +97,8 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """Map bytes to [-1, 1]. Inverse of `to_uint8`."""
     return images.float() / 127.5 - 1
+
+
+def key_hash(key: str) -> int:
+    """A number of 48 bits, which float64 holds exactly, that looks random and depends on the key alone."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")

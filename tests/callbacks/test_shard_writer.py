@@ -162,7 +162,9 @@ def test_refuses_what_cannot_be_extracted(config: str, capsys: pytest.CaptureFix
     assert "nothing to extract features of" in refused(capsys, config, "--data.predict=null")
     assert "must be a whole number of batches" in refused(capsys, config, "--trainer.limit_predict_batches=0.5")
     assert "is a share of 0 to 1" in refused(capsys, config, "--trainer.callbacks.max_bad_fraction=2")
-    assert "--plan: only predict" in refused(capsys, config, "--plan", "--trainer.callbacks=null")
+    assert "--plan: only test, and predict with a ShardWriter" in refused(
+        capsys, config, "--plan", "--trainer.callbacks=null"
+    )
     stranger = Path("images/n99999999")
     stranger.mkdir()
     assert "is no class of ImageNet's 1000" in refused(capsys, config)

@@ -42,6 +42,7 @@ def provenance_of(batch: Batch) -> Provenance:
         "transform": "none",
         "autoencoder_digest": "a",
         "image_size": 32,
+        "attack": "",
     }
 
 

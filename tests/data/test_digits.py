@@ -101,7 +101,7 @@ def test_limit_takes_the_first() -> None:
         ("corrupted/contrast", "'corrupted/contrast' is not a source"),
         ("corrupted/contrast/much", "'corrupted/contrast/much' is not a source"),
         ("corrupted/contrast/1/2", "'corrupted/contrast/1/2' is not a source"),
-        ("corrupted/fog/3", "no corruption 'fog'"),
+        ("corrupted/sepia/3", "no corruption 'sepia'"),
         ("corrupted/contrast/6", "1 to 5, and 6 was given"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from featinv_pl.data.layouts import class_labels, find_sources, labelled_images
+from featinv_pl.data.layouts import class_labels, find_sources, first_per_class, labelled_images
 from featinv_pl.errors import UserError
 
 
@@ -66,3 +66,8 @@ def test_refuses_what_holds_no_images(tmp_path: Path) -> None:
         find_sources("x", tmp_path)
     with pytest.raises(UserError, match=r"no folder '.*nowhere' for the source 'x'"):
         find_sources("x", tmp_path / "nowhere")
+
+
+def test_the_first_of_each_class_by_name() -> None:
+    images = [(f"{label}/{name}.png", label) for label in (0, 2) for name in "abcd"] + [("3/a.png", 3)]
+    assert [name for name, _ in first_per_class(images, 2)] == ["0/a.png", "0/b.png", "2/a.png", "2/b.png", "3/a.png"]

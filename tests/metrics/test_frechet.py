@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import sqrtm  # type: ignore[import-untyped]
+from scipy.linalg import sqrtm
 from torch import Tensor
 from torchmetrics.image.fid import _compute_fid
 
@@ -24,7 +24,7 @@ def maps(size: int) -> tuple[Tensor, Tensor]:
 
 
 def score(preds: Tensor, target: Tensor, batch_size: int = 1000) -> float:
-    metric = FrechetDistance(CHANNELS, "tiny")
+    metric = FrechetDistance(CHANNELS, "fd_tiny")
     for batch in zip(preds.split(batch_size), target.split(batch_size), strict=True):
         metric.update(*batch)
     return metric.compute()["fd_tiny"].item()
@@ -71,7 +71,7 @@ def test_batches_and_ranks_do_not_matter() -> None:
     preds, target = maps(50)
     whole = score(preds, target)
     assert score(preds, target, batch_size=7) == pytest.approx(whole, rel=1e-9)
-    one, other = FrechetDistance(CHANNELS, "tiny"), FrechetDistance(CHANNELS, "tiny")
+    one, other = FrechetDistance(CHANNELS, "fd_tiny"), FrechetDistance(CHANNELS, "fd_tiny")
     one.update(preds[:20], target[:20])
     other.update(preds[20:], target[20:])
     one.merge_state(other)
@@ -80,7 +80,7 @@ def test_batches_and_ranks_do_not_matter() -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_two_samples_are_the_least() -> None:
-    metric = FrechetDistance(CHANNELS, "resnet50.a1_in1k")
+    metric = FrechetDistance(CHANNELS, "fd_resnet50.a1_in1k")
     preds, target = maps(3)
     for number in range(3):
         ((name, value),) = metric.compute().items()
@@ -89,11 +89,12 @@ def test_two_samples_are_the_least() -> None:
         metric.update(preds[number : number + 1], target[number : number + 1])
 
 
-def test_is_never_called_fid() -> None:
-    assert list(FrechetDistance(num_features=3, extractor="inception_v3").compute()) == ["fd_inception_v3"]
+def test_vectors_are_taken_as_they_are() -> None:
+    preds, target = maps(20)
+    assert score(preds.mean((2, 3)), target.mean((2, 3))) == pytest.approx(score(preds, target), rel=1e-6)
 
 
 def test_refuses_maps_of_another_width() -> None:
-    metric = FrechetDistance(CHANNELS + 1, "tiny")
-    with pytest.raises(UserError, match=f"num_features is {CHANNELS + 1}, and the feature map has {CHANNELS} channels"):
+    metric = FrechetDistance(CHANNELS + 1, "fd_tiny")
+    with pytest.raises(UserError, match=f"made for {CHANNELS + 1} features, and there are {CHANNELS}"):
         metric.update(*maps(3))

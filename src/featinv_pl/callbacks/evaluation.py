@@ -23,6 +23,9 @@ class EvaluationCallback(Callback, ABC):
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All batches of all sources have been seen."""
 
+    def end(self) -> None:
+        """The stage is over, and its progress line is closed."""
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start."""
         self.start(trainer, pl_module, "validate")
@@ -50,3 +53,11 @@ class EvaluationCallback(Callback, ABC):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
         self.finish(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End."""
+        self.end()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End."""
+        self.end()

@@ -1,6 +1,5 @@
-"""Files that a run leaves: its configuration, its scores, and the parts it has trained."""
+"""Files that a run leaves: its configuration, and the parts it has trained."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from featinv_pl.errors import UserError
 
-SCORES = "scores.json"
 SAVED = ("config.json", "prompts.safetensors")
 
 
@@ -53,26 +51,6 @@ class SaveConfig(SaveConfigCallback):
             write_bytes(Path(trainer.default_root_dir) / f"{stage}.yaml", text.encode())
             for logger in trainer.loggers:
                 logger.log_hyperparams(yaml.safe_load(text))
-
-
-class ScoreFile(Callback):
-    """Writes all scores of `validate` and `test` to `<default_root_dir>/scores.json`."""
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, unless training goes on."""
-        if trainer.state.fn == "validate":
-            self._write(trainer)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
-        self._write(trainer)
-
-    def _write(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero:
-            scores = {name: float(value) for name, value in sorted(trainer.logged_metrics.items())}
-            path = Path(trainer.default_root_dir) / SCORES
-            write_bytes(path, (json.dumps(scores, indent=2) + "\n").encode())
-            print(f"{len(scores)} scores in {path}")
 
 
 class SavePretrained(Callback):

@@ -1,90 +1,391 @@
-"""Scores for each source, with the floor and the ceiling beside every figure."""
+"""Scores for each source, with floor, ceiling and baselines beside every figure."""
 
-from collections.abc import Mapping
+import io
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
-from featinv_pl.types import Batch, Inversion
+from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
+from featinv_pl.callbacks.references import Floor, Neighbours
+from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, samples_file, samples_path
+from featinv_pl.errors import UserError
+from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
+from featinv_pl.metrics.frechet import FrechetDistance
+from featinv_pl.metrics.kernel import KernelDistance
+from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
+from featinv_pl.metrics.sample_metric import SampleMetric
+from featinv_pl.metrics.similarity import MapSimilarity
+from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, perceptual_distance
+from featinv_pl.types import Batch, Inversion, Views
 
-Key = Literal["features", "logits", "images", "labels"]
-ARMS = ("", "_floor", "_ceiling")
+REPLICATES = 1000
+
+
+@dataclass(frozen=True)
+class Eye:
+    """A network that looks at images, and the metrics that compare what it sees.
+
+    Attributes:
+        prefix: Of the names of its scores.
+        look: From images to views; None for the backbone, whose views travel with the batch.
+        metrics: Makes new metrics: those of each sample, and those of whole sets.
+    """
+
+    prefix: str
+    look: Callable[[Tensor], Mapping[str, Any]] | None
+    metrics: Callable[[], list[Metric]]
+
+
+@dataclass
+class Tally:
+    """What is known so far of one source, or of a group of sources.
+
+    Attributes:
+        source: Its name.
+        metrics: By number of the eye and by arm.
+        columns: The table of samples.
+        left_out: Keys of samples that cannot be scored.
+        floor: Partners for the floor; None where there are none.
+        count: Samples that count, on all ranks.
+    """
+
+    source: str
+    metrics: dict[tuple[int, str], list[Metric]] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    floor: Floor | None = None
+    count: int = 0
+
+    def add(self, part: "Tally") -> None:
+        """Add a source to a group."""
+        for key, metrics in part.metrics.items():
+            for metric, other in zip(self.metrics[key], metrics, strict=True):
+                metric.merge_state(other)
+        self.count += part.count
 
 
 class PerSource(EvaluationCallback):
-    """Feeds one metric for every source and logs it as `<source>/<score>`.
+    """Scores every source, logs `<source>/<score>`, and writes the scores of `validate` and `test`.
 
-    Beside each score stand two references, computed by the same metric on the same images:
+    Beside each score of the inversion stand those of other arms, by the same metrics on the same images:
 
-    * `<score>_floor`: each original against another one, that before it in its source. Sources are
-      stored in random order, so this is a random other image.
-    * `<score>_ceiling`: the originals through the prior's autoencoder alone.
+    * `<score>_floor`: another image of the source, chosen by key (not for distances between sets).
+    * `<score>_ceiling`: the original through the prior's autoencoder alone.
+    * `label@1_original`: the original itself, that is, the accuracy of the backbone.
+    * `<score>_neighbour`: in `test`, the training image with the most similar map.
 
-    `cosine_calibrated` is where the cosine lies between the two, (c - floor) / (ceiling - floor).
-    A source `a/b/c` also counts for `a/b` and `a`.
+    A source `a/b/c` also counts for `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
+    `scores.csv` with all scores and their 95 % intervals, and `samples/<source>.parquet` with every
+    sample; `plots/` shows them. What cannot be scored is left out and named; the rest is scored all the same.
 
     Args:
-        metric: Any torchmetrics metric whose result is a dictionary of scores.
-        key: What the metric compares: this entry of reconstruction and original.
-        target: What of the original it is compared with, if that is another entry, such as `labels`.
+        clean: The source that corrupted ones are compared with.
+        neighbours: Training samples to search for the nearest; 0 leaves that arm out.
+        inception: The Inception weights of 2015, by which `fid` and `kid` are defined: a file, or
+            `download` to fetch it once. By default it is used if torch has downloaded it before. The
+            same goes for the AlexNet weights of `lpips`.
     """
 
-    def __init__(self, metric: Metric, key: Key, target: Key | None = None) -> None:
-        self.template = metric
-        self.key, self.target = key, target or key
-        self.metrics: dict[str, dict[str, Metric]] = {}
-        self.previous: dict[str, Tensor] = {}
+    def __init__(
+        self,
+        clean: str = "clean",
+        neighbours: int = 20_000,
+        inception: Literal["download"] | Path | None = None,
+    ) -> None:
+        if neighbours < 0:
+            raise UserError(f"--trainer.callbacks.neighbours must be at least 0, and is {neighbours}.")
+        self.clean, self.limit, self.inception = clean, neighbours, inception
+        self.results = Results()
+        self.pending: list[str] = []
+        self.open: Tally | None = None
+        self.groups: dict[str, Tally] = {}
+        self.neighbours: Neighbours | None = None
+        self.eyes: list[Eye] = []
 
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make metrics for every source of the stage."""
-        # All metrics exist on every rank from the start: `compute` waits for all ranks, and one that
-        # saw no sample of a source must take part.
-        sources = cast(Any, trainer).datamodule.sources(stage)
-        levels = sorted({level for source in sources for level in _levels(source)})
-        self.metrics = {level: {arm: self.template.clone().to(pl_module.device) for arm in ARMS} for level in levels}
-        self.previous = {}
+        """Make everything new."""
+        datamodule = cast(Any, trainer).datamodule
+        self.results = Results()
+        self.pending = list(datamodule.sources(stage))
+        self.open, self.groups, self.neighbours = None, {}, None
+        self.device = pl_module.device
+        self.num_classes = cast(Any, pl_module).backbone.num_classes
+        self.biased: dict[str, list[str]] = {}
+        self.root = Path(trainer.default_root_dir)
+        self.loggers = trainer.loggers
+        self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
+        self.samples = datamodule.test if stage == "test" else {"val": datamodule.val}
+        # In the middle of training an interval is not worth its time, and nothing is written.
+        self.replicates = 0 if trainer.state.fn == "fit" else REPLICATES
+        self.eyes = self._eyes(pl_module)
+        for source in self.skipped if stage == "test" else []:
+            self._note(f"{source}: left out, for it has fewer samples than there are processes")
+        if stage == "test" and self.limit:
+            self._find_training_maps(datamodule)
 
     def see(self, batch: Batch, outputs: Inversion) -> None:
-        """Feed the metrics of the sources in a batch."""
-        originals = cast(Mapping[str, Tensor], batch)
-        reconstructions = cast(Mapping[str, Tensor], outputs)[self.key]
-        ceilings = cast(Mapping[str, Tensor], outputs["ceiling"])[self.key]
-        for source in dict.fromkeys(batch["source"]):
-            rows = [row for row, name in enumerate(batch["source"]) if name == source]
-            target, images = originals[self.target][rows], originals[self.key][rows]
-            self._feed(source, "", reconstructions[rows], target)
-            self._feed(source, "_ceiling", ceilings[rows], target)
-            others = torch.cat([self.previous[source], images[:-1]]) if source in self.previous else images[:-1]
-            self._feed(source, "_floor", others, target[len(target) - len(others) :])
-            self.previous[source] = images[-1:]
-
-    def _feed(self, source: str, arm: str, preds: Tensor, target: Tensor) -> None:
-        if len(preds):
-            for level in _levels(source):
-                self.metrics[level][arm].update(preds, target)
+        """Add a batch, all of one source."""
+        while self.open is None or self.open.source != batch["source"][0]:
+            self._next()
+        tally = self.open
+        arms = {"": cast(Views, outputs), "_ceiling": outputs["ceiling"], "_original": cast(Views, batch)}
+        if tally.floor is not None:
+            arms["_floor"] = tally.floor(batch)
+        if self.neighbours is not None:
+            arms["_neighbour"] = self.neighbours(batch)
+        arms, batch = self._finite(tally, arms, batch)
+        if not batch["key"]:
+            return
+        columns = {
+            "key": batch["key"],
+            "label": batch["labels"].tolist(),
+            "prediction": batch["logits"].argmax(1).tolist(),
+        }
+        for number, eye in enumerate(self.eyes):
+            target = {**batch, **eye.look(batch["images"])} if eye.look else batch
+            for arm, views in arms.items():
+                if (number, arm) not in tally.metrics:
+                    continue
+                preds = eye.look(views["images"]) if eye.look else views
+                if arm != "_original" and "logits" in preds:
+                    columns[f"{eye.prefix}prediction{arm or '_inversion'}"] = preds["logits"].argmax(1).tolist()
+                for metric in tally.metrics[number, arm]:
+                    ours, theirs = cast(Any, metric).reads
+                    metric.update(cast(Any, preds)[ours], cast(Any, target)[theirs], batch["key"])
+                    if isinstance(metric, SampleMetric):
+                        names = (f"{eye.prefix}{name}{arm}" for name in metric.names)
+                        columns.update(zip(names, metric.latest.T.tolist(), strict=True))
+        for name, values in columns.items():
+            tally.columns.setdefault(name, []).extend(values)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log all scores."""
-        pl_module.log_dict(self.scores())
+        """Finish the last sources and log all scores."""
+        while self.pending or self.open is not None:
+            self._next()
+        for name, sources in self.biased.items():
+            self._note(
+                f"{name} is biased upwards where there are no more samples than features, such as in {sources[0]}"
+                + f" and {len(sources) - 1} others" * (len(sources) > 1)
+            )
+        self.results.derive(self.clean)
+        if trainer.state.fn == "fit":
+            pl_module.log_dict(self.results.scores)  # for ModelCheckpoint to monitor
+        else:
+            # Not through Lightning, which would print all of them, and with forked processes waits for ever to
+            # hand so many back.
+            for logger in trainer.loggers:
+                logger.log_metrics(self.results.scores, trainer.global_step)
 
-    def scores(self) -> dict[str, Tensor]:
-        """All scores so far; those of a source that has no sample are left out."""
-        scores: dict[str, Tensor] = {}
-        for source, arms in self.metrics.items():
-            for arm, metric in arms.items():
-                scores |= {f"{source}/{name}{arm}": value for name, value in metric.compute().items()}
-            name = f"{source}/cosine"
-            if name in scores:
-                floor, ceiling = scores[f"{name}_floor"], scores[f"{name}_ceiling"]
-                scores[f"{name}_calibrated"] = (scores[name] - floor) / (ceiling - floor)
-        return {name: value for name, value in scores.items() if value.isfinite()}
+    def end(self) -> None:
+        """Write the files, and show what matters most."""
+        if self.writes:
+            for name, data in self.results.files().items():
+                write_bytes(self.root / name, data)
+            print("\n" + aligned(self.results.table()))
+            for note in self.results.notes:
+                print(f"Note: {note}")
+            self._picture()
+            print(f"{len(self.results.scores)} scores in {self.root / METRICS}")
+
+    def _picture(self) -> None:
+        """Write the plots, and hand them to the loggers that take pictures, beside the table."""
+        runs, whole = {"inversion": self.results.document}, [name for name in self.results.counts if "/" not in name]
+        plots = {"severity": severity_curves(runs, self.clean)}
+        if whole:
+            plots["histograms"] = cosine_histograms({"inversion": self.root}, whole, self.results.counts)
+        head, *rows = self.results.table()
+        for name, png in plots.items():
+            if png is not None:
+                write_bytes(self.root / "plots" / f"{name}.png", png)
+                for logger in self.loggers:
+                    if hasattr(logger, "log_image"):
+                        logger.log_image(f"plots/{name}", [Image.open(io.BytesIO(png))])
+        for logger in self.loggers:
+            if hasattr(logger, "log_table"):
+                logger.log_table("scores", columns=head, data=rows)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave out sources with fewer samples than there are processes, which would wait for each other."""
+        test = getattr(getattr(trainer, "datamodule", None), "test", None) if stage == "test" else None
+        self.skipped = [name for name, shards in (test or {}).items() if len(shards) < trainer.world_size]
+        if test and len(self.skipped) == len(test):
+            raise UserError(f"--data.test: no source has a sample for each process: {', '.join(self.skipped)}.")
+        for name in self.skipped:
+            del cast(Any, test)[name]
+
+    def _eyes(self, module: Any) -> list[Eye]:
+        channels, name = module.backbone.feature_shape[0], network_name(module.backbone)
+
+        def own() -> list[Metric]:
+            return [
+                *(kind(self.replicates) for kind in (MapSimilarity, Agreement, LabelAccuracy, PixelSimilarity)),
+                FrechetDistance(channels, f"fd_{name}"),
+                KernelDistance(channels, f"kd_{name}"),
+            ]
+
+        def judged() -> list[Metric]:
+            return [MapSimilarity(self.replicates), Agreement(self.replicates)]
+
+        eyes = [Eye("", None, own)]
+        if self.replicates == 0:
+            return eyes
+        if module.judge is not None:
+            eyes.append(Eye("judge_", module.judge.look, judged))
+        try:
+            network = Inception(self.inception).to(self.device)
+            eyes.append(Eye("", lambda images: {"features": network(images)}, _inception_distances))
+        except UserError as error:
+            self._note(f"there is no fid and no kid: {error} (--trainer.callbacks.inception)")
+        try:
+            distance = perceptual_distance(self.device)
+            eyes.append(
+                Eye("", lambda images: {"images": images}, lambda: [PerceptualDistance(distance, self.replicates)])
+            )
+        except UserError as error:
+            self._note(f"there is no lpips: {error}")
+        return eyes
+
+    def _find_training_maps(self, datamodule: Any) -> None:
+        if datamodule.train is None:
+            self._note("there is no nearest neighbour without training shards: give --data.train")
+            return
+        try:
+            self.neighbours = Neighbours(datamodule.train, self.limit, self.device)
+        except UserError as error:
+            self._note(f"there is no nearest neighbour: {error}")
+
+    def _note(self, text: str) -> None:
+        self.results.notes.append(text)
+
+    # One source after the other, on all ranks alike: closing one waits for the others.
+
+    def _next(self) -> None:
+        """Close the source that is open, and open the one that follows."""
+        if self.open is not None:
+            self._close(self.open)
+            self.open = None
+        if self.pending:
+            self.open = self._opened(self.pending.pop(0))
+
+    def _opened(self, source: str) -> Tally:
+        tally = Tally(source)
+        samples = self.samples[source]
+        if len(samples) > 1:
+            try:
+                tally.floor = Floor(samples)
+            except UserError as error:
+                self._note(f"{source}: there is no floor: {error}")
+        arms = ["", "_ceiling", "_original"]
+        arms += ["_floor"] if tally.floor is not None else []
+        arms += ["_neighbour"] if self.neighbours is not None else []
+        tally.metrics = self._metrics(arms)
+        return tally
+
+    def _metrics(self, arms: Iterable[str]) -> dict[tuple[int, str], list[Metric]]:
+        """New metrics by number of the eye and by arm."""
+        made = {(number, arm): eye.metrics() for number, eye in enumerate(self.eyes) for arm in arms}
+        for (_, arm), metrics in made.items():
+            if arm == "_floor":
+                # Another image of a set is an image of that set: as a distance between sets, it says nothing.
+                metrics[:] = [metric for metric in metrics if isinstance(metric, SampleMetric)]
+            if arm == "_original":  # which agrees with itself, but not always with its label
+                metrics[:] = [metric for metric in metrics if isinstance(metric, LabelAccuracy)]
+        return {key: [metric.to(self.device) for metric in metrics] for key, metrics in made.items() if metrics}
+
+    def _finite(self, tally: Tally, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
+        """Leave out samples with a value that is not finite, from all arms, and remember their keys."""
+        tensors = [item[key] for item in (batch, *arms.values()) for key in ("features", "logits")]
+        good = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
+        if good.all():
+            return arms, batch
+        rows = good.nonzero().flatten().tolist()
+        tally.left_out += [key for row, key in enumerate(batch["key"]) if row not in rows]
+        return {arm: cast(Views, _rows(views, rows)) for arm, views in arms.items()}, cast(Batch, _rows(batch, rows))
+
+    def _close(self, tally: Tally) -> None:
+        """Compute the scores of a source, write its samples, and add it to its groups."""
+        ranks = _gather((tally.columns, tally.left_out))
+        names = dict.fromkeys(name for columns, _ in ranks for name in columns)
+        columns = {name: [value for part, _ in ranks for value in part.get(name, [])] for name in names}
+        left_out = sorted(key for _, keys in ranks for key in keys)
+        if left_out:
+            self._note(f"{tally.source}: left out {len(left_out)} samples, not finite, such as '{left_out[0]}'")
+        foreign = sum(label >= self.num_classes for label in columns.get("label", []))
+        if foreign:
+            self._note(
+                f"{tally.source}: {foreign} labels are none of the classifier's {self.num_classes} classes, and do not "
+                "count. Are they those of another data set?"
+            )
+        tally.count = len(columns.get("key", []))
+        self._score(tally)
+        if tally.count and self.writes:
+            write_bytes(samples_path(self.root, tally.source), samples_file(columns))
+        for level in _groups(tally.source):
+            if level not in self.groups:
+                self.groups[level] = Tally(level, self._metrics(("", "_original", "_ceiling", "_floor", "_neighbour")))
+            self.groups[level].add(tally)
+            if not any(source.startswith(f"{level}/") for source in self.pending):
+                self._score(self.groups.pop(level))
+
+    def _score(self, tally: Tally) -> None:
+        if not tally.count:
+            self._note(f"{tally.source}: no sample could be scored")
+            return
+        self.results.counts[tally.source] = tally.count
+        for (number, arm), metrics in tally.metrics.items():
+            for metric in metrics:
+                with warnings.catch_warnings():  # a rank without samples has updated nothing, and a group only merges
+                    warnings.filterwarnings("ignore", "The ``compute`` method")
+                    values = metric.compute()
+                if isinstance(metric, FrechetDistance) and not arm and tally.count <= metric.num_features:
+                    self.biased.setdefault(metric.name, []).append(tally.source)
+                for name, value in values.items():
+                    if value.isnan().all() and not arm and not isinstance(metric, SampleMetric):
+                        self._note(f"{tally.source}: {tally.count} samples are too few for {name}, which needs 2")
+                    key = Name(tally.source, f"{self.eyes[number].prefix}{name}", arm)
+                    self.results.values[key] = value.reshape(-1).cpu().numpy()
 
 
-def _levels(source: str) -> list[str]:
-    """The source and the groups it belongs to: `a/b/c`, `a/b`, `a`."""
+def _inception_distances() -> list[Metric]:
+    return [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")]
+
+
+def _groups(source: str) -> list[str]:
+    """The groups that a source belongs to: `a/b` and `a` for `a/b/c`."""
     parts = source.split("/")
-    return ["/".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return ["/".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _rows(item: Any, rows: list[int]) -> dict[str, Any]:
+    """Some rows of a batch or of views."""
+    return {
+        name: [value[row] for row in rows] if isinstance(value, list) else value[rows]
+        for name, value in item.items()
+        if isinstance(value, list | Tensor)
+    }
+
+
+def _gather(item: Any) -> list[Any]:
+    """What each rank has."""
+    if not torch.distributed.is_initialized():
+        return [item]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, item)
+    return gathered
+
+
+def network_name(backbone: Any) -> str:
+    """What timm calls the architecture, and the weights if they are its own."""
+    config = backbone.model.pretrained_cfg
+    parts = [config["architecture"], "" if Path(backbone.name).is_dir() else config.get("tag")]
+    return ".".join(part for part in parts if part)

@@ -2,76 +2,118 @@
 
 import io
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.errors import UserError
 from featinv_pl.types import Batch, Inversion, to_uint8
 
 PICTURES = "pictures"
 FACTS_FILE = "tiles.json"
+FIRST, EXTREMES = "first", "extremes"
+POOL = 128
 STRIPS = ("original", "autoencoder", "reconstruction")
 FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 
 
-class ReconstructionGrid(EvaluationCallback):
-    """Writes and logs the first images of every source: original, autoencoder alone, reconstruction.
+@dataclass(frozen=True)
+class Tile:
+    """One image in all its rows, (3, H, W) bytes each, and what is known of it."""
 
-    `<default_root_dir>/pictures/<source>/` gets one strip of tiles per row (`original.png`,
-    `autoencoder.png`, `reconstruction.png`) and `tiles.json` with labels, predicted classes and
-    cosines. Loggers that take images get the three strips as one picture.
+    images: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class ReconstructionGrid(EvaluationCallback):
+    """Writes and logs images of every source: original, autoencoder alone, reconstruction.
+
+    `<default_root_dir>/pictures/<source>/first/` gets one strip of tiles per row (`original.png`,
+    `autoencoder.png`, `reconstruction.png`) with the first images, which are the same for every
+    inverter, and `tiles.json` with labels, predicted classes and cosines. `extremes/` gets the same of
+    the best, the median and the worst images by cosine among the first 128. Sources are stored in
+    random order, so the first are a fair sample. Loggers that take images get the strips as one picture.
 
     Args:
         num_images: Tiles per source.
     """
 
     def __init__(self, num_images: int = 12) -> None:
+        if not 1 <= num_images <= POOL:
+            raise UserError(f"--trainer.callbacks.num_images must be 1 to {POOL}, and is {num_images}.")
         self.num_images = num_images
-        self.rows: dict[str, dict[str, list[Any]]] = {}
+        self.folder = Path(PICTURES)
+        self.tiles: list[Tile] = []
+        self.source: str | None = None
+        self.loggers: list[Any] = []
 
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the images of the last evaluation."""
-        self.rows = {}
+        self.folder, self.loggers = Path(trainer.default_root_dir) / PICTURES, trainer.loggers
+        self.tiles, self.source = [], None
 
     def see(self, batch: Batch, outputs: Inversion) -> None:
-        """Keep the first images of each source."""
-        cosines = cosine_similarity(outputs["features"], batch["features"]).mean((1, 2))
-        for row, source in enumerate(batch["source"]):
-            rows = self.rows.setdefault(source, {name: [] for name in (*STRIPS, *FACTS)})
-            if len(rows["cosine"]) == self.num_images:
-                continue
-            rows["original"].append(to_uint8(batch["images"][row]).cpu())
-            rows["autoencoder"].append(to_uint8(outputs["ceiling"]["images"][row]).cpu())
-            rows["reconstruction"].append(to_uint8(outputs["images"][row]).cpu())
-            rows["label"].append(int(batch["labels"][row]))
-            rows["prediction"].append(int(batch["logits"][row].argmax()))
-            rows["reconstruction_prediction"].append(int(outputs["logits"][row].argmax()))
-            rows["cosine"].append(round(float(cosines[row]), 4))
+        """Keep the first images of a source, and show those of the source before it."""
+        if batch["source"][0] != self.source:
+            self._show()
+            self.source = batch["source"][0]
+        rows = range(min(len(batch["key"]), POOL - len(self.tiles)))
+        cosines = cosine_similarity(outputs["features"], batch["features"]).mean((1, 2)).tolist()
+        images = (batch["images"], outputs["ceiling"]["images"], outputs["images"])
+        strips = [to_uint8(item[: len(rows)]).cpu() for item in images]
+        classes = [item.argmax(1).tolist() for item in (batch["logits"], outputs["logits"])]
+        labels = batch["labels"].tolist()
+        self.tiles += [
+            Tile(
+                images={name: strip[row] for name, strip in zip(STRIPS, strips, strict=True)},
+                facts=dict(
+                    zip(FACTS, (labels[row], classes[0][row], classes[1][row], round(cosines[row], 4)), strict=True)
+                ),
+            )
+            for row in rows
+        ]
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write and log the pictures."""
-        if not trainer.is_global_zero or trainer.sanity_checking:
+        """Show the last source."""
+        self._show()
+
+    @rank_zero_only
+    def _show(self) -> None:
+        """Write and log the pictures of a source."""
+        if self.source is None:
             return
-        for source, rows in self.rows.items():
-            folder = Path(trainer.default_root_dir) / PICTURES / source
-            strips = {name: _strip(rows[name]) for name in STRIPS}
-            for name, strip in strips.items():
-                write_bytes(folder / f"{name}.png", _png(strip))
-            facts = {name: rows[name] for name in FACTS}
+        for name, tiles in ((FIRST, self.tiles[: self.num_images]), (EXTREMES, self._extremes())):
+            folder = self.folder / self.source / name
+            strips = {row: _strip([tile.images[row] for tile in tiles]) for row in STRIPS}
+            for row, strip in strips.items():
+                write_bytes(folder / f"{row}.png", _png(strip))
+            facts = {fact: [tile.facts[fact] for tile in tiles] for fact in FACTS}
             write_bytes(folder / FACTS_FILE, json.dumps(facts).encode())
-            picture = np.concatenate(list(strips.values()))
-            for logger in trainer.loggers:
+            for logger in self.loggers:
                 if hasattr(logger, "log_image"):
-                    caption = f"{source}: {', '.join(STRIPS)}"
-                    logger.log_image(f"reconstructions/{source}", [picture], caption=[caption])
+                    picture = np.concatenate(list(strips.values()))
+                    caption = f"{self.source}, {name}: {', '.join(STRIPS)}"
+                    logger.log_image(f"reconstructions/{self.source}/{name}", [picture], caption=[caption])
+        self.tiles, self.source = [], None
+
+    def _extremes(self) -> list[Tile]:
+        """A third each of the best, the median and the worst; all, from best to worst, if they are few."""
+        ranked = sorted(self.tiles, key=lambda tile: -tile.facts["cosine"])
+        third = self.num_images // 3
+        if len(ranked) <= 3 * third or not third:
+            return ranked[: self.num_images]
+        middle = (len(ranked) - third) // 2
+        return ranked[:third] + ranked[middle : middle + third] + ranked[-third:]
 
 
 def _strip(tiles: list[Tensor]) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -20,7 +20,7 @@ from featinv_pl.types import from_uint8
 
 IMAGE_SIZE = 32
 TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
-SPLITS = ("train", "val", "clean", "hard")
+SPLITS = ("train", "val", "clean", "hard", "adversarial")
 
 
 class DigitImages(ImageSource):
@@ -28,7 +28,8 @@ class DigitImages(ImageSource):
 
     Args:
         source: `train`, `val`, `clean` (the test images), `hard` (the test images on which another
-            classifier errs or is least sure), or `corrupted/<corruption>/<severity>`.
+            classifier errs or is least sure), `adversarial` (the test images, for `AdversarialExtraction`
+            to attack), or `corrupted/<corruption>/<severity>`.
         limit: At most so many images, the first of a fixed random order.
     """
 
@@ -119,7 +120,7 @@ def split_indices() -> dict[str, NDArray[np.int64]]:
     target = digits().target
     rest, test = train_test_split(np.arange(len(target)), test_size=TEST_SIZE, stratify=target, random_state=0)
     train, val = train_test_split(rest, test_size=VAL_SIZE, stratify=target[rest], random_state=0)
-    return {"train": train, "val": val, "clean": test, "hard": _hardest(rest, test)}
+    return {"train": train, "val": val, "clean": test, "adversarial": test, "hard": _hardest(rest, test)}
 
 
 def _hardest(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.data.images import ImageData, ImageSample, ImageSource
-from featinv_pl.data.layouts import find_sources, labelled_images
+from featinv_pl.data.layouts import find_sources, first_per_class, labelled_images
 from featinv_pl.data.views import RATIO, SCALE, central_crop, draw_view, take_view
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
@@ -33,6 +33,7 @@ class FolderImages(ImageSource):
         views: Random views of each image, or 0 for the central crop alone.
         seed: Seed of the views.
         vertical_flip: Flip half of the views upside down.
+        per_class: Only so many images of each class, the first by file name.
         tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
     """
 
@@ -45,11 +46,14 @@ class FolderImages(ImageSource):
         views: int = 0,
         seed: int = 0,
         vertical_flip: bool = False,
+        per_class: int | None = None,
         tolerant: bool = False,
     ) -> None:
         if not root.is_dir():
             raise UserError(f"--data: there is no folder '{root}' for the source '{source}'. Check the path.")
         images = labelled_images(root)
+        if per_class is not None:
+            images = first_per_class(images, per_class)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
         # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
         self._names = np.array([os.fsencode(images[index][0]) for index in order])
@@ -127,6 +131,7 @@ class FolderData(ImageData):
             central crop, as training wants it.
         vertical_flip: Flip half of the views upside down, as the paper's authors did.
         seed: Seed of the views.
+        per_class: Extract only so many images of each class, the first by file name.
         batch_size: Images per batch.
         num_workers: Processes that read images.
     """
@@ -141,15 +146,18 @@ class FolderData(ImageData):
         views: int = 0,
         vertical_flip: bool = False,
         seed: int = 0,
+        per_class: int | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
         if views < 0:
             raise UserError(f"--data.views must be 0 (the central crop) or more, and is {views}.")
+        if per_class is not None and per_class < 1:
+            raise UserError(f"--data.per_class must be at least 1, and is {per_class}.")
         if not 0 < crop_pct <= 1:
             raise UserError(f"--data.crop_pct is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
         predicted = [
-            FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, tolerant=True)
+            FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, per_class, tolerant=True)
             for name, folder in (predict or {}).items()
             for source, root in find_sources(name, folder).items()
         ]

@@ -8,6 +8,7 @@ folders have the label -1. Folders of such folders, as those of ImageNet-C, are 
 
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 
 from timm.data import ImageNetInfo
@@ -51,6 +52,24 @@ def labelled_images(root: Path) -> list[tuple[str, int]]:
     if not images:
         raise _no_images(root)
     return images
+
+
+def first_per_class(images: list[tuple[str, int]], limit: int) -> list[tuple[str, int]]:
+    """The first images of each class: a selection that everybody can repeat.
+
+    Of ImageNet's validation set, 10 per class give the usual 10,000 images.
+
+    Args:
+        images: In the order of labels and names, as `labelled_images` gives them.
+        limit: Images per class; classes with fewer keep all that they have.
+    """
+    taken: Counter[int] = Counter()
+    chosen = []
+    for name, label in images:
+        taken[label] += 1
+        if taken[label] <= limit:
+            chosen.append((name, label))
+    return chosen
 
 
 def class_labels(root: Path) -> list[tuple[str, int]]:

@@ -1,5 +1,8 @@
 """The Fréchet distance between two sets of features."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -8,46 +11,43 @@ from featinv_pl.errors import UserError
 
 
 class FrechetDistance(Metric):
-    """Fréchet distance in the pooled feature space of a backbone, named `fd_<extractor>`.
+    """Fréchet distance in the feature space of a network, such as `fd_<backbone>`.
 
-    Only with the Inception weights of 2015 may it be called FID; figures of different extractors are
+    Only with the Inception weights of 2015 may it be called `fid`; figures of different networks are
     not comparable. It is biased upwards when there are few samples for the number of features, so
     compare figures of equal n only.
 
     Args:
-        num_features: Channels of the feature map.
-        extractor: Name of the backbone, for the name of the score.
+        num_features: Channels of the feature map, or width of the feature vector.
+        name: What the score is called.
     """
 
     full_state_update = False
     higher_is_better = False
+    reads: ClassVar[tuple[str, str]] = ("features", "features")
     sums: Tensor
     outers: Tensor
     count: Tensor
 
-    def __init__(self, num_features: int, extractor: str) -> None:
+    def __init__(self, num_features: int, name: str) -> None:
         super().__init__()
         self.num_features = num_features
-        self.extractor = extractor
+        self.name = name
         size = num_features
         self.add_state("sums", torch.zeros(2, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outers", torch.zeros(2, size, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
+    def update(self, preds: Tensor, target: Tensor, keys: Sequence[str] | None = None) -> None:
         """Add a batch.
 
         Args:
-            preds: Feature maps of reconstructions, (B, C, h, w).
-            target: Feature maps of originals, (B, C, h, w).
+            preds: Of reconstructions: feature maps (B, C, h, w), which are pooled, or vectors (B, D).
+            target: Of originals.
+            keys: Not needed; every metric takes them.
         """
-        if target.shape[1] != self.num_features:
-            raise UserError(
-                f"FrechetDistance: num_features is {self.num_features}, and the feature map has {target.shape[1]} "
-                "channels. Set it to that number."
-            )
         for side, features in enumerate((preds, target)):
-            pooled = features.double().mean((2, 3))
+            pooled = pool(features, self.num_features)
             self.sums[side] += pooled.sum(0)
             self.outers[side] += pooled.T @ pooled
         self.count += len(preds)
@@ -55,10 +55,24 @@ class FrechetDistance(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The distance by name; NaN before two samples."""
         if self.count < 2:
-            return {f"fd_{self.extractor}": self.sums.new_tensor(torch.nan)}
+            return {self.name: self.sums.new_tensor(torch.nan)}
         means = self.sums / self.count
         covariances = (self.outers - self.count * means.unsqueeze(2) * means.unsqueeze(1)) / (self.count - 1)
-        return {f"fd_{self.extractor}": frechet_distance(means[0], covariances[0], means[1], covariances[1])}
+        return {self.name: frechet_distance(means[0], covariances[0], means[1], covariances[1])}
+
+
+def pool(features: Tensor, num_features: int) -> Tensor:
+    """Feature vectors (B, D), float64, from maps (B, D, h, w), or as they are.
+
+    Raises:
+        UserError: There are not `num_features` features.
+    """
+    if features.shape[1] != num_features:
+        raise UserError(
+            f"A distance was made for {num_features} features, and there are {features.shape[1]}. Give it that number."
+        )
+    features = features.double()
+    return features.flatten(2).mean(2) if features.ndim > 2 else features
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:

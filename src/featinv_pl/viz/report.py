@@ -1,7 +1,6 @@
 """One self-contained page from scored inversions: pictures, tables, curves."""
 
 import base64
-import io
 import json
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,158 +9,170 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from featinv_pl.callbacks.files import SCORES, write_bytes
-from featinv_pl.callbacks.reconstruction_grid import FACTS_FILE, PICTURES
+from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.plots import cosine_histograms, png, severity_curves
+from featinv_pl.callbacks.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
+from featinv_pl.callbacks.results import ARMS, METRICS, Document, Name, cell
 from featinv_pl.errors import UserError
 
 STAGES = "stages.json"
-HEADLINES = ("cosine", "agreement@1", "agreement@5", "label@1")
-LINE_STYLES = ("-", "--", ":", "-.")
+HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Inverter:
     """One scored inverter.
 
     Attributes:
         name: Name of its folder.
-        folder: Holds `scores.json` and `pictures/`.
-        scores: By `<source>/<score>`, as `scores.json` has them.
+        folder: Holds `metrics.json`, `samples/` and `pictures/`.
+        document: The content of `metrics.json`.
     """
 
     name: str
     folder: Path
-    scores: dict[str, float]
+    document: Document
 
-    def tiles(self, source: str) -> dict[str, list[Any]]:
+    def tiles(self, source: str, kind: str) -> dict[str, list[Any]]:
         """Labels, predictions and cosines of the pictured images."""
-        tiles: dict[str, list[Any]] = json.loads((self.folder / PICTURES / source / FACTS_FILE).read_text())
+        tiles: dict[str, list[Any]] = json.loads((self.folder / PICTURES / source / kind / FACTS_FILE).read_text())
         return tiles
 
-    def strip(self, source: str, row: str) -> Path:
+    def strip(self, source: str, kind: str, row: str) -> Path:
         """The picture of one row of tiles."""
-        return self.folder / PICTURES / source / f"{row}.png"
+        return self.folder / PICTURES / source / kind / f"{row}.png"
 
 
 def report(folder: Path) -> None:
     """Write `report.html`, `metrics.json` and `overview.png` from the inverters scored below a folder.
 
     Args:
-        folder: Holds one folder per inverter, with the scores and pictures that `test` has left there.
+        folder: Holds one folder per inverter, as `test` has left it.
     """
-    arms = _arms(folder)
-    sources = _sources(arms)
+    inverters = _inverters(folder)
+    documents = {inverter.name: inverter.document for inverter in inverters}
+    sources = _sources(inverters)
     groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
     stages = folder / STAGES
+    curves = severity_curves(documents)
     page = _template().render(
-        arms=arms,
-        groups=groups,
-        headlines=HEADLINES,
-        all_scores=sorted({name for arm in arms for name in arm.scores}),
-        curve=_data_uri(_curve(arms, sources)),
-        pictures=[(source, _rows(arms, source)) for source in sources],
+        inverters=inverters,
+        head=HEADLINES,
+        table=_table(inverters, groups),
+        notes=[(inverter.name, note) for inverter in inverters for note in inverter.document["notes"]],
+        curves=curves and _data_uri(curves),
+        histograms=_data_uri(
+            cosine_histograms({inverter.name: inverter.folder for inverter in inverters}, groups, sources)
+        ),
+        pictures=[(source, _rows(inverters, source)) for source in sources],
+        extremes=[
+            (f"{group}, {inverter.name}", _extremes(inverter, source))
+            for inverter in inverters
+            for group, source in _last_of(groups, sources).items()
+        ],
+        all_scores=sorted({name for document in documents.values() for name in document["scores"]}),
         stages=json.loads(stages.read_text()) if stages.is_file() else {},
     )
-    metrics = json.dumps({arm.name: arm.scores for arm in arms}, indent=2) + "\n"
-    write_bytes(folder / "metrics.json", metrics.encode())
-    write_bytes(folder / "overview.png", _overview(arms, sources, groups))
+    metrics = json.dumps(documents, indent=2) + "\n"
+    write_bytes(folder / METRICS, metrics.encode())
+    write_bytes(folder / "overview.png", _overview(inverters, _last_of(groups, sources)))
     write_bytes(folder / "report.html", page.encode())
 
 
-def _arms(folder: Path) -> list[Arm]:
+def _inverters(folder: Path) -> list[Inverter]:
     """The scored inverters, the most faithful first."""
-    arms = [Arm(path.parent.name, path.parent, json.loads(path.read_text())) for path in folder.glob(f"*/{SCORES}")]
-    if not arms:
+    found = [
+        Inverter(path.parent.name, path.parent, json.loads(path.read_text())) for path in folder.glob(f"*/{METRICS}")
+    ]
+    if not found:
         raise UserError(
-            f"report: there is no scored inverter below '{folder}', that is, no <name>/{SCORES}. "
-            "Run `featinv-pl test` with the ScoreFile callback and a default_root_dir below that folder first."
+            f"report: there is no scored inverter below '{folder}', that is, no <name>/{METRICS}. "
+            "Run `featinv-pl test` with the PerSource callback and a default_root_dir below that folder first."
         )
 
-    def fidelity(arm: Arm) -> float:
-        cosines = [value for name, value in arm.scores.items() if name.endswith("/cosine")]
+    def fidelity(inverter: Inverter) -> float:
+        scores = inverter.document["scores"]
+        cosines = [value for name, value in scores.items() if name.endswith("/cosine")]
         return sum(cosines) / max(len(cosines), 1)
 
-    return sorted(arms, key=fidelity, reverse=True)
+    return sorted(found, key=fidelity, reverse=True)
 
 
-def _sources(arms: list[Arm]) -> list[str]:
-    """Sources with scores, and pictures by every arm: whole data sets first, then corruptions by name and severity."""
+def _table(inverters: list[Inverter], groups: list[str]) -> list[tuple[str, int, str, list[str]]]:
+    """Source, number of samples, arm and headline scores: each inverter, then what they are measured against."""
+    arms = [(inverter, "", inverter.name) for inverter in inverters]
+    arms += [(inverters[0], suffix, name) for suffix, name in ARMS.items() if suffix]
+    rows = []
+    for group in groups:
+        for inverter, suffix, name in arms:
+            document = inverter.document
+            names = [str(Name(group, score, suffix)) for score in HEADLINES]
+            if any(name in document["scores"] for name in names):
+                cells = [cell(document["scores"].get(name), document["intervals"].get(name)) for name in names]
+                rows.append((group, document["samples"][group], name, cells))
+    return rows
+
+
+def _sources(inverters: list[Inverter]) -> list[str]:
+    """Sources scored and pictured by every inverter: data sets first, then corruptions by name and severity."""
     pictured = [
-        {path.parent.relative_to(arm.folder / PICTURES).as_posix() for path in arm.folder.rglob(FACTS_FILE)}
-        for arm in arms
+        {
+            path.parent.parent.relative_to(inverter.folder / PICTURES).as_posix()
+            for path in inverter.folder.rglob(FACTS_FILE)
+        }
+        for inverter in inverters
     ]
-    scored = {name.rpartition("/")[0] for arm in arms for name in arm.scores}
-    return sorted(scored.intersection(*pictured), key=lambda source: (source.count("/"), source))
+    scored = [set(inverter.document["samples"]) for inverter in inverters]
+    return sorted(set.intersection(*scored, *pictured), key=lambda source: (source.count("/"), source))
 
 
-def _rows(arms: list[Arm], source: str) -> list[dict[str, Any]]:
-    """Rows of a picture: the original, the autoencoder alone, and each arm."""
-    tiles = arms[0].tiles(source)
+def _last_of(groups: list[str], sources: list[str]) -> dict[str, str]:
+    """The last source of each group."""
+    return {group: [source for source in sources if source.split("/")[0] == group][-1] for group in groups}
+
+
+def _extremes(inverter: Inverter, source: str) -> list[dict[str, Any]]:
+    """Rows of the best, median and worst images of one inverter."""
+    facts = inverter.tiles(source, EXTREMES)
+    classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
+    return [
+        {"name": row, "image": _data_uri(inverter.strip(source, EXTREMES, row).read_bytes()), "classes": shown}
+        for row, shown in classes.items()
+    ]
+
+
+def _rows(inverters: list[Inverter], source: str) -> list[dict[str, Any]]:
+    """Rows of a picture: the original, the autoencoder alone, and each inverter."""
+    first = inverters[0]
+    tiles = first.tiles(source, FIRST)
     rows: list[dict[str, Any]] = [
-        {"name": "original", "image": arms[0].strip(source, "original"), "classes": tiles["prediction"]},
-        {"name": "autoencoder", "image": arms[0].strip(source, "autoencoder"), "classes": []},
+        {"name": "original", "image": first.strip(source, FIRST, "original"), "classes": tiles["prediction"]},
+        {"name": "autoencoder", "image": first.strip(source, FIRST, "autoencoder"), "classes": []},
     ]
-    for arm in arms:
-        facts = arm.tiles(source)
-        image = arm.strip(source, "reconstruction")
-        rows.append({"name": arm.name, "image": image, "classes": facts["reconstruction_prediction"]})
+    for inverter in inverters:
+        facts = inverter.tiles(source, FIRST)
+        image = inverter.strip(source, FIRST, "reconstruction")
+        rows.append({"name": inverter.name, "image": image, "classes": facts["reconstruction_prediction"]})
     return [{**row, "image": _data_uri(row["image"].read_bytes())} for row in rows]
 
 
-def _severity(source: str) -> tuple[str, int] | None:
-    """(corruption, severity) of a source such as `imagenet-c/fog/3`."""
-    parts = source.split("/")
-    return (parts[-2], int(parts[-1])) if len(parts) > 2 and parts[-1].isdigit() else None
-
-
-def _curve(arms: list[Arm], sources: list[str]) -> bytes:
-    """Cosine against severity: a colour for each corruption, a line style for each arm, as PNG."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    corruptions = sorted({found[0] for source in sources if (found := _severity(source))})
-    for style, arm in zip(LINE_STYLES * len(arms), arms, strict=False):
-        clean = arm.scores.get("clean/cosine")
-        for colour, corruption in enumerate(corruptions):
-            points = {
-                found[1]: arm.scores[f"{source}/cosine"]
-                for source in sources
-                if (found := _severity(source)) and found[0] == corruption and f"{source}/cosine" in arm.scores
-            }
-            if clean is not None:
-                points[0] = clean
-            label = f"{arm.name}, {corruption.replace('_', ' ')}"
-            axes.plot(*zip(*sorted(points.items()), strict=True), style, color=f"C{colour}", marker="o", label=label)
-    axes.set_xlabel("severity of the corruption (0: clean)")
-    axes.set_ylabel("cosine of the feature maps")
-    if corruptions:
-        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    return _png(figure)
-
-
-def _overview(arms: list[Arm], sources: list[str], groups: list[str]) -> bytes:
-    """One picture, with the last source of each group: originals above their reconstructions, as PNG."""
-    shown = [[source for source in sources if source.split("/")[0] == group] for group in groups]
-    chosen = [below[-1] for below in shown]
-    figure = Figure(figsize=(9, 0.8 * (len(arms) + 1) * len(chosen) + 0.4 * len(chosen)), layout="constrained")
-    for part, source in zip(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0], chosen, strict=True):
-        rows = [("original", arms[0].strip(source, "original"))]
-        rows += [(arm.name, arm.strip(source, "reconstruction")) for arm in arms]
+def _overview(inverters: list[Inverter], chosen: dict[str, str]) -> bytes:
+    """One picture: originals above their reconstructions, as PNG."""
+    height = (0.8 * (len(inverters) + 1) + 0.4) * len(chosen)
+    figure = Figure(figsize=(9, height), layout="constrained")
+    parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
+    for part, source in zip(parts, chosen.values(), strict=True):
+        rows = [("original", inverters[0].strip(source, FIRST, "original"))]
+        rows += [(inverter.name, inverter.strip(source, FIRST, "reconstruction")) for inverter in inverters]
         part.suptitle(source, fontsize="medium")
         for axes, (name, path) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
             axes.imshow(np.asarray(Image.open(path)), aspect="equal")
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
             axes.set(xticks=[], yticks=[])
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _data_uri(png: bytes) -> str:

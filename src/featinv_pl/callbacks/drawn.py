@@ -1,0 +1,87 @@
+"""Keeps what has been drawn, so that an interrupted test goes on with the same command."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.nets.frozen import digest
+from featinv_pl.types import Batch, Inversion, to_uint8
+
+DRAWN = "drawn"
+
+
+class DrawnImages(Callback):
+    """Stores the reconstructions of `test` as they are drawn, and hands them to a later test.
+
+    A stored image is found by what decides it: the weights, the sampler, the seed, the sample's key
+    and its feature map. So an interrupted test goes on with the same command, at other batch sizes
+    and on other numbers of processes too; scores, judges and pictures can be had anew without
+    drawing anew; and a change of the model or of the data is never overlooked. Everything else is
+    computed again, which costs little.
+
+    `<default_root_dir>/drawn/` gets one file of bytes per batch. It may be removed at any time.
+    """
+
+    def __init__(self) -> None:
+        self.folder = Path(DRAWN)
+        self.model = ""
+        self.files: dict[str, Path] = {}
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look what there is."""
+        module: Any = pl_module
+        self.folder = Path(trainer.default_root_dir) / DRAWN
+        self.model = f"{digest(module.control)} {module.identity} {module.sampler} {torch.initial_seed()}"
+        self.files = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.files |= dict.fromkeys(file.keys(), path)
+            except (OSError, SafetensorError):
+                print(f"'{path}' cannot be read; its images are drawn again.")
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Hand over what is there."""
+        found = {row: name for row, name in enumerate(self._names(batch)) if name in self.files}
+        batch["drawn"] = {row: self._load(name) for row, name in found.items()}
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Store what is new."""
+        images: Inversion = outputs
+        whole = images["features"].flatten(1).isfinite().all(1).tolist()
+        new = {
+            name: to_uint8(images["images"][row]).cpu().contiguous()
+            for row, name in enumerate(self._names(batch))
+            if row not in batch["drawn"] and whole[row]
+        }
+        if new:
+            write_bytes(self.folder / f"{next(iter(new))}.safetensors", save(new))
+
+    def _load(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            image: Tensor = file.get_tensor(name)
+            return image
+
+    def _names(self, batch: Batch) -> list[str]:
+        maps = batch["features"].cpu().contiguous().numpy()
+        return [
+            hashlib.blake2b(f"{self.model} {key}".encode() + maps[row].tobytes(), digest_size=16).hexdigest()
+            for row, key in enumerate(batch["key"])
+        ]

@@ -1,0 +1,89 @@
+"""The kernel distance between two sets of features."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from featinv_pl.metrics.frechet import pool
+from featinv_pl.types import key_hash
+
+
+class KernelDistance(Metric):
+    """Squared maximum mean discrepancy with the cubic kernel of KID (Bińkowski et al., arXiv 1801.01401).
+
+    It is unbiased, and so can be compared between sets of different sizes and fall below zero. KID
+    averages it over random subsets of 1,000; here it is taken once, over the `size` samples whose
+    keys have the smallest hashes. These are a random subset too, but one that needs constant memory
+    and does not depend on batches, order or ranks; a smaller set counts whole.
+
+    Only with the Inception weights of 2015 may it be called `kid`.
+
+    Args:
+        num_features: Channels of the feature map, or width of the feature vector.
+        name: What the score is called.
+        size: Most samples that count.
+    """
+
+    full_state_update = False
+    higher_is_better = False
+    reads: ClassVar[tuple[str, str]] = ("features", "features")
+    chosen: Tensor
+
+    def __init__(self, num_features: int, name: str, size: int = 1000) -> None:
+        super().__init__()
+        self.num_features, self.name, self.size = num_features, name, size
+        # A row is the hash of a key, the features of its reconstruction, and those of its original.
+        empty = torch.full((size, 1 + 2 * num_features), torch.inf, dtype=torch.float64)
+        self.add_state("chosen", empty, dist_reduce_fx=_smallest)
+
+    def update(self, preds: Tensor, target: Tensor, keys: Sequence[str]) -> None:
+        """Add a batch.
+
+        Args:
+            preds: Of reconstructions: feature maps (B, C, h, w), which are pooled, or vectors (B, D).
+            target: Of originals.
+            keys: Names of the samples, which decide whether they count.
+        """
+        hashes = torch.tensor([key_hash(key) for key in keys], dtype=torch.float64, device=self.chosen.device)
+        wanted = hashes <= self.chosen[-1, 0]
+        if wanted.any():
+            pooled = [pool(features[wanted], self.num_features) for features in (preds, target)]
+            rows = torch.cat([hashes[wanted].unsqueeze(1), *pooled], dim=1)
+            self.chosen = _first(torch.cat([self.chosen, rows]), self.size)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The distance by name; NaN before two samples."""
+        rows = self.chosen[self.chosen[:, 0].isfinite(), 1:]
+        if len(rows) < 2:
+            return {self.name: self.chosen.new_tensor(torch.nan)}
+        return {self.name: kernel_distance(*rows.chunk(2, dim=1))}
+
+
+def _first(rows: Tensor, size: int) -> Tensor:
+    """The rows of the smallest hashes, in order; their first feature decides between equal ones."""
+    rows = rows[rows[:, 1].argsort(stable=True)]
+    return rows[rows[:, 0].argsort(stable=True)][:size]
+
+
+def _smallest(states: Tensor) -> Tensor:
+    """Reduce the states of several metrics, (N, size, ...), to that of all their samples."""
+    return _first(states.flatten(0, 1), states.shape[1])
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> Tensor:
+    """Unbiased estimate of the squared maximum mean discrepancy with k(x, y) = (x y / D + 1)^3.
+
+    Args:
+        a: (n, D).
+        b: (n, D).
+    """
+    size, width = a.shape
+
+    def within(x: Tensor) -> Tensor:
+        kernel = (x @ x.T / width + 1) ** 3
+        return (kernel.sum() - kernel.trace()) / (size * (size - 1))
+
+    return within(a) + within(b) - 2 * ((a @ b.T / width + 1) ** 3).mean()

@@ -1,0 +1,98 @@
+"""Means over samples, with all that a bootstrap of them needs, in constant memory."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from featinv_pl.types import key_hash
+
+
+class SampleMetric(Metric):
+    """Scores that every sample has by itself, averaged over samples.
+
+    A subclass says what it compares and how. A value that is not finite does not count, such as the
+    accuracy of a sample without a label.
+
+    The state holds the mean and that of each replicate of a Poisson bootstrap (Chamandy et al.,
+    Estimating uncertainty for massive data streams, 2012): in a replicate, a sample counts as often
+    as a Poisson variable of mean 1, seeded by the sample's key, says. So intervals need no second
+    pass, add up over ranks, and do not depend on the order of samples. Metrics of the same samples
+    have the same weights, so that their replicates are paired; sources that show the same image
+    under the same key, such as its corruptions, are resampled by image.
+
+    Args:
+        replicates: How often to resample; 0 is the mean alone.
+
+    Attributes:
+        latest: (B, number of scores), the values of the last batch.
+    """
+
+    full_state_update = False
+    names: ClassVar[tuple[str, ...]]
+    """What the scores are called."""
+    reads: ClassVar[tuple[str, str]]
+    """Which entry of the reconstruction, and which of the original, the metric compares."""
+    sums: Tensor
+    counts: Tensor
+    latest: Tensor
+
+    def __init__(self, replicates: int = 0) -> None:
+        super().__init__()
+        self.replicates = replicates
+        for name in ("sums", "counts"):
+            shape = (1 + replicates, len(self.names))
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def score(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Score each sample.
+
+        Args:
+            preds: Of reconstructions, (B, ...).
+            target: Of originals, (B, ...).
+
+        Returns:
+            (B, number of scores), float64.
+        """
+
+    def update(self, preds: Tensor, target: Tensor, keys: Sequence[str] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            preds: Of reconstructions, (B, ...).
+            target: Of originals, (B, ...).
+            keys: Names of the samples. They seed the bootstrap, which needs them.
+        """
+        self.latest = self.score(preds, target)
+        finite = self.latest.isfinite()
+        weights = torch.ones(len(preds), 1 + self.replicates, dtype=torch.float64)
+        if self.replicates:
+            assert keys is not None
+            weights[:, 1:] = poisson_weights(tuple(keys), self.replicates)
+        weights = weights.to(self.latest.device)
+        self.sums += weights.T @ self.latest.where(finite, 0)
+        self.counts += weights.T @ finite.double()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means by name, NaN before any sample: scalars, or with replicates (1 + replicates,), the mean first."""
+        means = (self.sums / self.counts).T
+        return dict(zip(self.names, means if self.replicates else means[:, 0], strict=True))
+
+
+@lru_cache(maxsize=1)
+def poisson_weights(keys: tuple[str, ...], replicates: int) -> Tensor:
+    """How often each sample counts in each replicate: (len(keys), replicates), float64.
+
+    Each row is a function of its key alone. Kept for the last batch, whose metrics share it.
+    """
+    return torch.from_numpy(np.stack([_poisson(key, replicates) for key in keys])).double()
+
+
+def _poisson(key: str, replicates: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.random.Generator(np.random.SFC64(key_hash(key))).poisson(1.0, replicates)
