@@ -125,7 +125,7 @@ def test_recipes(name: str, conditioning: str) -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_shard_set_that_is_read_is_written(name: str) -> None:
     written = set()
-    for variant in ("", "-train", "-train-authors"):
+    for variant in ("", "-train", "-train-authors", "-robustness", "-imagenet-c", "-adversarial"):
         extract = settings(f"extract/{name}{variant}.yaml")
         [writer] = extract["trainer"]["callbacks"]
         folder = writer["init_args"]["folder"]
@@ -133,5 +133,7 @@ def test_every_shard_set_that_is_read_is_written(name: str) -> None:
     for run in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
         data = settings(f"train/{name}-{run}.yaml")["data"]["init_args"]
         assert {data["train"], data["val"], *data["test"].values()} <= written
+    text = yaml.safe_load((EXPERIMENTS / f"imagenet/test/{name}.yaml").read_text())
+    assert set(text["data"]["init_args"]["test"].values()) == {path for path in written if "/train" not in path}
     data = settings(f"extract/{name}-train-authors.yaml")["data"]["init_args"]
     assert (data["views"], data["vertical_flip"]) == (3, True)
