@@ -251,6 +251,24 @@ def test_sources_without_labels_are_scored_without_them(
     assert not [name for name in scores if "label@1" in name]
 
 
+def test_samples_of_a_map_are_compared(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    config = write(Path("inversion.yaml"), settings)
+    main(["test", "--config", config])
+    alone = scores_of()
+    main(["test", "--config", config, "--model.num_samples=3", "--trainer.default_root_dir=several"])
+    several = json.loads(Path("several/metrics.json").read_text())["scores"]
+    assert {name: several[name] for name in alone} == pytest.approx(alone, abs=1e-6)  # the first sample is the same
+    assert {name for name in several if "diversity" in name} == {
+        f"{source}/diversity_{what}"
+        for source in {name.rpartition("/")[0] for name in alone}
+        for what in ("pixels", "maps")
+    }
+    assert several["clean/diversity_pixels"] > 0.01
+    columns = parquet.read_table("several/samples/clean.parquet").column_names
+    assert {"diversity_pixels", "diversity_maps"} <= set(columns)
+
+
 def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
     settings = inversion(classifier_folder, prior_folder, shards)
     for name, size in (("single", 1), ("foreign", 4)):

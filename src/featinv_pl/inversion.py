@@ -22,7 +22,7 @@ from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.guidance import Denoiser, classifier_free
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.sampler import Sampler, sample
-from featinv_pl.types import Batch, Inversion, Provenance, from_uint8
+from featinv_pl.types import Batch, Inversion, Provenance, Views, from_uint8
 
 
 class FeatureInversion(LightningModule):
@@ -50,6 +50,8 @@ class FeatureInversion(LightningModule):
         lr_scheduler: Factory of a learning rate schedule, advanced every step.
         judge: A second classifier, which the inversion has never seen: it scores originals and
             reconstructions too. A timm name or a folder, as for the backbone.
+        num_samples: Reconstructions that `test` draws from each map. The first is scored; from two on,
+            so is how much they differ.
     """
 
     def __init__(
@@ -68,10 +70,13 @@ class FeatureInversion(LightningModule):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         judge: str | None = None,
+        num_samples: int = 1,
     ) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
             raise UserError(f"--model.dropout is a probability below 1, and is {dropout}.")
+        if num_samples < 1:
+            raise UserError(f"--model.num_samples must be at least 1, and is {num_samples}.")
         self.backbone = Backbone(backbone, weights, layer, input_size)
         self.prior = Prior(prior)
         self.image_size = image_size
@@ -84,6 +89,7 @@ class FeatureInversion(LightningModule):
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.judge = Backbone(judge) if judge else None
+        self.num_samples = num_samples
 
     # The method
 
@@ -171,7 +177,9 @@ class FeatureInversion(LightningModule):
         # As bytes they would look like any image.
         views["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
         return {
-            **views,
+            "images": views["images"],
+            "features": views["features"],
+            "logits": views["logits"],
             "ceiling": self.backbone.look(self.prior.autoencoder.decode(mean)),
         }
 
@@ -186,9 +194,19 @@ class FeatureInversion(LightningModule):
             drawn |= dict(zip(missing, self.invert(features, noise.to(features)), strict=True))
         return torch.stack([drawn[row] for row in range(len(batch["key"]))])
 
+    @torch.no_grad()
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
-        """As in validation."""
-        return self.validation_step(batch, batch_idx)
+        """As in validation, and with further samples from each map if so many are asked for."""
+        outputs = self.validation_step(batch, batch_idx)
+        if self.num_samples > 1:
+            shape = self.prior.latent_shape(batch["latents"])
+            samples: list[Views] = [outputs]
+            for number in range(1, self.num_samples):
+                noise = keyed_noise([f"{key} sample {number}" for key in batch["key"]], shape, torch.initial_seed())
+                samples.append(self.backbone.look(self.invert(batch["features"], noise.to(batch["features"]))))
+            outputs["sample_images"] = torch.stack([views["images"] for views in samples], dim=1)
+            outputs["sample_features"] = torch.stack([views["features"] for views in samples], dim=1)
+        return outputs
 
     # What Lightning asks for
 

@@ -72,6 +72,10 @@ class Inversion(Views):
 
     ceiling: Views
     """The originals after the prior's autoencoder alone: what no inversion can surpass."""
+    sample_images: NotRequired[Tensor]
+    """(B, n, 3, H, W): n reconstructions from each map, of which the first is that above."""
+    sample_features: NotRequired[Tensor]
+    """(B, n, C, h, w), their maps."""
 
 
 class Provenance(TypedDict):

@@ -20,6 +20,7 @@ from featinv_pl.callbacks.references import Floor, Neighbours
 from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, samples_file, samples_path
 from featinv_pl.errors import UserError
 from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
+from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
 from featinv_pl.metrics.frechet import FrechetDistance
 from featinv_pl.metrics.kernel import KernelDistance
 from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
@@ -116,6 +117,7 @@ class PerSource(EvaluationCallback):
         """Make everything new."""
         datamodule = cast(Any, trainer).datamodule
         self.results = Results()
+        self.diverse = stage == "test" and cast(Any, pl_module).num_samples > 1
         self.pending = list(datamodule.sources(stage))
         self.open, self.groups, self.neighbours = None, {}, None
         self.device = pl_module.device
@@ -300,6 +302,8 @@ class PerSource(EvaluationCallback):
                 metrics[:] = [metric for metric in metrics if isinstance(metric, SampleMetric)]
             if arm == "_original":  # which agrees with itself, but not always with its label
                 metrics[:] = [metric for metric in metrics if isinstance(metric, LabelAccuracy)]
+        if self.diverse and (0, "") in made:
+            made[0, ""] += [PixelDiversity(self.replicates), MapDiversity(self.replicates)]
         return {key: [metric.to(self.device) for metric in metrics] for key, metrics in made.items() if metrics}
 
     def _finite(self, tally: Tally, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
