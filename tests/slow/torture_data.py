@@ -1,6 +1,6 @@
 """Interrupts and damages everything that shards go through, and counts what that does: `make torture-data`.
 
-Kills are SIGKILLs of the public command in processes of its own, at random moments.
+Kills are SIGKILLs of the public command in processes of its own, at random moments of its work.
 """
 
 import argparse
@@ -35,6 +35,7 @@ HERE = Path(__file__).parent
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
 STEPS = 60
 PATIENCE_S = 120
+SHARDS, SEEN = "shards/**/*", "seen-*.jsonl"  # what extraction and streaming write
 
 
 @dataclass
@@ -162,17 +163,34 @@ def start(args: list[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def finish(args: list[str], folder: Path) -> float:
-    """Run the public command to its end, and return the seconds that it took."""
+def work(folder: Path, where: str) -> set[tuple[str, int, int]]:
+    """What shows whether a command has begun to write: names, times and sizes of files."""
+    stats = ((path, path.stat()) for path in folder.glob(where) if path.is_file())
+    return {(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in stats}
+
+
+def begin(args: list[str], folder: Path, where: str) -> subprocess.Popen[bytes]:
+    """Start the public command and wait until it has begun to write."""
+    before = work(folder, where)
+    process = start(args, folder)
+    deadline = time.monotonic() + PATIENCE_S
+    while process.poll() is None and work(folder, where) == before and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return process
+
+
+def finish(args: list[str], folder: Path, where: str = "*") -> float:
+    """Run the public command to its end, and return the seconds from its first write on."""
+    process = begin(args, folder, where)
     begun = time.monotonic()
-    if start(args, folder).wait(PATIENCE_S) != 0:
+    if process.wait(PATIENCE_S) != 0:
         raise RuntimeError(f"{args} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
     return time.monotonic() - begun
 
 
-def killed(args: list[str], folder: Path, after: float) -> bool:
-    """Run the public command and kill it after so many seconds, unless it ends before."""
-    process = start(args, folder)
+def killed(args: list[str], folder: Path, where: str, after: float) -> bool:
+    """Run the public command and kill it so many seconds after its first write, unless it ends before."""
+    process = begin(args, folder, where)
     try:
         if process.wait(after) != 0:
             raise RuntimeError(f"{args} failed:\n{(folder / 'output.txt').read_text()[-2000:]}")
@@ -183,9 +201,9 @@ def killed(args: list[str], folder: Path, after: float) -> bool:
     return False
 
 
-def moment(more: bool, earliest: float, seconds: float, rng: random.Random) -> float:
-    """When to kill, in seconds from the start; past any end once there were enough kills."""
-    return rng.uniform(earliest, 1) * seconds if more else PATIENCE_S
+def moment(more: bool, seconds: float, rng: random.Random) -> float:
+    """When to kill, in seconds from the first write; past any end once there were enough kills."""
+    return rng.uniform(0, 1) * seconds if more else PATIENCE_S
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -211,7 +229,7 @@ def torture_extraction(root: Path, kills: int, rng: random.Random) -> list[Figur
     """Kill extraction again and again until it is done; compare with one that nobody has killed."""
     reference = workplace(root, "extraction")
     command = ["predict", "--config", "extract.yaml"]
-    seconds = finish(command, reference)
+    seconds = finish(command, reference, SHARDS)
     expected = contents(reference / "shards")
     figures, alone = [], alone_of(kills)
     for what, more, count in (("1 process", [], alone), ("2 processes", TWO, kills - alone)):
@@ -221,7 +239,7 @@ def torture_extraction(root: Path, kills: int, rng: random.Random) -> list[Figur
         while done < count:
             folder = workplace(root, f"killed-{len(more)}-{rounds}")
             rounds += 1
-            while killed([*command, *more], folder, moment(done < count, 0.3, seconds, rng)):
+            while killed([*command, *more], folder, SHARDS, moment(done < count, seconds, rng)):
                 done += 1
                 partly += 0 < len(contents(folder / "shards")) < len(expected)
             wrong += contents(folder / "shards") != expected
@@ -258,7 +276,7 @@ def torture_streaming(root: Path, kills: int, rng: random.Random) -> list[Figure
         command = ["fit", "--config", "fit.yaml", *more]
         reference = workplace(root, f"streaming-{ranks}")
         (reference / "shards").symlink_to(root / "extraction/shards")
-        seconds = finish(command, reference)
+        seconds = finish(command, reference, SEEN)
         expected = {key: keys[-1] for key, keys in lines(reference, ranks).items()}
         lost = twice = done = rounds = resumed = 0
         while done < count:
@@ -268,7 +286,7 @@ def torture_streaming(root: Path, kills: int, rng: random.Random) -> list[Figure
             while True:
                 checkpoint = folder / "run/inversion.ckpt"
                 resume = ["--ckpt_path", "run/inversion.ckpt"] if checkpoint.is_file() else []
-                if not killed([*command, *resume], folder, moment(done < count, 0.4, seconds, rng)):
+                if not killed([*command, *resume], folder, SEEN, moment(done < count, seconds, rng)):
                     break
                 done += 1
                 resumed += bool(resume)
