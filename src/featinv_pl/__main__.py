@@ -12,16 +12,16 @@ usage: featinv-pl COMMAND [options]
 
 Draw natural images from a classifier's spatial feature map (FeatInv).
 
-  fit        train a Classifier, Autoencoder, NoisePredictor or FeatureInversion
-  validate   score a FeatureInversion on its validation shards
-  test       score a FeatureInversion on shards of any number of sources
-  predict    extract features of images into shards
+  fit          train a Classifier, Autoencoder, NoisePredictor or FeatureInversion
+  validate     score a FeatureInversion on its validation shards
+  test         score a FeatureInversion on shards of any number of sources
+  predict      extract features of images into shards
   verify       check feature shards against their manifest
   reconstruct  draw pictures from the feature maps of pictures
-  export     write a trained inverter as a folder to publish
-  import     write the authors' checkpoint as such a folder
-  report     one page of pictures, tables and curves from scored inversions
-  demo       all of the above on handwritten digits
+  export       write a trained inverter as a folder to publish
+  import       write the authors' checkpoint as such a folder
+  report       one page of pictures, tables and curves from scored inversions
+  demo         all of the above on handwritten digits
 
 `featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.
 """

@@ -117,6 +117,15 @@ def test_stays_frozen(classifier_folder: Path) -> None:
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
+def test_sees_the_same_in_a_run_of_mixed_precision(classifier_folder: Path) -> None:
+    backbone = Backbone(str(classifier_folder))
+    images = some_images(32, 32)
+    expected = backbone(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = backbone(images)
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+
+
 def test_looks_at_bytes(classifier_folder: Path) -> None:
     backbone = Backbone(str(classifier_folder))
     stored = torch.randint(0, 256, (2, 3, 32, 32)) / 127.5 - 1

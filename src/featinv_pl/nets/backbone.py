@@ -77,16 +77,9 @@ class Backbone(Frozen):
         Returns:
             The feature map (B, C, h, w) and the logits (B, K).
         """
-        images = self.transform(images)
-        if self.layer == PENULTIMATE:
-            output = self.model.forward_features(images)
-            logits = self.model.forward_head(output)
-        else:
-            outputs: list[Any] = []
-            module = self.model.get_submodule(self.layer)
-            with module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
-                logits = self.model(images)
-            output = outputs[-1] if outputs else None
+        # In full precision also within a run of mixed precision: maps are compared with each other.
+        with torch.autocast(images.device.type, enabled=False):
+            output, logits = self._run(self.transform(images.float()))
         features = _as_map(output, len(images), self.model, self.input_size)
         if features is None:
             option, what = (
@@ -99,6 +92,17 @@ class Backbone(Frozen):
                 "with --model.layer, that returns one map or one grid of tokens, such as the end of a stage."
             )
         return features, logits
+
+    def _run(self, images: Tensor) -> tuple[Any, Tensor]:
+        """The output of the layer, in whatever layout, and the logits."""
+        if self.layer == PENULTIMATE:
+            output = self.model.forward_features(images)
+            return output, self.model.forward_head(output)
+        outputs: list[Any] = []
+        module = self.model.get_submodule(self.layer)
+        with module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
+            logits = self.model(images)
+        return outputs[-1] if outputs else None, logits
 
     def crop(self, image: Image.Image) -> Tensor:
         """The classifier's own view of a picture: timm's evaluation transform, before normalisation.
