@@ -14,9 +14,11 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from featinv_pl.__main__ import main
-from featinv_pl.data.entries import ImageFormat, Storage
+from featinv_pl.data.entries import ImageFormat, Storage, quantise
 from featinv_pl.data.feature_shards import FeatureShards
 from featinv_pl.data.folders import FolderData
 from featinv_pl.data.manifests import Settings
@@ -27,6 +29,7 @@ from featinv_pl.types import Batch
 
 IMAGE_SIZE, BATCH_SIZE, REPEATS = 224, 16, 3
 SHARD_SIZE, READ_BATCH = 250, 64
+STORED = 3  # batches whose maps are stored and compared
 
 
 class Stopwatch(Callback):
@@ -130,7 +133,19 @@ def bench_extraction(root: Path, images: int) -> list[str]:
         f"extraction from JPEGs to shards                     {rate['extraction']:9.1f} samples/s",
         f"extraction / forward of ResNet50                    {rate['extraction'] / rate['backbone']:9.2f}",
         f"extraction / forward of both networks               {rate['extraction'] / rate['networks']:9.2f}",
+        *storage_cost(torch.cat([networks.backbone(batch["images"])[0] for batch in batches[:STORED]])),
     ]
+
+
+def storage_cost(maps: Tensor) -> list[str]:
+    """What storing maps (B, C, h, w) changes: 1 - cosine, averaged over locations."""
+    quantised, steps = quantise(maps)
+    stored = {"float16": maps.half().double(), "int8": quantised.double() * steps.double()[..., None, None]}
+    lines = []
+    for name, ours in stored.items():
+        loss = (1 - cosine_similarity(ours, maps.double(), dim=1)).mean(dim=(1, 2))
+        lines.append(f"1 - cosine of maps in {name:8} (mean; worst map)       {loss.mean():9.1e} {loss.max():9.1e}")
+    return lines
 
 
 def exhaust(loader: Iterable[Any]) -> None:
@@ -180,6 +195,7 @@ def write_set(folder: Path, samples: int, storage: Storage, image_format: ImageF
         "transform": "",
         "autoencoder_digest": "",
         "image_size": 256,
+        "attack": "",
     }
     writer = ShardSetWriter(folder, "bench", settings, made_by)
     writer.begin()
