@@ -77,7 +77,7 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
     features = torch.randn(model.backbone.feature_shape)
     latents = torch.randn(8, 32, 32)
     sample = {"features": features, "latents": latents}
-    with timed(seconds, "training step"):
+    with timed(seconds, "fit of one step"):
         trainer.fit(model, DataLoader([sample], batch_size=1))  # type: ignore[arg-type]
     with timed(seconds, "checkpoint"):
         trainer.save_checkpoint(folder / "last.ckpt")
