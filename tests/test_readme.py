@@ -52,7 +52,7 @@ def test_pages_show_every_command() -> None:
 def test_python_of_the_readme_is_that_of_the_model_card() -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     card = files("featinv_pl").joinpath("model_card.md").read_text()
-    assert block.replace("digits-inverter", "{{ name }}").replace("docs/digits/4.png", "cat.jpg") in card
+    assert block.replace("runs/digits-inverter", "{{ name }}").replace("docs/digits/4.png", "cat.jpg") in card
 
 
 def test_overrides_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
