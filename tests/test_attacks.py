@@ -64,6 +64,8 @@ def test_extraction_attacks_the_backbone_itself(
             "unreadable": [""],
         }
         alone = model.predict_step(last, 0)
+    other = AdversarialExtraction(Attack(4, 2.0, 10), **parts).provenance
+    assert len({other["attack"], model.provenance["attack"], ""}) == 3  # sets of different attacks are not mixed up
     assert ((seen["images"] - given["images"]) * 127.5).abs().max() <= 8.001
     confidence = seen["logits"].softmax(1).gather(1, before[:, None])
     assert (confidence < model.backbone(given["images"])[1].softmax(1).gather(1, before[:, None])).all()

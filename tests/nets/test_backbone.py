@@ -123,6 +123,7 @@ def test_sees_the_same_in_a_run_of_mixed_precision(classifier_folder: Path) -> N
     expected = backbone(images)
     with torch.autocast("cpu", torch.bfloat16):
         seen = backbone(images)
+    assert all(tensor.dtype == torch.float32 for tensor in (*seen, *expected))
     assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
 
 

@@ -207,6 +207,7 @@ def test_reads_the_layout_of_older_folders(own_prior: Path) -> None:
     torch.save(renamed, own_prior / "vae" / Path(WEIGHTS).with_suffix(".bin"))
     (own_prior / "vae" / WEIGHTS).unlink()
     schedule = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "skip_prk_steps": True}
+    schedule |= {"clip_sample": True}  # which is for images, and would ruin latents
     (own_prior / "scheduler/scheduler_config.json").write_text(json.dumps(schedule))
 
     old = Prior(str(own_prior))

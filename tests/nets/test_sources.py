@@ -1,5 +1,6 @@
 """Weights from elsewhere are read without running anything, or refused with one message."""
 
+import shutil
 import sys
 import types
 from collections import OrderedDict
@@ -64,6 +65,20 @@ def test_never_runs_a_pickle(legacy: bool, suffix: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"CKPT: '.*weights.* wants to call posix.system, which no weights need"):
         read_weights(file, "CKPT")
     assert not (tmp_path / "ran").exists()
+
+
+class Copies:
+    """A pickle that calls a function which torch itself has no list of."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return shutil.copyfile, (__file__, "ran")
+
+
+def test_nothing_but_known_packages_is_left_out() -> None:
+    torch.save({"state_dict": {**WEIGHTS, "x": Copies()}}, "weights.ckpt")
+    with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' wants to call shutil.copyfile"):
+        read_weights(Path("weights.ckpt"), "CKPT")
+    assert not Path("ran").exists()
 
 
 def cut(file: Path) -> None:
