@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
@@ -26,6 +27,7 @@ from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
 from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.publishing import import_official
+from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.sampler import Sampler, sample
 
 HERE = Path(__file__).parent / "golden"
@@ -123,7 +125,7 @@ def figures(model: FeatureInversion) -> dict[str, float]:
     differences |= _training(model, inputs, outputs)
     prior.prompt, prior.empty = context, inputs["uncond_context"]  # theirs differ from sample to sample
     model.sampler = Sampler("ddim", GOLDEN["ddim"]["steps"], GOLDEN["ddim"]["guidance"], "text")
-    drawn = sample(model.denoiser(hint, inputs["x_T"]), inputs["x_T"], prior.schedule, model.sampler)
+    drawn = sample(model.denoiser(hint, inputs["x_T"], model.sampler), inputs["x_T"], prior.schedule, model.sampler)
     differences["latents sampled in 10 steps"] = difference(drawn, outputs["ddim10/final"])
     return differences
 
@@ -142,7 +144,10 @@ def _autoencoder(
 
 def _training(model: FeatureInversion, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, float]:
     model.control.zero_grad()
-    loss = model.loss(inputs["x_start"], inputs["noise"], inputs["train_timesteps"], inputs["context"], inputs["hint"])
+    latents, noise, timesteps = inputs["x_start"], inputs["noise"], inputs["train_timesteps"]
+    noisy_latents = model.prior.schedule.add_noise(latents, noise, timesteps)
+    prediction = model.denoise(noisy_latents, timesteps, inputs["context"], inputs["hint"])
+    loss = mse_loss(prediction, denoising_target(model.prior.schedule, latents, noise, timesteps))
     loss.backward()
     # What the gradients are called here, found by sending their names through the converter.
     gradients = {

@@ -1,16 +1,21 @@
 """The method: one training step, both conditionings, and what a checkpoint holds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
+from featinv_pl.pipeline import FeatInvPipeline
+from featinv_pl.pretraining import Classifier
+from featinv_pl.sampling.refinement import Refinement
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch
 
@@ -80,37 +85,230 @@ def test_pooled_conditioning_sees_only_the_mean(make_model: Any, make_batch: Mak
 
 
 def test_dropout_replaces_the_map_by_zeros(make_model: Any, make_batch: MakeBatch) -> None:
-    model, batch = make_model(dropout=0.999999), make_batch(4)
+    model, batch = awaken(make_model(dropout=0.999999)), make_batch(4)
     model.log = lambda *_, **__: None
-    torch.nn.init.normal_(model.control.controlnet.controlnet_mid_block.weight)
-    torch.nn.init.normal_(model.control.encoder.layers[-1].weight)
     other = {**batch, "features": torch.randn_like(batch["features"])}
     assert torch.equal(model.training_step(batch, 0), model.training_step(other, 0))
 
 
-@pytest.mark.parametrize("guidance", ["text", "features"])
-def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch, guidance: Any) -> None:
-    model = make_model(sampler=Sampler("ddim", steps=2, guidance_scale=2.0, guidance=guidance))
+def awaken(model: Any) -> Any:
+    """Let a control have a say before it is trained."""
     torch.nn.init.normal_(model.control.controlnet.controlnet_mid_block.weight)
     torch.nn.init.normal_(model.control.encoder.layers[-1].weight)
-    features, noise = make_batch(2)["features"], torch.randn(2, 4, 4, 4)
-    plain = make_model(sampler=Sampler("ddim", steps=2, guidance_scale=1.0))
-    plain.control.load_state_dict(model.control.state_dict())
-    timestep = torch.tensor(500)
-    guided = model.denoiser(features, noise)(noise, timestep)
-    conditional = plain.denoiser(features, noise)(noise, timestep)
-    if guidance == "text":  # both prompts of this prior are zeros, so dropping the prompt changes nothing
-        torch.testing.assert_close(guided, conditional, atol=1e-5, rtol=1e-5)
-    else:
-        unconditional = plain.denoiser(torch.zeros_like(features), noise)(noise, timestep)
-        torch.testing.assert_close(guided, 2 * conditional - unconditional, atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(guided, conditional, atol=1e-3)
+    return model
+
+
+@pytest.mark.parametrize("guidance", ["text", "features", "both"])
+def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch, guidance: Any) -> None:
+    model = awaken(make_model())
+    features, noise, timestep = make_batch(2)["features"], torch.randn(2, 4, 4, 4), torch.tensor(500)
+
+    def predict(features: Tensor, prompt: Tensor) -> Tensor:
+        timesteps = timestep.expand(len(noise))
+        prediction: Tensor = model.denoise(noise, timesteps, prompt.expand(len(noise), -1, -1), features)
+        return prediction
+
+    prompt, empty, nothing = model.prior.prompt, model.prior.empty, torch.zeros_like(features)
+    whole, no_prompt, neither = predict(features, prompt), predict(features, empty), predict(nothing, empty)
+    expected = {
+        "text": no_prompt + 2 * (whole - no_prompt),
+        "features": neither + 2 * (whole - neither),
+        "both": neither + 2 * (no_prompt - neither) + 3 * (whole - no_prompt),
+    }[guidance]
+    sampler = Sampler("ddim", steps=2, guidance_scale=2.0, guidance=guidance, text_scale=3.0)
+    with torch.no_grad():
+        guided = model.denoiser(features, noise, sampler)(noise, timestep)
+        torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(guided, whole, atol=1e-3)
+        sampler = replace(sampler, guidance_interval=(0.0, 0.4))
+        torch.testing.assert_close(model.denoiser(features, noise, sampler)(noise, timestep), whole)
+
+
+def test_without_control_the_bare_prior_draws(make_model: Any, make_batch: MakeBatch) -> None:
+    model, noise = awaken(make_model()), torch.randn(2, 4, 4, 4)
+    bare = Sampler("ddim", steps=2, guidance_scale=1.0, control_scale=0.0)
+    one, other = (model.invert(make_batch(2, seed=seed)["features"], noise, bare) for seed in (0, 1))
+    assert torch.equal(one, other)
+    features = make_batch(2)["features"]
+    controlled = model.invert(features, noise, replace(bare, control_scale=1.0))
+    half = model.invert(features, noise, replace(bare, control_scale=0.5))
+    assert not torch.allclose(controlled, one, atol=1e-2)
+    assert 0 < (half - one).abs().mean() < (controlled - one).abs().mean()
+
+
+@pytest.mark.parametrize("conditioning", ["spatial", "pooled"])
+def test_refinement_needs_no_training(make_model: Any, conditioning: str) -> None:
+    model = make_model(conditioning=conditioning)
+    bare = Sampler("ddim", steps=6, guidance_scale=1.0, control_scale=0.0)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    target, noise = model.backbone.look(images)["features"], torch.randn(4, 4, 4, 4)
+
+    def cosines(sampler: Sampler) -> Tensor:
+        maps = model.condition(model.backbone.look(model.invert(target, noise, sampler))["features"])
+        return torch.nn.functional.cosine_similarity(maps, model.condition(target)).mean((1, 2))
+
+    gained = cosines(replace(bare, refine=Refinement(steps=3))) - cosines(bare)
+    assert (gained > 0).all()
+
+
+def test_pooled_refinement_sees_only_the_mean(make_model: Any, make_batch: MakeBatch) -> None:
+    model = make_model(conditioning="pooled", sampler=Sampler("ddim", steps=2, refine=Refinement(), best_of=2))
+    features, keys = make_batch(2)["features"], ["a", "b"]
+    shuffled = features.flatten(2)[:, :, torch.randperm(16)].unflatten(2, (4, 4))
+    one, other = (model.draw(maps, keys, 0, model.sampler) for maps in (features, shuffled))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_best_of_several_is_the_most_similar_for_each_map(make_model: Any, make_batch: MakeBatch) -> None:
+    model, keys = make_model(sampler=Sampler("ddim", steps=2, best_of=4)), ["a", "b", "c"]
+    features = make_batch(3)["features"]
+    names = [keys, *([f"{key} candidate {number}" for key in keys] for number in (1, 2, 3))]
+    candidates = [model.draw(features, one, 7, replace(model.sampler, best_of=1)) for one in names]
+    maps = [model.backbone.look(images)["features"] for images in candidates]
+    cosines = torch.stack([torch.nn.functional.cosine_similarity(one, features).mean((1, 2)) for one in maps])
+    best = cosines.argmax(0).tolist()
+    expected = torch.stack([candidates[number][row] for row, number in enumerate(best)])
+    torch.testing.assert_close(model.draw(features, keys, 7, model.sampler), expected)
+
+
+def test_map_and_prompt_are_dropped_as_often_as_asked(make_model: Any) -> None:
+    no_map, no_prompt = make_model(dropout=0.2, dropout_features=0.1, dropout_prompt=0.3).dropped(
+        torch.arange(0, 1, 0.001)
+    )
+    shares = {
+        "both": no_map & no_prompt,
+        "map": no_map & ~no_prompt,
+        "prompt": no_prompt & ~no_map,
+        "none": ~no_map & ~no_prompt,
+    }
+    assert {name: round(which.float().mean().item(), 2) for name, which in shares.items()} == {
+        "both": 0.2,
+        "map": 0.1,
+        "prompt": 0.3,
+        "none": 0.4,
+    }
+
+
+def test_a_learned_null_map_is_trained_and_kept(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    model = awaken(make_model(null_map="learned", dropout=0.9))
+    fit(model, make_batch(4), tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    assert model.control.encoder.null.abs().max() > 0
+    again = make_model(null_map="learned")
+    again.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(again.control.encoder.null, model.control.encoder.null)
+    sampler = Sampler("ddim", steps=2, guidance="features")
+    features, noise = torch.zeros(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        before = model.invert(features, noise, sampler)
+        model.control.encoder.null.fill_(9.0)
+        assert not torch.allclose(model.invert(features, noise, sampler), before, atol=1e-3)
+
+
+def test_min_snr_weighs_each_sample_by_its_timestep(make_model: Any, make_batch: MakeBatch) -> None:
+    plain, weighted = make_model(), make_model(min_snr_gamma=1e9)
+    for model in (plain, weighted):
+        model.log = lambda *_, **__: None
+    batch = make_batch(4)
+    torch.testing.assert_close(weighted.training_step(batch, 0), plain.training_step(batch, 0))  # nothing is cut
+    weighted.min_snr_gamma = 1e-3
+    assert weighted.training_step(batch, 0) < 0.1 * plain.training_step(batch, 0)
+
+
+def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, make_batch: MakeBatch) -> None:
+    model, batch = awaken(make_model(dropout=0.0, consistency=1.0, consistency_below=1.0)), make_batch(4)
+    logged: dict[str, Tensor] = {}
+    model.log = lambda name, value, **_: logged.update({name: value})
+    both = model.training_step(batch, 0)
+    model.consistency = 0.0
+    torch.testing.assert_close(both, model.training_step(batch, 0) + logged["train/consistency"])
+    assert 0 < logged["train/consistency"] < 2
+    logged["train/consistency"].backward()
+    assert model.control.controlnet.controlnet_mid_block.weight.grad.abs().max() > 0
+    logged.clear()
+    model.consistency, model.consistency_below = 1.0, 1e-9
+    model.training_step(batch, 0)
+    assert "train/consistency" not in logged
+
+
+def test_consistency_leaves_out_samples_without_a_map(make_model: Any, make_batch: MakeBatch) -> None:
+    model = make_model(dropout=0.999999, consistency=1.0, consistency_below=1.0)
+    logged: set[str] = set()
+    model.log = lambda name, *_, **__: logged.add(name)
+    model.training_step(make_batch(4), 0)
+    assert logged == {"train/loss"}
+
+
+def test_encoder_alone_adapts_a_control_to_another_backbone(
+    make_model: Any, make_batch: MakeBatch, prior_folder: Path, tmp_path: Path
+) -> None:
+    trained = awaken(make_model())
+    FeatInvPipeline(trained).save_pretrained(tmp_path / "model")
+    torch.manual_seed(4)
+    Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 12]}).save_pretrained(
+        tmp_path / "wider"
+    )
+    model: Any = FeatureInversion(
+        str(tmp_path / "wider"), str(prior_folder), hidden_channels=8, control=tmp_path / "model", train="encoder"
+    )
+    first, last = (model.control.encoder.layers[number].weight for number in (0, -1))
+    assert first.shape[1] == 12
+    assert torch.equal(last, trained.control.encoder.layers[-1].weight)
+    before = {name: value.clone() for name, value in model.control.state_dict().items()}
+    fit(model, make_batch(4, shape=(12, 4, 4)), tmp_path)
+    changed = {name for name, value in model.control.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"encoder.{name}" for name in model.control.encoder.state_dict()}
+
+
+def test_encoder_alone_wants_a_control(make_model: Any) -> None:
+    with pytest.raises(UserError, match=r"--model\.train: `encoder` needs .* --model\.control"):
+        make_model(train="encoder")
+
+
+def test_control_of_another_prior_is_refused(make_model: Any, tmp_path: Path) -> None:
+    model = make_model()
+    torch.nn.init.normal_(model.prior.unet.conv_in.weight)
+    FeatInvPipeline(model).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"--model\.control: .* was trained with another prior"):
+        make_model(control=tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout_features": 0.5, "dropout_prompt": 0.4},
+        {"dropout_prompt": -0.1},
+        {"min_snr_gamma": 0.0},
+        {"consistency": -1.0},
+        {"consistency_below": 0.0},
+    ],
+)
+def test_options_out_of_range_are_refused(make_model: Any, options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=rf"--model\.{next(iter(options))}"):
+        make_model(**options)
+
+
+def test_validation_loss_is_the_same_at_every_step(make_model: Any, make_batch: MakeBatch) -> None:
+    model, logged = make_model(), []
+    model.log = lambda name, value, **_: logged.append((name, value.item()))
+    for batch in (make_batch(4), make_batch(4)):
+        torch.manual_seed(len(logged))
+        model.validation_step(batch, len(logged))
+    assert logged[0] == logged[1]
+    assert logged[0][0] == "val/loss"
+
+
+def test_test_draws_every_arm(make_model: Any, make_batch: MakeBatch) -> None:
+    arms = {"bare": Sampler("ddim", steps=2, guidance_scale=1.0, control_scale=0.0)}
+    model, batch = awaken(make_model(arms=arms)), make_batch(3)
+    outputs = model.test_step(batch, 0)
+    assert set(outputs["arms"]) == {"bare"}
+    assert outputs["arms"]["bare"]["images"].shape == outputs["images"].shape
+    assert not torch.equal(outputs["arms"]["bare"]["images"], outputs["images"])
+    assert "arms" not in model.validation_step(batch, 0)
 
 
 def test_reconstructions_do_not_depend_on_the_batch(make_model: Any, make_batch: MakeBatch) -> None:
-    model, batch = make_model(), make_batch(4)
-    torch.nn.init.normal_(model.control.encoder.layers[-1].weight)
-    torch.nn.init.normal_(model.control.controlnet.controlnet_mid_block.weight)
+    model, batch = awaken(make_model()), make_batch(4)
     whole = model.validation_step(batch, 0)
     last: Any = {name: value[3:] for name, value in batch.items()}  # type: ignore[index]
     single = model.validation_step(last, 0)

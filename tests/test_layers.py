@@ -9,11 +9,13 @@ ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors", "optimisation"},
     {"attacks", "nets", "sampling", "data", "metrics"},
+    {"compatibility"},
     {"inversion", "extraction", "pretraining", "callbacks"},
     {"pipeline"},
     {"publishing", "viz"},
     {"cli"},
-    {"demo"},
+    {"stages"},
+    {"demo", "study"},
     {"__main__"},
 )
 NO_LIGHTNING = ("attacks", "nets", "sampling", "metrics", "types", "errors", "optimisation")

@@ -213,7 +213,7 @@ def test_reconstruct_refuses_a_bad_picture_before_it_draws(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--num_samples", "0"), ("--num_samples", "-2"), ("--steps", "0"), ("--seed", "x")]
+    ("option", "value"), [("--num_samples", "0"), ("--num_samples", "-2"), ("--sampler.steps", "0"), ("--seed", "x")]
 )
 def test_reconstruct_refuses_numbers(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -1,9 +1,10 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from featinv_pl.errors import UserError
 
@@ -21,6 +22,7 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   export       write a trained inverter as a folder to publish
   import       write the authors' checkpoint as such a folder
   report       one page of pictures, tables and curves from scored inversions
+  study        compare ways of training and sampling, over several seeds
   demo         all of the above on handwritten digits
 
 `featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.
@@ -97,6 +99,17 @@ def _report(args: list[str]) -> None:
     print(f"Open {options.folder / 'report.html'}.")
 
 
+def _study(args: list[str]) -> None:
+    parser = ArgumentParser("featinv-pl study", description="Compare ways of training and sampling.")
+    parser.add_argument("plan", metavar="PLAN", type=Path, help="a YAML file, such as experiments/study/digits.yaml")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs at the same time (%(default)s)")
+    options = parser.parse_args(args)
+    from featinv_pl.study import study
+
+    if not study(options.plan, options.jobs):
+        sys.exit(1)
+
+
 def _demo(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl demo", description="The whole job on handwritten digits.")
     parser.add_argument("--fresh", action="store_true", help="start over instead of reusing stages that are done")
@@ -141,8 +154,7 @@ def _reconstruct(args: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="the folder for PNGs and the contact sheet")
     parser.add_argument("--num_samples", type=_positive, default=4, help="reconstructions of each image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    parser.add_argument("--steps", type=_positive, help="of the sampler, if not the model's own")
-    parser.add_argument("--guidance_scale", type=float, help="if not the model's own")
+    _add_sampler(parser)
     options = parser.parse_args(args)
     import torch
 
@@ -150,10 +162,32 @@ def _reconstruct(args: list[str]) -> None:
     from featinv_pl.viz.reconstruct import reconstruct
 
     pipeline = FeatInvPipeline.from_pretrained(options.model)
-    changes = {"steps": options.steps, "guidance_scale": options.guidance_scale}
-    pipeline.with_sampler(**{name: value for name, value in changes.items() if value is not None})
+    pipeline.with_sampler(**_sampler_changes(options))
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     reconstruct(pipeline, options.images, options.out, options.num_samples, options.seed)
+
+
+def _add_sampler(parser: ArgumentParser) -> None:
+    """Let a command change how a model draws; what is not given stays as the model has it."""
+    group = parser.add_argument_group("sampler", "How images are drawn, where it is not to be as the model has it.")
+    group.add_argument("--sampler.scheduler", choices=("ddim", "dpm", "unipc"), help="the solver")
+    group.add_argument("--sampler.steps", type=_positive, metavar="N", help="denoising steps")
+    group.add_argument("--sampler.guidance", choices=("text", "features", "both"), help="what guides")
+    group.add_argument("--sampler.guidance_scale", type=float, metavar="S", help="how much; 1 is not at all")
+    group.add_argument("--sampler.control_scale", type=float, metavar="S", help="0 is the bare prior")
+    group.add_argument("--sampler.best_of", type=_positive, metavar="N", help="candidates, of which the best is kept")
+    group.add_argument("--sampler.refine", type=_positive, metavar="N", help="gradient steps at each denoising step")
+
+
+def _sampler_changes(options: Namespace) -> dict[str, Any]:
+    """The fields of the sampler that were given."""
+    from featinv_pl.sampling.refinement import Refinement
+
+    prefix = "sampler."
+    changes = {name.removeprefix(prefix): value for name, value in vars(options).items() if name.startswith(prefix)}
+    if changes["refine"] is not None:
+        changes["refine"] = Refinement(changes["refine"])
+    return {name: value for name, value in changes.items() if value is not None}
 
 
 def _positive(text: str) -> int:
@@ -169,6 +203,7 @@ OWN_COMMANDS = {
     "import": _import,
     "verify": _verify,
     "report": _report,
+    "study": _study,
     "demo": _demo,
 }
 

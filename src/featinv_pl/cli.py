@@ -14,6 +14,7 @@ from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 # Imported so that a configuration can name these classes without their path.
+import featinv_pl.callbacks.averaging
 import featinv_pl.callbacks.drawn
 import featinv_pl.callbacks.per_source
 import featinv_pl.callbacks.reconstruction_grid
@@ -115,11 +116,11 @@ def _on_base(settings: Any, folder: Path) -> Any:
         path = folder / base
         if not path.is_file():
             raise UserError(f"base: there is no file '{path.absolute()}'. The path is relative to the including file.")
-        merged = _merge(merged, _on_base(get_loader("yaml")(path.read_text()), path.parent))
-    return _merge(merged, settings)
+        merged = merge(merged, _on_base(get_loader("yaml")(path.read_text()), path.parent))
+    return merge(merged, settings)
 
 
-def _merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """`settings` over `base`: dictionaries are merged, `key+` appends to a list, all else is replaced."""
     merged = dict(base)
     for key, value in settings.items():
@@ -127,7 +128,7 @@ def _merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
         if key != appended and appended in merged:
             merged[appended] = [*merged[appended], *value]
         elif isinstance(merged.get(key), dict) and isinstance(value, dict):
-            merged[key] = _merge(merged[key], value)
+            merged[key] = merge(merged[key], value)
         else:
             merged[key] = value
     return merged

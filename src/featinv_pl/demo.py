@@ -1,34 +1,29 @@
 """The whole job on handwritten digits, by the public commands, one after the other."""
 
-import hashlib
-import json
 import os
 import shlex
 import shutil
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.cli import effective_config, train
 from featinv_pl.errors import UserError
-from featinv_pl.viz.report import STAGES, report
+from featinv_pl.stages import Stage, fingerprint, minutes, run_once
+from featinv_pl.viz.report import report
 
 RUNS = Path("runs/demo")
 EXPERIMENTS = Path("experiments/digits")
 
 
 @dataclass(frozen=True)
-class Stage:
+class Step:
     """One public command.
 
     Attributes:
-        name: What the stage is called in the report.
+        name: What the step is called in the report.
         command: The command line after `featinv-pl`.
-        outputs: What it leaves below the folder of runs; removed before it runs again.
-        needs: Names of the stages whose outputs it reads.
+        outputs: What it leaves below the folder of runs.
+        needs: Names of the steps whose outputs it reads.
     """
 
     name: str
@@ -37,11 +32,11 @@ class Stage:
     needs: tuple[str, ...] = ()
 
 
-def _inverter(name: str) -> tuple[Stage, Stage]:
+def _inverter(name: str) -> tuple[Step, Step]:
     config, folder = f"--config {EXPERIMENTS}/{name}.yaml", f"{RUNS}/{name}"
     return (
-        Stage(f"{name} inverter", f"fit {config}", (f"{name}/inversion.ckpt",), ("prior", "shards")),
-        Stage(
+        Step(f"{name} inverter", f"fit {config}", (f"{name}/inversion.ckpt",), ("prior", "shards")),
+        Step(
             f"{name} test",
             f"test {config} --ckpt_path {folder}/inversion.ckpt",
             tuple(f"{name}/{output}" for output in ("metrics.json", "scores.csv", "samples", "plots", "pictures")),
@@ -51,11 +46,11 @@ def _inverter(name: str) -> tuple[Stage, Stage]:
 
 
 PIPELINE = (
-    Stage("classifier", f"fit --config {EXPERIMENTS}/classifier.yaml", ("classifier",)),
-    Stage("autoencoder", f"fit --config {EXPERIMENTS}/autoencoder.yaml", ("autoencoder",)),
-    Stage("prior", f"fit --config {EXPERIMENTS}/prior.yaml", ("prior",), ("autoencoder",)),
-    Stage("shards", f"predict --config {EXPERIMENTS}/extract.yaml", ("shards",), ("classifier", "prior")),
-    Stage(
+    Step("classifier", f"fit --config {EXPERIMENTS}/classifier.yaml", ("classifier",)),
+    Step("autoencoder", f"fit --config {EXPERIMENTS}/autoencoder.yaml", ("autoencoder",)),
+    Step("prior", f"fit --config {EXPERIMENTS}/prior.yaml", ("prior",), ("autoencoder",)),
+    Step("shards", f"predict --config {EXPERIMENTS}/extract.yaml", ("shards",), ("classifier", "prior")),
+    Step(
         "adversarial shards",
         f"predict --config {EXPERIMENTS}/adversarial.yaml",
         ("shards/adversarial",),
@@ -79,56 +74,19 @@ def demo(fresh: bool = False, config: Path | None = None) -> None:
         raise UserError(f"demo: there is no folder '{EXPERIMENTS}' here. Run it from the project's folder.")
     os.environ.setdefault("WANDB_SILENT", "true")
     overlay = [] if config is None else ["--config", str(config)]
-    commands = {stage.name: [*shlex.split(stage.command), *overlay] for stage in PIPELINE}
-    fingerprints: dict[str, str] = {}
-    for stage in PIPELINE:  # a mistake in a configuration shows before anything is removed or run
-        needed = [fingerprints[name] for name in stage.needs]
-        fingerprints[stage.name] = _fingerprint(commands[stage.name], needed)
+    stages: dict[str, Stage] = {}
+    for step in PIPELINE:  # a mistake in a configuration shows before anything is removed or run
+        command = (*shlex.split(step.command), *overlay)
+        needed = [stages[name].fingerprint for name in step.needs]
+        outputs = tuple(RUNS / output for output in step.outputs)
+        stages[step.name] = Stage(step.name, command, outputs, fingerprint(command, *needed))
     if fresh:
         shutil.rmtree(RUNS, ignore_errors=True)
     start, last = time.monotonic(), len(PIPELINE) + 1
-    for number, stage in enumerate(PIPELINE, 1):
-        print(f"[{number}/{last}] featinv-pl {shlex.join(commands[stage.name])}", flush=True)
-        _run_once(stage, commands[stage.name], fingerprints[stage.name])
+    for number, stage in enumerate(stages.values(), 1):
+        print(f"[{number}/{last}] featinv-pl {shlex.join(stage.command)}", flush=True)
+        reused, seconds = run_once(stage, RUNS)
+        print(f"      {'reused, done before' if reused else 'done'} in {minutes(seconds)}", flush=True)
     print(f"[{last}/{last}] featinv-pl report {RUNS}", flush=True)
     report(RUNS)
-    print(f"Done in {_minutes(time.monotonic() - start)}. Open {RUNS / 'report.html'}.")
-
-
-def _run_once(stage: Stage, command: list[str], fingerprint: str) -> None:
-    """Run a stage unless its last run had the same fingerprint and its outputs are there."""
-    records = _records()
-    record = records.pop(stage.name, {})
-    outputs = [RUNS / output for output in stage.outputs]
-    if record.get("fingerprint") == fingerprint and all(path.exists() for path in outputs):
-        print(f"      reused, done before in {_minutes(record['seconds'])}", flush=True)
-        return
-    _write_records(records)  # first, so that an interrupted stage does not pass for done
-    for path in outputs:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    start = time.monotonic()
-    train(command)
-    seconds = time.monotonic() - start
-    record = {"command": f"featinv-pl {stage.command}", "seconds": seconds, "fingerprint": fingerprint}
-    _write_records({**records, stage.name: record})
-    print(f"      done in {_minutes(seconds)}", flush=True)
-
-
-def _records() -> dict[str, dict[str, Any]]:
-    path = RUNS / STAGES
-    records: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-    return records
-
-
-def _write_records(records: dict[str, dict[str, Any]]) -> None:
-    write_bytes(RUNS / STAGES, json.dumps(records, indent=2).encode())
-
-
-def _fingerprint(command: list[str], needed: list[str]) -> str:
-    """What a stage's result depends on: its whole configuration, what it reads, and the package."""
-    parts = [version("featinv-pl"), effective_config(command), *needed]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+    print(f"Done in {minutes(time.monotonic() - start)}. Open {RUNS / 'report.html'}.")

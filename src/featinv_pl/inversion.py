@@ -1,5 +1,6 @@
 """The method: p(image | feature map), learned by steering a frozen latent diffusion prior."""
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW
 
+from featinv_pl.compatibility import check_control, check_shards
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import FeatureControl
@@ -19,10 +21,14 @@ from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.sources import fill
 from featinv_pl.optimisation import optimise
-from featinv_pl.sampling.guidance import Denoiser, classifier_free
+from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
+from featinv_pl.sampling.guidance import Denoiser, weighted, within
 from featinv_pl.sampling.noise import generator, keyed_noise
+from featinv_pl.sampling.refinement import refined
 from featinv_pl.sampling.sampler import Sampler, sample
-from featinv_pl.types import Batch, Inversion, Provenance, Views, from_uint8
+from featinv_pl.types import Batch, Inversion, Views, from_uint8, key_hash
+
+ARM_NAME = re.compile(r"[A-Za-z0-9-]+")
 
 
 class FeatureInversion(LightningModule):
@@ -40,10 +46,21 @@ class FeatureInversion(LightningModule):
         layer: The classifier's layer whose output is inverted.
         input_size: Side of the images that the classifier sees, if not that of its configuration.
         control: A model folder, as `featinv-pl export` and `import` write it, whose control to start from.
+        train: What is trained: the whole control, or its feature encoder alone, which adapts the control
+            of another backbone or layer (give that as `control`) in a fraction of the steps.
         conditioning: `spatial` gives the control the whole map; `pooled` its mean, copied to every
             location, which is what the paper compares against.
-        dropout: Probability with which training replaces map and prompt together, by zeros and by
+        null_map: What stands for no map: zeros, as the authors have it, or a learned vector, copied to
+            every location.
+        dropout: Probability with which training replaces map and prompt together, by the null map and by
             the empty prompt.
+        dropout_features: Probability with which the map alone is replaced.
+        dropout_prompt: Probability with which the prompt alone is replaced.
+        min_snr_gamma: Weighs timesteps by their signal-to-noise ratio, cut at this value (Min-SNR, arXiv
+            2303.09556: 5); without it all count alike.
+        consistency: Weight of the feature-consistency loss: 1 - cosine between the map that is given
+            and the backbone's map of the decoded estimate, at timesteps of little noise.
+        consistency_below: Up to where there is little noise, as a fraction of the schedule.
         hidden_channels: Width of the feature encoder.
         sampler: How reconstructions are drawn.
         optimizer: Factory of the optimizer of the control.
@@ -52,6 +69,8 @@ class FeatureInversion(LightningModule):
             reconstructions too. A timm name or a folder, as for the backbone.
         num_samples: Reconstructions that `test` draws from each map. The first is scored; from two on,
             so is how much they differ.
+        arms: Other samplers by name, whose reconstructions `test` scores beside those of `sampler`, such
+            as one with refinement, or one without the control.
     """
 
     def __init__(
@@ -63,33 +82,65 @@ class FeatureInversion(LightningModule):
         layer: str = PENULTIMATE,
         input_size: int | None = None,
         control: Path | None = None,
+        train: Literal["control", "encoder"] = "control",
         conditioning: Literal["spatial", "pooled"] = "spatial",
+        null_map: Literal["zeros", "learned"] = "zeros",
         dropout: float = 0.15,
+        dropout_features: float = 0.0,
+        dropout_prompt: float = 0.0,
+        min_snr_gamma: float | None = None,
+        consistency: float = 0.0,
+        consistency_below: float = 0.3,
         hidden_channels: int = 512,
         sampler: Sampler = Sampler(),  # noqa: B008 (frozen: it cannot be changed by a caller)
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         judge: str | None = None,
         num_samples: int = 1,
+        arms: dict[str, Sampler] | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise UserError(f"--model.dropout is a probability below 1, and is {dropout}.")
+        self.drop_probabilities = (dropout, dropout_features, dropout_prompt)
+        if min(self.drop_probabilities) < 0 or sum(self.drop_probabilities) >= 1:
+            raise UserError(
+                "--model.dropout, --model.dropout_features and --model.dropout_prompt are probabilities whose sum is "
+                f"below 1, and are {dropout}, {dropout_features} and {dropout_prompt}."
+            )
         if num_samples < 1:
             raise UserError(f"--model.num_samples must be at least 1, and is {num_samples}.")
+        if min_snr_gamma is not None and min_snr_gamma <= 0:
+            raise UserError(f"--model.min_snr_gamma must be above 0, and is {min_snr_gamma}. The usual value is 5.")
+        if consistency < 0 or not 0 < consistency_below <= 1:
+            raise UserError(
+                "--model.consistency must be at least 0 and --model.consistency_below a fraction of the noise "
+                f"schedule, and are {consistency} and {consistency_below}."
+            )
+        if train == "encoder" and control is None:
+            raise UserError("--model.train: `encoder` needs a trained control. Give its folder as --model.control.")
         self.backbone = Backbone(backbone, weights, layer, input_size)
         self.prior = Prior(prior)
         self.image_size = image_size
-        self.control = FeatureControl(self.prior.unet, self.backbone.feature_shape[0], hidden_channels)
+        channels = self.backbone.feature_shape[0]
+        self.control = FeatureControl(self.prior.unet, channels, hidden_channels, null_map == "learned")
         if control is not None:
-            self.control.load_pretrained(control, "--model.control")
+            check_control(control, self.prior, "--model.control")
+            self.control.load_pretrained(control, "--model.control", adapt=train == "encoder")
+        if train == "encoder":
+            self.control.controlnet.requires_grad_(False)
         self.conditioning = conditioning
-        self.dropout = dropout
+        self.null_map = null_map
+        self.min_snr_gamma = min_snr_gamma
+        self.consistency = consistency
+        self.consistency_below = consistency_below
         self.sampler = sampler
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
         self.judge = Backbone(judge) if judge else None
         self.num_samples = num_samples
+        self.arms = arms or {}
+        for name in self.arms:
+            if not ARM_NAME.fullmatch(name):
+                raise UserError(f"--model.arms: '{name}' cannot be part of a score's name. Use letters, digits and -.")
 
     # The method
 
@@ -101,30 +152,49 @@ class FeatureInversion(LightningModule):
 
         noise = torch.randn(2, size, *self.prior.latent_shape(moments), generator=rng).to(moments)
         timesteps = torch.randint(self.prior.num_timesteps, (size,), generator=rng).to(self.device)
-        dropped = (torch.rand(size, 1, 1, generator=rng) < self.dropout).to(self.device)
+        no_map, no_prompt = self.dropped(torch.rand(size, generator=rng).to(self.device))
 
         latents = self.prior.autoencoder.sample(moments, noise[0])
-        prompts = torch.where(dropped, self.prior.empty, self.prior.prompt)
-        features = torch.where(dropped.unsqueeze(-1), torch.zeros_like(features), features)
-        loss = self.loss(latents, noise[1], timesteps, prompts, features)
+        prompts = torch.where(no_prompt.view(-1, 1, 1), self.prior.empty, self.prior.prompt)
+        given = torch.where(no_map.view(-1, 1, 1, 1), self.control.encoder.null, features)
+        noisy_latents = self.prior.schedule.add_noise(latents, noise[1], timesteps)
+        prediction = self.denoise(noisy_latents, timesteps, prompts, given)
+
+        target = denoising_target(self.prior.schedule, latents, noise[1], timesteps)
+        error = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+        if self.min_snr_gamma is not None:
+            error = error * min_snr_weights(self.prior.schedule, timesteps, self.min_snr_gamma)
+        loss = error.mean()
+        if self.consistency:
+            near = (timesteps < self.consistency_below * self.prior.num_timesteps) & ~no_map
+            estimate = clean_estimate(self.prior.schedule, noisy_latents, prediction, timesteps)
+            loss = loss + self.consistency * self.inconsistency(estimate[near], features[near]) / size
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
-        """Mean squared error of the noise (or velocity) that the controlled prior predicts.
+    def dropped(self, chances: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples train without map, and which without prompt.
 
         Args:
-            latents: (B, channels, H / f, W / f), clean and scaled.
-            noise: Of the shape of `latents`.
+            chances: (B,), uniform in [0, 1).
+        """
+        both, features, prompt = self.drop_probabilities
+        no_map = chances < both + features
+        no_prompt = (chances < both) | ((chances >= both + features) & (chances < both + features + prompt))
+        return no_map, no_prompt
+
+    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
+        """What the controlled prior predicts: noise or velocity.
+
+        Args:
+            noisy_latents: (B, channels, H / f, W / f), scaled.
             timesteps: (B,).
             prompts: (B, L, D).
             features: (B, C, h, w), as `condition` returns them.
         """
-        noisy_latents = self.prior.schedule.add_noise(latents, noise, timesteps)
-        encoded = self.control.encoder(features, latents.shape[-2:])
+        encoded = self.control.encoder(features, noisy_latents.shape[-2:])
         residuals = self.control(noisy_latents, timesteps, prompts, encoded)
-        prediction = self.prior.predict(noisy_latents, timesteps, prompts, residuals)
-        return functional.mse_loss(prediction, self.prior.target(latents, noise, timesteps))
+        return self.prior.predict(noisy_latents, timesteps, prompts, residuals)
 
     def condition(self, features: Tensor) -> Tensor:
         """What the control may see of the feature map (B, C, h, w)."""
@@ -132,81 +202,155 @@ class FeatureInversion(LightningModule):
             return features.mean(dim=(2, 3), keepdim=True).expand_as(features)
         return features
 
+    def observe(self, latents: Tensor) -> Tensor:
+        """The feature maps of the images of clean latents, of which `condition` says what counts. With gradients."""
+        maps, _ = self.backbone(self.prior.autoencoder.decode(latents))
+        return self.condition(maps)
+
+    def inconsistency(self, estimate: Tensor, features: Tensor) -> Tensor:
+        """How far the maps of estimated clean latents are from those given: the sum over samples of 1 - cosine.
+
+        Args:
+            estimate: (B, channels, H / f, W / f), scaled; B may be 0.
+            features: (B, C, h, w), as `condition` returns them.
+        """
+        if len(estimate) == 0:
+            return estimate.sum()
+        distances = 1 - functional.cosine_similarity(self.observe(estimate), features).mean((1, 2))
+        self.log("train/consistency", distances.mean())
+        return distances.sum()
+
     @torch.no_grad()
-    def invert(self, features: Tensor, noise: Tensor) -> Tensor:
+    def draw(self, features: Tensor, keys: list[str], seed: int, sampler: Sampler) -> Tensor:
+        """Draw images whose feature maps should be those given, of several candidates the best.
+
+        Args:
+            features: (B, C, h, w).
+            keys: One name for each map: with the seed, it decides the noise.
+            seed: Of the noise.
+            sampler: How.
+
+        Returns:
+            (B, 3, H, W), about [-1, 1].
+        """
+        grid = self.prior.latent_grid(self.image_size)
+        candidates = [
+            self.invert(features, keyed_noise(names, grid, seed).to(features), sampler)
+            for names in (keys, *([f"{key} candidate {n}" for key in keys] for n in range(1, sampler.best_of)))
+        ]
+        if len(candidates) == 1:
+            return candidates[0]
+        target = self.condition(features)
+        maps = [self.condition(self.backbone.look(images)["features"]) for images in candidates]
+        cosines = torch.stack([functional.cosine_similarity(one, target).mean((1, 2)) for one in maps])
+        best = cosines.argmax(0)
+        return torch.stack(candidates)[best, torch.arange(len(best), device=best.device)]
+
+    @torch.no_grad()
+    def invert(self, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
         """Draw images whose feature maps should be those given.
 
         Args:
             features: (B, C, h, w).
             noise: (B, latent channels, H / f, W / f), standard normal.
+            sampler: How, if not as the module's own; of its candidates, this is one.
 
         Returns:
             (B, 3, H, W), about [-1, 1].
         """
-        latents = sample(self.denoiser(features, noise), noise, self.prior.schedule, self.sampler)
+        sampler = sampler or self.sampler
+        latents = sample(self.denoiser(features, noise, sampler), noise, self.prior.schedule, sampler)
         return self.prior.autoencoder.decode(latents)
 
-    def denoiser(self, features: Tensor, noise: Tensor) -> Denoiser:
-        """The controlled and guided prior for a batch of feature maps, which it encodes once."""
+    def denoiser(self, features: Tensor, noise: Tensor, sampler: Sampler) -> Denoiser:
+        """The controlled, guided and refined prior for a batch of feature maps, which it encodes once."""
         features = self.condition(features)
+        prompt, empty = (one.expand(len(features), -1, -1) for one in (self.prior.prompt, self.prior.empty))
         encoded = self.control.encoder(features, noise.shape[-2:])
-        prompts = self.prior.prompt.expand(len(features), -1, -1)
-        guided = self.sampler.guidance_scale != 1
-        if guided:
+        denoiser = self._controlled([encoded], [prompt], sampler.control_scale)
+        if sampler.guided:
             null = encoded
-            if self.sampler.guidance == "features":
-                null = self.control.encoder(torch.zeros_like(features), noise.shape[-2:])
-            encoded = torch.cat([null, encoded])
-            prompts = torch.cat([self.prior.empty.expand_as(prompts), prompts])
+            if sampler.guidance != "text":
+                null = self.control.encoder(self.control.encoder.null.expand_as(features), noise.shape[-2:])
+            between = sampler.guidance == "both"
+            branches = self._controlled(
+                [null, *[encoded] * between, encoded], [empty, *[empty] * between, prompt], sampler.control_scale
+            )
+            low, high = (fraction * self.prior.num_timesteps for fraction in sampler.guidance_interval)
+            denoiser = within(weighted(branches, sampler.guidance_weights), denoiser, low, high)
+        if sampler.refine is not None:
+            denoiser = refined(denoiser, self.prior.schedule, self.observe, features, sampler.refine)
+        return denoiser
+
+    def _controlled(self, encoded: list[Tensor], prompts: list[Tensor], scale: float) -> Denoiser:
+        """The prior under control, for one or several conditions of each sample of a batch."""
+        maps, texts = torch.cat(encoded), torch.cat(prompts)
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            residuals = self.control(latents, timestep, prompts, encoded)
-            return self.prior.predict(latents, timestep, prompts, residuals)
+            residuals = self.control(latents, timestep, texts, maps, scale) if scale else None
+            return self.prior.predict(latents, timestep, texts, residuals)
 
-        return classifier_free(denoise, self.sampler.guidance_scale) if guided else denoise
+        return denoise
 
     # Evaluation
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
+        """Reconstruct a batch, and log its loss at noise and timesteps that never change, so that curves compare."""
+        moments, features = batch["latents"], self.condition(batch["features"])
+        noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), seed=0).to(moments)
+        timesteps = torch.tensor([key_hash(key) % self.prior.num_timesteps for key in batch["key"]]).to(self.device)
+        latents = self.prior.autoencoder.sample(moments, torch.zeros_like(noise))
+        noisy_latents = self.prior.schedule.add_noise(latents, noise, timesteps)
+        prompts = self.prior.prompt.expand(len(moments), -1, -1)
+        prediction = self.denoise(noisy_latents, timesteps, prompts, features)
+        loss = functional.mse_loss(prediction, denoising_target(self.prior.schedule, latents, noise, timesteps))
+        self.log("val/loss", loss, batch_size=len(moments), sync_dist=True, add_dataloader_idx=False)
+        return self._reconstruct(batch)
+
+    @torch.no_grad()
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
+        """Reconstruct a batch, in all the ways and as many times as are asked for."""
+        outputs = self._reconstruct(batch)
+        if self.arms:
+            outputs["arms"] = {name: self._draw(batch, sampler, name) for name, sampler in self.arms.items()}
+        if self.num_samples > 1:
+            seed, features = torch.initial_seed(), batch["features"]
+            samples: list[Views] = [outputs]
+            for number in range(1, self.num_samples):
+                keys = [f"{key} sample {number}" for key in batch["key"]]
+                samples.append(self.backbone.look(self.draw(features, keys, seed, self.sampler)))
+            outputs["sample_images"] = torch.stack([views["images"] for views in samples], dim=1)
+            outputs["sample_features"] = torch.stack([views["features"] for views in samples], dim=1)
+        return outputs
+
+    def _reconstruct(self, batch: Batch) -> Inversion:
         """Reconstruct a batch from its maps, and once more by the autoencoder alone."""
         moments = batch["latents"]
         mean = self.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
-        images = self._draw(batch)
-        views = self.backbone.look(images)
-        # As bytes they would look like any image.
-        views["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
+        ceiling = self.backbone.look(self.prior.autoencoder.decode(mean))
+        views = self._draw(batch, self.sampler)
         return {
             "images": views["images"],
             "features": views["features"],
             "logits": views["logits"],
-            "ceiling": self.backbone.look(self.prior.autoencoder.decode(mean)),
+            "ceiling": ceiling,
         }
 
-    def _draw(self, batch: Batch) -> Tensor:
-        """Images for the maps of a batch, but for those that are drawn already."""
-        drawn = {row: from_uint8(image.to(self.device)) for row, image in batch.get("drawn", {}).items()}
+    def _draw(self, batch: Batch, sampler: Sampler, arm: str = "") -> Views:
+        """Reconstructions of a batch as the backbone sees them; those that are drawn already are not drawn again."""
+        stored = batch.get("drawn", {}).get(arm, {})
+        drawn = {row: from_uint8(image.to(self.device)) for row, image in stored.items()}
         missing = [row for row in range(len(batch["key"])) if row not in drawn]
         if missing:
-            features = batch["features"][missing]
-            shape = self.prior.latent_shape(batch["latents"])
-            noise = keyed_noise([batch["key"][row] for row in missing], shape, torch.initial_seed())
-            drawn |= dict(zip(missing, self.invert(features, noise.to(features)), strict=True))
-        return torch.stack([drawn[row] for row in range(len(batch["key"]))])
-
-    @torch.no_grad()
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
-        """As in validation, and with further samples from each map if so many are asked for."""
-        outputs = self.validation_step(batch, batch_idx)
-        if self.num_samples > 1:
-            shape = self.prior.latent_shape(batch["latents"])
-            samples: list[Views] = [outputs]
-            for number in range(1, self.num_samples):
-                noise = keyed_noise([f"{key} sample {number}" for key in batch["key"]], shape, torch.initial_seed())
-                samples.append(self.backbone.look(self.invert(batch["features"], noise.to(batch["features"]))))
-            outputs["sample_images"] = torch.stack([views["images"] for views in samples], dim=1)
-            outputs["sample_features"] = torch.stack([views["features"] for views in samples], dim=1)
-        return outputs
+            keys = [batch["key"][row] for row in missing]
+            images = self.draw(batch["features"][missing], keys, torch.initial_seed(), sampler)
+            drawn |= dict(zip(missing, images, strict=True))
+        images = torch.stack([drawn[row] for row in range(len(batch["key"]))])
+        views = self.backbone.look(images)
+        # As bytes they would look like any image.
+        views["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
+        return views
 
     # What Lightning asks for
 
@@ -220,36 +364,12 @@ class FeatureInversion(LightningModule):
                 f"--data: FeatureInversion reads feature shards, and {type(datamodule).__name__} gives images. "
                 "Extract their features first (featinv-pl predict), then give FeatureShards."
             )
-        for folder, manifest in datamodule.manifests.items():
-            theirs: Provenance = manifest["provenance"]
-            shape = tuple(theirs["feature_shape"])
-            if theirs["backbone_digest"] != self.frozen["backbone"] or shape != self.backbone.feature_shape:
-                raise UserError(
-                    f"The shard set '{folder}' was made with the backbone '{theirs['backbone']}' (maps of {shape}, "
-                    f"weights {theirs['backbone_digest'][:8]}); --model.backbone is '{self.backbone.name}' (maps of "
-                    f"{self.backbone.feature_shape}, weights {self.frozen['backbone'][:8]}). "
-                    "Give the backbone that made the shards, or extract features with this one."
-                )
-            for option, made_with, ours in (
-                ("layer", theirs["layer"], self.backbone.layer),
-                ("input_size", theirs["transform"], self.backbone.transform_name),
-                ("image_size", theirs["image_size"], self.image_size),
-            ):
-                if made_with != ours:
-                    raise UserError(
-                        f"--model.{option}: the shard set '{folder}' was made with '{made_with}', and this model has "
-                        f"'{ours}'. Give what made the shards, or extract features with this."
-                    )
-            if theirs["autoencoder_digest"] != self.frozen["autoencoder"]:
-                raise UserError(
-                    f"The latents of the shard set '{folder}' were made with another autoencoder (weights "
-                    f"{theirs['autoencoder_digest'][:8]}) than that of --model.prior '{self.prior.source}' (weights "
-                    f"{self.frozen['autoencoder'][:8]}). Give that prior, or extract features with this one."
-                )
+        check_shards(datamodule.manifests, self.backbone, self.prior, self.image_size, self.frozen)
 
     def configure_optimizers(self) -> Any:
-        """Optimise the control alone."""
-        return optimise(self.control.parameters(), self.optimizer_factory, self.lr_scheduler_factory)
+        """Optimise the control, or its encoder alone."""
+        trained = [parameter for parameter in self.control.parameters() if parameter.requires_grad]
+        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
 
     @cached_property
     def frozen(self) -> dict[str, str]:

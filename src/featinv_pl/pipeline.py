@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,12 +13,10 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
-from featinv_pl.nets.sources import find_folder
-from featinv_pl.sampling.noise import keyed_noise
+from featinv_pl.nets.sources import INDEX, find_folder, read_index
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Views, to_uint8
 
-INDEX = "model_index.json"
 BACKBONE, PRIOR = "backbone", "prior"
 
 
@@ -48,7 +45,7 @@ class FeatInvPipeline:
             source: The folder, or its name on the hub.
         """
         folder = find_folder(str(source), ["*"], "--model")
-        index = _read_index(folder)
+        index = read_index(folder, "--model")
         try:
             # Parts that came from a disk lie in the folder; those of the hub are named.
             backbone, prior = (
@@ -62,8 +59,9 @@ class FeatInvPipeline:
                 input_size=index["input_size"],
                 control=folder,
                 conditioning=index["conditioning"],
+                null_map=index["null_map"],
                 hidden_channels=index["hidden_channels"],
-                sampler=Sampler(**index["sampler"]),
+                sampler=Sampler.from_fields(index["sampler"]),
             )
             theirs = index["digests"]
         except (KeyError, TypeError) as error:
@@ -105,6 +103,7 @@ class FeatInvPipeline:
             PRIOR: "/".join(Path(prior.source).parts[-2:]),
             "image_size": self.inversion.image_size,
             "conditioning": self.inversion.conditioning,
+            "null_map": self.inversion.null_map,
             "hidden_channels": self.inversion.control.encoder.hidden_channels,
             "sampler": asdict(self.inversion.sampler),
             "digests": self.inversion.frozen,
@@ -143,10 +142,9 @@ class FeatInvPipeline:
         shape = inversion.backbone.feature_shape
         if features.shape[0] != shape[0] or features.ndim != len(shape):
             raise UserError(f"The map has the shape {tuple(features.shape)}; this inverter reads {shape}.")
-        grid = inversion.prior.latent_grid(inversion.image_size)
-        noise = keyed_noise([str(number) for number in range(num_samples)], grid, seed)
         maps = features.to(inversion.device).expand(num_samples, -1, -1, -1)
-        return inversion.invert(maps, noise.to(inversion.device))
+        keys = [str(number) for number in range(num_samples)]
+        return inversion.draw(maps, keys, seed, inversion.sampler)
 
     def __call__(
         self, pictures: Image.Image | Sequence[Image.Image] | Tensor, num_samples: int = 1, seed: int = 0
@@ -177,16 +175,3 @@ class FeatInvPipeline:
 def as_picture(image: Tensor) -> Image.Image:
     """Turn an image (3, H, W) in [-1, 1] into a picture."""
     return Image.fromarray(to_uint8(image).permute(1, 2, 0).cpu().numpy())
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-        return index
-    except FileNotFoundError as error:
-        raise UserError(
-            f"--model: '{folder}' has no {INDEX}, so it is no published model. "
-            "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
-        ) from error
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--model: '{folder / INDEX}' is damaged ({error}). Export the model anew.") from error

@@ -63,8 +63,8 @@ class Batch(Views):
     unreadable: NotRequired[list[str]]
     skipped: NotRequired[list[str]]
     """Why samples that belong here were left out; the data module takes it away before a model sees it."""
-    drawn: NotRequired[dict[int, Tensor]]
-    """By row, (3, H, W) bytes: reconstructions that an interrupted test has drawn."""
+    drawn: NotRequired[dict[str, dict[int, Tensor]]]
+    """By arm and row, (3, H, W) bytes: reconstructions that an interrupted test has drawn."""
 
 
 class Inversion(Views):
@@ -72,6 +72,8 @@ class Inversion(Views):
 
     ceiling: Views
     """The originals after the prior's autoencoder alone: what no inversion can surpass."""
+    arms: NotRequired[dict[str, Views]]
+    """By name, reconstructions from the same maps that were drawn in other ways."""
     sample_images: NotRequired[Tensor]
     """(B, n, 3, H, W): n reconstructions from each map, of which the first is that above."""
     sample_features: NotRequired[Tensor]

@@ -1,5 +1,6 @@
 """A backbone shows timm's own penultimate map and logits, whatever the layout of the model."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,25 @@ def test_stays_frozen(classifier_folder: Path) -> None:
     backbone = Backbone(str(classifier_folder))
     images = some_images(32, 32)
     before = backbone(images)[1]
-    logits = backbone.train()(images.clone().requires_grad_())[1]
-    assert torch.equal(logits, before)
-    assert not logits.requires_grad
+    assert torch.equal(backbone.train()(images)[1], before)
+    assert not before.requires_grad
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def test_gradients_reach_images_that_are_seen_but_not_those_that_are_looked_at(classifier_folder: Path) -> None:
+    backbone, images = Backbone(str(classifier_folder)), some_images(32, 32).requires_grad_()
+    features, _ = backbone(images)
+    features.square().sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() > 0
+    assert not backbone.look(images)["features"].requires_grad
+
+
+def test_a_copy_of_its_parent_shares_it(classifier_folder: Path) -> None:
+    parent = torch.nn.ModuleList([Backbone(str(classifier_folder)), torch.nn.Linear(1, 1)])
+    backbone, linear = copy.deepcopy(parent)
+    assert backbone is parent[0]
+    assert linear is not parent[1]
 
 
 def test_sees_the_same_in_a_run_of_mixed_precision(classifier_folder: Path) -> None:

@@ -17,7 +17,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import FeatureControl, FeatureEncoder
 from featinv_pl.nets.frozen import digest
-from featinv_pl.nets.prior import Prior, denoising_target
+from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.prompts import FILE as PROMPTS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -179,15 +179,6 @@ def test_prompt_and_timestep_matter(prior: Prior) -> None:
     assert torch.equal(base, prior.predict(latents, torch.tensor([10, 10]), prompts))
     assert not torch.allclose(base, prior.predict(latents, torch.tensor(900), prompts), atol=1e-4)
     assert not torch.allclose(base, prior.predict(latents, torch.tensor(10), prompts * 3), atol=1e-4)
-
-
-def test_target_is_noise_or_velocity(prior: Prior) -> None:
-    latents, noise, timesteps = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4), torch.tensor([20, 700])
-    assert torch.equal(prior.target(latents, noise, timesteps), noise)
-    schedule = type(prior.schedule).from_config(prior.schedule.config, prediction_type="v_prediction")
-    signal = schedule.alphas_cumprod[timesteps].view(2, 1, 1, 1)
-    velocity = signal.sqrt() * noise - (1 - signal).sqrt() * latents
-    torch.testing.assert_close(denoising_target(schedule, latents, noise, timesteps), velocity)
 
 
 # Folders of others

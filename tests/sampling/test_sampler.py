@@ -1,5 +1,7 @@
 """From noise to latents with each solver."""
 
+import json
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -7,21 +9,17 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from schedules import make_schedule
 from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.guidance import Denoiser
+from featinv_pl.sampling.refinement import Refinement
 from featinv_pl.sampling.sampler import SCHEDULERS, Sampler, sample
 
 SOLVERS: list[Any] = list(get_args(get_type_hints(Sampler)["scheduler"]))
 SHAPE = (2, 4, 4, 4)
-
-
-def make_schedule(**options: Any) -> DDIMScheduler:
-    """That of Stable Diffusion."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return DDIMScheduler(**betas, clip_sample=False, steps_offset=1, **options)
 
 
 def perfect_denoiser(schedule: DDIMScheduler, goal: Tensor) -> Denoiser:
@@ -111,10 +109,36 @@ def test_defaults_are_the_authors() -> None:
     assert Sampler() == Sampler(scheduler="ddim", steps=50, guidance_scale=1.75, guidance="text")
 
 
-@pytest.mark.parametrize("steps", [0, -3])
-def test_refuses_no_steps(steps: int) -> None:
-    with pytest.raises(UserError, match=rf"sampler\.steps must be at least 1, and is {steps}"):
-        Sampler(steps=steps)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("steps", 0),
+        ("best_of", 0),
+        ("guidance_interval", (0.5, 0.5)),
+        ("guidance_interval", (-0.1, 0.5)),
+        ("guidance_interval", (0.5, 1.1)),
+        ("control_scale", -1.0),
+    ],
+)
+def test_refuses_what_it_cannot_be(option: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"--model\.sampler\.{option} cannot be .* Give "):
+        Sampler(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("steps", 0), ("step_size", 0.0), ("interval", (0.6, 0.4)), ("target", 1.5)],
+)
+def test_refinement_refuses_what_it_cannot_be(option: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"--model\.sampler\.refine\.{option} cannot be .* Give "):
+        Refinement(**{option: value})
+
+
+@pytest.mark.parametrize(
+    "sampler", [Sampler(), Sampler("dpm", refine=Refinement(interval=(0.0, 0.4)), guidance_interval=(0.1, 0.9))]
+)
+def test_sampler_survives_json(sampler: Sampler) -> None:
+    assert Sampler.from_fields(json.loads(json.dumps(asdict(sampler)))) == sampler
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

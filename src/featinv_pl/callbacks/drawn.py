@@ -31,14 +31,16 @@ class DrawnImages(Callback):
 
     def __init__(self) -> None:
         self.folder = Path(DRAWN)
-        self.model = ""
+        self.models: dict[str, str] = {}
         self.files: dict[str, Path] = {}
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look what there is."""
         module: Any = pl_module
         self.folder = Path(trainer.default_root_dir) / DRAWN
-        self.model = f"{digest(module.control)} {module.identity} {module.sampler} {torch.initial_seed()}"
+        samplers = {"": module.sampler, **module.arms}
+        model = f"{digest(module.control)} {module.identity} {torch.initial_seed()}"
+        self.models = {arm: f"{model} {sampler}" for arm, sampler in samplers.items()}
         self.files = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -51,8 +53,10 @@ class DrawnImages(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Hand over what is there."""
-        found = {row: name for row, name in enumerate(self._names(batch)) if name in self.files}
-        batch["drawn"] = {row: self._load(name) for row, name in found.items()}
+        batch["drawn"] = {
+            arm: {row: self._load(name) for row, name in enumerate(self._names(arm, batch)) if name in self.files}
+            for arm in self.models
+        }
 
     def on_test_batch_end(
         self,
@@ -64,13 +68,15 @@ class DrawnImages(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Store what is new."""
-        images: Inversion = outputs
-        whole = images["features"].flatten(1).isfinite().all(1).tolist()
-        new = {
-            name: to_uint8(images["images"][row]).cpu().contiguous()
-            for row, name in enumerate(self._names(batch))
-            if row not in batch["drawn"] and whole[row]
-        }
+        inversion: Inversion = outputs
+        new: dict[str, Tensor] = {}
+        for arm, views in {"": inversion, **inversion.get("arms", {})}.items():
+            whole = views["features"].flatten(1).isfinite().all(1).tolist()
+            new |= {
+                name: to_uint8(views["images"][row]).cpu().contiguous()
+                for row, name in enumerate(self._names(arm, batch))
+                if row not in batch["drawn"][arm] and whole[row]
+            }
         if new:
             write_bytes(self.folder / f"{next(iter(new))}.safetensors", save(new))
 
@@ -79,9 +85,9 @@ class DrawnImages(Callback):
             image: Tensor = file.get_tensor(name)
             return image
 
-    def _names(self, batch: Batch) -> list[str]:
+    def _names(self, arm: str, batch: Batch) -> list[str]:
         maps = batch["features"].cpu().contiguous().numpy()
         return [
-            hashlib.blake2b(f"{self.model} {key}".encode() + maps[row].tobytes(), digest_size=16).hexdigest()
+            hashlib.blake2b(f"{self.models[arm]} {key}".encode() + maps[row].tobytes(), digest_size=16).hexdigest()
             for row, key in enumerate(batch["key"])
         ]

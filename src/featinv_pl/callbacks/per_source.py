@@ -17,7 +17,7 @@ from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.references import Floor, Neighbours
-from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, samples_file, samples_path
+from featinv_pl.callbacks.results import ARMS, METRICS, Name, Results, aligned, samples_file, samples_path
 from featinv_pl.errors import UserError
 from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
 from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
@@ -84,6 +84,7 @@ class PerSource(EvaluationCallback):
     * `<score>_ceiling`: the original through the prior's autoencoder alone.
     * `label@1_original`: the original itself, that is, the accuracy of the backbone.
     * `<score>_neighbour`: in `test`, the training image with the most similar map.
+    * `<score>_<name>`: in `test`, what the sampler of that name has drawn (`--model.arms`).
 
     A source `a/b/c` also counts for `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
     `scores.csv` with all scores and their 95 % intervals, and `samples/<source>.parquet` with every
@@ -118,6 +119,9 @@ class PerSource(EvaluationCallback):
         datamodule = cast(Any, trainer).datamodule
         self.results = Results()
         self.diverse = stage == "test" and cast(Any, pl_module).num_samples > 1
+        self.drawn = ["", *(f"_{name}" for name in cast(Any, pl_module).arms if stage == "test")]
+        for arm in ARMS.keys() & set(self.drawn[1:]):
+            raise UserError(f"--model.arms: '{arm[1:]}' is what another arm is called. Choose another name.")
         self.pending = list(datamodule.sources(stage))
         self.open, self.groups, self.neighbours = None, {}, None
         self.device = pl_module.device
@@ -141,6 +145,7 @@ class PerSource(EvaluationCallback):
             self._next()
         tally = self.open
         arms = {"": cast(Views, outputs), "_ceiling": outputs["ceiling"], "_original": cast(Views, batch)}
+        arms |= {f"_{name}": views for name, views in outputs.get("arms", {}).items()}
         if tally.floor is not None:
             arms["_floor"] = tally.floor(batch)
         if self.neighbours is not None:
@@ -287,7 +292,7 @@ class PerSource(EvaluationCallback):
                 tally.floor = Floor(samples)
             except UserError as error:
                 self._note(f"{source}: there is no floor: {error}")
-        arms = ["", "_ceiling", "_original"]
+        arms = [*self.drawn, "_ceiling", "_original"]
         arms += ["_floor"] if tally.floor is not None else []
         arms += ["_neighbour"] if self.neighbours is not None else []
         tally.metrics = self._metrics(arms)
@@ -336,7 +341,7 @@ class PerSource(EvaluationCallback):
             write_bytes(samples_path(self.root, tally.source), samples_file(columns))
         for level in _groups(tally.source):
             if level not in self.groups:
-                self.groups[level] = Tally(level, self._metrics(("", "_original", "_ceiling", "_floor", "_neighbour")))
+                self.groups[level] = Tally(level, self._metrics((*self.drawn, *list(ARMS)[1:])))
             self.groups[level].add(tally)
             if not any(source.startswith(f"{level}/") for source in self.pending):
                 self._score(self.groups.pop(level))

@@ -70,21 +70,31 @@ class Results:
     def derive(self, clean: str) -> None:
         """Add scores that follow from others, replicate by replicate, so that they have intervals too.
 
-        `cosine_calibrated` is where the cosine lies between floor and ceiling, if these are in order.
+        `cosine_calibrated`, of every arm, is where its cosine lies between floor and ceiling, if these are
+        in order.
         `<score>_relative`, of a group of sources such as a corruption at all its severities, is its ratio
         to that of `clean`.
         """
         for source in self.counts:
             for prefix in ("", "judge_"):
                 cosine = f"{prefix}cosine"
-                own, floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in ("", "_floor", "_ceiling"))
-                if own is not None and floor is not None and ceiling is not None and ceiling[0] > floor[0]:
-                    self.values[Name(source, f"{cosine}_calibrated")] = _ratio(own - floor, ceiling - floor)
+                floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in ("_floor", "_ceiling"))
+                if floor is None or ceiling is None or ceiling[0] <= floor[0]:
+                    continue
+                for arm in self.arms:
+                    own = self.values.get(Name(source, cosine, arm))
+                    if own is not None:
+                        self.values[Name(source, f"{cosine}_calibrated", arm)] = _ratio(own - floor, ceiling - floor)
             if any(other.startswith(f"{source}/") for other in self.counts):
                 for score in RELATIVE:
                     own, reference = self.values.get(Name(source, score)), self.values.get(Name(clean, score))
                     if own is not None and reference is not None:
                         self.values[Name(source, f"{score}_relative")] = _ratio(own, reference)
+
+    @property
+    def arms(self) -> dict[str, str]:
+        """The names of all arms by their suffix: those that there always are, and those of further samplers."""
+        return {**ARMS, **{name.arm: name.arm.removeprefix("_") for name in self.values if name.arm not in ARMS}}
 
     @property
     def scores(self) -> dict[str, float]:
@@ -122,7 +132,7 @@ class Results:
         for name in sorted(self.values):
             if str(name) in scores:
                 low, high = intervals.get(str(name), ("", ""))
-                arm = ARMS.get(name.arm, name.arm)
+                arm = self.arms[name.arm]
                 writer.writerow([name.source, name.score, arm, scores[str(name)], low, high, self.counts[name.source]])
         return {METRICS: (json.dumps(document, indent=2) + "\n").encode(), SCORES: rows.getvalue().encode()}
 
@@ -133,7 +143,7 @@ class Results:
         columns = [name for name in (*HEADLINES, *extra) if any(key.score == name for key in self.values)]
         table = [["source", "n", "arm", *columns]]
         for source in (name for name in self.counts if "/" not in name):
-            for suffix, arm in ARMS.items():
+            for suffix, arm in self.arms.items():
                 names = [str(Name(source, column, suffix)) for column in columns]
                 if any(name in scores for name in names):
                     cells = [cell(scores.get(name), intervals.get(name)) for name in names]

@@ -63,11 +63,11 @@ class Backbone(Frozen):
         self.freeze()
         if layer != PENULTIMATE:
             _check_layer(self.model, layer, name)
-        features, logits = self(torch.zeros(1, 3, *self.input_size))
+        with torch.no_grad():
+            features, logits = self(torch.zeros(1, 3, *self.input_size))
         self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
         self.num_classes: int = logits.shape[1]
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify images of any size.
 
@@ -125,6 +125,7 @@ class Backbone(Frozen):
             images = transforms.resize(images, list(self.input_size), self.interpolation, antialias=True)
         return ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
 
+    @torch.no_grad()
     def look(self, images: Tensor) -> Views:
         """See images as they would be stored: quantised to bytes, then classified."""
         images = from_uint8(to_uint8(images))

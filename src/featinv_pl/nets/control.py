@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -26,12 +27,23 @@ class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         in_channels: Channels of the feature map.
         out_channels: Width of the UNet's first block.
         hidden_channels: Width between.
+        learned_null: Whether the map that stands for none is learned, instead of zeros.
     """
 
+    null: Tensor
+    """(in_channels, 1, 1), the map that stands for none."""
+
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, hidden_channels: int = 512, learned_null: bool = False
+    ) -> None:
         super().__init__()
         self.hidden_channels = hidden_channels
+        null = torch.zeros(in_channels, 1, 1)
+        if learned_null:
+            self.null = nn.Parameter(null)
+        else:
+            self.register_buffer("null", null, persistent=False)
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
             nn.SiLU(),
@@ -62,16 +74,23 @@ class FeatureControl(nn.Module):
         unet: The prior's UNet, whose encoder the ControlNet starts as a copy of.
         in_channels: Channels of the feature map.
         hidden_channels: Width of the feature encoder.
+        learned_null: See `FeatureEncoder`.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, in_channels: int, hidden_channels: int = 512) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, in_channels: int, hidden_channels: int = 512, learned_null: bool = False
+    ) -> None:
         super().__init__()
-        self.encoder: FeatureEncoder = FeatureEncoder(in_channels, unet.config.block_out_channels[0], hidden_channels)
+        self.encoder: FeatureEncoder = FeatureEncoder(
+            in_channels, unet.config.block_out_channels[0], hidden_channels, learned_null
+        )
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
 
-    def forward(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor) -> Residuals:
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor, scale: float = 1.0
+    ) -> Residuals:
         """Compute what is added to the UNet.
 
         Args:
@@ -79,8 +98,9 @@ class FeatureControl(nn.Module):
             timesteps: (B,) or scalar.
             prompts: (B, L, D).
             encoded: The output of `encoder` for the feature maps, on the grid of `latents`.
+            scale: Multiplies all residuals.
         """
-        down, middle = self.controlnet(latents, timesteps, prompts, encoded, return_dict=False)
+        down, middle = self.controlnet(latents, timesteps, prompts, encoded, scale, return_dict=False)
         return down, middle
 
     def save_pretrained(self, folder: Path) -> None:
@@ -88,7 +108,7 @@ class FeatureControl(nn.Module):
         for name in PARTS:
             getattr(self, name).save_pretrained(folder / name)
 
-    def load_pretrained(self, folder: Path, option: str) -> None:
+    def load_pretrained(self, folder: Path, option: str, adapt: bool = False) -> None:
         """Load what `save_pretrained` has written.
 
         diffusers' own loader would put a fresh embedding of pictures in place of the encoder's output,
@@ -97,9 +117,17 @@ class FeatureControl(nn.Module):
         Args:
             folder: Holds `encoder/` and `controlnet/`.
             option: The option that named the folder, for errors.
+            adapt: Keep the new weights of the encoder where its shapes differ, as they do for the maps of
+                another backbone: only its first layer reads the map.
         """
         for name in PARTS:
-            fill(self.get_submodule(name), read_weights(folder / name / WEIGHTS, option), name, option)
+            network = self.get_submodule(name)
+            weights = read_weights(folder / name / WEIGHTS, option)
+            if adapt and name == "encoder":
+                own = network.state_dict()
+                fitting = {key: weights[key] for key in own if key in weights and weights[key].shape == own[key].shape}
+                weights = {**own, **fitting}
+            fill(network, weights, name, option)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:

@@ -1,7 +1,7 @@
 """Networks that never train."""
 
 import hashlib
-from typing import Self
+from typing import Any, Self
 
 from torch import nn
 
@@ -16,6 +16,10 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode, whatever Lightning or a parent module asks for."""
         return super().train(False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Be shared by copies of a parent, such as a moving average of what trains beside."""
+        return self
 
 
 def digest(module: nn.Module) -> str:

@@ -131,25 +131,6 @@ class Prior(Frozen):
         """Length T of the noise schedule."""
         return int(self.schedule.config.num_train_timesteps)
 
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What `predict` should return."""
-        return denoising_target(self.schedule, latents, noise, timesteps)
-
-
-def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The regression target of a denoiser: noise, or velocity (Salimans and Ho, arXiv 2202.00512).
-
-    Args:
-        schedule: Says which of the two.
-        latents: (B, channels, h, w), clean and scaled.
-        noise: Of the shape of `latents`.
-        timesteps: (B,).
-    """
-    if schedule.config.prediction_type == "v_prediction":
-        velocity: Tensor = schedule.get_velocity(latents, noise, timesteps)
-        return velocity
-    return noise
-
 
 def _schedule(path: Path) -> DDIMScheduler:
     """The noise schedule of a prior, whichever scheduler its configuration is of.

@@ -1,6 +1,8 @@
 """Where weights come from: a folder in diffusers' layout, the hub, or one file. None of them may run code."""
 
+import json
 import re
+from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from featinv_pl.errors import UserError
 
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 
+INDEX = "model_index.json"
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 # Old checkpoints of Lightning keep such objects beside their weights.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf", "numpy")
@@ -90,6 +93,25 @@ def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> An
             f"{len(expected)}), such as {wrong[0]}. They belong to another architecture, or the file is not whole."
         )
     return network.load_state_dict(weights)
+
+
+def read_index(folder: Path, option: str) -> dict[str, Any]:
+    """Read what a model folder says of itself.
+
+    Args:
+        folder: As `export` and `import` write it.
+        option: The option that named it, for errors.
+    """
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        return index
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{option}: '{folder}' has no {INDEX}, so it is no published model. "
+            "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
+        ) from error
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: '{folder / INDEX}' is damaged ({error}). Export the model anew.") from error
 
 
 def read_weights(path: Path, option: str) -> dict[str, Tensor]:

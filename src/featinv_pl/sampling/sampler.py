@@ -1,13 +1,14 @@
 """Sampling: from noise to latents, by any denoiser."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.sampling.guidance import Denoiser
+from featinv_pl.sampling.refinement import Refinement
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 
@@ -19,19 +20,68 @@ class Sampler:
     Args:
         scheduler: `ddim`, `dpm` (DPM-Solver++) or `unipc`, all from diffusers.
         steps: Number of denoising steps.
-        guidance_scale: 1 switches guidance off and halves the cost.
+        guidance_scale: Of the guidance; 1 switches it off and halves the cost. In `both`, that of the map.
         guidance: What the unconditional branch lacks: `text` drops the prompt and keeps the map, as
-            the authors do; `features` drops both, which is the pair that training has seen.
+            the authors do; `features` drops both, which is the pair that training has seen; `both` guides by
+            the map and by the prompt with a scale for each, and wants a model that has seen maps without
+            prompt (`--model.dropout_prompt`).
+        text_scale: Scale of the prompt in `both`.
+        guidance_interval: Where guidance acts, in fractions of the noise schedule: 0 is the clean end.
+        control_scale: Multiplies what the control adds to the prior. 0 is the bare prior: with `refine`,
+            inversion without any training.
+        refine: Gradient steps towards the map between the denoising steps.
+        best_of: Draws so many candidates and keeps the one whose map is the most similar.
     """
 
     scheduler: Literal["ddim", "dpm", "unipc"] = "ddim"
     steps: int = 50
     guidance_scale: float = 1.75
-    guidance: Literal["text", "features"] = "text"
+    guidance: Literal["text", "features", "both"] = "text"
+    text_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    control_scale: float = 1.0
+    refine: Refinement | None = None
+    best_of: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"--model.sampler.steps must be at least 1, and is {self.steps}.")
+        low, high = self.guidance_interval
+        for name, value, valid in (
+            ("steps", self.steps, self.steps >= 1),
+            ("best_of", self.best_of, self.best_of >= 1),
+            ("guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1),
+            ("control_scale", self.control_scale, self.control_scale >= 0),
+        ):
+            if not valid:
+                raise UserError(f"--model.sampler.{name} cannot be {value}. {_RANGES[name]}")
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """Build a sampler from what `dataclasses.asdict` made of one, by way of JSON."""
+        intervals = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        refine = fields.get("refine")
+        if refine is not None:
+            refine = Refinement(**{**refine, "interval": tuple(refine["interval"])})
+        return cls(**{**fields, **intervals, "refine": refine})
+
+    @property
+    def guidance_weights(self) -> tuple[float, ...]:
+        """Of the branches: neither map nor prompt (`text`: no prompt), in `both` the map alone, and both."""
+        if self.guidance == "both":
+            return 1 - self.guidance_scale, self.guidance_scale - self.text_scale, self.text_scale
+        return 1 - self.guidance_scale, self.guidance_scale
+
+    @property
+    def guided(self) -> bool:
+        """Whether any branch but the conditional one counts."""
+        return any(self.guidance_weights[:-1])
+
+
+_RANGES = {
+    "steps": "Give at least 1.",
+    "best_of": "Give at least 1.",
+    "guidance_interval": "Give two fractions of the noise schedule, such as [0.1, 0.8], the smaller one first.",
+    "control_scale": "Give at least 0; 1 is what the control was trained for.",
+}
 
 
 def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: Sampler) -> Tensor:

@@ -1,0 +1,46 @@
+"""A moving average of what is trained."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+
+
+class MovingAverage(WeightAveraging):
+    """Keeps an exponential moving average of the trained weights, validates with it, and ends with it.
+
+    Lightning's own `WeightAveraging`, but that frozen parts are shared with the average instead of copied, that it
+    lives where the model does, and that it takes checkpoints which hold the trained half alone. A checkpoint's
+    `state_dict` is the average; training goes on from `current_model_state`.
+
+    Args:
+        decay: Share of the old average that each step keeps.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 < decay < 1:
+            raise UserError(f"--trainer.callbacks.decay must lie between 0 and 1, and is {decay}.")
+
+        def average(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+            for old, new in zip(averages, weights, strict=True):
+                if old.data_ptr() != new.data_ptr():  # what is shared is frozen
+                    old.lerp_(new, 1 - decay)
+
+        super().__init__(use_buffers=False, multi_avg_fn=average)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average, on the device of this process."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with average and weights of a checkpoint; outside of training the average is all there is."""
+        if self._average_model is None:
+            return
+        self._average_model.module.load_state_dict(checkpoint["state_dict"])
+        if "averaging_state" in checkpoint:
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+            pl_module.load_state_dict(checkpoint["current_model_state"])

@@ -1,0 +1,84 @@
+"""The algebra of a noise schedule: between clean latents, noisy latents and what a prior predicts of them.
+
+With `a` the schedule's cumulative product at a timestep, noisy latents are sqrt(a) clean + sqrt(1 - a) noise, and
+the velocity is sqrt(a) noise - sqrt(1 - a) clean (Salimans and Ho, arXiv 2202.00512). A schedule says in its
+`prediction_type` which of noise and velocity its prior predicts.
+"""
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+
+def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The regression target of a denoiser: noise or velocity.
+
+    Args:
+        schedule: Says which of the two.
+        latents: (B, channels, h, w), clean and scaled.
+        noise: Of the shape of `latents`.
+        timesteps: (B,).
+    """
+    if _predicts_velocity(schedule):
+        velocity: Tensor = schedule.get_velocity(latents, noise, timesteps)
+        return velocity
+    return noise
+
+
+def clean_estimate(schedule: DDIMScheduler, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+    """The clean latents that a prediction implies.
+
+    Args:
+        schedule: Says what the prediction is of.
+        noisy_latents: (B, channels, h, w).
+        prediction: Of the shape of `noisy_latents`.
+        timesteps: (B,) or scalar.
+    """
+    signal, noise = _rates(schedule, noisy_latents, timesteps)
+    if _predicts_velocity(schedule):
+        return signal * noisy_latents - noise * prediction
+    return (noisy_latents - noise * prediction) / signal
+
+
+def implied_prediction(schedule: DDIMScheduler, noisy_latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+    """The prediction that implies these clean latents. Inverse of `clean_estimate`.
+
+    Args:
+        schedule: Says what the prediction is of.
+        noisy_latents: (B, channels, h, w).
+        clean: Of the shape of `noisy_latents`.
+        timesteps: (B,) or scalar.
+    """
+    signal, noise = _rates(schedule, noisy_latents, timesteps)
+    if _predicts_velocity(schedule):
+        return (signal * noisy_latents - clean) / noise
+    return (noisy_latents - signal * clean) / noise
+
+
+def min_snr_weights(schedule: DDIMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights of the squared errors of a denoiser that keep easy timesteps from ruling (Hang et al., arXiv 2303.09556).
+
+    min(SNR, gamma) / SNR where noise is predicted, min(SNR, gamma) / (SNR + 1) where velocity is.
+
+    Args:
+        schedule: Says what is predicted.
+        timesteps: (B,).
+        gamma: The signal-to-noise ratio above which weights are cut; the paper's is 5.
+
+    Returns:
+        (B,).
+    """
+    alphas: Tensor = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
+    ratio = alphas / (1 - alphas)
+    return ratio.clamp(max=gamma) / (ratio + 1 if _predicts_velocity(schedule) else ratio)
+
+
+def _predicts_velocity(schedule: DDIMScheduler) -> bool:
+    return bool(schedule.config.prediction_type == "v_prediction")
+
+
+def _rates(schedule: DDIMScheduler, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """How much clean signal and how much noise there is, shaped to multiply latents."""
+    alphas = schedule.alphas_cumprod.to(latents)[torch.as_tensor(timesteps, device=latents.device)]
+    alphas = alphas.reshape(-1, *[1] * (latents.ndim - 1))
+    return alphas.sqrt(), (1 - alphas).sqrt()

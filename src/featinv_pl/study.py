@@ -1,0 +1,209 @@
+"""A study: the same inversion with one thing changed at a time, over several seeds, in one table."""
+
+import contextlib
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tqdm import tqdm
+
+from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.results import ARMS, METRICS, aligned
+from featinv_pl.cli import merge
+from featinv_pl.errors import UserError
+from featinv_pl.publishing import export
+from featinv_pl.stages import Stage, fingerprint, minutes, run_once
+from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown
+
+CHECKPOINT, MODEL, LOG = "checkpoints/inversion.ckpt", "model", "log.txt"
+OWN = "own"
+
+
+class Preparation(BaseModel):
+    """A command that runs once, before all runs."""
+
+    model_config = ConfigDict(extra="forbid")
+    command: str
+    makes: Path
+
+
+class Run(BaseModel):
+    """One way of training; each sampler among its arms is a row of the table too."""
+
+    model_config = ConfigDict(extra="forbid")
+    config: Path | None = None
+    """If not that of the plan."""
+    set: dict[str, Any] = {}
+    """Settings over the configuration."""
+    adapts: str | None = None
+    """Another run, whose model of the same seed this one starts from (`--model.control`)."""
+
+
+class Plan(BaseModel):
+    """The content of a study's YAML file."""
+
+    model_config = ConfigDict(extra="forbid")
+    folder: Path
+    needs: list[Path] = []
+    """What other commands have made; a change of any runs everything again."""
+    prepare: list[Preparation] = []
+    config: Path
+    """The configuration that all runs change. It leaves the checkpoint as `checkpoints/inversion.ckpt`."""
+    source: str
+    """The test source whose scores are compared."""
+    seeds: list[int] = Field(min_length=1)
+    runs: dict[str, Run] = Field(min_length=1)
+    """By name; the first is what the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run with one seed.
+
+    Attributes:
+        folder: Where everything of it lies.
+        stages: Its fit and its test.
+        exports: Whether another run starts from its model.
+    """
+
+    folder: Path
+    stages: tuple[Stage, Stage]
+    exports: bool
+
+
+def study(path: Path, jobs: int) -> bool:
+    """Run a study, or what is missing of it, and write `study.md`, `study.json` and `study.png` in its folder.
+
+    Args:
+        path: Its YAML file; see `Plan`.
+        jobs: Processes that work on runs at the same time.
+
+    Returns:
+        Whether all runs have succeeded; the table shows those that have.
+    """
+    plan = read_plan(path)
+    made = [_stamp(plan.needs, path)]
+    for number, preparation in enumerate(plan.prepare, 1):
+        print(f"[{number}/{len(plan.prepare)}] featinv-pl {preparation.command}", flush=True)
+        command = tuple(shlex.split(preparation.command))
+        stage = Stage(f"prepare {number}", command, (preparation.makes,), fingerprint(command, *made))
+        reused, seconds = run_once(stage, plan.folder)
+        print(f"      {'reused, done before' if reused else 'done'} in {minutes(seconds)}", flush=True)
+        made.append(stage.fingerprint)
+    failures: list[str] = []
+    for adapting in (False, True):  # those that start from others come after them
+        names = [name for name, run in plan.runs.items() if (run.adapts is not None) == adapting]
+        failures += _work([job(plan, name, seed, made) for seed in plan.seeds for name in names], jobs)
+    rows = _rows(plan)
+    write_bytes(plan.folder / "study.json", (json.dumps([asdict(row) for row in rows], indent=2) + "\n").encode())
+    write_bytes(plan.folder / "study.md", markdown(rows).encode())
+    write_bytes(plan.folder / "study.png", dots(rows))
+    print("\n" + aligned(cells(rows)))
+    for failure in failures:
+        print(f"Failed: {failure}", file=sys.stderr)
+    print(f"Table in {plan.folder / 'study.md'}, picture in {plan.folder / 'study.png'}")
+    return not failures
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a study's YAML file."""
+    if not path.is_file():
+        raise UserError(f"PLAN: there is no file '{path}'. Check the path.")
+    try:
+        plan = Plan.model_validate(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"PLAN: '{path}' is no plan of a study ({' '.join(str(error).split())}).") from error
+    for name, run in plan.runs.items():
+        if run.adapts is not None and (run.adapts not in plan.runs or plan.runs[run.adapts].adapts is not None):
+            raise UserError(f"PLAN: in '{path}' the run '{name}' adapts '{run.adapts}', which is no run of its own.")
+    return plan
+
+
+def job(plan: Plan, name: str, seed: int, made: Sequence[str]) -> Job:
+    """One run with one seed, as public commands; its settings are written to its folder.
+
+    Args:
+        plan: The study.
+        name: Of the run.
+        seed: Of its training and its samples.
+        made: Fingerprints of what it reads.
+    """
+    run, folder = plan.runs[name], plan.folder / name / str(seed)
+    settings: dict[str, Any] = {"seed_everything": seed, "trainer": {"default_root_dir": str(folder)}}
+    needed = list(made)
+    if run.adapts is not None:
+        origin = job(plan, run.adapts, seed, made)
+        settings["model"] = {"init_args": {"control": str(origin.folder / MODEL)}}
+        needed.append(origin.stages[0].fingerprint)
+    overlay = folder / "run.yaml"
+    write_bytes(overlay, yaml.safe_dump(merge(run.set, settings), sort_keys=False).encode())
+    config = ("--config", str(run.config or plan.config), "--config", str(overlay))
+    fit, test = ("fit", *config), ("test", *config, "--ckpt_path", str(folder / CHECKPOINT))
+    fitted = Stage("fit", fit, (folder / CHECKPOINT,), fingerprint(fit, *needed))
+    tested = Stage("test", test, (folder / METRICS,), fingerprint(test, fitted.fingerprint))
+    return Job(folder, (fitted, tested), name in {other.adapts for other in plan.runs.values()})
+
+
+def _stamp(needs: Sequence[Path], path: Path) -> str:
+    """What tells whether files have changed: names, sizes and times, as for make."""
+    for needed in needs:
+        if not needed.exists():
+            raise UserError(f"PLAN: there is no '{needed}', which '{path}' needs. Make it first; see the file's head.")
+    files = sorted(file for needed in needs for file in ([needed] if needed.is_file() else needed.rglob("*")))
+    return json.dumps([(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+
+
+def _work(todo: Sequence[Job], jobs: int) -> list[str]:
+    """Do jobs in processes of their own; one that fails does not stop the others. Returns what has failed."""
+    failures = []
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        futures = {pool.submit(_do, one): one for one in todo}
+        try:
+            for future in tqdm(as_completed(futures), "runs", len(futures), unit="run"):
+                if error := future.exception():
+                    failures.append(f"{futures[future].folder}: {error} (see {futures[future].folder / LOG})")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failures
+
+
+def _do(one: Job) -> None:
+    """Fit, test, and export where that is asked for. What is printed goes to a file."""
+    with (
+        (one.folder / LOG).open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        reused, _ = run_once(one.stages[0], one.folder)
+        model = one.folder / MODEL
+        if one.exports and not (reused and model.exists()):
+            shutil.rmtree(model, ignore_errors=True)
+            export(one.folder, model)
+        run_once(one.stages[1], one.folder)
+
+
+def _rows(plan: Plan) -> list[Row]:
+    """A row for each run and each of its samplers, with the scores of all seeds that are done."""
+    rows = []
+    for name in plan.runs:
+        paths = [plan.folder / name / str(seed) / METRICS for seed in plan.seeds]
+        found: list[dict[str, float]] = [json.loads(path.read_text())["scores"] for path in paths if path.is_file()]
+        prefix = f"{plan.source}/{SCORES[0]}"
+        suffixes = dict.fromkeys(key.removeprefix(prefix) for run in found for key in run if key.startswith(prefix))
+        for suffix in sorted({"", *suffixes} - (set(ARMS) - {""})):
+            values = {
+                score: [run[key] for run in found if (key := f"{plan.source}/{score}{suffix}") in run]
+                for score in SCORES
+            }
+            rows.append(Row(name, suffix.removeprefix("_") or OWN, values))
+    return rows
