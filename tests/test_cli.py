@@ -22,6 +22,7 @@ from featinv_pl.data.manifests import read_manifest, write_manifest
 from featinv_pl.data.shards import ShardSet
 from featinv_pl.data.writing import ShardSetWriter
 from featinv_pl.inversion import FeatureInversion
+from featinv_pl.sampling.sampler import Sampler
 
 TRAINER: dict[str, Any] = {
     "accelerator": "cpu",
@@ -269,6 +270,41 @@ def test_samples_of_a_map_are_compared(shards: Path, classifier_folder: Path, pr
     assert {"diversity_pixels", "diversity_maps"} <= set(columns)
 
 
+def test_other_samplers_are_scored_beside(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    settings["model"]["init_args"] |= {
+        "judge": str(classifier_folder),
+        "arms": {
+            "same": {"steps": 2},
+            "free": {"steps": 3, "guidance_scale": 1.0, "control_scale": 0.0, "refine": {"interval": [0, 1]}},
+            "best": {"steps": 2, "best_of": 3},
+        },
+    }
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    scores = scores_of()
+    for source in ("clean", "corrupted", "corrupted/contrast"):
+        assert scores[f"{source}/cosine_same"] == pytest.approx(scores[f"{source}/cosine"], abs=1e-9)
+        assert scores[f"{source}/psnr_same"] == pytest.approx(scores[f"{source}/psnr"], abs=1e-9)
+        assert scores[f"{source}/cosine_best"] > scores[f"{source}/cosine"]
+        assert scores[f"{source}/cosine_free"] > scores[f"{source}/cosine"]
+        assert f"{source}/judge_cosine_free" in scores
+    assert "prediction_free" in parquet.read_table("run/samples/clean.parquet").column_names
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a/b", r"--model\.arms: 'a/b' cannot be part"), ("floor", r"--model\.arms: 'floor' is what another arm")],
+)
+def test_names_of_samplers_must_be_their_own(
+    name: str, message: str, shards: Path, classifier_folder: Path, prior_folder: Path, capsys: Any
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    settings["model"]["init_args"]["arms"] = {name: {"steps": 2}}
+    with pytest.raises(SystemExit):
+        main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prior_folder: Path) -> None:
     settings = inversion(classifier_folder, prior_folder, shards)
     for name, size in (("single", 1), ("foreign", 4)):
@@ -300,6 +336,7 @@ def test_interrupted_test_goes_on(
     shards: Path, classifier_folder: Path, prior_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = inversion(classifier_folder, prior_folder, shards)
+    settings["model"]["init_args"]["arms"] = {"other": {"steps": 3}}
     config = write(Path("inversion.yaml"), settings)
     main(["test", "--config", config])
     whole = scores_of(), samples_of("clean")
@@ -313,18 +350,18 @@ def test_interrupted_test_goes_on(
     counts: list[int] = []
     invert = FeatureInversion.invert
 
-    def counted(self: FeatureInversion, features: Tensor, noise: Tensor) -> Tensor:
+    def counted(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
         counts.append(len(features))
-        return invert(self, features, noise)
+        return invert(self, features, noise, sampler)
 
     monkeypatch.setattr(FeatureInversion, "invert", counted)
     main(["test", "--config", config, "--data.batch_size=13"])  # another batch size finds them too
-    assert sum(counts) == 180 - 3 * 16
+    assert sum(counts) == 2 * (180 - 3 * 16)  # by both samplers
     assert_same((scores_of(), samples_of("clean")), whole)
     counts.clear()
     main(["test", "--config", config])  # nothing is left to draw
     assert not counts
-    main(["test", "--config", config, "--model.sampler.steps=3"])  # but another sampler draws anew
+    main(["test", "--config", config, "--model.sampler.steps=1"])  # but another sampler draws anew
     assert sum(counts) == 180
 
 

@@ -147,7 +147,7 @@ def test_refinement_needs_no_training(make_model: Any, conditioning: str) -> Non
         maps = model.condition(model.backbone.look(model.invert(target, noise, sampler))["features"])
         return torch.nn.functional.cosine_similarity(maps, model.condition(target)).mean((1, 2))
 
-    gained = cosines(replace(bare, refine=Refinement(steps=3))) - cosines(bare)
+    gained = cosines(replace(bare, refine=Refinement(step_size=0.1, interval=(0, 1)))) - cosines(bare)
     assert (gained > 0).all()
 
 

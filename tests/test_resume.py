@@ -57,6 +57,7 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
             "max_steps": STEPS,
             "callbacks": [
                 {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+                {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
                 {"class_path": f"{__name__}.Recorder"},
             ],
         },
@@ -78,8 +79,10 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
 
 
 def weights(path: str) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)["state_dict"]
-    return state
+    """The weights of a checkpoint, and their moving average."""
+    checkpoint = torch.load(path, weights_only=True)
+    average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    return {**{f"average {name}": value for name, value in average.items()}, **current}
 
 
 def seen(rank: int = 0) -> list[Any]:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from featinv_pl.callbacks.results import METRICS, Name, Results, aligned
+from featinv_pl.callbacks.results import METRICS, SCORES, Name, Results, aligned
 
 
 def results(ceiling: float = 0.9) -> Results:
@@ -33,6 +33,19 @@ def test_calibrated_and_relative_are_ratios_with_intervals() -> None:
     # Groups alone are compared with the clean source.
     relative = {name: value for name, value in found.scores.items() if "relative" in name}
     assert relative == pytest.approx({"c/cosine_relative": 0.5, "c/fog/cosine_relative": 0.5})
+
+
+def test_every_arm_is_calibrated_and_in_the_table() -> None:
+    found = results()
+    for arm, value in (("_refined", 0.85), ("_neighbour", 0.7)):
+        found.values[Name("clean", "cosine", arm)] = np.array([value])
+    found.derive("clean")
+    assert found.scores["clean/cosine_calibrated_refined"] == pytest.approx((0.85 - 0.3) / (0.9 - 0.3), abs=0.01)
+    assert found.scores["clean/cosine_calibrated_neighbour"] == pytest.approx((0.7 - 0.3) / (0.9 - 0.3), abs=0.01)
+    arms = [line.split()[2] for line in aligned(found.table()).splitlines()[2:] if line.startswith("clean")]
+    assert arms == ["inversion", "autoencoder", "neighbour", "floor", "refined"]
+    assert b"clean,cosine,refined,0.85," in found.files()[SCORES]
+    assert not [name for name in found.scores if "calibrated_floor" in name or "calibrated_ceiling" in name]
 
 
 def test_calibrated_needs_a_ceiling_above_the_floor() -> None:

@@ -39,7 +39,7 @@ def cosines(observe: Any, latents: Tensor, target: Tensor) -> Tensor:
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 def test_moves_towards_the_target(observe: Any, prediction_type: str, distance: Any) -> None:
     target, noise = observe(torch.randn(3, 4, 4, 4)), torch.randn(3, 4, 4, 4)
-    refinement = Refinement(steps=30, step_size=0.05, distance=distance)
+    refinement = Refinement(steps=30, step_size=0.05, distance=distance, interval=(0, 1))
     plain = drawn(observe, None, target, noise, prediction_type=prediction_type)
     moved = drawn(observe, refinement, target, noise, prediction_type=prediction_type)
     assert (cosines(observe, moved, target) > 0.9).all()
@@ -48,8 +48,8 @@ def test_moves_towards_the_target(observe: Any, prediction_type: str, distance: 
 
 def test_stops_at_its_target_cosine(observe: Any) -> None:
     target, noise = observe(torch.randn(3, 4, 4, 4)), torch.randn(3, 4, 4, 4)
-    near = drawn(observe, Refinement(steps=30, step_size=0.02, target=0.7), target, noise)
-    far = drawn(observe, Refinement(steps=30, step_size=0.02), target, noise)
+    near = drawn(observe, Refinement(steps=30, target=0.7, interval=(0, 1)), target, noise)
+    far = drawn(observe, Refinement(steps=30, interval=(0, 1)), target, noise)
     assert ((cosines(observe, near, target) > 0.6) & (cosines(observe, near, target) < 0.85)).all()
     assert (cosines(observe, far, target) > 0.9).all()
 
@@ -66,7 +66,7 @@ def test_acts_within_its_interval_alone(observe: Any) -> None:
     outside = drawn(watched, Refinement(interval=(0.99, 1.0)), target, noise)
     assert torch.equal(outside, plain)
     assert not seen
-    drawn(watched, Refinement(interval=(0.0, 0.45)), target, noise)
+    drawn(watched, Refinement(steps=1, interval=(0.0, 0.45)), target, noise)
     assert len(seen) == 5  # of ten denoising steps, at 401, 301, ... 1
 
 
@@ -80,7 +80,7 @@ def test_an_image_is_treated_alone(observe: Any) -> None:
 def test_works_while_lightning_evaluates(observe: Any) -> None:
     with torch.inference_mode():
         target, noise = observe(torch.randn(2, 4, 4, 4)), torch.randn(2, 4, 4, 4)
-        moved = drawn(observe, Refinement(steps=20), target, noise)
+        moved = drawn(observe, Refinement(steps=20, step_size=0.1), target, noise)
         assert (cosines(observe, moved, target) > 0.8).all()
 
 

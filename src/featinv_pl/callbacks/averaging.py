@@ -36,6 +36,13 @@ class MovingAverage(WeightAveraging):
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average in the place of the weights, and these beside it: of both the trained half."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._average_model is not None:
+            trained = checkpoint["current_model_state"]
+            checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in trained}
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on with average and weights of a checkpoint; outside of training the average is all there is."""
         if self._average_model is None:

@@ -81,7 +81,7 @@ class Results:
                 floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in ("_floor", "_ceiling"))
                 if floor is None or ceiling is None or ceiling[0] <= floor[0]:
                     continue
-                for arm in self.arms:
+                for arm in self.arms.keys() - {"_floor", "_ceiling"}:
                     own = self.values.get(Name(source, cosine, arm))
                     if own is not None:
                         self.values[Name(source, f"{cosine}_calibrated", arm)] = _ratio(own - floor, ceiling - floor)
