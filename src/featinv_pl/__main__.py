@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UserError, user_error
 
 USAGE = """\
 usage: featinv-pl COMMAND [options]
@@ -37,25 +37,12 @@ def main(args: list[str] | None = None) -> None:
         run(arguments)
     except ValueError as error:
         # Out of a data loader's worker, torch returns the message with the worker's traceback before it.
-        message = str(_user_error(error)).rpartition(f"{UserError.__name__}: ")[2].strip()
+        message = str(user_error(error)).rpartition(f"{UserError.__name__}: ")[2].strip()
         print(f"featinv-pl: error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("featinv-pl: interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _user_error(error: BaseException) -> UserError:
-    """The message for users within an error: jsonargparse wraps what a constructor raises.
-
-    An error with no such message is a defect, and is raised again.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    raise error
 
 
 def run(args: list[str]) -> None:

@@ -7,3 +7,16 @@ class UserError(ValueError):
     The message says what is wrong, what was given and what to do. The command prints it alone,
     without a traceback, and exits with status 1.
     """
+
+
+def user_error(error: BaseException) -> UserError:
+    """The message for users within an error: jsonargparse wraps what a constructor raises.
+
+    An error with no such message is a defect, and is raised again.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    raise error

@@ -57,7 +57,7 @@ class FeatureInversion(LightningModule):
         dropout_features: Probability with which the map alone is replaced.
         dropout_prompt: Probability with which the prompt alone is replaced.
         min_snr_gamma: Weighs timesteps by their signal-to-noise ratio, cut at this value (Min-SNR, arXiv
-            2303.09556: 5); without it all count alike.
+            2303.09556); with null all count alike, as for the authors.
         consistency: Weight of the feature-consistency loss: 1 - cosine between the map that is given
             and the backbone's map of the decoded estimate, at timesteps of little noise.
         consistency_below: Up to where there is little noise, as a fraction of the schedule.
@@ -88,7 +88,7 @@ class FeatureInversion(LightningModule):
         dropout: float = 0.15,
         dropout_features: float = 0.0,
         dropout_prompt: float = 0.0,
-        min_snr_gamma: float | None = None,
+        min_snr_gamma: float | None = 5.0,
         consistency: float = 0.0,
         consistency_below: float = 0.3,
         hidden_channels: int = 512,

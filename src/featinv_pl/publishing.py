@@ -18,6 +18,7 @@ from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
 from featinv_pl.nets.sources import read_checkpoint, read_weights
 from featinv_pl.pipeline import FeatInvPipeline
+from featinv_pl.sampling.sampler import AUTHORS
 
 CARD = "README.md"
 CONFIGURATION = "fit.yaml"
@@ -73,7 +74,7 @@ def import_official(
     for prefix, count in sorted(Counter(_prefix(name) for name in state).items()):
         values = sum(value.numel() for name, value in state.items() if _prefix(name) == prefix)
         print(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
-    inversion = FeatureInversion(backbone, prior, image_size, weights, input_size=input_size)
+    inversion = FeatureInversion(backbone, prior, image_size, weights, input_size=input_size, sampler=AUTHORS)
     heads = inversion.prior.unet.config.attention_head_dim
     for what, ours, theirs in (
         ("UNet", inversion.prior.unet, official.unet(state, "CKPT", heads)),

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shlex
 import shutil
 import sys
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.results import ARMS, METRICS, aligned
 from featinv_pl.cli import merge
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UserError, user_error
 from featinv_pl.publishing import export
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
 from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown
@@ -165,7 +166,7 @@ def _stamp(needs: Sequence[Path], path: Path) -> str:
 def _work(todo: Sequence[Job], jobs: int) -> list[str]:
     """Do jobs in processes of their own; one that fails does not stop the others. Returns what has failed."""
     failures = []
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quiet) as pool:
         futures = {pool.submit(_do, one): one for one in todo}
         try:
             for future in tqdm(as_completed(futures), "runs", len(futures), unit="run"):
@@ -177,6 +178,12 @@ def _work(todo: Sequence[Job], jobs: int) -> list[str]:
     return failures
 
 
+def _quiet() -> None:
+    """Lightning's messages go to the terminal that it was imported in: keep it for the progress of all runs."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _do(one: Job) -> None:
     """Fit, test, and export where that is asked for. What is printed goes to a file."""
     with (
@@ -184,12 +191,15 @@ def _do(one: Job) -> None:
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        reused, _ = run_once(one.stages[0], one.folder)
-        model = one.folder / MODEL
-        if one.exports and not (reused and model.exists()):
-            shutil.rmtree(model, ignore_errors=True)
-            export(one.folder, model)
-        run_once(one.stages[1], one.folder)
+        try:
+            reused, _ = run_once(one.stages[0], one.folder)
+            model = one.folder / MODEL
+            if one.exports and not (reused and model.exists()):
+                shutil.rmtree(model, ignore_errors=True)
+                export(one.folder, model)
+            run_once(one.stages[1], one.folder)
+        except ValueError as error:
+            raise user_error(error) from None
 
 
 def _rows(plan: Plan) -> list[Row]:
@@ -198,9 +208,10 @@ def _rows(plan: Plan) -> list[Row]:
     for name in plan.runs:
         paths = [plan.folder / name / str(seed) / METRICS for seed in plan.seeds]
         found: list[dict[str, float]] = [json.loads(path.read_text())["scores"] for path in paths if path.is_file()]
-        prefix = f"{plan.source}/{SCORES[0]}"
-        suffixes = dict.fromkeys(key.removeprefix(prefix) for run in found for key in run if key.startswith(prefix))
-        for suffix in sorted({"", *suffixes} - (set(ARMS) - {""})):
+        # What every arm has, also where floor and ceiling leave nothing to calibrate.
+        prefix = f"{plan.source}/agreement@1_"
+        names = dict.fromkeys(key.removeprefix(prefix) for run in found for key in run if key.startswith(prefix))
+        for suffix in ("", *(f"_{arm}" for arm in names if f"_{arm}" not in ARMS and arm != "relative")):
             values = {
                 score: [run[key] for run in found if (key := f"{plan.source}/{score}{suffix}") in run]
                 for score in SCORES

@@ -16,7 +16,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.guidance import Denoiser
 from featinv_pl.sampling.refinement import Refinement
-from featinv_pl.sampling.sampler import SCHEDULERS, Sampler, sample
+from featinv_pl.sampling.sampler import AUTHORS, SCHEDULERS, Sampler, sample
 
 SOLVERS: list[Any] = list(get_args(get_type_hints(Sampler)["scheduler"]))
 SHAPE = (2, 4, 4, 4)
@@ -105,8 +105,9 @@ def test_solvers_differ(denoiser: Denoiser) -> None:
     assert all(not torch.allclose(one, other, atol=1e-3) for one, other in combinations(drawn, 2))
 
 
-def test_defaults_are_the_authors() -> None:
-    assert Sampler() == Sampler(scheduler="ddim", steps=50, guidance_scale=1.75, guidance="text")
+def test_defaults_are_ours_and_the_authors_have_a_name() -> None:
+    assert Sampler() == Sampler(scheduler="dpm", steps=15, guidance_scale=1.5, guidance="features")
+    assert Sampler(scheduler="ddim", steps=50, guidance_scale=1.75, guidance="text") == AUTHORS
 
 
 @pytest.mark.parametrize(

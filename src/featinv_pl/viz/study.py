@@ -55,8 +55,7 @@ def dots(rows: Sequence[Row]) -> bytes:
     axes = figure.subplots()
     for score, title, marker in ((SCORES[0], "backbone", "o"), (SCORES[2], "judge, unseen", "x")):
         points = [(value, place) for place, row in enumerate(shown) for value in row.scores[score]]
-        values, places = zip(*points, strict=True)
-        axes.scatter(values, places, s=22, marker=marker, label=title)
+        axes.scatter([value for value, _ in points], [place for _, place in points], s=22, marker=marker, label=title)
     axes.set_yticks(range(len(shown)), [f"{row.run}: {row.sampler}" for row in shown])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.4)
