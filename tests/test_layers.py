@@ -10,7 +10,7 @@ LAYERS = (
     {"types", "errors", "optimisation"},
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"inversion", "extraction", "pretraining", "callbacks"},
-    {"pipeline"},
+    {"pipeline", "tracking"},
     {"publishing", "viz"},
     {"cli"},
     {"demo"},
