@@ -11,7 +11,6 @@ import yaml
 from jsonargparse import capture_parser, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 # Imported so that a configuration can name these classes without their path.
 import featinv_pl.callbacks.drawn
@@ -39,6 +38,7 @@ EXPECTED_WARNINGS = (
     r".*does not have many workers",  # small data sets are read faster by the main process
     r"The number of training batches",  # epochs of small data sets are shorter than the logging interval
     r"Total length of `\w+` across ranks is zero",  # an extraction that lacked nothing but its manifest
+    r"You're resuming from a checkpoint that ended before the epoch",  # which our data modules do exactly
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
 )
@@ -97,13 +97,12 @@ class FeatinvCLI(LightningCLI):
             trainer.default_root_dir = str(Path(trainer.default_root_dir or "runs") / run)
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
-            if rank_zero_only.rank == 0 and getattr(logger, "class_path", "").endswith(".WandbLogger"):
+            if getattr(logger, "class_path", "").endswith(".WandbLogger"):
                 folder, shelf = Path(trainer.default_root_dir or "."), Path(logger.init_args.save_dir)
                 group = folder.relative_to(shelf) if folder.is_relative_to(shelf) else folder.absolute().name
                 tags = [model.class_path.rpartition(".")[2], model.init_args.get("conditioning")]
-                describe(
-                    self.subcommand, str(group), [tag for tag in tags if tag], logger.init_args.offline, self.run_id
-                )
+                offline = logger.init_args.offline
+                describe(str(self.subcommand), str(group), [tag for tag in tags if tag], offline, self.run_id)
 
     def _plan(self) -> None:
         """Let an extraction or a test do nothing but estimate itself."""

@@ -45,6 +45,7 @@ class FeatureInversion(LightningModule):
         dropout: Probability with which training replaces map and prompt together, by zeros and by
             the empty prompt.
         hidden_channels: Width of the feature encoder.
+        num_layers: Its number of convolutions.
         sampler: How reconstructions are drawn.
         optimizer: Factory of the optimizer of the control.
         lr_scheduler: Factory of a learning rate schedule, advanced every step.
@@ -66,6 +67,7 @@ class FeatureInversion(LightningModule):
         conditioning: Literal["spatial", "pooled"] = "spatial",
         dropout: float = 0.15,
         hidden_channels: int = 512,
+        num_layers: int = 3,
         sampler: Sampler = Sampler(),  # noqa: B008 (frozen: it cannot be changed by a caller)
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -80,7 +82,7 @@ class FeatureInversion(LightningModule):
         self.backbone = Backbone(backbone, weights, layer, input_size)
         self.prior = Prior(prior)
         self.image_size = image_size
-        self.control = FeatureControl(self.prior.unet, self.backbone.feature_shape[0], hidden_channels)
+        self.control = FeatureControl(self.prior.unet, self.backbone.feature_shape[0], hidden_channels, num_layers)
         if control is not None:
             self.control.load_pretrained(control, "--model.control")
         self.conditioning = conditioning

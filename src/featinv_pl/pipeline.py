@@ -63,6 +63,7 @@ class FeatInvPipeline:
                 control=folder,
                 conditioning=index["conditioning"],
                 hidden_channels=index["hidden_channels"],
+                num_layers=index.get("num_layers", 3),  # folders of before had no other
                 sampler=Sampler(**index["sampler"]),
             )
             theirs = index["digests"]
@@ -106,6 +107,7 @@ class FeatInvPipeline:
             "image_size": self.inversion.image_size,
             "conditioning": self.inversion.conditioning,
             "hidden_channels": self.inversion.control.encoder.hidden_channels,
+            "num_layers": self.inversion.control.encoder.num_layers,
             "sampler": asdict(self.inversion.sampler),
             "digests": self.inversion.frozen,
         }

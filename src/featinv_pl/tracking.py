@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from wandb.errors import AuthenticationError
 from wandb.sdk.lib.wbauth import authenticate_session
@@ -27,6 +28,7 @@ RUN_ID = "wandb_run_id"
 PATIENCE = 5.0  # seconds; the client itself would wait for two minutes, and then end the run
 PRIVATE = {
     "WANDB_X_DISABLE_META": "true",  # host, user, command line, and paths of program and interpreter
+    "WANDB_PROGRAM": "featinv-pl",  # which would be its path
     "WANDB_CONSOLE": "off",  # warnings of libraries name the folder that they are installed in
 }
 
@@ -57,7 +59,8 @@ def session() -> Iterator[None]:
         raise
     finally:
         _hint(before)
-        wandb.teardown(code)  # the next command gets a run of its own, and its own variables
+        wandb.finish(code)  # the next command of this process gets a run of its own,
+        wandb.teardown(code)  # and its own variables
         for name in _variables():
             del os.environ[name]
         os.environ.update(before)
@@ -68,6 +71,7 @@ def sweep_run() -> str | None:
     return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
 
 
+@rank_zero_only
 def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: str | None) -> None:
     """Tell the client, before the run begins, what it would have to guess or to ask.
 
@@ -78,11 +82,14 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
         offline: Whether the configuration says so.
         run_id: The run to go on with; None for a new one.
     """
-    told = {**PRIVATE, "WANDB_JOB_TYPE": job, "WANDB_TAGS": ",".join(tags)}
+    # LightningCLI overwrites the logger's own `resume="allow"` by nothing.
+    told = {**PRIVATE, "WANDB_RESUME": "allow", "WANDB_JOB_TYPE": job, "WANDB_TAGS": ",".join(tags)}
     if not sweep_run():  # there the server names and groups
         told |= {"WANDB_RUN_GROUP": group, "WANDB_NAME": f"{group} {job}"}
     if run_id is not None:
         told["WANDB_RUN_ID"] = run_id
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
     if offline or _must_be_offline():
         told |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}  # one line at the end says all that the client would
     for name, value in told.items():
@@ -120,7 +127,7 @@ def _has_key(url: str) -> bool:
     try:
         return authenticate_session(host=url, source="featinv-pl", prompt=False, update_session=False) is not None
     except AuthenticationError as error:
-        raise UserError(f"W&B: the key for {url} is none: {error} Run `wandb login` again.") from error
+        raise UserError(f"W&B: {error} Run `wandb login`, or correct the key.") from error
 
 
 def _reachable(url: str) -> bool:

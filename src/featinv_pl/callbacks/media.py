@@ -8,11 +8,17 @@ from functools import singledispatch
 from typing import Any
 
 import numpy as np
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from numpy.typing import NDArray
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3) bytes: W&B takes floats in [0, 1] for bytes and shows black."""
+
+
+def last_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs scalars at this moment: it counts those of training from 0."""
+    return max(trainer.global_step - 1, 0)
 
 
 @singledispatch
@@ -24,7 +30,7 @@ def log_picture(logger: Logger, name: str, pixels: Pixels, caption: str, step: i
         name: Where it belongs, such as `reconstructions/val/first`.
         pixels: (H, W, 3) bytes.
         caption: What it shows.
-        step: Optimizer steps so far.
+        step: That of `last_step`.
     """
 
 
@@ -48,14 +54,14 @@ def log_table(logger: Logger, name: str, table: list[list[str]], caption: str, s
         name: Where it belongs, such as `scores/test`.
         table: The head, then the rows.
         caption: What it shows.
-        step: Optimizer steps so far.
+        step: That of `last_step`.
     """
 
 
 @log_table.register
 def _(logger: WandbLogger, name: str, table: list[list[str]], caption: str, step: int) -> None:
-    # A table of W&B has no caption, so that its panel's title says what it shows.
-    logger.log_table(f"{name}: {caption}", columns=table[0], data=table[1:], step=step)
+    # A panel of W&B that shows a table has a title, its name, and no caption.
+    logger.log_table(name, columns=table[0], data=table[1:], step=step)
 
 
 @log_table.register

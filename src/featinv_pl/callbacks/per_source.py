@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.callbacks.media import log_picture, log_table
+from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.references import Floor, Neighbours
 from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, samples_file, samples_path
@@ -131,7 +131,7 @@ class PerSource(EvaluationCallback):
         self.num_classes = cast(Any, pl_module).backbone.num_classes
         self.biased: dict[str, list[str]] = {}
         self.root = Path(trainer.default_root_dir)
-        self.loggers, self.stage, self.step = trainer.loggers, stage, trainer.global_step
+        self.loggers, self.stage, self.step = trainer.loggers, stage, last_step(trainer)
         self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
         self.samples = datamodule.test if stage == "test" else {"val": datamodule.val}
         # In the middle of training an interval is not worth its time, and nothing is written.
@@ -193,7 +193,7 @@ class PerSource(EvaluationCallback):
             # Not through Lightning, which would print all of them, and with forked processes waits for ever to
             # hand so many back.
             for logger in trainer.loggers:
-                logger.log_metrics(self.results.scores, trainer.global_step)
+                logger.log_metrics(self.results.scores, self.step)
 
     def end(self) -> None:
         """Write the files, and show what matters most."""

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.callbacks.media import Pixels, log_picture
+from featinv_pl.callbacks.media import Pixels, last_step, log_picture
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch, Inversion, to_uint8
 
@@ -63,7 +63,7 @@ class ReconstructionGrid(EvaluationCallback):
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the images of the last evaluation."""
         self.folder = Path(trainer.default_root_dir) / PICTURES
-        self.loggers, self.step = trainer.loggers, trainer.global_step
+        self.loggers, self.step = trainer.loggers, last_step(trainer)
         self.tiles, self.source = [], None
 
     def see(self, batch: Batch, outputs: Inversion) -> None:

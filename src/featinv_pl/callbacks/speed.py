@@ -1,7 +1,7 @@
 """How fast training is, and how much memory it takes."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,7 +35,7 @@ class Speed(Callback):
     ) -> None:
         """Log at the steps that are logged, on average since the last of them."""
         self.samples += len(batch["key"])
-        interval, step = trainer.log_every_n_steps, trainer.global_step
+        interval, step = cast(Any, trainer).log_every_n_steps, trainer.global_step
         if interval and step % interval == 0 and step != self.logged:
             now = time.perf_counter()
             rate = self.samples * trainer.world_size / (now - self.start)
