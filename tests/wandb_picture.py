@@ -9,6 +9,7 @@ import shutil
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any, cast
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ def sweep(server: WandbServer) -> dict[tuple[str, float], Run]:
 def draw(run: Run, tried: dict[tuple[str, float], Run]) -> Figure:
     """Curves of the run, its last pictures, and the scores of the sweep."""
     figure = Figure(figsize=(12, 6.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=[1, 1.1]))
     for axes, metric in zip(top.subplots(1, 3), CURVES, strict=True):
         rows = [row for row in run.history if metric in row]
         axes.plot([row["trainer/global_step"] for row in rows], [row[metric] for row in rows], marker=".")
@@ -70,4 +71,6 @@ if __name__ == "__main__":
         os.environ.update({**running.environment(), "WANDB_SILENT": "true"})
         train()
         [trained] = running.runs.values()
-        FigureCanvasAgg(draw(trained, sweep(running))).print_png(sys.argv[1])
+        picture = io.BytesIO()
+        FigureCanvasAgg(draw(trained, sweep(running))).print_png(picture)
+    Image.open(picture).quantize(128).save(sys.argv[1], optimize=True)
