@@ -90,12 +90,15 @@ def test_without_a_key_a_run_is_offline(settings: dict[str, Any], capsys: pytest
 
 
 def test_what_was_logged_offline_can_be_uploaded(settings: dict[str, Any], server: WandbServer) -> None:
-    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
-    [folder] = Path("runs/wandb").glob("offline-run-*")
-    wandb(["sync", str(folder)], {**os.environ, **server.environment()})
+    config = write(Path("tiny.yaml"), settings)
+    main(["fit", "--config", config])
+    main(["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"])
+    folders = sorted(map(str, Path("runs/wandb").glob("offline-run-*")))
+    print(wandb(["sync", "--yes", *folders], {**os.environ, **server.environment()}))
     run = only_run(server)
     assert run.state == "finished"
-    assert len(run.values("train/loss")) == 2
+    assert len(run.values("train/loss")) == 4
+    assert_continuous(run)
 
 
 @pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("disabled", 0)])
@@ -219,6 +222,24 @@ def test_a_run_that_fails_is_reported_so(settings: dict[str, Any], online: Wandb
     with pytest.raises(RuntimeError, match="on purpose"):
         main(["fit", "--config", write(Path("tiny.yaml"), settings)])
     assert (only_run(online).state, only_run(online).exit_code) == ("failed", 1)
+
+
+class SlowValidation(Callback):
+    """Takes two seconds, which are not training's."""
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        time.sleep(2)
+
+
+def test_validation_does_not_count_as_training(settings: dict[str, Any]) -> None:
+    settings["trainer"]["callbacks"].append({"class_path": f"{__name__}.SlowValidation"})
+    settings["trainer"] |= {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs"}}, "max_steps": 4}
+    settings["trainer"] |= {"limit_val_batches": 1}
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    with Path("runs/lightning_logs/version_0/metrics.csv").open() as file:
+        rates = [float(rate) for row in csv.DictReader(file) if (rate := row["train/samples_per_second"])]
+    assert len(rates) == 4
+    assert min(rates) > 16 / 2  # a step of 16 samples comes after two seconds of validation
 
 
 def assert_continuous(run: Run) -> None:

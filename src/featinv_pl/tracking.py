@@ -7,7 +7,7 @@ are set already win, and so do arguments of the WandbLogger.
 import os
 import ssl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from signal import SIGTERM
 from typing import Any
@@ -27,7 +27,7 @@ from featinv_pl.errors import UserError
 RUN_ID = "wandb_run_id"
 PATIENCE = 5.0  # seconds; the client itself would wait for two minutes, and then end the run
 PRIVATE = {
-    "WANDB_X_DISABLE_META": "true",  # host, user, command line, and paths of program and interpreter
+    "WANDB_X_DISABLE_META": "true",  # user, command line, and paths of program and interpreter
     "WANDB_PROGRAM": "featinv-pl",  # which would be its path
     "WANDB_CONSOLE": "off",  # warnings of libraries name the folder that they are installed in
 }
@@ -114,10 +114,10 @@ def _must_be_offline() -> bool:
                 f"WANDB_MODE is online, but there is no key for {settings.base_url}. Run `wandb login`, set "
                 "WANDB_API_KEY, or leave WANDB_MODE out to log offline."
             )
-        print("W&B: there is no key (`wandb login` stores one), so the run is logged offline.")
+        _say("W&B: there is no key (`wandb login` stores one), so the run is logged offline.", os.environ)
         return True
     if not insists and not _reachable(settings.base_url):
-        print(f"W&B: {settings.base_url} does not answer, so the run is logged offline.")
+        _say(f"W&B: {settings.base_url} does not answer, so the run is logged offline.", os.environ)
         return True
     return False
 
@@ -143,10 +143,16 @@ def _reachable(url: str) -> bool:
 
 
 def _hint(before: dict[str, str]) -> None:
-    """Say how an offline run gets online, unless silence was asked for."""
+    """Say how an offline run gets online."""
     run = wandb.run
-    if run is not None and run.offline and "WANDB_SILENT" not in before:
-        print(f"Logged offline. Upload: wandb sync {os.path.relpath(run.settings.sync_dir)}")
+    if run is not None and run.offline:
+        _say(f"Logged offline. Upload: wandb sync {os.path.relpath(run.settings.sync_dir)}", before)
+
+
+def _say(text: str, variables: Mapping[str, str]) -> None:
+    """Print a line, unless silence was asked for."""
+    if "WANDB_SILENT" not in variables:
+        print(text)
 
 
 def _variables() -> dict[str, str]:
