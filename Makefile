@@ -5,10 +5,10 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size clean
+.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size wandb-picture clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv with everything in it
 
@@ -52,6 +52,9 @@ parity: install  ## differences from the authors' code, on a small model of thei
 
 full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
 	cd tests && ../$(BIN)/python -m full_size
+
+wandb-picture: demo  ## what Weights & Biases is sent by runs on digits, drawn as docs/wandb.png
+	PYTHONPATH=tests $(BIN)/python -m wandb_picture docs/wandb.png
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

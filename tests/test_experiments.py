@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from featinv_pl.__main__ import overlaid
 from featinv_pl.cli import effective_config
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
@@ -23,6 +25,7 @@ OVER = {
     "imagenet/extract/sources/": "imagenet/extract/crops/resnet50.yaml",
     "imagenet/test/": "imagenet/train/resnet50-spatial.yaml",
     "imagenet/train/recipes/": "imagenet/train/resnet50-spatial.yaml",
+    "sweeps/": "imagenet/train/convnext-spatial.yaml",
 }
 OVERLAYS = {
     *("trainer.yaml", "debug.yaml", "bench/profile.yaml", "digits/inversion.yaml", "digits/trainer.yaml"),
@@ -31,16 +34,17 @@ OVERLAYS = {
 }
 
 
+STUDIES = ("study/digits.yaml", "study/cifar10.yaml")
+SWEEPS = ("sweeps/backbones.yaml", "sweeps/encoder.yaml", "sweeps/guidance.yaml")
+
+
 def command(name: str) -> str:
     return "predict" if "extract" in name or name.endswith(("adversarial.yaml", "shards.yaml")) else "fit"
 
 
-STUDIES = ("study/digits.yaml", "study/cifar10.yaml")
-
-
 def names() -> list[str]:
-    found = (path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml"))
-    return sorted(name for name in found if name not in STUDIES)
+    found = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")}
+    return sorted(found - {*SWEEPS, *STUDIES})
 
 
 @pytest.mark.parametrize("name", names())
@@ -163,3 +167,57 @@ def test_every_shard_set_that_is_read_is_written(name: str) -> None:
     assert set(text["data"]["init_args"]["test"].values()) == {path for path in written if "/train" not in path}
     data = settings(f"extract/{name}-train-authors.yaml")["data"]["init_args"]
     assert (data["views"], data["vertical_flip"]) == (3, True)
+
+
+# Sweeps
+
+
+def choices(parameter: dict[str, Any]) -> list[Any]:
+    """The values that a sweep tries, or the ends of their range."""
+    if "values" in parameter:
+        return list(parameter["values"])
+    assert parameter["distribution"] in ("uniform", "log_uniform_values")
+    return [parameter["min"], parameter["max"]]
+
+
+@pytest.mark.parametrize("overlay", [None, "digits.yaml"])
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps_try_options_that_there_are(name: str, overlay: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each value arrives as the client's agent writes it, and is what the run then has."""
+    monkeypatch.chdir(ROOT)
+    sweep = yaml.safe_load((EXPERIMENTS / name).read_text())
+    values = {option: choices(parameter) for option, parameter in sweep["parameters"].items()}
+    for number in range(max(map(len, values.values()))):
+        tried = {option: some[number % len(some)] for option, some in values.items()}
+        args = create_sweep_command_args({"args": {option: {"value": value} for option, value in tried.items()}})
+        words = [part for item in sweep["command"] for part in (args["args"] if item == "${args}" else [item])]
+        assert words[:2] == ["${env}", "featinv-pl"]
+        line = overlaid(words[2:], overlay and f"experiments/sweeps/{overlay}")
+        parsed = yaml.safe_load(effective_config(line))[line[0]]
+        for option, value in tried.items():
+            found = parsed
+            for key in option.split("."):
+                found = found.get(key, found.get("init_args", {}).get(key)) if option != "config" else value
+            assert found == value, option
+        [checkpoint] = [
+            item for item in parsed["trainer"]["callbacks"] if item["class_path"].endswith("ModelCheckpoint")
+        ]
+        assert (checkpoint["init_args"]["dirpath"], checkpoint["init_args"]["save_on_exception"]) == (None, True)
+        assert parsed["trainer"]["default_root_dir"] == "runs/featinv-pl"
+        assert sweep["metric"]["name"].startswith("val/")
+        assert parsed["data"]["init_args"]["val"]
+        if "early_terminate" in sweep:
+            validations = parsed["trainer"]["max_steps"] // parsed["trainer"]["val_check_interval"]
+            assert validations >= 3 * sweep["early_terminate"]["min_iter"]
+        if overlay:
+            assert parsed["model"]["init_args"]["backbone"] == "runs/demo/classifier/model"
+            assert parsed["model"]["init_args"]["lr_scheduler"] is None
+
+
+def test_a_grid_has_every_backbone_with_both_conditionings() -> None:
+    sweep = yaml.safe_load((EXPERIMENTS / "sweeps/backbones.yaml").read_text())
+    assert set(sweep["parameters"]["config"]["values"]) == {
+        f"experiments/imagenet/train/{name}-{conditioning}.yaml"
+        for name in BACKBONES
+        for conditioning in ("spatial", "pooled")
+    }

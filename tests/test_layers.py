@@ -11,7 +11,7 @@ LAYERS = (
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"compatibility"},
     {"inversion", "extraction", "pretraining", "callbacks"},
-    {"pipeline"},
+    {"pipeline", "tracking"},
     {"publishing", "viz"},
     {"cli"},
     {"stages"},

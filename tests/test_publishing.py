@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior
         extract = ["--config", f"{DIGITS}/extract.yaml", "--config", DEBUG, "--data.sources", "[train,val,clean]"]
         main(["predict", *extract, *frozen, "--model.autoencoder", str(prior_folder / "vae")])
         config = ["--config", f"{DIGITS}/spatial.yaml", "--config", DEBUG, "--config", "callbacks.yaml", *frozen]
-        config += ["--model.prior", str(prior_folder), "--model.hidden_channels=8"]
+        config += ["--model.prior", str(prior_folder), "--model.hidden_channels=8", "--model.num_layers=2"]
         config += ["--data.test", "{clean: runs/demo/shards/clean}"]
         main(["fit", *config])
         main(["test", *config, "--ckpt_path", "runs/demo/spatial/inversion.ckpt"])
@@ -128,7 +128,8 @@ def test_sampler_can_be_changed(exported: Path) -> None:
 def test_training_can_go_on_from_a_published_control(run: Path, exported: Path) -> None:
     settings = yaml.safe_load((run / "fit.yaml").read_text())["model"]["init_args"]
     model = FeatInvPipeline.from_pretrained(exported).inversion
-    options = {name: settings[name] for name in ("backbone", "prior", "image_size", "hidden_channels")}
+    names = ("backbone", "prior", "image_size", "hidden_channels", "num_layers")
+    options = {name: settings[name] for name in names}
     again = type(model)(**options, control=exported)
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])

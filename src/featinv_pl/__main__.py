@@ -1,5 +1,6 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
+import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from importlib.metadata import version
@@ -26,7 +27,9 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   demo         all of the above on handwritten digits
 
 `featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.
+FEATINV_CONFIG=FILE in the environment lays a file over the configuration of the first four.
 """
+OVERLAY = "FEATINV_CONFIG"
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -54,7 +57,7 @@ def run(args: list[str]) -> None:
     if command in TRAINER_COMMANDS or command in ("-c", "--config"):
         from featinv_pl.cli import train
 
-        train(args)
+        train(overlaid(args, os.environ.get(OVERLAY)))
     elif command in OWN_COMMANDS:
         OWN_COMMANDS[command](args[1:])
     elif command == "--version":
@@ -63,6 +66,18 @@ def run(args: list[str]) -> None:
         print(USAGE, end="")
     else:
         raise UserError(f"there is no command '{command}'. `featinv-pl --help` lists them.")
+
+
+def overlaid(args: list[str], overlay: str | None) -> list[str]:
+    """A command line with one more `--config` after its last one: over all files, beneath all options.
+
+    An agent of W&B starts commands that somebody else has written; its environment is what its user can choose.
+    """
+    if not overlay:
+        return args
+    places = [number for number, arg in enumerate(args) if arg.split("=")[0] in ("-c", "--config")]
+    end = places[-1] + (1 if "=" in args[places[-1]] else 2) if places else 1
+    return [*args[:end], "--config", overlay, *args[end:]]
 
 
 def _verify(args: list[str]) -> None:

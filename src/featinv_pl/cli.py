@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import wandb
 import yaml
 from jsonargparse import capture_parser, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
@@ -29,8 +28,10 @@ import featinv_pl.pretraining  # noqa: F401
 from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
+from featinv_pl.callbacks.speed import Speed
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 
 KEYWORDS = ("last", "best", "hpc")
 EXPECTED_WARNINGS = (
@@ -38,6 +39,7 @@ EXPECTED_WARNINGS = (
     r".*does not have many workers",  # small data sets are read faster by the main process
     r"The number of training batches",  # epochs of small data sets are shorter than the logging interval
     r"Total length of `\w+` across ranks is zero",  # an extraction that lacked nothing but its manifest
+    r"You're resuming from a checkpoint that ended before the epoch",  # which our data modules do exactly
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
 )
@@ -46,12 +48,17 @@ EXPECTED_WARNINGS = (
 class FeatinvCLI(LightningCLI):
     """Lightning's commands, with one progress line and checkpoints that are there."""
 
+    run_id: str | None = None
+    """The run at W&B that a checkpoint goes on with."""
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
         self.config = parser.parse_args(cast(list[str], args))
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path is not None and path not in KEYWORDS:
-            read_checkpoint(Path(path), "--ckpt_path", map_location="meta")
+            checkpoint = read_checkpoint(Path(path), "--ckpt_path", map_location="meta")
+            if self.config.subcommand == "fit":
+                self.run_id = checkpoint.get(RUN_ID)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the process rather than to a class."""
@@ -78,8 +85,25 @@ class FeatinvCLI(LightningCLI):
             self.config.predict.return_predictions = False
         if (num_threads := self.config[self.subcommand].num_threads) is not None:
             torch.set_num_threads(num_threads)
+        self.trainer_defaults["callbacks"] = [Speed(), KeepRunId()]
         if self.config[self.subcommand].trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"] = [Progress()]
+            self.trainer_defaults["callbacks"].append(Progress())
+        self._track()
+
+    def _track(self) -> None:
+        """Prepare what W&B needs to know before the run begins."""
+        settings = self.config[self.subcommand]
+        trainer, model = settings.trainer, settings.model
+        if (run := sweep_run()) is not None:  # runs of a sweep must not overwrite each other
+            trainer.default_root_dir = str(Path(trainer.default_root_dir or "runs") / run)
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            if getattr(logger, "class_path", "").endswith(".WandbLogger"):
+                folder, shelf = Path(trainer.default_root_dir or "."), Path(logger.init_args.save_dir)
+                group = folder.relative_to(shelf) if folder.is_relative_to(shelf) else folder.absolute().name
+                tags = [model.class_path.rpartition(".")[2], model.init_args.get("conditioning")]
+                offline = logger.init_args.offline
+                describe(str(self.subcommand), str(group), [tag for tag in tags if tag], offline, self.run_id)
 
     def _plan(self) -> None:
         """Let an extraction or a test do nothing but estimate itself."""
@@ -148,7 +172,7 @@ def train(args: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
-    try:
+    with session():
         FeatinvCLI(
             args=args,
             subclass_mode_model=True,
@@ -158,8 +182,6 @@ def train(args: list[str]) -> None:
             save_config_callback=SaveConfig,
             parser_kwargs={"parser_mode": "yaml with base"},
         )
-    finally:
-        wandb.finish()  # so that the next command of this process gets a run of its own
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

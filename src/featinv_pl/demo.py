@@ -72,7 +72,8 @@ def demo(fresh: bool = False, config: Path | None = None) -> None:
     """
     if not EXPERIMENTS.is_dir():
         raise UserError(f"demo: there is no folder '{EXPERIMENTS}' here. Run it from the project's folder.")
-    os.environ.setdefault("WANDB_SILENT", "true")
+    for name, value in (("WANDB_SILENT", "true"), ("WANDB_MODE", "offline")):  # nobody asked to publish a demo
+        os.environ.setdefault(name, value)
     overlay = [] if config is None else ["--config", str(config)]
     stages: dict[str, Stage] = {}
     for step in PIPELINE:  # a mistake in a configuration shows before anything is removed or run

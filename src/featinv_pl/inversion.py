@@ -62,6 +62,7 @@ class FeatureInversion(LightningModule):
             and the backbone's map of the decoded estimate, at timesteps of little noise.
         consistency_below: Up to where there is little noise, as a fraction of the schedule.
         hidden_channels: Width of the feature encoder.
+        num_layers: Its number of convolutions.
         sampler: How reconstructions are drawn.
         optimizer: Factory of the optimizer of the control.
         lr_scheduler: Factory of a learning rate schedule, advanced every step.
@@ -92,6 +93,7 @@ class FeatureInversion(LightningModule):
         consistency: float = 0.0,
         consistency_below: float = 0.3,
         hidden_channels: int = 512,
+        num_layers: int = 3,
         sampler: Sampler = Sampler(),  # noqa: B008 (frozen: it cannot be changed by a caller)
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -120,8 +122,8 @@ class FeatureInversion(LightningModule):
         self.backbone = Backbone(backbone, weights, layer, input_size)
         self.prior = Prior(prior)
         self.image_size = image_size
-        channels = self.backbone.feature_shape[0]
-        self.control = FeatureControl(self.prior.unet, channels, hidden_channels, null_map == "learned")
+        channels, learned_null = self.backbone.feature_shape[0], null_map == "learned"
+        self.control = FeatureControl(self.prior.unet, channels, hidden_channels, num_layers, learned_null)
         if control is not None:
             check_control(control, self.prior, "--model.control")
             self.control.load_pretrained(control, "--model.control", adapt=train == "encoder")

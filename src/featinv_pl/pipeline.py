@@ -59,8 +59,10 @@ class FeatInvPipeline:
                 input_size=index["input_size"],
                 control=folder,
                 conditioning=index["conditioning"],
-                null_map=index["null_map"],
                 hidden_channels=index["hidden_channels"],
+                # Folders of before had no other.
+                null_map=index.get("null_map", "zeros"),
+                num_layers=index.get("num_layers", 3),
                 sampler=Sampler.from_fields(index["sampler"]),
             )
             theirs = index["digests"]
@@ -105,6 +107,7 @@ class FeatInvPipeline:
             "conditioning": self.inversion.conditioning,
             "null_map": self.inversion.null_map,
             "hidden_channels": self.inversion.control.encoder.hidden_channels,
+            "num_layers": self.inversion.control.encoder.num_layers,
             "sampler": asdict(self.inversion.sampler),
             "digests": self.inversion.frozen,
         }

@@ -144,8 +144,9 @@ def test_control_starts_as_a_copy_of_the_unet(prior: Prior, control: FeatureCont
     assert not list(control.controlnet.controlnet_cond_embedding.parameters())  # maps come encoded
 
 
-def test_encoder_upsamples_then_convolves() -> None:
-    encoder = FeatureEncoder(CHANNELS, 5, hidden_channels=7)
+@pytest.mark.parametrize("num_layers", [2, 3, 5])
+def test_encoder_upsamples_then_convolves(num_layers: int) -> None:
+    encoder = FeatureEncoder(CHANNELS, 5, hidden_channels=7, num_layers=num_layers)
     features = torch.randn(2, CHANNELS, 2, 3)
     assert not encoder(features, (4, 8)).any()
     for parameter in encoder.parameters():
@@ -155,7 +156,13 @@ def test_encoder_upsamples_then_convolves() -> None:
     for number, (weight, bias) in enumerate(zip(weights[::2], weights[1::2], strict=True)):
         hidden = functional.conv2d(functional.silu(hidden) if number else hidden, weight, bias, padding=1)
     assert hidden.shape == (2, 5, 4, 8)
+    assert len(weights) == 2 * num_layers
     torch.testing.assert_close(encoder(features, (4, 8)), hidden)
+
+
+def test_encoder_of_one_layer_is_refused() -> None:
+    with pytest.raises(UserError, match="must be at least 2, and is 1"):
+        FeatureEncoder(CHANNELS, 5, num_layers=1)
 
 
 # Prior

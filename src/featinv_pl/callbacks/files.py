@@ -9,6 +9,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from featinv_pl.callbacks.provenance import provenance
 from featinv_pl.errors import UserError
 
 SAVED = ("config.json", "prompts.safetensors")
@@ -16,6 +17,9 @@ SAVED = ("config.json", "prompts.safetensors")
 
 class SaveConfig(SaveConfigCallback):
     """Writes `<default_root_dir>/<stage>.yaml`, and hands the configuration to the loggers once.
+
+    Beside it these get what it does not say: version and git state of the code, and digests of the shards.
+    Paths below the user's home are written `~/...` there, for what is logged may be seen by others.
 
     Lightning's own would write into the loggers' folder, which runs share, and before anything has
     been checked: a run that is refused must not overwrite the configuration of one that was not.
@@ -49,8 +53,9 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             text = self.parser.dump(self.config, skip_none=False)
             write_bytes(Path(trainer.default_root_dir) / f"{stage}.yaml", text.encode())
+            shown = _without_home({**yaml.safe_load(text), **provenance(trainer)})
             for logger in trainer.loggers:
-                logger.log_hyperparams(yaml.safe_load(text))
+                logger.log_hyperparams(shown)
 
 
 class SavePretrained(Callback):
@@ -83,6 +88,17 @@ class SavePretrained(Callback):
         cast(Any, pl_module).save_pretrained(partial)
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(partial, self.folder)
+
+
+def _without_home(settings: Any) -> Any:
+    """Settings in which the user's home folder is called `~`."""
+    if isinstance(settings, dict):
+        return {_without_home(key): _without_home(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_without_home(value) for value in settings]
+    if isinstance(settings, str) and Path(settings).is_relative_to(Path.home()):
+        return str(Path("~", Path(settings).relative_to(Path.home())))
+    return settings
 
 
 def write_bytes(path: Path, data: bytes) -> None:

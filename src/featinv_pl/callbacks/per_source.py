@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
@@ -15,6 +16,7 @@ from torchmetrics import Metric
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.references import Floor, Neighbours
 from featinv_pl.callbacks.results import ARMS, METRICS, Name, Results, aligned, samples_file, samples_path
@@ -30,6 +32,11 @@ from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, perceptual
 from featinv_pl.types import Batch, Inversion, Views
 
 REPLICATES = 1000
+CAPTIONS = {
+    "scores": "with 95 % intervals",
+    "severity": "scores against the severity of corruptions, with 95 % intervals",
+    "histograms": "how the cosine is distributed over the samples of each source",
+}
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ class PerSource(EvaluationCallback):
         self.num_classes = cast(Any, pl_module).backbone.num_classes
         self.biased: dict[str, list[str]] = {}
         self.root = Path(trainer.default_root_dir)
-        self.loggers = trainer.loggers
+        self.loggers, self.stage, self.step = trainer.loggers, stage, last_step(trainer)
         self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
         self.samples = datamodule.test if stage == "test" else {"val": datamodule.val}
         # In the middle of training an interval is not worth its time, and nothing is written.
@@ -191,7 +198,7 @@ class PerSource(EvaluationCallback):
             # Not through Lightning, which would print all of them, and with forked processes waits for ever to
             # hand so many back.
             for logger in trainer.loggers:
-                logger.log_metrics(self.results.scores, trainer.global_step)
+                logger.log_metrics(self.results.scores, self.step)
 
     def end(self) -> None:
         """Write the files, and show what matters most."""
@@ -205,21 +212,19 @@ class PerSource(EvaluationCallback):
             print(f"{len(self.results.scores)} scores in {self.root / METRICS}")
 
     def _picture(self) -> None:
-        """Write the plots, and hand them to the loggers that take pictures, beside the table."""
+        """Write the plots, and hand them to the loggers, beside the table."""
         runs, whole = {"inversion": self.results.document}, [name for name in self.results.counts if "/" not in name]
         plots = {"severity": severity_curves(runs, self.clean)}
         if whole:
             plots["histograms"] = cosine_histograms({"inversion": self.root}, whole, self.results.counts)
-        head, *rows = self.results.table()
         for name, png in plots.items():
             if png is not None:
                 write_bytes(self.root / "plots" / f"{name}.png", png)
+                pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
                 for logger in self.loggers:
-                    if hasattr(logger, "log_image"):
-                        logger.log_image(f"plots/{name}", [Image.open(io.BytesIO(png))])
+                    log_picture(logger, f"plots/{name}", pixels, CAPTIONS[name], self.step)
         for logger in self.loggers:
-            if hasattr(logger, "log_table"):
-                logger.log_table("scores", columns=head, data=rows)
+            log_table(logger, f"scores/{self.stage}", self.results.table(), CAPTIONS["scores"], self.step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave out sources with fewer samples than there are processes, which would wait for each other."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn.functional import cosine_similarity
 
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.media import Pixels, last_step, log_picture
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch, Inversion, to_uint8
 
@@ -42,7 +44,7 @@ class ReconstructionGrid(EvaluationCallback):
     `autoencoder.png`, `reconstruction.png`) with the first images, which are the same for every
     inverter, and `tiles.json` with labels, predicted classes and cosines. `extremes/` gets the same of
     the best, the median and the worst images by cosine among the first 128. Sources are stored in
-    random order, so the first are a fair sample. Loggers that take images get the strips as one picture.
+    random order, so the first are a fair sample. Loggers that take pictures get the strips as one.
 
     Args:
         num_images: Tiles per source.
@@ -55,11 +57,13 @@ class ReconstructionGrid(EvaluationCallback):
         self.folder = Path(PICTURES)
         self.tiles: list[Tile] = []
         self.source: str | None = None
-        self.loggers: list[Any] = []
+        self.loggers: list[Logger] = []
+        self.step = 0
 
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the images of the last evaluation."""
-        self.folder, self.loggers = Path(trainer.default_root_dir) / PICTURES, trainer.loggers
+        self.folder = Path(trainer.default_root_dir) / PICTURES
+        self.loggers, self.step = trainer.loggers, last_step(trainer)
         self.tiles, self.source = [], None
 
     def see(self, batch: Batch, outputs: Inversion) -> None:
@@ -99,11 +103,10 @@ class ReconstructionGrid(EvaluationCallback):
                 write_bytes(folder / f"{row}.png", _png(strip))
             facts = {fact: [tile.facts[fact] for tile in tiles] for fact in FACTS}
             write_bytes(folder / FACTS_FILE, json.dumps(facts).encode())
+            picture = np.concatenate(list(strips.values()))
+            caption = f"{self.source}, {name}, from top to bottom: {', '.join(STRIPS)}"
             for logger in self.loggers:
-                if hasattr(logger, "log_image"):
-                    picture = np.concatenate(list(strips.values()))
-                    caption = f"{self.source}, {name}: {', '.join(STRIPS)}"
-                    logger.log_image(f"reconstructions/{self.source}/{name}", [picture], caption=[caption])
+                log_picture(logger, f"reconstructions/{self.source}/{name}", picture, caption, self.step)
         self.tiles, self.source = [], None
 
     def _extremes(self) -> list[Tile]:
@@ -116,13 +119,13 @@ class ReconstructionGrid(EvaluationCallback):
         return ranked[:third] + ranked[middle : middle + third] + ranked[-third:]
 
 
-def _strip(tiles: list[Tensor]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _strip(tiles: list[Tensor]) -> Pixels:
     """Tiles (3, H, W) side by side, as (H, n * W, 3) bytes."""
-    pixels: np.ndarray[Any, np.dtype[np.uint8]] = torch.cat(tiles, dim=2).permute(1, 2, 0).numpy()
+    pixels: Pixels = torch.cat(tiles, dim=2).permute(1, 2, 0).numpy()
     return pixels
 
 
-def _png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+def _png(pixels: Pixels) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

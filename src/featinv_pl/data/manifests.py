@@ -12,7 +12,7 @@ import os
 import re
 from json import JSONDecodeError
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
@@ -131,7 +131,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def _sealed(manifest: Any) -> dict[str, Any]:
     """A manifest with the SHA-256 of all else in it: nothing but itself says that it is as it was written."""
     contents = {name: value for name, value in manifest.items() if name != SEAL}
-    return {**contents, SEAL: hashlib.sha256(to_json(contents)).hexdigest()}
+    return {**contents, SEAL: seal(cast(Manifest, contents))}
+
+
+def seal(manifest: Manifest) -> str:
+    """The SHA-256 that stands in the file of a manifest: it tells a shard set from all others."""
+    return hashlib.sha256(to_json(manifest)).hexdigest()
 
 
 def read_manifest(folder: Path, option: str) -> Manifest:

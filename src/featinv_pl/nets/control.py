@@ -1,5 +1,6 @@
 """The trained half: a feature map steers the prior through an encoder and a ControlNet."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import fill, read_weights
 
 Residuals = tuple[list[Tensor], Tensor]
@@ -20,13 +22,14 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Brings a feature map to the width and grid of the prior's first layer.
 
-    Bilinear upsampling to the latent grid, then three 3x3 convolutions with SiLU between them. The
-    last one starts at zero, as in the authors' code, so that training starts from the bare prior.
+    Bilinear upsampling to the latent grid, then 3x3 convolutions with SiLU between them, three in the
+    authors' code. The last one starts at zero, as there, so that training starts from the bare prior.
 
     Args:
         in_channels: Channels of the feature map.
         out_channels: Width of the UNet's first block.
         hidden_channels: Width between.
+        num_layers: Number of convolutions.
         learned_null: Whether the map that stands for none is learned, instead of zeros.
     """
 
@@ -35,22 +38,28 @@ class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
-        self, in_channels: int, out_channels: int, hidden_channels: int = 512, learned_null: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int = 512,
+        num_layers: int = 3,
+        learned_null: bool = False,
     ) -> None:
         super().__init__()
-        self.hidden_channels = hidden_channels
+        if num_layers < 2:
+            raise UserError(f"--model.num_layers must be at least 2, and is {num_layers}.")
+        self.hidden_channels, self.num_layers = hidden_channels, num_layers
         null = torch.zeros(in_channels, 1, 1)
         if learned_null:
             self.null = nn.Parameter(null)
         else:
             self.register_buffer("null", null, persistent=False)
-        self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, hidden_channels, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1),
-            nn.SiLU(),
-            _zero(nn.Conv2d(hidden_channels, out_channels, 3, padding=1)),
-        )
+        widths = [in_channels, *[hidden_channels] * (num_layers - 1), out_channels]
+        layers: list[nn.Module] = []
+        for width, following in pairwise(widths):
+            layers += [nn.Conv2d(width, following, 3, padding=1), nn.SiLU()]
+        _zero(layers[-2])
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Encode feature maps.
@@ -74,16 +83,21 @@ class FeatureControl(nn.Module):
         unet: The prior's UNet, whose encoder the ControlNet starts as a copy of.
         in_channels: Channels of the feature map.
         hidden_channels: Width of the feature encoder.
+        num_layers: Its number of convolutions.
         learned_null: See `FeatureEncoder`.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, in_channels: int, hidden_channels: int = 512, learned_null: bool = False
+        self,
+        unet: UNet2DConditionModel,
+        in_channels: int,
+        hidden_channels: int = 512,
+        num_layers: int = 3,
+        learned_null: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder: FeatureEncoder = FeatureEncoder(
-            in_channels, unet.config.block_out_channels[0], hidden_channels, learned_null
-        )
+        width = unet.config.block_out_channels[0]
+        self.encoder: FeatureEncoder = FeatureEncoder(in_channels, width, hidden_channels, num_layers, learned_null)
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
@@ -130,7 +144,6 @@ class FeatureControl(nn.Module):
             fill(network, weights, name, option)
 
 
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+def _zero(layer: nn.Module) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    return layer

@@ -1,0 +1,76 @@
+"""Draws what W&B is sent by a run on digits that is interrupted and goes on, and by a small sweep.
+
+The server is that of the tests, so that no account is needed: what is drawn is what arrived there.
+"""
+
+import io
+import os
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from featinv_pl.__main__ import main
+from wandb_server import Run, WandbServer, serve
+
+FOLDER = Path("runs/wandb-picture")
+DIGITS = ["--config", "experiments/digits/spatial.yaml", "--config", "experiments/sweeps/digits.yaml"]
+CURVES = ("train/loss", "val/cosine", "train/samples_per_second")
+SCALES, SCHEDULERS = (1.0, 2.0, 4.0), ("ddim", "dpm")
+
+
+def train() -> None:
+    """A run in two parts."""
+    options = [f"--trainer.default_root_dir={FOLDER}", f"--trainer.callbacks.dirpath={FOLDER}"]
+    main(["fit", *DIGITS, *options, "--trainer.max_steps=300"])
+    main(["fit", *DIGITS, *options, "--trainer.max_steps=600", "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
+
+
+def sweep(server: WandbServer) -> dict[tuple[str, float], Run]:
+    """Some runs of the sweep over guidance, by scheduler and scale."""
+    found = {}
+    for scheduler, scale in product(SCHEDULERS, SCALES):
+        before = set(server.runs)
+        options = [f"--model.sampler.scheduler={scheduler}", f"--model.sampler.guidance_scale={scale}"]
+        options += [f"--trainer.default_root_dir={FOLDER}/{scheduler}-{scale}", "--model.sampler.guidance=features"]
+        main(["validate", *DIGITS, *options, "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
+        [name] = set(server.runs) - before
+        found[scheduler, scale] = server.runs[name]
+    return found
+
+
+def draw(run: Run, tried: dict[tuple[str, float], Run]) -> Figure:
+    """Curves of the run, its last pictures, and the scores of the sweep."""
+    figure = Figure(figsize=(12, 6.2), layout="constrained")
+    top, bottom = cast(Any, figure.subfigures(2, 1, height_ratios=[1, 1.1]))
+    for axes, metric in zip(top.subplots(1, 3), CURVES, strict=True):
+        rows = [row for row in run.history if metric in row]
+        axes.plot([row["trainer/global_step"] for row in rows], [row[metric] for row in rows], marker=".")
+        axes.axvline(300, color="grey", linestyle=":")
+        axes.set(title=metric, xlabel="trainer/global_step")
+    left, right = bottom.subplots(1, 2, width_ratios=[2, 1])
+    picture = run.values("reconstructions/val/first")[-1]
+    left.imshow(Image.open(io.BytesIO(run.files[picture["filenames"][0]])), interpolation="nearest")
+    left.set(title="reconstructions/val/first", xlabel=picture["captions"][0], xticks=[], yticks=[])
+    for scheduler in SCHEDULERS:
+        scores = [tried[scheduler, scale].summary["val/cosine"] for scale in SCALES]
+        right.plot(SCALES, scores, marker="o", label=scheduler)
+    right.set(title="six runs: val/cosine", xlabel="model.sampler.guidance_scale")
+    right.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    with serve() as running:
+        os.environ.update({**running.environment(), "WANDB_SILENT": "true"})
+        train()
+        [trained] = running.runs.values()
+        picture = io.BytesIO()
+        FigureCanvasAgg(draw(trained, sweep(running))).print_png(picture)
+    Image.open(picture).quantize(128).save(sys.argv[1], optimize=True)

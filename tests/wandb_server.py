@@ -1,0 +1,260 @@
+"""A server of Weights & Biases for tests: it answers the real client on loopback, and keeps what it is told.
+
+It knows the calls that runs, `wandb sync`, `wandb sweep` and `wandb agent` make, and nothing of users or of other
+projects. What a sweep tries next, and which runs it stops, the test says: how the real server decides that is its own
+matter, and what it is sent is ours.
+"""
+
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import yaml
+
+KEY = "0123456789abcdef" * 2 + "01234567"
+PROJECT = {"id": "UHJvamVjdA==", "name": "featinv-pl", "entity": {"id": "RW50aXR5", "name": "we"}}
+ID = "QQ=="
+
+
+@dataclass
+class Run:
+    """What is known of a run."""
+
+    state: str = "pending"
+    parameters: dict[str, Any] = field(default_factory=dict)
+    """Of the sweep, by option."""
+    starts: list[dict[str, Any]] = field(default_factory=list)
+    """What the client said each time that it began the run, or went on with it."""
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def values(self, metric: str) -> list[Any]:
+        """A metric over time."""
+        return [row[metric] for row in self.history if metric in row]
+
+
+@dataclass
+class Sweep:
+    """A sweep, and the names of its runs."""
+
+    config: dict[str, Any]
+    runs: list[str] = field(default_factory=list)
+
+
+class WandbServer(ThreadingHTTPServer):
+    """All that has arrived, and what agents are told.
+
+    Attributes:
+        runs: By name.
+        sweeps: By name.
+        proposals: The parameters that sweeps try, one run after the other.
+        stopped: Names of runs that agents shall stop.
+        received: Every body of a request, for tests that look for secrets.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.runs: dict[str, Run] = {}
+        self.sweeps: dict[str, Sweep] = {}
+        self.proposals: list[dict[str, Any]] = []
+        self.stopped: set[str] = set()
+        self.received: list[bytes] = []
+        self.lock = threading.Lock()
+
+    def environment(self) -> dict[str, str]:
+        """The variables by which a client finds this server."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that has ended closes its connections without a word."""
+        if not isinstance(sys.exception(), ConnectionError):
+            raise
+
+    # GraphQL: one method for each operation
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Answer a query of a client; with nothing, if it asks what this server has no answer to."""
+        found = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        assert found is not None, query
+        method = getattr(self, f"_{found[1]}", None)
+        with self.lock:
+            answer: dict[str, Any] = method(variables) if method else {}
+        return answer
+
+    def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802 (named as the operations)
+        return {"viewer": {"id": ID, "entity": "we", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+
+    def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = variables.get("name") or variables["id"]
+        run = self.runs.setdefault(name, Run())
+        run.starts.append(variables)
+        run.state = "running"
+        run.config |= {key: item["value"] for key, item in json.loads(variables.get("config") or "{}").items()}
+        sweep = next((key for key, sweep in self.sweeps.items() if name in sweep.runs), None)
+        bucket = {"id": name, "name": name, "displayName": variables.get("displayName") or name, "config": "{}"}
+        bucket |= {"sweepName": sweep, "historyLineCount": len(run.history), "project": PROJECT}
+        return {"upsertBucket": {"bucket": bucket, "inserted": len(run.starts) == 1}}
+
+    def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        run = self.runs.get(variables["name"])
+        if run is None or not run.starts:
+            return {"model": {"id": ID, "name": PROJECT["name"], "entity": PROJECT["entity"], "bucket": None}}
+        bucket = {
+            "name": variables["name"],
+            "summaryMetrics": json.dumps(run.summary),
+            "displayName": run.starts[0].get("displayName"),
+            "logLineCount": 0,
+            "historyLineCount": len(run.history),
+            "eventsLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
+            "eventsTail": "[]",
+            "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
+            "tags": run.starts[0].get("tags"),
+            "wandbConfig": '{"t": 1}',  # the client's sign that the run has begun
+        }
+        return {"model": {"id": ID, "name": PROJECT["name"], "entity": PROJECT["entity"], "bucket": bucket}}
+
+    def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        run = variables["run"]
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run}/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
+
+    def _ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"project": {"artifact": None}}
+
+    def _CreateArtifact(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        sequence = {"id": ID, "name": "table", "latestArtifact": {"id": ID, "versionIndex": 0}}
+        return {"createArtifact": {"artifact": {"id": ID, "state": "COMMITTED", "artifactSequence": sequence}}}
+
+    def _UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        config = yaml.safe_load(variables["config"])
+        name = f"sweep{len(self.sweeps)}"
+        self.sweeps[name] = Sweep(config)
+        return {"upsertSweep": {"sweep": {"name": name, "project": PROJECT}, "configValidationWarnings": []}}
+
+    def _SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = variables["sweep"]
+        sweep = {"id": name, "name": name, "method": "grid", "state": "RUNNING", "runs": {"edges": []}}
+        sweep |= {"config": yaml.safe_dump(self.sweeps[name].config), "createdAt": "2026-01-01T00:00:00"}
+        return {"project": {"sweep": sweep}}
+
+    def _CreateAgent(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"createAgent": {"agent": {"id": variables["sweep"]}}}
+
+    def _Heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        name = variables["id"]
+        running = [run for run, runs in json.loads(variables["runState"] or "{}").items() if runs]
+        commands = [{"type": "stop", "run_id": run} for run in running if run in self.stopped]
+        if not running:
+            commands = [self._next(name)]
+        return {"agentHeartbeat": {"agent": {"id": name}, "commands": json.dumps(commands)}}
+
+    def _next(self, name: str) -> dict[str, Any]:
+        sweep = self.sweeps[name]
+        for run in sweep.runs:  # the agent says that none is running
+            if self.runs[run].state in ("pending", "running"):
+                self.runs[run].state = "crashed"
+        if len(sweep.runs) == len(self.proposals):
+            return {"type": "exit"}
+        run, parameters = f"{name}run{len(sweep.runs)}", self.proposals[len(sweep.runs)]
+        sweep.runs.append(run)
+        self.runs[run] = Run(parameters=parameters)
+        args = {option: {"value": value} for option, value in parameters.items()}
+        return {"type": "run", "run_id": run, "program": sweep.config.get("program"), "args": args}
+
+    # What a run sends while it goes
+
+    def stream(self, name: str, contents: dict[str, Any]) -> None:
+        """Take in lines of the history and of the summary, and how the run ended."""
+        with self.lock:
+            run = self.runs.setdefault(name, Run())
+            for file, lines in (contents.get("files") or {}).items():
+                rows = [json.loads(line) for line in lines["content"] if file.endswith((".jsonl", ".json"))]
+                if file == "wandb-history.jsonl":
+                    run.history[lines["offset"] : lines["offset"] + len(rows)] = rows
+                elif file == "wandb-summary.json":
+                    run.summary = rows[-1]
+            if contents.get("complete"):
+                run.exit_code = contents["exitcode"]
+                run.state = "failed" if run.exit_code else "finished"
+
+    def upload(self, path: str, data: bytes) -> None:
+        """Keep a file of a run."""
+        _, _, name, file = path.split("/", 3)
+        with self.lock:
+            self.runs[name].files[file] = data
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WandbServer
+
+    def log_message(self, *args: Any) -> None:
+        """Say nothing."""
+
+    def do_HEAD(self) -> None:
+        self._reply({})
+
+    def do_GET(self) -> None:
+        self._reply({})
+
+    def do_PUT(self) -> None:
+        self.server.upload(self.path, self._body())
+        self._reply({})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path.endswith("/graphql"):
+            contents = json.loads(body)
+            self._reply({"data": self.server.answer(contents["query"], contents.get("variables") or {})})
+        elif self.path.endswith("/file_stream"):
+            self.server.stream(self.path.split("/")[-2], json.loads(body))
+            self._reply({"exitcode": None, "limits": {}})
+        else:  # the client's telemetry
+            self._reply({})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            data = b"".join(self._chunks())
+        else:
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.received.append(data)
+        return data
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+
+    def _reply(self, contents: dict[str, Any]) -> None:
+        data = json.dumps(contents).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+@contextmanager
+def serve() -> Iterator[WandbServer]:
+    """A server that runs meanwhile."""
+    with WandbServer() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
