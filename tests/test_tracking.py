@@ -297,7 +297,7 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
     overlay = {**settings, "base": "experiments/sweeps/run.yaml"}
     overlay["trainer"] |= {"default_root_dir": "runs/featinv-pl", "precision": "32-true", "max_steps": 100_000}
     overlay["trainer"] |= {"limit_val_batches": 1, "gradient_clip_val": None}
-    overlay["model"]["init_args"] |= {"input_size": None, "lr_scheduler": None}
+    overlay["model"]["init_args"] |= {"input_size": None}
     overlay["data"]["init_args"] |= {"num_workers": 0}
     shown = {"model.optimizer.lr": 0.001, "model.dropout": 0.0}
     online.proposals = [
