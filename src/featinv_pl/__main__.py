@@ -1,11 +1,12 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
 import sys
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser
 from importlib.metadata import version
 from pathlib import Path
 
 from featinv_pl.errors import UserError
+from featinv_pl.viz.commands import COMMANDS, load_pipeline, positive
 
 USAGE = """\
 usage: featinv-pl COMMAND [options]
@@ -20,6 +21,12 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   reconstruct  draw pictures from the feature maps of pictures
   export       write a trained inverter as a folder to publish
   import       write the authors' checkpoint as such a folder
+  concepts     find directions in feature space that mean something
+  steer        move a picture's feature map along a concept, and draw it
+  interpolate  draw what lies between two pictures' feature maps
+  compose      paste a region of one picture's map into another's, and draw it
+  compare      pictures beside what several inverters draw from them
+  app          a page on this machine for all that
   report       one page of pictures, tables and curves from scored inversions
   demo         all of the above on handwritten digits
 
@@ -139,28 +146,17 @@ def _reconstruct(args: list[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     parser.add_argument("--out", required=True, type=Path, help="the folder for PNGs and the contact sheet")
-    parser.add_argument("--num_samples", type=_positive, default=4, help="reconstructions of each image (%(default)s)")
+    parser.add_argument("--num_samples", type=positive, default=4, help="reconstructions of each image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
-    parser.add_argument("--steps", type=_positive, help="of the sampler, if not the model's own")
+    parser.add_argument("--steps", type=positive, help="of the sampler, if not the model's own")
     parser.add_argument("--guidance_scale", type=float, help="if not the model's own")
     options = parser.parse_args(args)
-    import torch
-
-    from featinv_pl.pipeline import FeatInvPipeline
     from featinv_pl.viz.reconstruct import reconstruct
 
-    pipeline = FeatInvPipeline.from_pretrained(options.model)
+    pipeline = load_pipeline(options.model)
     changes = {"steps": options.steps, "guidance_scale": options.guidance_scale}
     pipeline.with_sampler(**{name: value for name, value in changes.items() if value is not None})
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     reconstruct(pipeline, options.images, options.out, options.num_samples, options.seed)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ArgumentTypeError(f"must be at least 1, and is {number}")
-    return number
 
 
 OWN_COMMANDS = {
@@ -169,6 +165,7 @@ OWN_COMMANDS = {
     "import": _import,
     "verify": _verify,
     "report": _report,
+    **COMMANDS,
     "demo": _demo,
 }
 
