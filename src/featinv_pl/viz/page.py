@@ -82,13 +82,11 @@ class Report(ABC):
                 continue
             panels = part.subplots(len(section.rows), columns, squeeze=False)
             for axes in panels.flat:
-                axes.set_axis_off()
+                axes.set(xticks=[], yticks=[], frame_on=False)
             for line, row in zip(panels, section.rows, strict=True):
                 for axes, tile in zip(line, row, strict=False):
                     axes.imshow(tile.picture)
-                    axes.set_title(
-                        tile.caption, fontsize="x-small", color=RED if tile.flagged else "black", y=-0.02, va="top"
-                    )
+                    axes.set_xlabel(tile.caption, fontsize="x-small", color=RED if tile.flagged else "black")
         return figure
 
     def save(self, folder: Path) -> None:
