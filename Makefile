@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size clean
+.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size viz-digits clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ parity: install  ## differences from the authors' code, on a small model of thei
 
 full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
 	cd tests && ../$(BIN)/python -m full_size
+
+viz-digits: demo  ## whether steering and interpolation do what they claim, on digits
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/viz_digits.py
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

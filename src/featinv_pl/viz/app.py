@@ -37,10 +37,13 @@ def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port:
         UserError: The port is taken, or the concepts belong to another backbone.
     """
     page = build(pipeline, concepts)
+    print(f"Open http://{host}:{port}. Ctrl+C ends it.")
     try:
         # Fonts of the system: gradio's own theme would fetch its from the network.
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-        page.launch(server_name=host, server_port=port, share=False, ssr_mode=False, theme=theme, footer_links=[])
+        page.launch(
+            server_name=host, server_port=port, share=False, ssr_mode=False, theme=theme, footer_links=[], quiet=True
+        )
     except OSError as error:
         raise UserError(f"--port: cannot listen at {host}:{port} ({error}). Give another --port or --host.") from error
 
