@@ -255,7 +255,7 @@ def strengths(text: str) -> list[float]:
         if ":" not in text:
             return [float(value) for value in text.split(",")]
         start, end, count = text.split(":")
-        steps = range(int(count))
+        steps = range(positive(count))
         return [float(start) + (float(end) - float(start)) * step / max(len(steps) - 1, 1) for step in steps]
     except ValueError as error:
         raise ArgumentTypeError(f"is FROM:TO:COUNT or values between commas, and is '{text}'") from error

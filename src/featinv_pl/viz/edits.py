@@ -5,7 +5,7 @@ All are functions of tensors: maps (B, C, h, w), and the weight (h, w) in [0, 1]
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from featinv_pl.errors import UserError
 
@@ -39,14 +39,14 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     The spherical interpolation of Shoemake (Animating Rotation with Quaternion Curves, 1985), of the directions
     along the channels; norms are interpolated linearly. Opposite or equal directions go straight.
     """
-    norms = first.norm(dim=-3, keepdim=True), second.norm(dim=-3, keepdim=True)
-    tiny = torch.finfo(first.dtype).tiny
-    start, end = (vector / norm.clamp(min=tiny) for vector, norm in zip((first, second), norms, strict=True))
+    one, two = first.double(), second.double()  # the angle between similar vectors loses half the digits
+    norms = one.norm(dim=-3, keepdim=True), two.norm(dim=-3, keepdim=True)
+    start, end = normalize(one, dim=-3), normalize(two, dim=-3)
     angle = (start * end).sum(dim=-3, keepdim=True).clamp(-1, 1).acos()
     sine = angle.sin()
     turned = (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / sine
-    straight = sine < 1e-4
-    return torch.where(straight, lerp(first, second, share), turned * lerp(*norms, share))
+    straight = (sine < 1e-6) | (norms[0] == 0) | (norms[1] == 0)
+    return torch.where(straight, lerp(one, two, share), turned * lerp(*norms, share)).to(first.dtype)
 
 
 def box_mask(box: Box, size: tuple[int, int]) -> Tensor:

@@ -89,11 +89,15 @@ class Report(ABC):
                     axes.set_xlabel(tile.caption, fontsize="x-small", color=RED if tile.flagged else "black")
         return figure
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of a result."""
+        return png(self.figure())
+
     def save(self, folder: Path) -> None:
         """Write the page, the figure and the facts, each whole or not at all."""
         facts = json.dumps(self.facts(), indent=2, allow_nan=False) + "\n"
         page = render("page.html", title=self.title, lead=self.lead, sections=self.sections())
-        picture = png(self.figure())
+        picture = self._repr_png_()
         for suffix, data in (("json", facts.encode()), ("png", picture), ("html", page.encode())):
             write_bytes(folder / f"{self.name}.{suffix}", data)
 
