@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## the whole job on handwritten digits; FLAGS=--fresh starts over
 	$(BIN)/featinv-pl demo $(FLAGS)
 
-test: install  ## the tests, with coverage of src
+test: install  ## the tests, with coverage of src; those of pages want a Chromium (Debian: apt-get install chromium)
 	$(BIN)/pytest --numprocesses 2 --cov --cov-report term:skip-covered --cov-fail-under 90
 
 lint: install  ## style and mistakes

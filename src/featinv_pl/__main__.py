@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from featinv_pl.errors import UserError
-from featinv_pl.viz.commands import COMMANDS, load_pipeline, positive
+from featinv_pl.viz.commands import COMMANDS, folder, load_pipeline, positive
 
 USAGE = """\
 usage: featinv-pl COMMAND [options]
@@ -145,7 +145,7 @@ def _reconstruct(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl reconstruct", description="Draw pictures from the feature maps of pictures.")
     parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for PNGs and the contact sheet")
+    parser.add_argument("--out", required=True, type=folder, help="the folder for PNGs and the contact sheet")
     parser.add_argument("--num_samples", type=positive, default=4, help="reconstructions of each image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     parser.add_argument("--steps", type=positive, help="of the sampler, if not the model's own")

@@ -3,8 +3,9 @@
     make viz-digits
 
 For every ordered pair of classes a and b, the way from the mean map of a to that of b is added to test
-images of a; so is a random direction of the same norm. What is drawn should be classified as b, and should
-not, respectively. The ends of an interpolation should be drawn as well as the pictures' own maps are.
+images of a; what is drawn should be classified as b. A random direction of the same norm should not do that;
+the mean of the way over locations is tried too. The ends of an interpolation should be drawn as well as the
+pictures' own maps are.
 """
 
 from dataclasses import dataclass, replace
@@ -121,13 +122,21 @@ def main() -> None:
     pipeline = FeatInvPipeline.from_pretrained(model)
     train = read_samples([DEMO / "shards/train"], 10_000, "SHARDS")
     pictures = pictures_of(read_samples([DEMO / "shards/clean"], 10_000, "SHARDS"), pipeline)
-    concepts = difference_concepts(train, pairs_of_labels(train, list(permutations(CLASSES, 2))), pooled=False)
+    pairs = pairs_of_labels(train, list(permutations(CLASSES, 2)))
+    concepts = difference_concepts(train, pairs, pooled=False)
 
     towards = moved(pipeline, concepts, pictures, STRENGTHS)
-    random = moved(pipeline, randomised(concepts), pictures, STRENGTHS[-1:])
-    measured = dict(zip(("images that become b", "pairs whose images become b"), arrived(towards), strict=True))
-    names = ("images that become b, random direction", "pairs whose images become b, random direction")
-    measured |= dict(zip(names, arrived(random), strict=True))
+    arms = {
+        "the direction": towards,
+        "a random direction": moved(pipeline, randomised(concepts), pictures, STRENGTHS[-1:]),
+        "the pooled direction": moved(
+            pipeline, difference_concepts(train, pairs, pooled=True), pictures, STRENGTHS[-1:]
+        ),
+    }
+    measured: dict[str, float] = {}
+    for name, steerings in arms.items():
+        images, of_pairs = arrived(steerings)
+        measured |= {f"images that become b, {name}": images, f"pairs most of whose images do, {name}": of_pairs}
     ranks = [one.spearman or 0.0 for several in towards.values() for one in several]
     measured["Spearman of strength and score"] = sum(ranks) / len(ranks)
 

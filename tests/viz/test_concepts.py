@@ -75,6 +75,14 @@ def test_nmf_finds_the_parts_that_maps_are_made_of(signed: bool) -> None:
     )
 
 
+def test_components_do_not_cancel_each_other() -> None:
+    """Of a + b and a - b, neither explains what has no b: each is given less than would add up to 2 a."""
+    directions = torch.tensor([[1.0, 1], [1, -1]])[..., None, None]
+    concepts = Concepts("nmf", ["a+b", "a-b"], directions, torch.zeros_like(directions), {}, ORIGIN)
+    activations = concepts.activations(torch.tensor([2.0, 0]).view(1, 2, 1, 1))
+    torch.testing.assert_close(activations.flatten(), torch.tensor([2 / 3, 2 / 3]))
+
+
 def test_difference_goes_from_one_mean_to_the_other() -> None:
     samples, shift = two_groups()
     found = difference_concepts(samples, pairs_of_labels(samples, [(0, 1), (1, 0)]), pooled=False)

@@ -179,6 +179,7 @@ def test_command_refuses(
         (["--strengths", "-2:2"], "is FROM:TO:COUNT or values between commas, and is '-2:2'"),
         (["--strengths", "0:1:0"], "must be at least 1, and is 0"),
         (["--strengths", "much"], "is FROM:TO:COUNT or values between commas, and is 'much'"),
+        (["--out", "found/concepts.json"], "is a folder, and 'found/concepts.json' is a file"),
         (["--box", "1,2,3"], "is TOP,LEFT,HEIGHT,WIDTH in pixels, and is '1,2,3'"),
     ],
 )

@@ -22,7 +22,7 @@ def _concepts(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl concepts", description="Find directions in feature space that mean something.")
     parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="shard sets of one backbone and layer")
     parser.add_argument("--method", choices=("nmf", "difference", "cav"), default="nmf", help="(%(default)s)")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for concepts and examples")
+    parser.add_argument("--out", required=True, type=folder, help="the folder for concepts and examples")
     parser.add_argument("--num_concepts", type=positive, default=8, help="components of nmf (%(default)s)")
     parser.add_argument(
         "--between", metavar=("A", "B"), type=int, nargs=2, action="append", default=[],
@@ -134,7 +134,7 @@ def _compare(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl compare", description="Pictures beside what several inverters draw from them.")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     parser.add_argument("--models", metavar="MODEL", required=True, nargs="+", help="folders of `export`, or hub names")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for page, picture and facts")
+    parser.add_argument("--out", required=True, type=folder, help="the folder for page, picture and facts")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     options = parser.parse_args(args)
     from featinv_pl.viz.comparison import compare
@@ -179,7 +179,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 def _add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for page, picture and facts")
+    parser.add_argument("--out", required=True, type=folder, help="the folder for page, picture and facts")
 
 
 def _add_drawing(parser: ArgumentParser) -> None:
@@ -247,6 +247,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise ArgumentTypeError(f"must be at least 1, and is {number}")
     return number
+
+
+def folder(text: str) -> Path:
+    """A folder to write to, for argparse."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise ArgumentTypeError(f"is a folder, and '{text}' is a file")
+    return path
 
 
 def strengths(text: str) -> list[float]:

@@ -98,7 +98,7 @@ class Concepts:
             (B, K, h, w).
         """
         if self.method == "nmf":
-            return self._coefficients(features)
+            return _coefficients(features, self.directions)
         directions, starts = self.directions.to(features), self.starts.to(features)
         energy = directions.square().sum(1, keepdim=True).mean((2, 3), keepdim=True)
         shape = features.shape[1:]
@@ -126,17 +126,6 @@ class Concepts:
     def part(self, features: Tensor, number: int) -> Tensor:
         """What an NMF component contributes to maps (B, C, h, w), of their shape."""
         return self.activations(features)[:, number, None] * self.directions[number].to(features)
-
-    def _coefficients(self, features: Tensor) -> Tensor:
-        """Non-negative coefficients (B, K, h, w) of the components, by least squares at each location."""
-        components = self.directions.flatten(1).double()
-        locations = features.movedim(1, -1).flatten(0, 2).cpu().double()
-        # An orthonormal basis of the components leaves problems of K unknowns in at most K equations.
-        basis, reduced = torch.linalg.qr(components.T)
-        targets = (locations @ basis).numpy()
-        solved = np.stack([nnls(reduced.numpy(), target)[0] for target in targets])
-        shape = (len(features), *features.shape[2:], len(components))
-        return torch.from_numpy(solved).reshape(shape).movedim(-1, 1).to(features)
 
     # As files
 
@@ -193,15 +182,16 @@ class Concepts:
 def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts:
     """Parts of which the feature vectors at all locations are sums, by non-negative matrix factorisation.
 
-    A layer that has negative values too is factorised as its positive and its negative part side by side;
-    a component's direction is the difference of its two halves.
+    A layer that has negative values too is factorised as its positive and its negative part side by side; a
+    component's direction is the difference of its two halves.
 
     Args:
         samples: Feature maps.
         num_concepts: How many components.
         seed: Of the factorisation.
     """
-    locations = samples.features.movedim(1, -1).flatten(0, 2).float()
+    maps = samples.features.float()
+    locations = maps.movedim(1, -1).flatten(0, 2)
     channels = locations.shape[1]
     if not 1 <= num_concepts <= min(locations.shape):
         raise UserError(
@@ -209,25 +199,45 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
             f"channels. Give a number from 1 to {min(locations.shape)}."
         )
     signed = bool((locations < 0).any())
-    parts = torch.cat([locations, -locations], dim=1).clamp(min=0) if signed else locations
     factorisation = NMF(num_concepts, init="nndsvda", max_iter=500, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the explained share tells how far it came
-        coefficients = factorisation.fit_transform(parts.numpy())
-    units = np.maximum(np.quantile(coefficients, UNIT_QUANTILE, axis=0), np.finfo(np.float32).tiny)
-    components = torch.from_numpy(factorisation.components_ * units[:, None]).float()
+        factorisation.fit((_halves(locations) if signed else locations).numpy())
+    components = torch.from_numpy(factorisation.components_).float()
     if signed:
         components = components[:, :channels] - components[:, channels:]
-    directions = components[..., None, None]
-    unexplained = factorisation.reconstruction_err_**2 / parts.square().sum().item()
+    coefficients = _coefficients(maps, components[..., None, None])
+    units = np.quantile(coefficients.numpy(), UNIT_QUANTILE, axis=(0, 2, 3))
+    missing = maps - torch.einsum("bkhw,kc->bchw", coefficients, components)
+    scaled = components * torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)[:, None]
+    directions = scaled[..., None, None]
     return Concepts(
         "nmf",
         [f"part {number}" for number in range(num_concepts)],
         directions,
         torch.zeros_like(directions),
-        {"explained": round(1 - float(unexplained), 4)},
+        {"explained": round(1 - (missing.square().sum() / maps.square().sum()).item(), 4)},
         samples.origin,
     )
+
+
+def _halves(vectors: Tensor) -> Tensor:
+    """The positive and the negative part of vectors (n, C) side by side, (n, 2 C)."""
+    return torch.cat([vectors, -vectors], dim=1).clamp(min=0)
+
+
+def _coefficients(features: Tensor, directions: Tensor) -> Tensor:
+    """Non-negative coefficients (B, K, h, w) of components (K, C, 1, 1), by least squares at each location of maps.
+
+    Positive and negative parts are explained side by side, as they were factorised: components do not cancel.
+    """
+    locations = _halves(features.movedim(1, -1).flatten(0, 2).cpu().double())
+    # An orthonormal basis of the components leaves problems of K unknowns in K equations.
+    basis, reduced = torch.linalg.qr(_halves(directions.flatten(1).double()).T)
+    targets = (locations @ basis).numpy()
+    solved = np.stack([nnls(reduced.numpy(), target)[0] for target in targets])
+    shape = (len(features), *features.shape[2:], len(directions))
+    return torch.from_numpy(solved).reshape(shape).movedim(-1, 1).to(features)
 
 
 def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tensor]], pooled: bool) -> Concepts:
