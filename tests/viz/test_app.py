@@ -91,7 +91,7 @@ def test_upload_draw_steer_interpolate(address: str, chromium: str, picture: Pat
 
         panel = open_tab(page, "Reconstruct")
         panel.get_by_role("button", name="Draw").click()
-        expect(page.get_by_text("Upload a picture first.")).to_be_visible()
+        expect(page.get_by_text("Upload a picture first, and leave no field empty.")).to_be_visible()
         upload(panel, 0, picture)
         panel.get_by_role("button", name="Draw").click()
         pictures(panel, 1 + 4)

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from featinv_pl.__main__ import main
+from featinv_pl.data.manifests import read_manifest, write_manifest
 from featinv_pl.errors import UserError
 from featinv_pl.viz.concepts import (
     Concepts,
@@ -219,15 +219,20 @@ def test_command_refuses(digit_shards: Path, capsys: pytest.CaptureFixture[str])
     assert not Path("found").exists()
 
 
-def test_sets_of_two_backbones_are_refused(digit_shards: Path, make_batch: Callable[..., object]) -> None:
-    from featinv_pl.data.manifests import read_manifest, write_manifest
-
+def test_sets_of_two_backbones_are_refused(digit_shards: Path) -> None:
     other = Path(shutil.copytree(digit_shards / "clean", "other"))
     manifest = read_manifest(other, "here")
     manifest["provenance"]["layer"] = "layer3"
     write_manifest(other, manifest)
     with pytest.raises(UserError, match=r"SHARDS: .* layer forward_features.* and 'other' those of .* layer layer3"):
         read_samples([digit_shards / "train", other], 10, "SHARDS")
+
+
+def test_a_set_without_samples_is_refused(digit_shards: Path) -> None:
+    empty = Path(shutil.copytree(digit_shards / "clean", "empty"))
+    write_manifest(empty, {**read_manifest(empty, "here"), "shards": []})
+    with pytest.raises(UserError, match="SHARDS: the shard set 'empty' has no samples"):
+        read_samples([empty], 10, "SHARDS")
 
 
 # As files

@@ -77,20 +77,17 @@ def _upload(label: str) -> Any:
 
 
 def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
-    """A button, and the gallery that it fills; errors for users are shown as they are."""
+    """A button, and the gallery that it fills."""
 
     def answer(*values: Any) -> Shown:
         if any(value is None for value in values):
-            raise gr.Error("Upload a picture first.", print_exception=False)
-        try:
-            shown: Shown = compute(*values)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
+        shown: Shown = compute(*values)
         return shown
 
     button = gr.Button(label, variant="primary")
     # One at a time, whatever was asked for: they share a model.
-    button.click(answer, inputs, gr.Gallery(label="Drawn", columns=4), concurrency_id="model", concurrency_limit=1)
+    button.click(answer, inputs, gr.Gallery(label="Drawn", columns=2), concurrency_id="model", concurrency_limit=1)
 
 
 def _reconstruct(pipeline: FeatInvPipeline) -> Any:
