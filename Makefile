@@ -1,11 +1,14 @@
-# Each target sets up what it needs. PYTHON chooses the interpreter; PIP_FLAGS is handed to pip.
+# Each target sets up what it needs. PYTHON chooses the interpreter; PIP_FLAGS is handed to pip; JOBS is how many runs
+# of a study share the machine.
 PYTHON ?= python3
 PIP_FLAGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check bench bench-data torture-data parity full-size wandb-picture clean
+.PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture-data parity \
+	full-size wandb-picture viz-digits clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +25,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install  ## the whole job on handwritten digits; FLAGS=--fresh starts over
 	$(BIN)/featinv-pl demo $(FLAGS)
 
-test: install  ## the tests, with coverage of src
+test: install  ## the tests, with coverage of src; those of pages want a Chromium (Debian: apt-get install chromium)
 	$(BIN)/pytest --numprocesses 2 --cov --cov-report term:skip-covered --cov-fail-under 90
 
 lint: install  ## style and mistakes
@@ -37,6 +40,12 @@ format: install  ## rewrite the code in the project's style
 	$(BIN)/ruff format
 
 check: lint types test  ## all that CI runs
+
+study: demo  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
+	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/digits.yaml --jobs $(JOBS)
+
+study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about two hours
+	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/cifar10.yaml --jobs $(JOBS)
 
 bench: demo  ## where the time of training and sampling goes on this machine
 	$(BIN)/featinv-pl fit --config experiments/digits/spatial.yaml --config experiments/bench/profile.yaml
@@ -55,6 +64,9 @@ full-size: install  ## one step of the full-size model for each backbone of the 
 
 wandb-picture: demo  ## what Weights & Biases is sent by runs on digits, drawn as docs/wandb.png
 	PYTHONPATH=tests $(BIN)/python -m wandb_picture docs/wandb.png
+
+viz-digits: demo  ## whether steering and interpolation do what they claim, on digits
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/viz_digits.py
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

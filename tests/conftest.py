@@ -1,7 +1,9 @@
 """Tiny real networks, made once per session by the classes that users make theirs with."""
 
+import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,20 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from featinv_pl.__main__ import main
+from featinv_pl.inversion import FeatureInversion
 from featinv_pl.metrics import weights
+from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
+from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch
 
+ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 class Runs:
@@ -109,3 +118,67 @@ def make_batch() -> MakeBatch:
         }
 
     return make
+
+
+# What draws, and what it draws from
+
+
+@pytest.fixture(scope="session")
+def inverter_folder(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
+    """A model folder. Its control is random: one that is new would ignore the map."""
+    folder = tmp_path_factory.mktemp("viz") / "model"
+    sampler = Sampler(steps=2, guidance_scale=1.0)
+    inversion = FeatureInversion(
+        str(classifier_folder), str(prior_folder), image_size=32, hidden_channels=8, sampler=sampler
+    )
+    torch.manual_seed(3)
+    for weight in inversion.control.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    FeatInvPipeline(inversion).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipeline(inverter_folder: Path) -> FeatInvPipeline:
+    return FeatInvPipeline.from_pretrained(inverter_folder)
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
+    """Shard sets `train` and `clean`, of 48 digits each, as seen by the classifier of the model."""
+    home = tmp_path_factory.mktemp("shards")
+    with contextlib.chdir(home):
+        config = ["--config", str(ROOT / "experiments/digits/extract.yaml")]
+        config += ["--config", str(ROOT / "experiments/debug.yaml"), "--data.batch_size=24"]
+        frozen = ["--model.backbone", str(classifier_folder), "--model.autoencoder", str(prior_folder / "vae")]
+        main(["predict", *config, "--data.sources", "[train,clean]", "--trainer.logger=false", *frozen])
+    return home / "runs/demo/shards"
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    return copy_of("4", tmp_path)
+
+
+@pytest.fixture
+def other_picture(tmp_path: Path) -> Path:
+    return copy_of("7", tmp_path)
+
+
+def copy_of(digit: str, folder: Path) -> Path:
+    return Path(shutil.copy(ROOT / f"docs/digits/{digit}.png", folder / f"digit-{digit}.png"))
+
+
+@pytest.fixture
+def opened(picture: Path, other_picture: Path) -> tuple[Image.Image, Image.Image]:
+    first, second = (Image.open(path).convert("RGB") for path in (picture, other_picture))
+    return first, second
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a browser."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip("no Chromium on this machine: on Debian, apt-get install chromium")
+    return found

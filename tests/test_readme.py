@@ -9,10 +9,12 @@ import pytest
 
 from featinv_pl.__main__ import main
 from featinv_pl.cli import effective_config
+from featinv_pl.viz.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = (README, (ROOT / "experiments/imagenet/README.md").read_text())
+VIZ = (ROOT / "docs/viz.md").read_text()
+PAGES = (README, (ROOT / "experiments/imagenet/README.md").read_text(), VIZ)
 
 
 def shell_commands() -> list[str]:
@@ -23,7 +25,9 @@ def shell_commands() -> list[str]:
         for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
             found |= {" ".join(line.split()) for line in lines if line.startswith("featinv-pl")}
-    return sorted(command for command in found if not re.search(r"\b(FILE|FOLDER|RUN|CKPT|DIR)\b|\[", command))
+    return sorted(
+        command for command in found if not re.search(r"\b(FILE|FOLDER|RUN|CKPT|DIR|MODEL|IMAGE|SHARDS)\b|\[", command)
+    )
 
 
 @pytest.mark.parametrize("command", shell_commands())
@@ -46,7 +50,8 @@ def test_command_is_understood(
 
 
 def test_pages_show_every_command() -> None:
-    assert {command.split()[1] for command in shell_commands()} >= {"export", "import", "reconstruct", "predict", "fit"}
+    shown = {command.split()[1] for command in shell_commands()}
+    assert shown >= {"export", "import", "reconstruct", "predict", "fit", *COMMANDS}
 
 
 def test_python_of_the_readme_is_that_of_the_model_card() -> None:
@@ -73,7 +78,7 @@ def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_make_targets_exist() -> None:
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    named = set(re.findall(r"`?make ([\w-]+)", README))
+    named = set(re.findall(r"`make ([\w-]+)", VIZ)) | set(re.findall(r"`?make ([\w-]+)", README))
     assert named >= {"demo", "test", "install", "help", "parity", "full-size"}
     for target in (*named, "install", "demo", "test", "lint", "types", "format", "check", "bench", "clean"):
         assert re.search(rf"^  {target} ", listed, re.MULTILINE), target
@@ -82,3 +87,7 @@ def test_make_targets_exist() -> None:
 def test_files_exist() -> None:
     for name in re.findall(r"`((?:src|experiments)/[\w/.]+)`", README) + re.findall(r"\]\((docs/[^)]+)\)", README):
         assert (ROOT / name).exists(), name
+    pictures = re.findall(r"\]\((viz/[^)]+)\)", VIZ)
+    assert len(pictures) >= 8
+    for name in pictures:
+        assert 0 < (ROOT / "docs" / name).stat().st_size < 150_000, name

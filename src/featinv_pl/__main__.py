@@ -2,12 +2,13 @@
 
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from featinv_pl.errors import UserError, user_error
+from featinv_pl.viz.commands import COMMANDS, folder, load_pipeline, positive
 
 USAGE = """\
 usage: featinv-pl COMMAND [options]
@@ -22,6 +23,12 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
   reconstruct  draw pictures from the feature maps of pictures
   export       write a trained inverter as a folder to publish
   import       write the authors' checkpoint as such a folder
+  concepts     find directions in feature space that mean something
+  steer        move a picture's feature map along a concept, and draw it
+  interpolate  draw what lies between two pictures' feature maps
+  compose      paste a region of one picture's map into another's, and draw it
+  compare      pictures beside what several inverters draw from them
+  app          a page on this machine for all that
   report       one page of pictures, tables and curves from scored inversions
   study        compare ways of training and sampling, over several seeds
   demo         all of the above on handwritten digits
@@ -104,7 +111,7 @@ def _report(args: list[str]) -> None:
 def _study(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl study", description="Compare ways of training and sampling.")
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a YAML file, such as experiments/study/digits.yaml")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs at the same time (%(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
     options = parser.parse_args(args)
     from featinv_pl.study import study
 
@@ -153,19 +160,15 @@ def _reconstruct(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl reconstruct", description="Draw pictures from the feature maps of pictures.")
     parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
-    parser.add_argument("--out", required=True, type=Path, help="the folder for PNGs and the contact sheet")
-    parser.add_argument("--num_samples", type=_positive, default=4, help="reconstructions of each image (%(default)s)")
+    parser.add_argument("--out", required=True, type=folder, help="the folder for PNGs and the contact sheet")
+    parser.add_argument("--num_samples", type=positive, default=4, help="reconstructions of each image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     _add_sampler(parser)
     options = parser.parse_args(args)
-    import torch
-
-    from featinv_pl.pipeline import FeatInvPipeline
     from featinv_pl.viz.reconstruct import reconstruct
 
-    pipeline = FeatInvPipeline.from_pretrained(options.model)
+    pipeline = load_pipeline(options.model)
     pipeline.with_sampler(**_sampler_changes(options))
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     reconstruct(pipeline, options.images, options.out, options.num_samples, options.seed)
 
 
@@ -173,12 +176,12 @@ def _add_sampler(parser: ArgumentParser) -> None:
     """Let a command change how a model draws; what is not given stays as the model has it."""
     group = parser.add_argument_group("sampler", "How images are drawn, where it is not to be as the model has it.")
     group.add_argument("--sampler.scheduler", choices=("ddim", "dpm", "unipc"), help="the solver")
-    group.add_argument("--sampler.steps", type=_positive, metavar="N", help="denoising steps")
+    group.add_argument("--sampler.steps", type=positive, metavar="N", help="denoising steps")
     group.add_argument("--sampler.guidance", choices=("text", "features", "both"), help="what guides")
     group.add_argument("--sampler.guidance_scale", type=float, metavar="S", help="how much; 1 is not at all")
     group.add_argument("--sampler.control_scale", type=float, metavar="S", help="0 is the bare prior")
-    group.add_argument("--sampler.best_of", type=_positive, metavar="N", help="candidates, of which the best is kept")
-    group.add_argument("--sampler.refine", type=_positive, metavar="N", help="gradient steps at each denoising step")
+    group.add_argument("--sampler.best_of", type=positive, metavar="N", help="candidates, of which the best is kept")
+    group.add_argument("--sampler.refine", type=positive, metavar="N", help="gradient steps at each denoising step")
 
 
 def _sampler_changes(options: Namespace) -> dict[str, Any]:
@@ -192,13 +195,6 @@ def _sampler_changes(options: Namespace) -> dict[str, Any]:
     return {name: value for name, value in changes.items() if value is not None}
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ArgumentTypeError(f"must be at least 1, and is {number}")
-    return number
-
-
 OWN_COMMANDS = {
     "reconstruct": _reconstruct,
     "export": _export,
@@ -206,6 +202,7 @@ OWN_COMMANDS = {
     "verify": _verify,
     "report": _report,
     "study": _study,
+    **COMMANDS,
     "demo": _demo,
 }
 

@@ -1,19 +1,16 @@
 """Pictures next to what an inverter draws from their feature maps."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
-from timm.data import ImageNetInfo
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.errors import UserError
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.viz.pictures import open_picture, prediction, unique_names
 
 SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
 SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
@@ -29,16 +26,16 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
         num_samples: Reconstructions of each picture.
         seed: Of the noise.
     """
-    pictures = [_open(path) for path in paths]
+    pictures = [open_picture(path) for path in paths]
     folder.mkdir(parents=True, exist_ok=True)
     rows, facts = [], []
     scored: list[tuple[float, bool]] = []
-    stems = _unique_stems(paths)
+    stems = unique_names([path.stem for path in paths])
     for path, stem, picture in tqdm(list(zip(paths, stems, pictures, strict=True)), "reconstruct", unit="picture"):
         original = pipeline.look(pipeline.crop([picture]))
         drawn = pipeline.look(pipeline.draw(original["features"][0], num_samples, seed))
         cosines = cosine_similarity(drawn["features"], original["features"]).mean(dim=(1, 2)).tolist()
-        predictions = [_name(logits) for logits in (original["logits"][0], *drawn["logits"])]
+        predictions = [prediction(logits) for logits in (original["logits"][0], *drawn["logits"])]
         tiles = [as_picture(image) for image in (original["images"][0], *drawn["images"])]
         names = [f"{stem}-{number}.png" for number in range(num_samples)]
         for name, tile in zip(names, tiles[1:], strict=True):
@@ -46,8 +43,8 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
         captions = [stem, *(f"cosine {cosine:.3f}" for cosine in cosines)]
         rows.append([(tile, *lines) for tile, *lines in zip(tiles, captions, predictions, strict=True)])
         samples = [
-            {"file": name, "cosine": round(cosine, 4), "prediction": prediction}
-            for name, cosine, prediction in zip(names, cosines, predictions[1:], strict=True)
+            {"file": name, "cosine": round(cosine, 4), "prediction": predicted}
+            for name, cosine, predicted in zip(names, cosines, predictions[1:], strict=True)
         ]
         facts.append({"picture": str(path), "prediction": predictions[0], "samples": samples})
         scored += [(cosine, name == predictions[0]) for cosine, name in zip(cosines, predictions[1:], strict=True)]
@@ -58,29 +55,6 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
         f"{len(scored)} reconstructions of {len(paths)} pictures in {folder}: mean cosine {cosine:.3f}, "
         f"{sum(kept for _, kept in scored)} classified as their original; see {folder / SHEET}"
     )
-
-
-def _open(path: Path) -> Image.Image:
-    """Read a picture whole, so that a bad one is refused before anything is drawn."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"IMAGE: '{path}' cannot be read as a picture ({error}). Leave it out or replace it."
-        ) from error
-
-
-def _unique_stems(paths: list[Path]) -> list[str]:
-    """Names for files: the stem, with a number in front where several pictures share it."""
-    counts = Counter(path.stem for path in paths)
-    return [path.stem if counts[path.stem] == 1 else f"{number}-{path.stem}" for number, path in enumerate(paths)]
-
-
-def _name(logits: Tensor) -> str:
-    """The predicted class, in words where it is one of ImageNet's thousand."""
-    index = int(logits.argmax())
-    words = ImageNetInfo().index_to_description(index).split(",")[0] if len(logits) == 1000 else ""
-    return f"{index} {words}".strip()
 
 
 def _sheet(rows: list[list[Any]]) -> Image.Image:

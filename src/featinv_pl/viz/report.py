@@ -1,14 +1,11 @@
 """One self-contained page from scored inversions: pictures, tables, curves."""
 
-import base64
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -17,6 +14,7 @@ from featinv_pl.callbacks.plots import cosine_histograms, png, severity_curves
 from featinv_pl.callbacks.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
 from featinv_pl.callbacks.results import ARMS, METRICS, Document, Name, cell
 from featinv_pl.errors import UserError
+from featinv_pl.viz.page import data_uri, render
 
 STAGES = "stages.json"
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
@@ -58,13 +56,14 @@ def report(folder: Path) -> None:
     groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
     stages = folder / STAGES
     curves = severity_curves(documents)
-    page = _template().render(
+    page = render(
+        "report.html",
         inverters=inverters,
         head=HEADLINES,
         table=_table(inverters, groups),
         notes=[(inverter.name, note) for inverter in inverters for note in inverter.document["notes"]],
-        curves=curves and _data_uri(curves),
-        histograms=_data_uri(
+        curves=curves and data_uri(curves),
+        histograms=data_uri(
             cosine_histograms({inverter.name: inverter.folder for inverter in inverters}, groups, sources)
         ),
         pictures=[(source, _rows(inverters, source)) for source in sources],
@@ -139,7 +138,7 @@ def _extremes(inverter: Inverter, source: str) -> list[dict[str, Any]]:
     facts = inverter.tiles(source, EXTREMES)
     classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
     return [
-        {"name": row, "image": _data_uri(inverter.strip(source, EXTREMES, row).read_bytes()), "classes": shown}
+        {"name": row, "image": data_uri(inverter.strip(source, EXTREMES, row).read_bytes()), "classes": shown}
         for row, shown in classes.items()
     ]
 
@@ -156,7 +155,7 @@ def _rows(inverters: list[Inverter], source: str) -> list[dict[str, Any]]:
         facts = inverter.tiles(source, FIRST)
         image = inverter.strip(source, FIRST, "reconstruction")
         rows.append({"name": inverter.name, "image": image, "classes": facts["reconstruction_prediction"]})
-    return [{**row, "image": _data_uri(row["image"].read_bytes())} for row in rows]
+    return [{**row, "image": data_uri(row["image"].read_bytes())} for row in rows]
 
 
 def _overview(inverters: list[Inverter], chosen: dict[str, str]) -> bytes:
@@ -173,12 +172,3 @@ def _overview(inverters: list[Inverter], chosen: dict[str, str]) -> bytes:
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
             axes.set(xticks=[], yticks=[])
     return png(figure)
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _template() -> Any:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string((files("featinv_pl.viz") / "report.html").read_text())

@@ -1,0 +1,118 @@
+"""A page on this machine: reconstruct a picture, steer it along a concept, interpolate between two."""
+
+from typing import Any
+
+from PIL import Image
+
+from featinv_pl.errors import UserError
+from featinv_pl.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.viz.concepts import Concepts
+from featinv_pl.viz.drawing import draw_all
+from featinv_pl.viz.interpolation import Mode, interpolate
+from featinv_pl.viz.pictures import prediction
+from featinv_pl.viz.samples import refuse_other_backbone
+from featinv_pl.viz.steering import steer
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise UserError(
+        "app: the page needs gradio, which is not installed. Install it with: pip install 'featinv-pl[app]'."
+    ) from error
+
+Shown = list[tuple[Image.Image, str]]
+"""Pictures with captions."""
+
+
+def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port: int) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        pipeline: The inverter.
+        concepts: To steer along, if any.
+        host: The address to listen at: `127.0.0.1` is reached from this machine alone.
+        port: Of that address.
+
+    Raises:
+        UserError: The port is taken, or the concepts belong to another backbone.
+    """
+    page = build(pipeline, concepts)
+    print(f"Open http://{host}:{port}. Ctrl+C ends it.")
+    try:
+        # Fonts of the system: gradio's own theme would fetch its from the network.
+        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+        page.launch(
+            server_name=host, server_port=port, share=False, ssr_mode=False, theme=theme, footer_links=[], quiet=True
+        )
+    except OSError as error:
+        raise UserError(f"--port: cannot listen at {host}:{port} ({error}). Give another --port or --host.") from error
+
+
+def build(pipeline: FeatInvPipeline, concepts: Concepts | None) -> Any:
+    """The page, as gradio's `Blocks`; see `serve`."""
+    if concepts is not None:
+        refuse_other_backbone(concepts.origin, pipeline, "--concepts")
+    with gr.Blocks(title="featinv-pl", analytics_enabled=False) as page:
+        with gr.Tab("Reconstruct"):
+            picture = _upload("Picture")
+            samples, seed = gr.Slider(1, 16, 4, step=1, label="Samples"), gr.Number(0, precision=0, label="Seed")
+            _on_click("Draw", _reconstruct(pipeline), [picture, samples, seed])
+        if concepts is not None:
+            with gr.Tab("Steer"):
+                picture = _upload("Picture")
+                concept = gr.Dropdown(concepts.names, value=concepts.names[0], label="Concept")
+                strength = gr.Slider(-3, 3, 1, step=0.1, label="Strength")
+                _on_click("Steer", _steer(pipeline, concepts), [picture, concept, strength])
+        with gr.Tab("Interpolate"):
+            with gr.Row():
+                ends = [_upload("First picture"), _upload("Second picture")]
+            steps = gr.Slider(2, 21, 7, step=1, label="Steps")
+            mode = gr.Radio(["linear", "slerp"], value="linear", label="Mode")
+            _on_click("Interpolate", _interpolate(pipeline), [*ends, steps, mode])
+    return page
+
+
+def _upload(label: str) -> Any:
+    return gr.Image(type="pil", image_mode="RGB", sources=["upload", "clipboard"], label=label)
+
+
+def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
+    """A button, and the gallery that it fills."""
+
+    def answer(*values: Any) -> Shown:
+        if any(value is None for value in values):
+            raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
+        shown: Shown = compute(*values)
+        return shown
+
+    button = gr.Button(label, variant="primary")
+    # One at a time, whatever was asked for: they share a model.
+    button.click(answer, inputs, gr.Gallery(label="Drawn", columns=2), concurrency_id="model", concurrency_limit=1)
+
+
+def _reconstruct(pipeline: FeatInvPipeline) -> Any:
+    def reconstruct(picture: Image.Image, samples: int, seed: int) -> Shown:
+        original = pipeline.look(pipeline.crop([picture]))
+        drawn = draw_all(pipeline, original["features"], samples, seed)
+        shown = [(as_picture(original["images"][0]), f"the picture: class {prediction(original['logits'][0])}")]
+        pairs = zip(drawn["images"][0], drawn["logits"][0], strict=True)
+        return shown + [(as_picture(image), f"class {prediction(logits)}") for image, logits in pairs]
+
+    return reconstruct
+
+
+def _steer(pipeline: FeatInvPipeline, concepts: Concepts) -> Any:
+    def steered(picture: Image.Image, concept: str, strength: float) -> Shown:
+        # Strength 0 beside it: what steering changed is what differs between the two.
+        result = steer(pipeline, picture, concepts, concepts.number(concept), [0, strength])
+        return [(tile.picture, tile.caption) for tile in result.sections()[0].rows[0]]
+
+    return steered
+
+
+def _interpolate(pipeline: FeatInvPipeline) -> Any:
+    def interpolated(first: Image.Image, second: Image.Image, steps: int, mode: Mode) -> Shown:
+        result = interpolate(pipeline, first, second, steps, mode)
+        return [(tile.picture, tile.caption) for tile in result.sections()[1].rows[0]]
+
+    return interpolated

@@ -1,0 +1,69 @@
+"""Pictures and predictions, as people read them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+
+HEAT = colormaps["magma"]
+OPACITY = 0.6  # of a heat map at its hottest
+
+
+def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
+    """Read a picture whole, so that a bad one is refused before anything is drawn.
+
+    Args:
+        path: Any format that Pillow reads.
+        option: The option that named it, for errors.
+    """
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{option}: '{path}' cannot be read as a picture ({error}). Leave it out or replace it."
+        ) from error
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Names for files or columns: with a number in front where several are the same."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{number}-{name}" for number, name in enumerate(names)]
+
+
+def class_name(index: int, num_classes: int) -> str:
+    """A class's number, and its words where it is one of ImageNet's thousand."""
+    words = ImageNetInfo().index_to_description(index).split(",")[0] if num_classes == 1000 else ""
+    return f"{index} {words}".strip()
+
+
+def prediction(logits: Tensor) -> str:
+    """The class that logits (K,) make most likely."""
+    return class_name(int(logits.argmax()), len(logits))
+
+
+def top_classes(logits: Tensor, count: int = 5) -> dict[str, float]:
+    """The most likely classes of logits (K,) by name, with their probabilities, the first first."""
+    probabilities, indices = logits.float().softmax(0).topk(min(count, len(logits)))
+    names = [class_name(index, len(logits)) for index in indices.tolist()]
+    return dict(zip(names, (round(value, 4) for value in probabilities.tolist()), strict=True))
+
+
+def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """Lay a heat map over a picture: the hotter, the less of the picture shines through.
+
+    Args:
+        picture: Of any size.
+        heat: (h, w) in [0, 1].
+    """
+    grid = Image.fromarray((heat.clamp(0, 1) * 255).byte().cpu().numpy())
+    level = np.asarray(grid.resize(picture.size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    share = OPACITY * level[..., None]
+    mixed = np.asarray(picture) * (1 - share) + HEAT(level)[..., :3] * 255 * share
+    return Image.fromarray(mixed.round().astype(np.uint8))
