@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.viz.fidelity import Fidelity
 from featinv_pl.viz.pictures import open_picture, prediction, unique_names
 
 SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
@@ -18,6 +19,9 @@ SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
 
 def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_samples: int, seed: int) -> None:
     """Write reconstructions as PNGs, a contact sheet, and their cosines and predictions as JSON.
+
+    Two heat maps end each row of the sheet: where the reconstructions lose the map, and, of several samples, where the
+    map leaves pixels open.
 
     Args:
         pipeline: The inverter.
@@ -41,12 +45,14 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
         for name, tile in zip(names, tiles[1:], strict=True):
             tile.save(folder / name)
         captions = [stem, *(f"cosine {cosine:.3f}" for cosine in cosines)]
+        kept = Fidelity.measure(original["features"][0], drawn)
         rows.append([(tile, *lines) for tile, *lines in zip(tiles, captions, predictions, strict=True)])
+        rows[-1] += kept.tiles(tiles[0])
         samples = [
             {"file": name, "cosine": round(cosine, 4), "prediction": predicted}
             for name, cosine, predicted in zip(names, cosines, predictions[1:], strict=True)
         ]
-        facts.append({"picture": str(path), "prediction": predictions[0], "samples": samples})
+        facts.append({"picture": str(path), "prediction": predictions[0], "samples": samples, **kept.facts})
         scored += [(cosine, name == predictions[0]) for cosine, name in zip(cosines, predictions[1:], strict=True)]
     _sheet(rows).save(folder / SHEET)
     write_bytes(folder / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
