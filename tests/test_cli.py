@@ -289,6 +289,9 @@ def test_other_samplers_are_scored_beside(shards: Path, classifier_folder: Path,
         assert scores[f"{source}/cosine_free"] > scores[f"{source}/cosine"]
         assert f"{source}/judge_cosine_free" in scores
     assert "prediction_free" in parquet.read_table("run/samples/clean.parquet").column_names
+    folder = Path("run/pictures/clean/first")
+    assert folder.joinpath("same.png").read_bytes() == folder.joinpath("reconstruction.png").read_bytes()
+    assert folder.joinpath("free.png").read_bytes() != folder.joinpath("reconstruction.png").read_bytes()
 
 
 @pytest.mark.parametrize(

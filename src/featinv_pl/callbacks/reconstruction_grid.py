@@ -25,7 +25,6 @@ PICTURES = "pictures"
 FACTS_FILE = "tiles.json"
 FIRST, EXTREMES = "first", "extremes"
 POOL = 128
-STRIPS = ("original", "autoencoder", "reconstruction")
 FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 
 
@@ -41,10 +40,11 @@ class ReconstructionGrid(EvaluationCallback):
     """Writes and logs images of every source: original, autoencoder alone, reconstruction.
 
     `<default_root_dir>/pictures/<source>/first/` gets one strip of tiles per row (`original.png`,
-    `autoencoder.png`, `reconstruction.png`) with the first images, which are the same for every
-    inverter, and `tiles.json` with labels, predicted classes and cosines. `extremes/` gets the same of
-    the best, the median and the worst images by cosine among the first 128. Sources are stored in
-    random order, so the first are a fair sample. Loggers that take pictures get the strips as one.
+    `autoencoder.png`, `reconstruction.png`, and one for each further sampler) with the first images,
+    which are the same for every inverter, and `tiles.json` with labels, predicted classes and cosines.
+    `extremes/` gets the same of the best, the median and the worst images by cosine among the first
+    128. Sources are stored in random order, so the first are a fair sample. Loggers that take pictures
+    get the strips as one.
 
     Args:
         num_images: Tiles per source.
@@ -73,13 +73,15 @@ class ReconstructionGrid(EvaluationCallback):
             self.source = batch["source"][0]
         rows = range(min(len(batch["key"]), POOL - len(self.tiles)))
         cosines = cosine_similarity(outputs["features"], batch["features"]).mean((1, 2)).tolist()
-        images = (batch["images"], outputs["ceiling"]["images"], outputs["images"])
-        strips = [to_uint8(item[: len(rows)]).cpu() for item in images]
+        arms = {name: views["images"] for name, views in outputs.get("arms", {}).items()}
+        images = {"original": batch["images"], "autoencoder": outputs["ceiling"]["images"]}
+        images |= {"reconstruction": outputs["images"], **arms}
+        strips = {name: to_uint8(item[: len(rows)]).cpu() for name, item in images.items()}
         classes = [item.argmax(1).tolist() for item in (batch["logits"], outputs["logits"])]
         labels = batch["labels"].tolist()
         self.tiles += [
             Tile(
-                images={name: strip[row] for name, strip in zip(STRIPS, strips, strict=True)},
+                images={name: strip[row] for name, strip in strips.items()},
                 facts=dict(
                     zip(FACTS, (labels[row], classes[0][row], classes[1][row], round(cosines[row], 4)), strict=True)
                 ),
@@ -98,13 +100,13 @@ class ReconstructionGrid(EvaluationCallback):
             return
         for name, tiles in ((FIRST, self.tiles[: self.num_images]), (EXTREMES, self._extremes())):
             folder = self.folder / self.source / name
-            strips = {row: _strip([tile.images[row] for tile in tiles]) for row in STRIPS}
+            strips = {row: _strip([tile.images[row] for tile in tiles]) for row in tiles[0].images}
             for row, strip in strips.items():
                 write_bytes(folder / f"{row}.png", _png(strip))
             facts = {fact: [tile.facts[fact] for tile in tiles] for fact in FACTS}
             write_bytes(folder / FACTS_FILE, json.dumps(facts).encode())
             picture = np.concatenate(list(strips.values()))
-            caption = f"{self.source}, {name}, from top to bottom: {', '.join(STRIPS)}"
+            caption = f"{self.source}, {name}, from top to bottom: {', '.join(strips)}"
             for logger in self.loggers:
                 log_picture(logger, f"reconstructions/{self.source}/{name}", picture, caption, self.step)
         self.tiles, self.source = [], None
