@@ -1,4 +1,4 @@
-"""Commands and options in `docs/data.md` are understood."""
+"""Commands and options in `docs/` are understood."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from featinv_pl.cli import effective_config
+from featinv_pl.study import read_plan
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/data.md").read_text()
@@ -46,3 +47,35 @@ def test_options_are_understood(tmp_path: Path) -> None:
     effective_config(["predict", "--config", str(config), *reading])
     for option in (*images, *writer, *reading):
         assert option.split("=")[0] in TEXT
+
+
+BETTER = (ROOT / "docs/better.md").read_text()
+
+
+def test_options_that_pay_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    options = [found for found in re.findall(r"`(--[^`]+)`", BETTER) if not found.startswith("--sampler")]
+    options = [found for found in options if "=" in found]
+    assert len(options) >= 12
+    for found in options:
+        effective_config(["fit", "--config", "experiments/digits/spatial.yaml", *found.split()])
+
+
+def test_files_of_the_study_exist() -> None:
+    for name in re.findall(r"\]\(([\w./-]+)\)", BETTER):
+        assert (ROOT / "docs" / name).exists(), name
+    targets = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", BETTER, re.MULTILINE):
+        assert f"\n{target}:" in targets
+
+
+def test_the_table_is_that_of_the_plan() -> None:
+    """Every run and every sampler of the plan has its row, and no other."""
+    plan = read_plan(ROOT / "experiments/study/digits.yaml")
+    expected = {
+        (name, sampler)
+        for name, run in plan.runs.items()
+        for sampler in ("own", *run.set.get("model", {}).get("init_args", {}).get("arms", {}))
+    }
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d\.\d+ ± .* 3 \|$", BETTER, re.MULTILINE)
+    assert set(rows) == expected

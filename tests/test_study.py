@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from featinv_pl.__main__ import main
 from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown
@@ -46,6 +47,7 @@ def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
             "callbacks": [
                 {"class_path": "ModelCheckpoint", "init_args": {"filename": "inversion"}},
                 {"class_path": "PerSource", "init_args": {"clean": "val"}},
+                {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
             ],
         },
         "model": {
@@ -106,6 +108,10 @@ def test_study_compares_reuses_and_goes_on(plan: dict[str, Any], capsys: pytest.
         assert len(row["scores"]["agreement@1"]) == 2
     assert "| plain | best |" in Path("study/study.md").read_text()
     assert Path("study/study.png").read_bytes().startswith(b"\x89PNG")
+    sheet = Image.open("study/pictures.png")
+    assert sheet.height == 4 * 32 + 3 * 3  # originals and three rows
+    first = sheet.crop((sheet.width - 96, 0, sheet.width, 32))
+    assert first.tobytes() == Image.open("study/plain/3/pictures/val/first/original.png").tobytes()
     for seed in (3, 5):
         fit = yaml.safe_load(Path(f"study/fewer/{seed}/fit.yaml").read_text())
         assert fit["seed_everything"] == seed

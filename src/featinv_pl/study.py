@@ -18,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from featinv_pl.callbacks.files import write_bytes
+from featinv_pl.callbacks.reconstruction_grid import FIRST, PICTURES
 from featinv_pl.callbacks.results import ARMS, METRICS, aligned
 from featinv_pl.cli import merge
 from featinv_pl.errors import UserError, user_error
 from featinv_pl.publishing import export
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
-from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown
+from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown, strips
 
 CHECKPOINT, MODEL, LOG = "checkpoints/inversion.ckpt", "model", "log.txt"
 OWN = "own"
@@ -82,7 +83,10 @@ class Job:
 
 
 def study(path: Path, jobs: int) -> bool:
-    """Run a study, or what is missing of it, and write `study.md`, `study.json` and `study.png` in its folder.
+    """Run a study, or what is missing of it.
+
+    Its folder gets the table as `study.md` and `study.json`, all scores as `study.png`, and the first images of each
+    row as `pictures.png`, if the runs have a ReconstructionGrid.
 
     Args:
         path: Its YAML file; see `Plan`.
@@ -108,6 +112,8 @@ def study(path: Path, jobs: int) -> bool:
     write_bytes(plan.folder / "study.json", (json.dumps([asdict(row) for row in rows], indent=2) + "\n").encode())
     write_bytes(plan.folder / "study.md", markdown(rows).encode())
     write_bytes(plan.folder / "study.png", dots(rows))
+    if pictures := _pictures(plan, rows):
+        write_bytes(plan.folder / "pictures.png", strips(pictures))
     print("\n" + aligned(cells(rows)))
     for failure in failures:
         print(f"Failed: {failure}", file=sys.stderr)
@@ -218,3 +224,14 @@ def _rows(plan: Plan) -> list[Row]:
             }
             rows.append(Row(name, suffix.removeprefix("_") or OWN, values))
     return rows
+
+
+def _pictures(plan: Plan, rows: Sequence[Row]) -> dict[str, Path]:
+    """The strips that the first seed has left: originals, then those of each row."""
+    found: dict[str, Path] = {}
+    for row in rows:
+        folder = plan.folder / row.run / str(plan.seeds[0]) / PICTURES / plan.source / FIRST
+        found.setdefault("original", folder / "original.png")
+        name = "reconstruction" if row.sampler == OWN else row.sampler
+        found[f"{row.run}: {row.sampler}"] = folder / f"{name}.png"
+    return {label: path for label, path in found.items() if path.is_file()}

@@ -1,16 +1,20 @@
-"""The table and the picture of a study."""
+"""The table and the pictures of a study."""
 
 import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student
 
 SCORES = ("cosine_calibrated", "agreement@1", "judge_cosine_calibrated", "judge_agreement@1")
 TITLES = ("calibrated cosine", "agreement@1", "judge: calibrated cosine", "judge: agreement@1")
+
+MARGIN, GAP = 220, 3  # pixels
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,29 @@ def dots(rows: Sequence[Row]) -> bytes:
     axes.set_yticks(range(len(shown)), [f"{row.run}: {row.sampler}" for row in shown])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.4)
-    axes.set_xlabel("calibrated cosine: 0 is another image, 1 the autoencoder alone; a mark for each seed")
-    axes.legend(loc="lower left")
+    axes.set_xlabel("calibrated cosine, a mark for each seed")
+    figure.legend(loc="outside upper right", ncols=2)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def strips(pictures: Mapping[str, Path]) -> bytes:
+    """A PNG: strips of images among each other, each with its label to the left.
+
+    Args:
+        pictures: The files by label, of equal size.
+    """
+    rows = {label: Image.open(path).convert("RGB") for label, path in pictures.items()}
+    width, height = next(iter(rows.values())).size
+    sheet = Image.new("RGB", (MARGIN + width, (height + GAP) * len(rows) - GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for number, (label, strip) in enumerate(rows.items()):
+        top = number * (height + GAP)
+        sheet.paste(strip, (MARGIN, top))
+        draw.text((MARGIN - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
