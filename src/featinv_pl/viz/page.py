@@ -1,7 +1,6 @@
 """What every command leaves: one page that needs nothing else, a picture, and the facts."""
 
 import base64
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from PIL import Image
 
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.plots import png
+from featinv_pl.viz.pictures import picture_png
 
 TILE, PLOT, TEXT = 1.2, 2.8, 0.17  # inches: side of a picture, height of a plot, height of a line
 RED = "#b00020"
@@ -127,9 +127,7 @@ def data_uri(data: bytes) -> str:
 
 
 def _picture_uri(picture: Image.Image) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return data_uri(buffer.getvalue())
+    return data_uri(picture_png(picture))
 
 
 def _plot_uri(section: Section) -> str:

@@ -1,5 +1,6 @@
 """Pictures and predictions, as people read them."""
 
+import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,13 @@ def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
         raise UserError(
             f"{option}: '{path}' cannot be read as a picture ({error}). Leave it out or replace it."
         ) from error
+
+
+def picture_png(picture: Image.Image) -> bytes:
+    """A picture as PNG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """The table and the pictures of a study."""
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student
+
+from featinv_pl.callbacks.plots import png
+from featinv_pl.viz.pictures import picture_png
 
 SCORES = ("cosine_calibrated", "agreement@1", "judge_cosine_calibrated", "judge_agreement@1")
 TITLES = ("calibrated cosine", "agreement@1", "judge: calibrated cosine", "judge: agreement@1")
@@ -55,7 +57,7 @@ def markdown(rows: Sequence[Row]) -> str:
 def dots(rows: Sequence[Row]) -> bytes:
     """A PNG: the calibrated cosines of every row and seed, by the backbone and by the judge."""
     shown = [row for row in rows if row.scores[SCORES[0]]]
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.28 * len(shown)), dpi=110, layout="constrained")
     axes = figure.subplots()
     for score, title, marker in ((SCORES[0], "backbone", "o"), (SCORES[2], "judge, unseen", "x")):
         points = [(value, place) for place, row in enumerate(shown) for value in row.scores[score]]
@@ -65,9 +67,7 @@ def dots(rows: Sequence[Row]) -> bytes:
     axes.grid(axis="x", alpha=0.4)
     axes.set_xlabel("calibrated cosine, a mark for each seed")
     figure.legend(loc="outside upper right", ncols=2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return png(figure)
 
 
 def strips(pictures: Mapping[str, Path]) -> bytes:
@@ -84,9 +84,7 @@ def strips(pictures: Mapping[str, Path]) -> bytes:
         top = number * (height + GAP)
         sheet.paste(strip, (MARGIN, top))
         draw.text((MARGIN - 6, top + height // 2), label, fill="black", font=font, anchor="rm")
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return picture_png(sheet)
 
 
 def _interval(values: Sequence[float]) -> str:
