@@ -10,11 +10,14 @@ import torch
 import yaml
 from jsonargparse import capture_parser, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported so that a configuration can name these classes without their path.
 import featinv_pl.callbacks.averaging
 import featinv_pl.callbacks.drawn
+import featinv_pl.callbacks.finite
 import featinv_pl.callbacks.per_source
 import featinv_pl.callbacks.reconstruction_grid
 import featinv_pl.callbacks.shard_writer
@@ -25,15 +28,17 @@ import featinv_pl.data.folders
 import featinv_pl.extraction
 import featinv_pl.inversion
 import featinv_pl.pretraining  # noqa: F401
+from featinv_pl.callbacks.checkpoints import WholeCheckpoints, find_checkpoint
 from featinv_pl.callbacks.files import SaveConfig
+from featinv_pl.callbacks.finite import FiniteGuard
 from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
 from featinv_pl.callbacks.speed import Speed
+from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 
-KEYWORDS = ("last", "best", "hpc")
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
     r".*does not have many workers",  # small data sets are read faster by the main process
@@ -54,11 +59,17 @@ class FeatinvCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
         self.config = parser.parse_args(cast(list[str], args))
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None and path not in KEYWORDS:
-            checkpoint = read_checkpoint(Path(path), "--ckpt_path", map_location="meta")
-            if self.config.subcommand == "fit":
-                self.run_id = checkpoint.get(RUN_ID)
+        settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
+        given = settings.get("ckpt_path")
+        if given is None or given == "hpc":  # which Lightning finds where SLURM's plugin has left it
+            return
+        path = find_checkpoint(given, lambda: _checkpoint_folders(settings.trainer))
+        if path is None and not (training and given == "last"):
+            raise UserError(f"--ckpt_path {given}: there is no checkpoint yet. Run fit first, or give a file.")
+        # The first run of a command that goes on after every interruption has nothing to go on from.
+        settings.ckpt_path = None if path is None else str(path)
+        if training and path is not None:
+            self.run_id = read_checkpoint(path, "--ckpt_path", map_location="meta").get(RUN_ID)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the process rather than to a class."""
@@ -85,10 +96,22 @@ class FeatinvCLI(LightningCLI):
             self.config.predict.return_predictions = False
         if (num_threads := self.config[self.subcommand].num_threads) is not None:
             torch.set_num_threads(num_threads)
+        trainer = self.config[self.subcommand].trainer
         self.trainer_defaults["callbacks"] = [Speed(), KeepRunId()]
-        if self.config[self.subcommand].trainer.enable_progress_bar is not False:
+        if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(Progress())
+        if not any(callback.class_path.endswith(".FiniteGuard") for callback in trainer.callbacks or []):
+            self.trainer_defaults["callbacks"].append(FiniteGuard())
+        self.trainer_defaults["callbacks"].append(Stop())  # last: it saves what the others have made of the weights
         self._track()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make a trainer that cannot lose what it has saved, unless a plugin says how to save."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
+        return trainer
 
     def _track(self) -> None:
         """Prepare what W&B needs to know before the run begins."""
@@ -119,6 +142,13 @@ class FeatinvCLI(LightningCLI):
                 "--plan: only test, and predict with a ShardWriter among --trainer.callbacks, can be planned."
             )
         trainer.logger, self.save_config_callback = False, None
+
+
+def _checkpoint_folders(trainer: Any) -> set[Path]:
+    """Where a configuration keeps its checkpoints."""
+    root = trainer.default_root_dir or "."
+    savers = [one for one in trainer.callbacks or [] if one.class_path.endswith(".ModelCheckpoint")]
+    return {Path(saver.init_args.dirpath or root) for saver in savers} or {Path(root)}
 
 
 def load_yaml(text: str) -> Any:

@@ -1,0 +1,217 @@
+"""Training that loses no work: every end is saved, and the same command goes on as if nothing had been."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from featinv_pl.__main__ import main
+from test_cli import extraction, inversion, refused, write
+
+STEPS = 5  # of epochs of three
+
+
+class Interrupt(Callback):
+    """Sends this process a signal.
+
+    Args:
+        number: Of the signal.
+        step: After which.
+        validating: Whether while this step is being validated.
+    """
+
+    def __init__(self, number: int, step: int, validating: bool = False) -> None:
+        self.number, self.step, self.validating = number, step, validating
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.validating and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and self.validating:
+            os.kill(os.getpid(), self.number)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+
+class Validated(Callback):
+    """Notes the samples that each validation sees."""
+
+    keys: ClassVar[dict[int, list[str]]] = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.keys.setdefault(trainer.global_step, []).extend(batch["key"])
+
+
+class Impatient(Callback):
+    """Presses Ctrl-C twice within one batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class FullDisk(Callback):
+    """Allows no file of more than 10 kB, from step 3 on."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture(scope="session")
+def trained_on(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("reliable")
+    settings = extraction(classifier_folder, prior_folder, ["train", "val"])
+    settings["trainer"] |= {"default_root_dir": str(folder)}
+    settings["trainer"]["callbacks"][0]["init_args"]["folder"] = str(folder / "shards")
+    main(["predict", "--config", write(folder / "extract.yaml", settings)])
+    return folder / "shards"
+
+
+@pytest.fixture
+def settings(trained_on: Path, classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
+    """Five steps, of which every second is saved and validated."""
+    settings = inversion(classifier_folder, prior_folder, trained_on)
+    saver = {"dirpath": "run", "filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
+    settings["trainer"] |= {
+        "max_steps": STEPS,
+        "check_val_every_n_epoch": None,
+        "enable_progress_bar": False,
+        "callbacks": [
+            {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
+            {"class_path": "ModelCheckpoint", "init_args": saver},
+        ],
+    }
+    settings["data"]["init_args"] |= {"batch_size": 16, "test": {}}
+    return settings
+
+
+def added(name: str, **arguments: Any) -> list[str]:
+    """Options that add a callback of this module."""
+    options = [f"--trainer.callbacks+={__name__}.{name}"]
+    return options + [f"--trainer.callbacks.{key}={value}" for key, value in arguments.items()]
+
+
+def weights(path: str = "run/inversion.ckpt") -> dict[str, Tensor]:
+    """All that a checkpoint holds of weights, their average and the optimizer."""
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["global_step"] == STEPS
+    moments = checkpoint["optimizer_states"][0]["state"]
+    return {
+        **checkpoint["current_model_state"],
+        **{f"average {name}": value for name, value in checkpoint["state_dict"].items()},
+        **{f"{name} {key}": value for name, state in moments.items() for key, value in state.items()},
+    }
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stopped(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str]:
+    """The exit status of a command that does not come to its end, and its last line."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    return caught.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "validating"),
+    [(signal.SIGTERM, 1, False), (signal.SIGINT, 3, False), (signal.SIGTERM, 4, False), (signal.SIGINT, 2, True)],
+)
+def test_goes_on_after_a_signal(
+    number: signal.Signals, step: int, validating: bool, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), "--ckpt_path=last", *added("Validated")]
+    Validated.keys.clear()
+    main(args)  # which has nothing to go on from
+    whole, validated = weights(), dict(Validated.keys)
+    Path("run").rename("whole")
+
+    code, line = stopped([*args, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
+    assert code == 128 + number
+    assert line == (
+        f"featinv-pl: stopped by {number.name}; step {step} is saved. "
+        "Go on: the same command with --ckpt_path run/inversion.ckpt"
+    )
+    Validated.keys.clear()
+    main(args)
+    assert "--ckpt_path last: going on from 'run/inversion.ckpt'" in capsys.readouterr().err
+    assert_same(weights(), whole)
+    assert Validated.keys == {key: value for key, value in validated.items() if key > step}
+    assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+
+
+def test_a_second_ctrl_c_does_not_wait(settings: dict[str, Any]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--config", write(Path("fit.yaml"), settings), *added("Impatient")])
+    assert caught.value.code == 130
+    assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_who_keeps_the_best_alone_gets_the_last_when_stopped(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["trainer"]["callbacks"][1]["init_args"] = {"dirpath": "run", "filename": "best", "monitor": "val/loss"}
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    _, line = stopped([*args, *added("Interrupt", number=15, step=3)], capsys)
+    assert line.endswith("step 3 is saved. Go on: the same command with --ckpt_path run/last.ckpt")
+    assert torch.load("run/last.ckpt", weights_only=True)["global_step"] == 3
+    main(["validate", "--config", "fit.yaml", "--ckpt_path=best"])
+    assert "--ckpt_path best: going on from 'run/best.ckpt'" in capsys.readouterr().err
+
+
+def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    del settings["trainer"]["callbacks"][1]
+    settings["trainer"]["enable_checkpointing"] = False
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    code, line = stopped([*args, *added("Interrupt", number=15, step=3)], capsys)
+    assert (code, line) == (143, "featinv-pl: stopped by SIGTERM; the same command goes on with what is not done yet.")
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_extraction_goes_on_after_a_signal(
+    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["predict", "--config", write(Path("p.yaml"), extraction(classifier_folder, prior_folder, ["train"]))]
+    code, line = stopped([*args, *added("Interrupt", number=15, step=0, validating=True)], capsys)
+    assert code == 143
+    assert line.endswith("stopped by SIGTERM; the same command goes on with what is not done yet.")
+    assert not Path("shards/train/manifest.json").exists()
+    main(args)
+    assert Path("shards/train/manifest.json").exists()
+
+
+def test_full_disk_ends_training_and_keeps_the_last_checkpoint(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        code, line = stopped([*args, *added("FullDisk")], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "inversion.ckpt' could not be saved: File too large. What was there before is as it was." in line
+    assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 2
+    assert not list(Path("run").glob("*.partial"))
+    main([*args, "--ckpt_path=run"])
+    assert len(weights()) > 0
+
+
+def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["test", "--config", write(Path("fit.yaml"), settings)]
+    refused([*args, "--ckpt_path=last"], capsys, "--ckpt_path last: there is no checkpoint yet. Run fit first")
+    Path("empty").mkdir()
+    refused([*args, "--ckpt_path=empty"], capsys, "--ckpt_path empty: there is no checkpoint yet.")
