@@ -1,8 +1,12 @@
 """Training that loses no work: every end is saved, and the same command goes on as if nothing had been."""
 
+import csv
 import os
+import re
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +18,7 @@ from torch import Tensor
 from featinv_pl.__main__ import main
 from test_cli import extraction, inversion, refused, write
 
+ROOT = Path(__file__).parents[1]
 STEPS = 5  # of epochs of three
 
 
@@ -37,7 +42,8 @@ class Interrupt(Callback):
         if trainer.global_step == self.step and self.validating:
             os.kill(os.getpid(), self.number)
 
-    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        os.kill(os.getpid(), self.number)
 
 
 class Validated(Callback):
@@ -58,6 +64,36 @@ class Impatient(Callback):
         if trainer.global_step == 3:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class Spoil(Callback):
+    """Makes a number of something infinite or none, at step 3.
+
+    Args:
+        what: `loss`, `gradient` or `weight`.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        if trainer.global_step == 3 and self.what == "loss":
+            loss.data.fill_(torch.inf)
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step == 3 and self.what == "gradient":
+            next(one.grad for one in module.parameters() if one.grad is not None).view(-1)[0] = torch.nan
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 4 and self.what == "weight":
+            next(one for one in module.parameters() if one.requires_grad).data.view(-1)[0] = torch.inf
+
+
+class SpoilNext(Callback):
+    """Makes every loss none."""
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        loss.data.fill_(torch.nan)
 
 
 class FullDisk(Callback):
@@ -153,6 +189,21 @@ def test_goes_on_after_a_signal(
     assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
 
 
+def test_all_ranks_stop_when_one_is_asked_to(settings: dict[str, Any]) -> None:
+    settings["data"]["init_args"]["batch_size"] = 8
+    del settings["trainer"]["callbacks"][0]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp"]  # whose second rank runs this command line too
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), *two]
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "featinv_pl", *args, *added("Interrupt", number=15, step=3)]
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 143, result.stderr
+    assert result.stderr.count("featinv-pl: stopped by SIGTERM; step 3 is saved.") == 1
+    assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 3
+
+
 def test_a_second_ctrl_c_does_not_wait(settings: dict[str, Any]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["fit", "--config", write(Path("fit.yaml"), settings), *added("Impatient")])
@@ -185,7 +236,7 @@ def test_extraction_goes_on_after_a_signal(
     classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["predict", "--config", write(Path("p.yaml"), extraction(classifier_folder, prior_folder, ["train"]))]
-    code, line = stopped([*args, *added("Interrupt", number=15, step=0, validating=True)], capsys)
+    code, line = stopped([*args, *added("Interrupt", number=15, step=0)], capsys)
     assert code == 143
     assert line.endswith("stopped by SIGTERM; the same command goes on with what is not done yet.")
     assert not Path("shards/train/manifest.json").exists()
@@ -208,6 +259,61 @@ def test_full_disk_ends_training_and_keeps_the_last_checkpoint(
     assert not list(Path("run").glob("*.partial"))
     main([*args, "--ckpt_path=run"])
     assert len(weights()) > 0
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("loss", "step 3: loss inf, norm of the gradients "), ("gradient", "norm of the gradients nan. Such a step")],
+)
+def test_a_step_that_would_spoil_the_weights_is_not_made(
+    what: str, message: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    code, line = stopped([*args, *added("Spoil", what=what)], capsys)
+    assert code == 1
+    assert message in line
+    assert re.search(r"The samples were: (\d+, ){7}\d+ and 8 more\.", line)
+    checkpoint = torch.load("run/inversion.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
+
+
+def test_weights_that_are_spoilt_are_not_saved(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    _, line = stopped([*args, *added("Spoil", what="weight")], capsys)
+    assert re.search(r"step 4: 1 weights are not finite, such as control\.\S+, so they are not saved", line)
+    assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_a_step_may_be_skipped(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes neither weights nor moments, and is counted."""
+    settings["trainer"]["callbacks"][1]["init_args"] |= {"filename": "{step}", "every_n_train_steps": 1}
+    settings["trainer"]["callbacks"][1]["init_args"]["save_top_k"] = -1
+    settings["trainer"] |= {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}}
+    settings["trainer"]["log_every_n_steps"] = 1
+    guard = ["--trainer.callbacks+=FiniteGuard", "--trainer.callbacks.max_skipped=1"]
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), *guard]
+    main([*args, *added("Spoil", what="gradient")])
+    before, after, end = (torch.load(f"run/step={step}.ckpt", weights_only=True) for step in (3, 4, 5))
+    for name, weight in before["current_model_state"].items():
+        assert torch.equal(after["current_model_state"][name], weight)
+    moved = [
+        not torch.equal(end["current_model_state"][name], one) for name, one in before["current_model_state"].items()
+    ]
+    assert any(moved)
+    [metrics] = Path("logs").rglob("metrics.csv")
+    counted = [row for row in csv.DictReader(metrics.open()) if row["train/skipped"]]
+    assert (counted[0]["step"], counted[-1]["train/skipped"]) == ("3", "1.0")
+
+    capsys.readouterr()  # the allowance is that of a whole training
+    code, line = stopped([*args, "--ckpt_path=run/step=4.ckpt", *added("SpoilNext")], capsys)
+    assert code == 1
+    assert "step 4: loss nan" in line
+
+
+def test_no_negative_number_of_steps_is_skipped(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), "--trainer.callbacks+=FiniteGuard"]
+    refused([*args, "--trainer.callbacks.max_skipped=-1"], capsys, "max_skipped must be 0 or more, and is -1")
 
 
 def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
