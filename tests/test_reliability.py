@@ -292,8 +292,8 @@ def test_a_step_may_be_skipped(settings: dict[str, Any], capsys: pytest.CaptureF
     settings["trainer"] |= {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "logs"}}}
     settings["trainer"]["log_every_n_steps"] = 1
     guard = ["--trainer.callbacks+=FiniteGuard", "--trainer.callbacks.max_skipped=1"]
-    args = ["fit", "--config", write(Path("fit.yaml"), settings), *guard]
-    main([*args, *added("Spoil", what="gradient")])
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    main([*args, *added("Spoil", what="gradient"), *guard])
     before, after, end = (torch.load(f"run/step={step}.ckpt", weights_only=True) for step in (3, 4, 5))
     for name, weight in before["current_model_state"].items():
         assert torch.equal(after["current_model_state"][name], weight)
@@ -306,7 +306,7 @@ def test_a_step_may_be_skipped(settings: dict[str, Any], capsys: pytest.CaptureF
     assert (counted[0]["step"], counted[-1]["train/skipped"]) == ("3", "1.0")
 
     capsys.readouterr()  # the allowance is that of a whole training
-    code, line = stopped([*args, "--ckpt_path=run/step=4.ckpt", *added("SpoilNext")], capsys)
+    code, line = stopped([*args, *added("SpoilNext"), *guard, "--ckpt_path=run/step=4.ckpt"], capsys)
     assert code == 1
     assert "step 4: loss nan" in line
 
@@ -321,3 +321,52 @@ def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: pytes
     refused([*args, "--ckpt_path=last"], capsys, "--ckpt_path last: there is no checkpoint yet. Run fit first")
     Path("empty").mkdir()
     refused([*args, "--ckpt_path=empty"], capsys, "--ckpt_path empty: there is no checkpoint yet.")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.callbacks+=evil.Evil"],
+        ["--model.optimizer=evil.Evil"],
+        ["--model.sampler.refine=evil.Evil", "--trainer.callbacks+=evil.Evil"],
+        ["--model=evil.Evil"],
+        ["--data=evil.Evil"],
+        ["--trainer.logger=evil.Evil"],
+        ["--trainer.plugins+=evil.Evil"],
+    ],
+)
+def test_classes_that_nobody_trusts_are_not_imported(
+    options: list[str],
+    settings: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A class path in a configuration is an import and a call."""
+    Path("evil.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Evil:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    refused([*args, *options], capsys, "not trusted: 'evil.Evil' would be imported and run", "FEATINV_IMPORTS=evil (")
+    assert not Path("ran").exists()
+
+
+def test_the_module_that_loads_code_is_not_trusted_with_torch(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), "--model.optimizer=torch.hub.load"]
+    refused(args, capsys, "not trusted: 'torch.hub.load'", "FEATINV_IMPORTS=torch.hub (")
+
+
+def test_a_checkpoint_does_not_decide_what_is_made(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Lightning would make objects of what it calls its hyper-parameters."""
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    main(args)
+    checkpoint = torch.load("run/inversion.ckpt", weights_only=True)
+    torch.save({**checkpoint, "hyper_parameters": {"optimizer": {"class_path": "torch.hub.load"}}}, "evil.ckpt")
+    main([*args, "--ckpt_path=evil.ckpt", f"--trainer.max_steps={STEPS + 1}"])
+    assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == STEPS + 1
+
+
+def test_trust_is_given_to_modules(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATINV_IMPORTS", "good, os;evil")
+    refused(["fit", "--help"], capsys, "FEATINV_IMPORTS: 'os;evil' is no package or module. Separate several by commas")

@@ -1,14 +1,16 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
 import logging
+import os
+import re
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import yaml
-from jsonargparse import capture_parser, get_loader, set_loader
+from jsonargparse import capture_parser, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -39,6 +41,17 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 
+IMPORTS = "FEATINV_IMPORTS"
+IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
+    "featinv_pl",
+    "lightning",
+    "pytorch_lightning",
+    "timm.optim",
+    "timm.scheduler",
+    "torch.nn",
+    "torch.optim",
+    "torchmetrics",
+)
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
     r".*does not have many workers",  # small data sets are read faster by the main process
@@ -48,6 +61,20 @@ EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
 )
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, which says how to trust a class that is not."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        """End with the error, which for a class that may not be imported is one line."""
+        # The second is our own message, which the parser around that of a class wraps.
+        if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
+            raise UserError(
+                f"not trusted: '{denied[1]}' would be imported and run, and may be anybody's code. If you trust it, "
+                f"say so in the environment: {IMPORTS}={denied[1].rpartition('.')[0] or denied[1]} (several by commas)."
+            )
+        super().error(message, *args, **kwargs)
 
 
 class FeatinvCLI(LightningCLI):
@@ -70,6 +97,9 @@ class FeatinvCLI(LightningCLI):
         settings.ckpt_path = None if path is None else str(path)
         if training and path is not None:
             self.run_id = read_checkpoint(path, "--ckpt_path", map_location="meta").get(RUN_ID)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave out what Lightning does here: a checkpoint's hyper-parameters would win over the command line."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the process rather than to a class."""
@@ -202,6 +232,7 @@ def train(args: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
+    allow_imports()
     with session():
         FeatinvCLI(
             args=args,
@@ -210,8 +241,25 @@ def train(args: list[str]) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
+            parser_class=Parser,
             parser_kwargs={"parser_mode": "yaml with base"},
         )
+
+
+def allow_imports() -> None:
+    """Let configurations and checkpoints name classes of a few packages only, and of those the user trusts.
+
+    A class path is imported and called, so without this whoever writes a file decides what runs.
+    """
+    trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
+    wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
+    if wrong:
+        raise UserError(f"{IMPORTS}: '{wrong[0]}' is no package or module. Separate several by commas.")
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*IMPORTABLE, *trusted],
+        config_read_mode_fsspec_enabled=False,  # which Lightning turns on: a configuration is a file, no address
+    )
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:
