@@ -1,4 +1,4 @@
-"""Commands and options in `docs/data.md` are understood."""
+"""Commands and options in `docs/data.md` and `docs/reliability.md` are understood."""
 
 import json
 import re
@@ -46,3 +46,12 @@ def test_options_are_understood(tmp_path: Path) -> None:
     effective_config(["predict", "--config", str(config), *reading])
     for option in (*images, *writer, *reading):
         assert option.split("=")[0] in TEXT
+
+
+def test_commands_of_reliability_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/reliability.md").read_text()
+    commands = re.findall(r"featinv-pl (fit .*)", text)
+    assert len(commands) == 3
+    for command in commands:
+        effective_config(shlex.split(command.replace("FILE", "experiments/digits/spatial.yaml")))

@@ -130,7 +130,8 @@ class FeatinvCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [Speed(), KeepRunId()]
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(Progress())
-        if not any(callback.class_path.endswith(".FiniteGuard") for callback in trainer.callbacks or []):
+        named = [callback.class_path for callback in trainer.callbacks or []] if self.subcommand == "fit" else []
+        if not any(name.endswith(".FiniteGuard") for name in named):
             self.trainer_defaults["callbacks"].append(FiniteGuard())
         self.trainer_defaults["callbacks"].append(Stop())  # last: it saves what the others have made of the weights
         self._track()
