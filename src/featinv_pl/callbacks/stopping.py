@@ -41,7 +41,7 @@ class SaveLast(Callback):
 
 
 class Stop(Callback):
-    """Lets SIGTERM and Ctrl-C end a run after the batch at hand, on all ranks after the same one, and saves it.
+    """Lets SIGTERM and Ctrl-C end a run after the batch at hand, and saves training, whose ranks end together.
 
     Lightning's own handling of SIGTERM saves nothing, and with several ranks they wait for each other for ever. A
     second Ctrl-C ends the run at once, without saving.
@@ -49,14 +49,17 @@ class Stop(Callback):
 
     def __init__(self) -> None:
         self.signal = 0
+        self.saved = False
+        self.path: str | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, now that Lightning has installed its own handlers."""
         self._listen()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
+        """Listen, unless this is where to end."""
         self._listen()
+        self._end(self.saved)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
@@ -77,37 +80,47 @@ class Stop(Callback):
         self.signal = number
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """End here if asked."""
-        self._end(trainer)
+        """Save if asked; the end comes when what this step has logged is logged."""
+        if trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False):
+            self.signal = self.signal or signal.SIGTERM
+            self.saved, self.path = True, _save_stopped(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """End here if saved."""
+        self._end(self.saved)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End here if saved."""
+        self._end(self.saved)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """End here if asked."""
-        self._end(trainer)
+        """End here if asked; several ranks, which validate numbers of batches of their own, only go on to train."""
+        self._end(trainer.state.fn != "fit" or trainer.world_size == 1)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if asked."""
-        self._end(trainer)
+        self._end()
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if asked."""
-        self._end(trainer)
+        self._end()
 
-    def _end(self, trainer: Trainer) -> None:
-        asked = trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False)
-        if asked:
-            raise Stopped(self.signal or signal.SIGTERM)
+    def _end(self, here: bool = True) -> None:
+        if here and self.signal:
+            raise Stopped(self.signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what a stopped training has come to, and say how to go on."""
         if not isinstance(exception, Stopped):
             return
-        path = _save_stopped(trainer) if trainer.state.fn == "fit" else None
+        if trainer.state.fn == "fit" and not self.saved:
+            self.path = _save_stopped(trainer)
         if trainer.is_global_zero:
             name = signal.Signals(exception.signal).name
-            if path is None:
+            if self.path is None:
                 hint = "the same command goes on with what is not done yet."
             else:
-                hint = f"step {trainer.global_step} is saved. Go on: the same command with --ckpt_path {path}"
+                hint = f"step {trainer.global_step} is saved. Go on: the same command with --ckpt_path {self.path}"
             print(f"featinv-pl: stopped by {name}; {hint}", file=sys.stderr)
 
 
