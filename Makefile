@@ -7,11 +7,11 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture-data parity \
-	full-size wandb-picture viz-digits clean
+.PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture-data \
+	torture-checkpoints parity full-size wandb-picture viz-digits clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv with everything in it
 
@@ -55,6 +55,9 @@ bench-data: install  ## how fast shards are written and read on this machine, as
 
 torture-data: install  ## kill extraction and streaming, damage shards, and count what is lost: about 20 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/torture_data.py
+
+torture-checkpoints: install  ## kill processes while they save, and count broken checkpoints: a minute
+	cd tests && ../$(BIN)/python -m kill_checkpoints
 
 parity: install  ## differences from the authors' code, on a small model of theirs
 	cd tests && ../$(BIN)/python -m parity

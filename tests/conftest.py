@@ -24,6 +24,7 @@ from featinv_pl.types import Batch
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
+CALLBACKS = "test_cli,test_reliability,test_resume,test_shard_writer,test_tracking"  # modules of tests with some
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -59,6 +60,7 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_HUB_OFFLINE", "WANDB_SILENT"):
         monkeypatch.setenv(name, "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("FEATINV_IMPORTS", CALLBACKS)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))

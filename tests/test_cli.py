@@ -382,8 +382,8 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     settings["data"]["init_args"] |= {"train": None, "test": {"clean": str(shards / "clean"), "empty": "empty"}}
     invert = FeatureInversion.invert
 
-    def failing(self: FeatureInversion, features: Tensor, noise: Tensor) -> Tensor:
-        images = invert(self, features, noise)
+    def failing(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
+        images = invert(self, features, noise, sampler)
         images[0, 0, 0, 0] = torch.nan
         return images
 
@@ -489,7 +489,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
         ("--model.dropuot=0.1", ["dropuot"]),
         ("--model.dropout=lots", ["dropout"]),
         ("--data.batch_size=100000", ["--data.batch_size: a batch of 100000"]),
-        ("--model.sampler.steps=0", ["--model.sampler.steps must be at least 1"]),
+        ("--model.sampler.steps=0", ["--model.sampler.steps cannot be 0"]),
     ],
 )
 def test_bad_options_are_refused(

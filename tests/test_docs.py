@@ -79,3 +79,12 @@ def test_the_table_is_that_of_the_plan() -> None:
     }
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d\.\d+ ± .* 3 \|$", BETTER, re.MULTILINE)
     assert set(rows) == expected
+
+
+def test_commands_of_reliability_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/reliability.md").read_text()
+    commands = re.findall(r"featinv-pl (fit .*)", text)
+    assert len(commands) == 3
+    for command in commands:
+        effective_config(shlex.split(command.replace("FILE", "experiments/digits/spatial.yaml")))

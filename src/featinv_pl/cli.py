@@ -1,20 +1,25 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
 import logging
+import os
+import re
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import yaml
-from jsonargparse import capture_parser, get_loader, set_loader
+from jsonargparse import capture_parser, get_loader, set_loader, set_parsing_settings
 from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported so that a configuration can name these classes without their path.
 import featinv_pl.callbacks.averaging
 import featinv_pl.callbacks.drawn
+import featinv_pl.callbacks.finite
 import featinv_pl.callbacks.per_source
 import featinv_pl.callbacks.reconstruction_grid
 import featinv_pl.callbacks.shard_writer
@@ -25,15 +30,28 @@ import featinv_pl.data.folders
 import featinv_pl.extraction
 import featinv_pl.inversion
 import featinv_pl.pretraining  # noqa: F401
+from featinv_pl.callbacks.checkpoints import WholeCheckpoints, find_checkpoint
 from featinv_pl.callbacks.files import SaveConfig
+from featinv_pl.callbacks.finite import FiniteGuard
 from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
 from featinv_pl.callbacks.speed import Speed
+from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 
-KEYWORDS = ("last", "best", "hpc")
+IMPORTS = "FEATINV_IMPORTS"
+IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
+    "featinv_pl",
+    "lightning",
+    "pytorch_lightning",
+    "timm.optim",
+    "timm.scheduler",
+    "torch.nn",
+    "torch.optim",
+    "torchmetrics",
+)
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
     r".*does not have many workers",  # small data sets are read faster by the main process
@@ -45,6 +63,20 @@ EXPECTED_WARNINGS = (
 )
 
 
+class Parser(LightningArgumentParser):
+    """Lightning's parser, which says how to trust a class that is not."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        """End with the error, which for a class that may not be imported is one line."""
+        # The second is our own message, which the parser around that of a class wraps.
+        if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
+            raise UserError(
+                f"not trusted: '{denied[1]}' would be imported and run, and may be anybody's code. If you trust it, "
+                f"say so in the environment: {IMPORTS}={denied[1].rpartition('.')[0] or denied[1]} (several by commas)."
+            )
+        super().error(message, *args, **kwargs)
+
+
 class FeatinvCLI(LightningCLI):
     """Lightning's commands, with one progress line and checkpoints that are there."""
 
@@ -54,11 +86,20 @@ class FeatinvCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
         self.config = parser.parse_args(cast(list[str], args))
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None and path not in KEYWORDS:
-            checkpoint = read_checkpoint(Path(path), "--ckpt_path", map_location="meta")
-            if self.config.subcommand == "fit":
-                self.run_id = checkpoint.get(RUN_ID)
+        settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
+        given = settings.get("ckpt_path")
+        if given is None or given == "hpc":  # which Lightning finds where SLURM's plugin has left it
+            return
+        path = find_checkpoint(given, lambda: _checkpoint_folders(settings.trainer))
+        if path is None and not (training and given == "last"):
+            raise UserError(f"--ckpt_path {given}: there is no checkpoint yet. Run fit first, or give a file.")
+        # The first run of a command that goes on after every interruption has nothing to go on from.
+        settings.ckpt_path = None if path is None else str(path)
+        if training and path is not None:
+            self.run_id = read_checkpoint(path, "--ckpt_path", map_location="meta").get(RUN_ID)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave out what Lightning does here: a checkpoint's hyper-parameters would win over the command line."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the process rather than to a class."""
@@ -85,10 +126,23 @@ class FeatinvCLI(LightningCLI):
             self.config.predict.return_predictions = False
         if (num_threads := self.config[self.subcommand].num_threads) is not None:
             torch.set_num_threads(num_threads)
+        trainer = self.config[self.subcommand].trainer
         self.trainer_defaults["callbacks"] = [Speed(), KeepRunId()]
-        if self.config[self.subcommand].trainer.enable_progress_bar is not False:
+        if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(Progress())
+        named = [callback.class_path for callback in trainer.callbacks or []] if self.subcommand == "fit" else []
+        if not any(name.endswith(".FiniteGuard") for name in named):
+            self.trainer_defaults["callbacks"].append(FiniteGuard())
+        self.trainer_defaults["callbacks"].append(Stop())  # last: it saves what the others have made of the weights
         self._track()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make a trainer that cannot lose what it has saved, unless a plugin says how to save."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
+        return trainer
 
     def _track(self) -> None:
         """Prepare what W&B needs to know before the run begins."""
@@ -119,6 +173,13 @@ class FeatinvCLI(LightningCLI):
                 "--plan: only test, and predict with a ShardWriter among --trainer.callbacks, can be planned."
             )
         trainer.logger, self.save_config_callback = False, None
+
+
+def _checkpoint_folders(trainer: Any) -> set[Path]:
+    """Where a configuration keeps its checkpoints."""
+    root = trainer.default_root_dir or "."
+    savers = [one for one in trainer.callbacks or [] if one.class_path.endswith(".ModelCheckpoint")]
+    return {Path(saver.init_args.dirpath or root) for saver in savers} or {Path(root)}
 
 
 def load_yaml(text: str) -> Any:
@@ -172,6 +233,7 @@ def train(args: list[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
+    allow_imports()
     with session():
         FeatinvCLI(
             args=args,
@@ -180,8 +242,25 @@ def train(args: list[str]) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
+            parser_class=Parser,
             parser_kwargs={"parser_mode": "yaml with base"},
         )
+
+
+def allow_imports() -> None:
+    """Let configurations and checkpoints name classes of a few packages only, and of those the user trusts.
+
+    A class path is imported and called, so without this whoever writes a file decides what runs.
+    """
+    trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
+    wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
+    if wrong:
+        raise UserError(f"{IMPORTS}: '{wrong[0]}' is no package or module. Separate several by commas.")
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=[*IMPORTABLE, *trusted],
+        config_read_mode_fsspec_enabled=False,  # which Lightning turns on: a configuration is a file, no address
+    )
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -1,7 +1,7 @@
 """The method: p(image | feature map), learned by steering a frozen latent diffusion prior."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -135,8 +135,8 @@ class FeatureInversion(LightningModule):
         self.consistency = consistency
         self.consistency_below = consistency_below
         self.sampler = sampler
-        self.optimizer_factory = optimizer
-        self.lr_scheduler_factory = lr_scheduler
+        # Within a function, which copies of this module share: the command line's factories hold all of that.
+        self.factories: Callable[[], tuple[Any, Any]] = lambda: (optimizer, lr_scheduler)
         self.judge = Backbone(judge) if judge else None
         self.num_samples = num_samples
         self.arms = arms or {}
@@ -371,7 +371,7 @@ class FeatureInversion(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimise the control, or its encoder alone."""
         trained = [parameter for parameter in self.control.parameters() if parameter.requires_grad]
-        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
+        return optimise(trained, *self.factories())
 
     @cached_property
     def frozen(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ import ssl
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from wandb.errors import AuthenticationError
 from wandb.sdk.lib.wbauth import authenticate_session
 
+from featinv_pl.callbacks.stopping import Stopped
 from featinv_pl.errors import UserError
 
 RUN_ID = "wandb_run_id"
@@ -51,12 +52,14 @@ def session() -> Iterator[None]:
     try:
         yield
         code = 0
-    except SIGTERMException:  # Lightning would exit with 0, as if the work were done
-        code = 128 + SIGTERM
+    except SIGTERMException as error:  # Lightning would exit with 0, as if the work were done
+        code = 128 + (error.signal if isinstance(error, Stopped) else SIGTERM)
         sys.exit(code)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else code
-        raise
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning would exit with 1, as if something were wrong
+            code = 128 + SIGINT
+        sys.exit(code)
     finally:
         _hint(before)
         wandb.finish(code)  # the next command of this process gets a run of its own,

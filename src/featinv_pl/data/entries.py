@@ -59,15 +59,15 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
     """
     views = batch.get("view") or [None] * len(batch["key"])
     named = zip(batch["labels"].tolist(), batch["source"], batch["key"], views, strict=True)
-    half = _half(batch["features"], "features")
+    half = _half(batch["features"], "features", batch["key"])
     features = {"features.npy": half}
     if storage == "int8":
         quantised, steps = quantise(batch["features"].float())
         features = {"features.npy": quantised, "steps.npy": steps}
     tensors = {
         **features,
-        "logits.npy": _half(batch["logits"], "logits"),
-        "latent.npy": _half(batch["latents"], "latents"),
+        "logits.npy": _half(batch["logits"], "logits", batch["key"]),
+        "latent.npy": _half(batch["latents"], "latents", batch["key"]),
     }
     return {
         "meta": [
@@ -160,11 +160,15 @@ def _encode_image(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes
     return buffer.getvalue()
 
 
-def _half(tensor: Tensor, name: str) -> Tensor:
+def _half(tensor: Tensor, name: str, keys: list[str]) -> Tensor:
     half = tensor.to(torch.float16)
     if not half.isfinite().all():
         largest = tensor.abs().max().item()
-        raise UserError(f"The {name} do not fit half precision: their largest magnitude is {largest:g}.")
+        wrong = [key for key, one in zip(keys, half, strict=True) if not one.isfinite().all()]
+        raise UserError(
+            f"The {name} do not fit half precision: their largest magnitude is {largest:g}. "
+            f"Of {len(keys)} samples this concerns {len(wrong)}, such as '{wrong[0]}'."
+        )
     return half
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -152,17 +153,36 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     Args:
         path: The file.
         option: The option that named it, for errors.
-        map_location: `meta` checks the file without reading its tensors.
+        map_location: `meta` checks the file without keeping its tensors.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it wants to run code.
     """
     if not path.is_file():
         raise UserError(f"{option}: there is no file '{path}'. Check the path.")
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
-        return checkpoint
-    except (RuntimeError, UnpicklingError, EOFError, OSError) as error:
-        raise UserError(
-            f"{option}: '{path}' is damaged or is no checkpoint ({str(error).splitlines()[0]}). Give another one."
-        ) from error
+        check_archive(path)
+        checkpoint: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta")
+    except Exception as error:  # a hostile file can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{option}: '{path}' is damaged or is no checkpoint ({reason}). Give another one.") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{option}: '{path}' is no checkpoint. Give another one.")
+    return checkpoint
+
+
+def check_archive(path: Path) -> None:
+    """Compare all that a file of torch holds with the checksums in it, which torch itself does not.
+
+    Raises:
+        BadZipFile: They differ, or an entry is compressed, which torch's never are and may hide any size.
+        Exception: Of other kinds, for other damages of an archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        damaged = archive.testzip() if not packed else packed[0]
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"its entry {damaged} is not as it was written")
 
 
 def _load_pickle(path: Path, option: str) -> Any:

@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or not there, and which of a folder's to go on from."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from featinv_pl.errors import UserError
+from featinv_pl.nets.sources import check_archive, read_checkpoint
+
+OPTION = "--ckpt_path"
+PARTIAL = ".partial"
+ABANDONED = 600.0  # seconds in which a living process writes at least something
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints so that a kill, a full disk or a missing permission never costs one that is there.
+
+    Lightning's own goes through the temporary folder, from which another file system gets a copy: a kill meanwhile
+    leaves half a file under the final name. Here a temporary file in the same folder is written, flushed to disk,
+    checked, and only then renamed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save, or leave what is there as it is.
+
+        Raises:
+            UserError: The file system refuses, for instance because it is full.
+        """
+        if "://" in str(path):  # a store that shows an object when it is whole
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        partial = target.with_name(target.name + PARTIAL)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
+            _write(checkpoint, partial)
+            check_archive(partial)
+            os.replace(partial, target)
+            _flush(target.parent)
+        except Exception as error:
+            if (refusal := _refusal(error)) is None:
+                raise
+            raise UserError(
+                f"the checkpoint '{path}' could not be saved: {refusal}. What was there before is as it was. "
+                f"Make room or give another folder, and go on with {OPTION} last."
+            ) from error
+        finally:
+            _remove(partial)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load tensors and plain values, whatever was asked for: nothing in a checkpoint may run code."""
+        return read_checkpoint(Path(path), OPTION)
+
+
+def find_checkpoint(given: str, folders: Callable[[], Iterable[Path]]) -> Path | None:
+    """The checkpoint that `--ckpt_path` means.
+
+    Args:
+        given: A file, a folder, `last` or `best`.
+        folders: Where the run keeps its checkpoints, for the two words.
+
+    Returns:
+        A file that is whole. For a folder and the two words it is the newest one where the right one is damaged,
+        which is said; None if there is none at all.
+    """
+    path = Path(given)
+    if given not in ("last", "best") and not path.is_dir():
+        _check(path)
+        return path
+    candidates = sorted(
+        {file for folder in ([path] if path.is_dir() else folders()) for file in _checkpoints(folder)},
+        key=lambda file: file.stat().st_mtime_ns,
+        reverse=True,
+    )
+    if not candidates:
+        return None
+    newest = _first_whole(candidates, given)
+    chosen = newest if given != "best" else _first_whole([*_best(newest, candidates), newest], given)
+    _say(f"{OPTION} {given}: going on from '{chosen}'.")
+    return chosen
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder; those below it if it holds none itself."""
+    return list(folder.glob("*.ckpt")) or list(folder.rglob("*.ckpt"))
+
+
+def _first_whole(candidates: list[Path], given: str) -> Path:
+    for path in candidates:
+        try:
+            _check(path)
+        except UserError as error:
+            _say(str(error))
+        else:
+            return path
+    raise UserError(f"{OPTION} {given}: none of {len(candidates)} checkpoints is whole. Begin anew without {OPTION}.")
+
+
+def _best(newest: Path, candidates: list[Path]) -> list[Path]:
+    """What the newest checkpoint knows to be the best, wherever its folder is now."""
+    states = read_checkpoint(newest, OPTION, map_location="meta").get("callbacks", {}).values()
+    names = {Path(state["best_model_path"]).name for state in states if state.get("monitor")}
+    if not names:
+        raise UserError(f"{OPTION} best: no ModelCheckpoint of this run has a monitor. Give {OPTION} last, or a file.")
+    return [path for path in candidates if path.name in names]
+
+
+def _check(path: Path) -> None:
+    read_checkpoint(path, OPTION, map_location="meta")
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(f"featinv-pl: {text}", file=sys.stderr)
+
+
+def _write(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    """Make a rename in a folder outlast a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed runs have left of checkpoints that never were."""
+    for path in folder.glob(f"*.ckpt{PARTIAL}"):
+        if time.time() - path.stat().st_mtime > ABANDONED:  # another process may be writing right now
+            path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # of a folder that may not be written to, of which the user hears already
+        return
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """The file system's own words, which torch's writer may hide behind an error of its own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        if isinstance(error, BadZipFile):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
