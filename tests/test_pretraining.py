@@ -10,6 +10,7 @@ import torch
 import yaml
 from PIL import Image
 
+from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.digits import DigitImages
 from featinv_pl.data.folders import FolderImages
@@ -164,3 +165,21 @@ def test_losses_fall() -> None:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.8 * losses[0], type(model).__name__
+
+
+def test_prior_knows_its_prompt_and_the_empty_one(prior_folder: Path, make_batch: MakeBatch, tmp_path: Path) -> None:
+    """A tenth of training goes without the prompt, which the folder then holds."""
+    model = NoisePredictor(str(prior_folder / "vae"), UNET)
+    seen: list[torch.Tensor] = []
+    model.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    images: Any = make_batch(1000)
+    with torch.no_grad():
+        model.losses(images, (0, "test"))
+    [prompts] = seen
+    empty = (prompts == 0).flatten(1).all(1)
+    assert 0.07 < empty.float().mean() < 0.13
+    model.save_pretrained(tmp_path / "prior")
+    prior = Prior(str(tmp_path / "prior"))
+    assert torch.equal(prompts[~empty][0], prior.prompt)
+    assert prior.empty.abs().max() == 0
+    assert prior.prompt.std() > 0.5
