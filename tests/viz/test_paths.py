@@ -113,7 +113,8 @@ def test_a_region_of_one_map_lies_in_the_other(pipeline: FeatInvPipeline, opened
 
 def test_a_region_of_everything_leaves_nothing_outside(pipeline: FeatInvPipeline, opened: Pictures) -> None:
     found = compose(pipeline, *opened, box=(0, 0, 32, 32))
-    assert torch.equal(found.images[0], reconstructed(pipeline, opened[1])[0])
+    # But for a grey level: sums are ordered differently in batches of other sizes.
+    torch.testing.assert_close(found.images[0], reconstructed(pipeline, opened[1])[0], atol=2.01 / 255, rtol=0)
     assert found.facts()["images"][0]["outside"] == {"composed": None, "first": None, "second": None}
     found.save(Path("out"))
 
