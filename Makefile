@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed
 	torture-checkpoints parity full-size wandb-picture viz-digits clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## create .venv with everything in it
 
@@ -44,7 +44,7 @@ check: lint types test  ## all that CI runs
 study: demo  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
 	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/digits.yaml --jobs $(JOBS)
 
-study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about two hours
+study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/cifar10.yaml --jobs $(JOBS)
 
 bench: demo  ## where the time of training and sampling goes on this machine
