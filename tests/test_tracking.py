@@ -44,12 +44,12 @@ def settings(
     """An experiment that logs, of a user whose home nobody should hear of, and who has said nothing to W&B."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
-    work = tmp_path / "home-of-somebody" / "work"
-    work.mkdir(parents=True)
-    monkeypatch.setenv("HOME", str(work.parent))
-    monkeypatch.chdir(work)
-    work.joinpath("shards").symlink_to(extracted)
-    experiment = inversion(classifier_folder, prior_folder, work / "shards")
+    project = tmp_path / "home-of-somebody" / "project"
+    project.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(project.parent))
+    monkeypatch.chdir(project)
+    project.joinpath("shards").symlink_to(extracted)
+    experiment = inversion(classifier_folder, prior_folder, project / "shards")
     experiment["trainer"] |= {"logger": LOGGER, "default_root_dir": "runs/tiny/spatial", "log_every_n_steps": 1}
     experiment["trainer"]["check_val_every_n_epoch"] = None
     experiment["trainer"]["callbacks"][0]["init_args"]["dirpath"] = "runs/tiny/spatial"
@@ -173,9 +173,9 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     assert set(told) == {*saved, "code", "shards"}
     assert told["model"] == saved["model"]
     assert told["trainer"] == saved["trainer"]
-    assert told["data"]["init_args"]["train"] == "~/work/shards/train"
+    assert told["data"]["init_args"]["train"] == "~/project/shards/train"
     assert told["shards"] == {
-        f"~/work/shards/{name}": json.loads(Path("shards", name, "manifest.json").read_text())["manifest_sha256"]
+        f"~/project/shards/{name}": json.loads(Path("shards", name, "manifest.json").read_text())["manifest_sha256"]
         for name in ("train", "val", "clean")
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", told["code"]["version"])

@@ -6,7 +6,6 @@ from typing import Any
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import Backbone
-from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.sources import read_index
 from featinv_pl.types import Provenance
@@ -56,17 +55,18 @@ def check_shards(
             )
 
 
-def check_control(folder: Path, prior: Prior, option: str) -> None:
+def check_control(folder: Path, source: str, unet: str, option: str) -> None:
     """Refuse the control of another prior, whose shapes may well be the same.
 
     Args:
         folder: A model folder.
-        prior: That of the model.
+        source: The model's prior.
+        unet: Digest of that prior's UNet.
         option: The option that named the folder, for errors.
     """
-    theirs, ours = read_index(folder, option).get("digests", {}).get("unet"), digest(prior.unet)
-    if theirs != ours:
+    theirs = read_index(folder, option).get("digests", {}).get("unet")
+    if theirs != unet:
         raise UserError(
             f"{option}: the control in '{folder}' was trained with another prior (UNet {str(theirs)[:8]}) than "
-            f"--model.prior '{prior.source}' (UNet {ours[:8]}). Give that prior, or another control."
+            f"--model.prior '{source}' (UNet {unet[:8]}). Give that prior, or another control."
         )

@@ -125,7 +125,7 @@ class FeatureInversion(LightningModule):
         channels, learned_null = self.backbone.feature_shape[0], null_map == "learned"
         self.control = FeatureControl(self.prior.unet, channels, hidden_channels, num_layers, learned_null)
         if control is not None:
-            check_control(control, self.prior, "--model.control")
+            check_control(control, prior, self.frozen["unet"], "--model.control")
             self.control.load_pretrained(control, "--model.control", adapt=train == "encoder")
         if train == "encoder":
             self.control.controlnet.requires_grad_(False)

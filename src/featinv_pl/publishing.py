@@ -139,6 +139,7 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
         "Batch size": str(data.get("init_args", {}).get("batch_size")),
         "Optimizer": _optimizer(model["optimizer"]),
         "Dropout of map and prompt": str(model["dropout"]),
+        "Min-SNR weights, cut at": str(model.get("min_snr_gamma")),
         "Precision": str(settings["trainer"]["precision"] or "32-true"),
     }
 
