@@ -14,13 +14,10 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-import wandb
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from wandb.errors import AuthenticationError
-from wandb.sdk.lib.wbauth import authenticate_session
 
 from featinv_pl.callbacks.stopping import Stopped
 from featinv_pl.errors import UserError
@@ -61,9 +58,8 @@ def session() -> Iterator[None]:
             code = 128 + SIGINT
         sys.exit(code)
     finally:
-        _hint(before)
-        wandb.finish(code)  # the next command of this process gets a run of its own,
-        wandb.teardown(code)  # and its own variables
+        if "wandb" in sys.modules:  # it is imported once the configuration is known to be right
+            _finish(code, before)
         for name in _variables():
             del os.environ[name]
         os.environ.update(before)
@@ -85,6 +81,8 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
         offline: Whether the configuration says so.
         run_id: The run to go on with; None for a new one.
     """
+    import wandb
+
     # LightningCLI overwrites the logger's own `resume="allow"` by nothing.
     told = {**PRIVATE, "WANDB_RESUME": "allow", "WANDB_JOB_TYPE": job, "WANDB_TAGS": ",".join(tags)}
     if not sweep_run():  # there the server names and groups
@@ -107,6 +105,8 @@ def _must_be_offline() -> bool:
     Raises:
         UserError: If the key is none, or if the user insists and there is no key.
     """
+    import wandb
+
     settings = wandb.setup().settings
     insists = "WANDB_MODE" in os.environ
     if settings.mode != "online":
@@ -127,6 +127,9 @@ def _must_be_offline() -> bool:
 
 def _has_key(url: str) -> bool:
     """Whether the client would find a key, in the environment or in a netrc, without asking for one."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib.wbauth import authenticate_session
+
     try:
         return authenticate_session(host=url, source="featinv-pl", prompt=False, update_session=False) is not None
     except AuthenticationError as error:
@@ -145,11 +148,15 @@ def _reachable(url: str) -> bool:
         return False
 
 
-def _hint(before: dict[str, str]) -> None:
-    """Say how an offline run gets online."""
+def _finish(code: int, before: dict[str, str]) -> None:
+    """End the run, and say how one that was offline gets online."""
+    import wandb
+
     run = wandb.run
     if run is not None and run.offline:
         _say(f"Logged offline. Upload: wandb sync {os.path.relpath(run.settings.sync_dir)}", before)
+    wandb.finish(code)  # the next command of this process gets a run of its own,
+    wandb.teardown(code)  # and its own variables
 
 
 def _say(text: str, variables: Mapping[str, str]) -> None:

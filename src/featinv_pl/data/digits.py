@@ -8,9 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.model_selection import train_test_split
 from torch.utils.data import DataLoader
 
 from featinv_pl.data.corruptions import CORRUPTIONS, corrupt
@@ -102,6 +99,9 @@ class DigitsData(ImageData):
 @functools.cache
 def digits() -> Any:
     """The data set as scikit-learn gives it: 8x8 images with values 0 to 16."""
+    # Here and below: a tenth of every other command's start would be spent on importing it.
+    from sklearn.datasets import load_digits
+
     return load_digits()
 
 
@@ -117,6 +117,8 @@ def digit_images() -> NDArray[np.uint8]:
 @functools.cache
 def split_indices() -> dict[str, NDArray[np.int64]]:
     """The fixed stratified split, each part in a fixed random order."""
+    from sklearn.model_selection import train_test_split
+
     target = digits().target
     rest, test = train_test_split(np.arange(len(target)), test_size=TEST_SIZE, stratify=target, random_state=0)
     train, val = train_test_split(rest, test_size=VAL_SIZE, stratify=target[rest], random_state=0)
@@ -128,6 +130,8 @@ def _hardest(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.in
 
     Adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
     """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     pixels, target = digits().data / 16, digits().target
     other = LinearDiscriminantAnalysis().fit(pixels[train], target[train])
     confidence = other.predict_proba(pixels[test])[np.arange(len(test)), target[test]]
