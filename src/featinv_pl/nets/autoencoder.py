@@ -11,6 +11,9 @@ from featinv_pl.nets import official
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import find_folder, load_part, read_weights
 
+DECODED_AT_ONCE = 4 * 256**2
+"""Pixels. Enough to keep a GPU busy; larger batches would want half a gigabyte more for each image of 256 pixels."""
+
 
 class LatentAutoencoder(Frozen):
     """A frozen AutoencoderKL.
@@ -24,6 +27,7 @@ class LatentAutoencoder(Frozen):
         self.vae = vae
         self.scaling_factor = float(self.vae.config.scaling_factor)
         self.latent_channels = int(self.vae.config.latent_channels)
+        self.downsampling = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.freeze()
 
     @classmethod
@@ -64,6 +68,7 @@ class LatentAutoencoder(Frozen):
         return (mean + torch.exp(log_variance / 2) * noise) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode scaled latents to images (B, 3, H, W), about [-1, 1]."""
-        images: Tensor = self.vae.decode(latents / self.scaling_factor).sample
-        return images
+        """Decode scaled latents to images (B, 3, H, W), about [-1, 1], a few at a time."""
+        pixels = latents.shape[-2:].numel() * self.downsampling**2
+        parts = (latents / self.scaling_factor).split(max(1, DECODED_AT_ONCE // pixels))
+        return torch.cat([self.vae.decode(part).sample for part in parts])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featinv_pl.errors import UserError
+from featinv_pl.nets.attention import Projected, Prompts, attend_to_projected, project_prompts
 from featinv_pl.nets.sources import fill, read_weights
 
 Residuals = tuple[list[Tensor], Tensor]
@@ -101,16 +102,21 @@ class FeatureControl(nn.Module):
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
+        attend_to_projected(self.controlnet)
+
+    def project(self, prompts: Tensor) -> Projected:
+        """What `forward` needs of prompts (B, L, D), to be computed once for many steps."""
+        return project_prompts(self.controlnet, prompts)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor, scale: float = 1.0
+        self, latents: Tensor, timesteps: Tensor, prompts: Prompts, encoded: Tensor, scale: float = 1.0
     ) -> Residuals:
         """Compute what is added to the UNet.
 
         Args:
             latents: (B, channels, h, w), scaled and noised.
             timesteps: (B,) or scalar.
-            prompts: (B, L, D).
+            prompts: (B, L, D), or the output of `project` for them.
             encoded: The output of `encoder` for the feature maps, on the grid of `latents`.
             scale: Multiplies all residuals.
         """

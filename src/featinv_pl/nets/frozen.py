@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 
@@ -20,6 +21,20 @@ class Frozen(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Be shared by copies of a parent, such as a moving average of what trains beside."""
         return self
+
+
+def keep_products_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of linear layers and convolutions in the precision in which autocast would use them.
+
+    Autocast converts weights that do not train anew at every use. The results are the same, from half the memory.
+
+    Args:
+        module: One that does not train.
+        dtype: That of autocast.
+    """
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d)):
+            part.to(dtype)
 
 
 def digest(module: nn.Module) -> str:

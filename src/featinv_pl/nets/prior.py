@@ -10,6 +10,7 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets import official
+from featinv_pl.nets.attention import Projected, Prompts, attend_to_projected, project_prompts
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import Residuals
 from featinv_pl.nets.frozen import Frozen
@@ -56,6 +57,7 @@ class Prior(Frozen):
             )
         self.register_buffer("prompt", prompt)
         self.register_buffer("empty", empty)
+        attend_to_projected(self.unet)
         self.freeze()
 
     def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,11 @@ class Prior(Frozen):
         self.schedule.save_pretrained(folder / "scheduler")
         write_prompts(folder / PROMPTS, self.prompt, self.empty)
 
-    def predict(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, control: Residuals | None = None) -> Tensor:
+    def project(self, prompts: Tensor) -> Projected:
+        """What `predict` needs of prompts (B, L, D), to be computed once for many steps."""
+        return project_prompts(self.unet, prompts)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, prompts: Prompts, control: Residuals | None = None) -> Tensor:
         """Predict the noise (or the velocity, if the prior was trained so).
 
         With frozen weights the UNet's encoder builds no graph by itself: gradients start where the
@@ -103,8 +109,11 @@ class Prior(Frozen):
         Args:
             latents: (B, channels, h, w), scaled and noised.
             timesteps: (B,) or scalar.
-            prompts: (B, L, D).
+            prompts: (B, L, D), or the output of `project` for them.
             control: Residuals of a ControlNet.
+
+        Returns:
+            A tensor like `latents`, also in mixed precision: what follows is arithmetic of few, small numbers.
         """
         down, middle = control if control is not None else (None, None)
         prediction: Tensor = self.unet(
@@ -115,7 +124,7 @@ class Prior(Frozen):
             mid_block_additional_residual=middle,
             return_dict=False,
         )[0]
-        return prediction
+        return prediction.to(latents)
 
     def latent_shape(self, moments: Tensor) -> tuple[int, ...]:
         """(channels, h, w) of one latent, given moments (B, 2 * channels, h, w)."""
@@ -123,7 +132,7 @@ class Prior(Frozen):
 
     def latent_grid(self, image_size: int) -> tuple[int, int, int]:
         """(channels, h, w) of the latents of square images with that side, in pixels."""
-        side = image_size // 2 ** (len(self.autoencoder.vae.config.block_out_channels) - 1)
+        side = image_size // self.autoencoder.downsampling
         return self.autoencoder.latent_channels, side, side
 
     @property
