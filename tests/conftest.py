@@ -24,7 +24,7 @@ from featinv_pl.types import Batch
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
-CALLBACKS = "test_cli,test_reliability,test_resume,test_shard_writer,test_tracking"  # modules of tests with some
+CALLBACKS = "bench,test_cli,test_reliability,test_resume,test_shard_writer,test_tracking"  # modules of tests with some
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

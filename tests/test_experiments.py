@@ -20,6 +20,8 @@ EXPERIMENTS = ROOT / "experiments"
 # What an overlay is laid over; all other files are whole experiments.
 OVER = {
     "": "digits/spatial.yaml",
+    "bench/": "bench/authors.yaml",
+    "imagenet/memory/": "imagenet/train/convnext-spatial.yaml",
     "imagenet/extract/crops/": "imagenet/extract/crops/resnet50.yaml",
     "imagenet/backbones/": "imagenet/train/resnet50-spatial.yaml",
     "imagenet/extract/sources/": "imagenet/extract/crops/resnet50.yaml",
@@ -28,7 +30,7 @@ OVER = {
     "sweeps/": "imagenet/train/convnext-spatial.yaml",
 }
 OVERLAYS = {
-    *("trainer.yaml", "debug.yaml", "bench/profile.yaml", "digits/inversion.yaml", "digits/trainer.yaml"),
+    *("trainer.yaml", "debug.yaml", "digits/inversion.yaml", "digits/trainer.yaml"),
     "cifar10/trainer.yaml",
     "imagenet/extract/crops/extraction.yaml",
 }
@@ -56,7 +58,7 @@ def test_yaml_is_parsed(name: str) -> None:
         config = ["--config", str(EXPERIMENTS / OVER.get(folder, OVER[""])), *config]
     verb = command(name)
     parsed = yaml.safe_load(effective_config([verb, *config]))[verb]
-    assert parsed["model"]["class_path"].startswith("featinv_pl.")
+    assert parsed["model"]["class_path"].startswith(("featinv_pl.", "bench."))
     again = Path("again.yaml")
     again.write_text(yaml.safe_dump(parsed))
     assert yaml.safe_load(effective_config([verb, "--config", str(again)]))[verb] == parsed
@@ -86,6 +88,19 @@ def test_schedules_end_with_training() -> None:
             parsed = yaml.safe_load(effective_config(["fit", "--config", str(EXPERIMENTS / name)]))["fit"]
             schedule = parsed["model"]["init_args"]["lr_scheduler"]["init_args"]
             assert schedule["total_steps"] == parsed["trainer"]["max_steps"], name
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (EXPERIMENTS / "imagenet/memory").iterdir()))
+def test_small_gpus_take_the_same_steps(name: str) -> None:
+    """As many samples in each, and validation as often, which Lightning counts in batches."""
+    recipe = EXPERIMENTS / "imagenet/train/convnext-spatial.yaml"
+    configs = ["--config", str(recipe), "--config", str(EXPERIMENTS / "imagenet/memory" / name)]
+    whole = yaml.safe_load(effective_config(["fit", *configs[:2]]))["fit"]
+    small = yaml.safe_load(effective_config(["fit", *configs]))["fit"]
+    accumulated = small["trainer"]["accumulate_grad_batches"]
+    assert small["data"]["init_args"]["batch_size"] * accumulated == whole["data"]["init_args"]["batch_size"]
+    assert small["trainer"]["val_check_interval"] == whole["trainer"]["val_check_interval"] * accumulated
+    assert small["trainer"]["max_steps"] == whole["trainer"]["max_steps"]
 
 
 def test_corrupted_sources_have_at_least_four_corruptions_at_two_severities() -> None:

@@ -31,9 +31,12 @@ def make_model(classifier_folder: Path, prior_folder: Path) -> Any:
     return make
 
 
-def fit(model: FeatureInversion, batch: Batch, folder: Path, steps: int = 3, **options: Any) -> Trainer:
+def fit(
+    model: FeatureInversion, batch: Batch, folder: Path, steps: int = 3, precision: Any = "32-true", **options: Any
+) -> Trainer:
     trainer = Trainer(
         max_steps=steps,
+        precision=precision,
         accelerator="cpu",
         logger=False,
         default_root_dir=folder,
@@ -73,6 +76,45 @@ def test_each_rank_and_batch_draws_its_own_noise(make_model: Any, make_batch: Ma
     model.log = lambda *_, **__: None
     losses = [model.training_step(batch, index).item() for index in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "channels_last"])
+def test_savings_change_no_gradient(make_model: Any, make_batch: MakeBatch, option: str) -> None:
+    def gradients(**options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = awaken(make_model(**options))
+        model.log = lambda *_, **__: None
+        model.training_step(make_batch(4), 0).backward()
+        return {name: weight.grad for name, weight in model.control.named_parameters() if weight.grad is not None}
+
+    plain, saving = gradients(), gradients(**{option: True})
+    assert plain.keys() == saving.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saving[name], gradient, msg=name)
+
+
+def test_activations_are_computed_again_only_when_told(make_model: Any, make_batch: MakeBatch) -> None:
+    def calls(**options: Any) -> int:
+        model, count = make_model(**options), []
+        model.log = lambda *_, **__: None
+        model.control.controlnet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: count.append(1))
+        model.training_step(make_batch(4), 0).backward()
+        return len(count)
+
+    assert (calls(), calls(activation_checkpointing=True)) == (1, 2)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_mixed_precision_halves_the_prior_and_trains_full_weights(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path, precision: str
+) -> None:
+    model = make_model()
+    before = make_model().frozen
+    fit(model, make_batch(4), tmp_path, steps=1, precision=precision)
+    half = precision == "bf16-mixed"
+    assert model.prior.unet.conv_in.weight.dtype == (torch.bfloat16 if half else torch.float32)
+    assert {weight.dtype for weight in model.control.parameters()} == {torch.float32}
+    assert model.frozen == before  # what shards and checkpoints are compared with
 
 
 def test_pooled_conditioning_sees_only_the_mean(make_model: Any, make_batch: MakeBatch) -> None:

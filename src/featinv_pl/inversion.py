@@ -73,6 +73,8 @@ class FeatureInversion(LightningModule):
             so is how much they differ.
         activation_checkpointing: Compute activations again in the backward pass instead of keeping them: for
             small GPUs, at a quarter more arithmetic.
+        channels_last: Store images and weights of UNet and ControlNet channel by channel last, as the matrix units
+            of GPUs want them; on a CPU it does not pay.
         compile: Compile UNet and ControlNet with torch.compile, which takes minutes at the first step.
         arms: Other samplers by name, whose reconstructions `test` scores beside those of `sampler`, such
             as one with refinement, or one without the control.
@@ -104,6 +106,7 @@ class FeatureInversion(LightningModule):
         judge: str | None = None,
         num_samples: int = 1,
         activation_checkpointing: bool = False,
+        channels_last: bool = False,
         compile: bool = False,
         arms: dict[str, Sampler] | None = None,
     ) -> None:
@@ -138,6 +141,8 @@ class FeatureInversion(LightningModule):
         for network in (self.prior.unet, self.control.controlnet):
             if activation_checkpointing:
                 network.enable_gradient_checkpointing()
+            if channels_last:
+                network.to(memory_format=torch.channels_last)
             if compile:
                 network.compile()
         self.conditioning = conditioning

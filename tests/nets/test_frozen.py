@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from featinv_pl.nets.frozen import Frozen, digest
+from featinv_pl.nets.frozen import Frozen, digest, keep_products_in
 
 
 class Wobbly(Frozen):
@@ -58,3 +58,15 @@ def test_digest_sees_a_change_of(changed: str) -> None:
         weight = network.get_parameter("0.weight")
         weight.data = weight.data.view(3, 4)
     assert digest(network) != digest(before)
+
+
+def test_products_keep_the_results_of_mixed_precision() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(), nn.Linear(32, 4))
+    images = torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = network(images)
+        keep_products_in(network, torch.bfloat16)
+        assert torch.equal(network(images), before)
+    kept = {name: weight.dtype for name, weight in network.named_parameters()}
+    assert kept["0.weight"] == kept["4.bias"] == torch.bfloat16
+    assert kept["1.weight"] == torch.float32

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -85,6 +85,18 @@ def test_autoencoder_goes_there_and_back(autoencoder: LatentAutoencoder, prior_f
     assert decoded.shape == images.shape
 
 
+def test_images_are_decoded_a_few_at_a_time(autoencoder: LatentAutoencoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = torch.randn(5, 4, 4, 4)
+    whole = autoencoder.decode(latents)
+    sizes: list[int] = []
+    autoencoder.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr("featinv_pl.nets.autoencoder.DECODED_AT_ONCE", 2 * 32 * 32)
+    torch.testing.assert_close(autoencoder.decode(latents), whole)
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr("featinv_pl.nets.autoencoder.DECODED_AT_ONCE", 1)
+    assert autoencoder.decode(latents).shape == whole.shape
+
+
 def test_latents_are_scaled_draws_from_their_moments(autoencoder: LatentAutoencoder) -> None:
     moments, noise = torch.randn(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
     mean, variance = moments[:, :4], moments[:, 4:].exp()
@@ -111,6 +123,27 @@ def test_trained_control_steers_by_the_map(prior: Prior, control: FeatureControl
     assert not torch.allclose(steered, predict(prior, None, features), atol=1e-3)
     turned = predict(prior, control, features.flip(-1))
     assert all(not torch.allclose(one, other, atol=1e-3) for one, other in zip(steered, turned, strict=True))
+
+
+def test_prompts_projected_once_do_as_prompts_do(prior: Prior, control: FeatureControl) -> None:
+    perturb(control)
+    latents, prompts = torch.randn(3, 4, 4, 4), torch.randn(3, 2, 8)
+    encoded = control.encoder(torch.randn(3, CHANNELS, 2, 2), (4, 4))
+    to_control, to_prior = control.project(prompts), prior.project(prompts)
+    for timestep in torch.tensor([100, 800]):
+        residuals = control(latents, timestep, prompts, encoded)
+        expected = prior.predict(latents, timestep, prompts, residuals)
+        again = control(latents, timestep, to_control, encoded)
+        torch.testing.assert_close(prior.predict(latents, timestep, to_prior, again), expected)
+        others = prior.predict(latents, timestep, prior.project(prompts * 3), residuals)
+        assert not torch.allclose(others, expected, atol=1e-4)
+
+
+def test_attention_to_prompts_is_that_of_diffusers(prior: Prior, prior_folder: Path) -> None:
+    theirs = UNet2DConditionModel.from_pretrained(prior_folder / "unet")
+    latents, timestep, prompts = torch.randn(2, 4, 4, 4), torch.tensor(300), torch.randn(2, 5, 8)
+    expected = theirs(latents, timestep, prompts).sample
+    torch.testing.assert_close(prior.predict(latents, timestep, prompts), expected)
 
 
 def test_gradients_reach_all_of_the_control_and_nothing_else(prior: Prior, control: FeatureControl) -> None:

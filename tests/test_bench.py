@@ -1,0 +1,84 @@
+"""The benchmark measures, on tiny networks, what it will measure at full size."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from bench import machine
+from bench.__main__ import main
+from bench.training import SAVINGS
+
+
+@pytest.fixture
+def tiny(classifier_folder: Path, prior_folder: Path) -> list[str]:
+    model = {"backbone": classifier_folder, "prior": prior_folder, "input_size": 32, "image_size": 32}
+    model |= {"weights": "pretrained", "hidden_channels": 8}
+    options = [f"--model.{name}={value}" for name, value in model.items()]
+    return [*options, "--data.feature_shape=[8,4,4]", "--data.image_size=32"]
+
+
+def bench(*args: str) -> dict[str, object]:
+    main(args)
+    found: dict[str, object] = json.loads(Path("runs/bench/bench.json").read_text())
+    return found
+
+
+def test_every_saving_and_every_way_has_its_figures(tiny: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    options = [f"--option={option}" for option in tiny]
+    found = bench(
+        *("--parts", "training", "sampling", "--rounds", "1", "--steps", "2", "--long", "3", "2", *options),
+    )
+    configurations = found["training"]["configurations"]  # type: ignore[index]
+    assert [one["name"] for one in configurations] == list(SAVINGS)
+    authors, cached, frozen, kept, fused, bf16 = configurations
+    assert authors["flops"] > cached["flops"] > frozen["flops"] > kept["flops"] == fused["flops"] == bf16["flops"]
+    assert all(one["rate"] > 0 and one["peak"] > 0 and len(one["seconds"]) == 2 for one in configurations)
+    ways = found["sampling"]["ratios"]  # type: ignore[index]
+    assert next(iter(ways)) == "as the authors draw, branch by branch"
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed
+    rows = [row.split(" | ") for row in printed.splitlines() if row.count(" | ") == 4]
+    differences = [float(row[3]) for row in rows if row[3][0].isdigit()]
+    assert len(differences) == len(ways)
+    assert max(differences[:3]) < 1e-5  # what is saved changes nothing
+    assert 1e-5 < differences[3] < 0.1
+
+
+def test_digits_are_profiled_and_compared(tiny: list[str]) -> None:
+    config = {
+        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0},
+        "model": {"class_path": "FeatureInversion", "init_args": {"optimizer": {"class_path": "torch.optim.AdamW"}}},
+        "data": {"class_path": "bench.data.RandomData", "init_args": {"batch_size": 2}},
+    }
+    for option in tiny:
+        part, _, setting = option.removeprefix("--").partition(".")
+        name, _, value = setting.partition("=")
+        config[part]["init_args"][name] = yaml.safe_load(value)  # type: ignore[index]
+    Path("tiny.yaml").write_text(yaml.safe_dump(config))
+    given = ("--digits_config", "tiny.yaml", "--digits_steps", "6", "--rounds", "2")
+    found = bench("--parts", "digits", *given)["digits"]
+    assert 0.3 < found["share"] < 1  # type: ignore[index]
+    plain, fast = found["losses"].values()  # type: ignore[index]
+    assert len(plain) == len(fast) == 2
+    assert len(plain[0]) == len(fast[0]) == 6
+    assert 0 < found["difference"] < found["between seeds"]  # type: ignore[index]
+    assert Path("runs/bench/losses.png").is_file()
+
+
+def test_full_size_wants_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "total_memory", lambda: 8.0)
+    with pytest.raises(SystemExit, match=r"wants 19 GiB, and there are 8\. Measure the rest: --parts startup digits"):
+        main([])
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """The benchmark names its package as trusted, and chooses threads."""
+    before = os.environ["FEATINV_IMPORTS"]
+    yield
+    os.environ["FEATINV_IMPORTS"] = before
