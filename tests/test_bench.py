@@ -34,8 +34,13 @@ def test_every_saving_and_every_way_has_its_figures(tiny: list[str], capsys: pyt
         *("--parts", "training", "sampling", "--rounds", "1", "--steps", "2", "--long", "3", "2", *options),
     )
     configurations = found["training"]["configurations"]  # type: ignore[index]
-    assert [one["name"] for one in configurations] == list(SAVINGS)
-    authors, cached, frozen, kept, fused, bf16 = configurations
+    assert [one["name"] for one in configurations] == [*SAVINGS, "again"]
+    authors, cached, frozen, kept, fused, bf16, again = configurations
+    assert again["flops"] > bf16["flops"]
+    assert again["activations"] < bf16["activations"] < fused["activations"]
+    assert bf16["state"] < fused["state"]
+    memory = found["training"]["memory"]  # type: ignore[index]
+    assert list(memory.values()) == sorted(memory.values())
     assert authors["flops"] > cached["flops"] > frozen["flops"] > kept["flops"] == fused["flops"] == bf16["flops"]
     assert all(one["rate"] > 0 and one["peak"] > 0 and len(one["seconds"]) == 2 for one in configurations)
     ways = found["sampling"]["ratios"]  # type: ignore[index]

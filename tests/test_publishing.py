@@ -213,6 +213,25 @@ def test_reconstruct_writes_pictures_and_a_sheet(
     assert {path.name: path.read_bytes() for path in Path("again").iterdir()} == before
 
 
+def test_reconstruct_in_mixed_precision_draws_nearly_the_same(exported: Path, pictures: list[str]) -> None:
+    command = ["reconstruct", "--model", str(exported), *pictures, "--num_samples", "1"]
+    main([*command, "--out", "full"])
+    main([*command, "--out", "half", "--precision", "bf16"])
+    full, half = (
+        np.stack([np.asarray(Image.open(path), dtype=float) for path in sorted(Path(folder).glob("*-0.png"))])
+        for folder in ("full", "half")
+    )
+    assert 0 < np.abs(full - half).mean() < 4  # of 255
+
+
+def test_a_pipeline_in_mixed_precision_is_not_saved(exported: Path) -> None:
+    pipeline = FeatInvPipeline.from_pretrained(exported).to("cpu", torch.bfloat16)
+    assert pipeline.inversion.prior.unet.conv_in.weight.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="Save one in full precision"):
+        pipeline.save_pretrained(Path("again"))
+    assert not Path("again").exists()
+
+
 def test_reconstruct_refuses_a_bad_picture_before_it_draws(
     exported: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,11 +178,12 @@ def _reconstruct(args: list[str]) -> None:
     parser.add_argument("--out", required=True, type=folder, help="the folder for PNGs and the contact sheet")
     parser.add_argument("--num_samples", type=positive, default=4, help="reconstructions of each image (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="bf16 is faster, and rounds")
     _add_sampler(parser)
     options = parser.parse_args(args)
     from featinv_pl.viz.reconstruct import reconstruct
 
-    pipeline = load_pipeline(options.model)
+    pipeline = load_pipeline(options.model, options.precision)
     pipeline.with_sampler(**_sampler_changes(options))
     reconstruct(pipeline, options.images, options.out, options.num_samples, options.seed)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
+from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.sources import INDEX, find_folder, read_index
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Views, to_uint8
@@ -36,6 +37,7 @@ class FeatInvPipeline:
 
     def __init__(self, inversion: FeatureInversion) -> None:
         self.inversion = inversion.eval()
+        self.dtype = torch.float32
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -83,6 +85,8 @@ class FeatInvPipeline:
             folder: Must not exist.
         """
         inversion = self.inversion
+        if self.dtype != torch.float32:
+            raise UserError(f"This pipeline holds its weights in {self.dtype}. Save one in full precision.")
         folder.mkdir(parents=True)
         inversion.control.save_pretrained(folder)
         backbone, prior = inversion.backbone, inversion.prior
@@ -112,9 +116,18 @@ class FeatInvPipeline:
             "digests": self.inversion.frozen,
         }
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move all networks."""
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
+        """Move all networks.
+
+        Args:
+            device: Where to.
+            dtype: With bfloat16, images are from now on drawn in mixed precision, and weights take half the memory.
+        """
         self.inversion.to(device)
+        if dtype is not None:
+            for network in (self.inversion.prior, self.inversion.control):
+                keep_products_in(network, dtype)
+            self.dtype = dtype
         return self
 
     def crop(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -147,7 +160,8 @@ class FeatInvPipeline:
             raise UserError(f"The map has the shape {tuple(features.shape)}; this inverter reads {shape}.")
         maps = features.to(inversion.device).expand(num_samples, -1, -1, -1)
         keys = [str(number) for number in range(num_samples)]
-        return inversion.draw(maps, keys, seed, inversion.sampler)
+        with torch.autocast(inversion.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return inversion.draw(maps, keys, seed, inversion.sampler)
 
     def __call__(
         self, pictures: Image.Image | Sequence[Image.Image] | Tensor, num_samples: int = 1, seed: int = 0

@@ -83,18 +83,21 @@ def _digits(options: Any) -> dict[str, Any]:
 def _training(options: Any) -> dict[str, Any]:
     found = training.measure(options.option, options.rounds, steps=2)
     rates = {name: machine.product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
-    names, first = {**training.SAVINGS, **training.ON_GPU}, found[0]
+    first = found[0]
     rows, figures = [], []
     for number, one in enumerate(found):
-        bf16 = number >= list(names).index("bf16")
+        bf16 = number >= list(training.NAMES).index("bf16")
         share = one.flops * one.rate / rates["bfloat16" if bf16 else "float32"]
         row = (f"{one.rate:.3f}", f"{one.rate / first.rate:.2f}", f"{one.peak:.1f}", f"{one.peak / first.peak:.0%}")
-        rows.append((names[one.name], *row, f"{one.flops / 1e12:.2f}", f"{share:.0%}"))
+        rows.append((training.NAMES[one.name], *row, f"{one.flops / 1e12:.2f}", f"{share:.0%}"))
         figures.append({**vars(one), "rate": one.rate, "share": share})
     heads = ("each line adds to those above", "samples/s", "ratio", "peak GiB", "ratio", "TFLOP/sample", "of a product")
     _print(f"training at full size, batches of {first.batch_size}", heads, rows)
     print(f"a plain product: {rates['float32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bfloat16'] / 1e9:.0f} in bf16")
-    return {"product": rates, "configurations": figures}
+    memory = training.recipe_memory(found)
+    heads = ("experiments/imagenet/memory", "weights, optimizer and activations, GiB")
+    _print("memory of a GPU, computed", heads, [(name, f"{gib:.1f}") for name, gib in memory.items()])
+    return {"product": rates, "configurations": figures, "memory": memory}
 
 
 def _sampling(options: Any) -> dict[str, Any]:

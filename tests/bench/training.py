@@ -1,5 +1,6 @@
 """Steps of training: from the authors' configuration to ours, one saving after the other."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -7,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import machine
@@ -22,14 +25,45 @@ SAVINGS = {
     "bf16": "bf16, with fp32 weights of what trains",
 }
 ON_GPU = {"channels-last": "channels last", "batch": "batches of 64", "compiled": "compiled"}
+AGAIN = {"again": "the line of bf16, activations computed again"}
+NAMES = {**SAVINGS, **(ON_GPU if machine.GPU else {}), **AGAIN}
+RECIPES = {"12gb": ("again", 8), "24gb": ("bf16", 16), "80gb": ("bf16", 128)}
+"""Of experiments/imagenet/memory: the configuration whose activations they keep, and samples at a time."""
+
+
+class Kept:
+    """What autograd keeps for the backward pass: bytes of activations, without the weights that it refers to.
+
+    Args:
+        model: Whose weights, or copies of them in another precision, do not count.
+    """
+
+    def __init__(self, model: LightningModule) -> None:
+        self.weights = {tuple(weight.shape) for weight in model.parameters()}
+        self.storages: dict[int, int] = {}
+        self.hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        shapes = {tuple(tensor.shape), tuple(tensor.t().shape) if tensor.ndim == 2 else ()}
+        if not shapes & self.weights:
+            storage = tensor.untyped_storage()
+            self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Each storage once."""
+        return sum(self.storages.values())
 
 
 class Stopwatch(Callback):
-    """Times steps, and counts the operations of the first, which is not timed."""
+    """Times steps, and counts operations and activations of the first, which is not timed."""
 
     seconds: ClassVar[list[float]] = []
     peak: ClassVar[float] = 0.0
     flops: ClassVar[int] = 0
+    activations: ClassVar[int] = 0
+    state: ClassVar[int] = 0
     graphs: ClassVar[int] = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,10 +74,12 @@ class Stopwatch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin."""
-        self.counter = FlopCounterMode(display=False)
         self.count = batch_idx == 0 and pl_module.prior.unet._compiled_call_impl is None  # type: ignore[union-attr]
         if self.count:
-            self.counter.__enter__()
+            self.counter, self.kept = FlopCounterMode(display=False), Kept(pl_module)
+            self.counting = ExitStack()
+            self.counting.enter_context(self.kept.hooks)
+            self.counting.enter_context(self.counter)
         self.start = machine.now()
 
     def on_train_batch_end(
@@ -52,15 +88,26 @@ class Stopwatch(Callback):
         """End."""
         taken = machine.now() - self.start
         if self.count:
-            self.counter.__exit__(None, None, None)
-            Stopwatch.flops = self.counter.get_total_flops()
+            self.counting.close()
+            Stopwatch.flops, Stopwatch.activations = self.counter.get_total_flops(), self.kept.bytes
         if batch_idx > 0:
             Stopwatch.seconds.append(taken)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the memory, and how often something was compiled."""
-        Stopwatch.peak = machine.peak()
+        Stopwatch.peak, Stopwatch.state = machine.peak(), state(pl_module)
         Stopwatch.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def state(model: LightningModule) -> int:
+    """Bytes that training holds besides activations.
+
+    Weights, gradients and AdamW's two moments of what trains, and for products a copy of these weights in bf16, which
+    autocast keeps for the step.
+    """
+    weights = sum(weight.nbytes for weight in model.parameters())
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    return weights + 3 * trained + trained // 2
 
 
 @dataclass
@@ -73,6 +120,8 @@ class Configuration:
         seconds: Of steps.
         peak: GiB.
         flops: Of one sample.
+        activations: Bytes kept for the backward pass of one sample.
+        state: Bytes held besides.
         graphs: Compiled ones.
     """
 
@@ -81,6 +130,8 @@ class Configuration:
     seconds: list[float] = field(default_factory=list)
     peak: float = 0.0
     flops: float = 0.0
+    activations: float = 0.0
+    state: int = 0
     graphs: int = 0
 
     @property
@@ -97,15 +148,31 @@ def measure(model: list[str], rounds: int, steps: int) -> list[Configuration]:
         rounds: How often.
         steps: Timed steps of each round.
     """
-    names = [*SAVINGS, *(ON_GPU if machine.GPU else {})]
     first = 8 if machine.GPU else 1
-    configurations = [Configuration(name, 64 if name in ("batch", "compiled") else first) for name in names]
+    configurations = [Configuration(name, 64 if name in ("batch", "compiled") else first) for name in NAMES]
     for _ in range(rounds):
-        for number, one in enumerate(configurations):
-            files = [f"--config={CONFIGS / name}.yaml" for name in names[: number + 1]]
+        for one in configurations:
             own = [f"--trainer.max_steps={steps + 1}", f"--data.batch_size={one.batch_size}"]
-            run(["fit", *files, *model, *own])
+            run(["fit", *(f"--config={CONFIGS / name}.yaml" for name in _files(one.name)), *model, *own])
             one.seconds += Stopwatch.seconds
-            one.peak, one.graphs = Stopwatch.peak, Stopwatch.graphs
-            one.flops = (Stopwatch.flops if one.name != "compiled" else configurations[0].flops) / one.batch_size
+            one.peak, one.state, one.graphs = Stopwatch.peak, Stopwatch.state, Stopwatch.graphs
+            if one.name != "compiled":  # the counters would be compiled, too
+                one.flops, one.activations = Stopwatch.flops / one.batch_size, Stopwatch.activations / one.batch_size
+            else:
+                one.flops = configurations[-3].flops
     return configurations
+
+
+def _files(name: str) -> list[str]:
+    """A configuration's file and those that it lies over."""
+    names = list(NAMES)
+    return [*SAVINGS, name] if name in AGAIN else names[: names.index(name) + 1]
+
+
+def recipe_memory(configurations: list[Configuration]) -> dict[str, float]:
+    """GiB that the recipes for GPUs of several sizes hold: computed, without what kernels use in between."""
+    of = {one.name: one for one in configurations}
+    return {
+        f"{recipe}: batches of {batch_size}": (of[name].state + batch_size * of[name].activations) / machine.GIB
+        for recipe, (name, batch_size) in RECIPES.items()
+    }

@@ -197,13 +197,14 @@ def _parse(parser: ArgumentParser, args: list[str]) -> Namespace:
     return parser.parse_args(joined)
 
 
-def load_pipeline(model: str) -> "FeatInvPipeline":
-    """An inverter on the GPU, if there is one."""
+def load_pipeline(model: str, precision: str = "32") -> "FeatInvPipeline":
+    """An inverter on the GPU, if there is one, in `32` bits or `bf16`."""
     import torch
 
     from featinv_pl.pipeline import FeatInvPipeline
 
-    return FeatInvPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if precision == "bf16" else None
+    return FeatInvPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
 
 
 def _mask(options: Namespace, pipeline: "FeatInvPipeline") -> "Tensor | None":
