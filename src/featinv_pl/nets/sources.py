@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from itertools import chain
 from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
@@ -67,6 +68,8 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
             f"such as {report['missing_keys'][0]}. The file is damaged or of another architecture."
         )
     loaded: Part = network
+    for tensor in chain(loaded.parameters(), loaded.buffers()):
+        tensor.data = tensor.data.clone()  # of the file, which would stay in memory whole, and could change below us
     return loaded
 
 
