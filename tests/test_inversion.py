@@ -104,6 +104,32 @@ def test_activations_are_computed_again_only_when_told(make_model: Any, make_bat
     assert (calls(), calls(activation_checkpointing=True)) == (1, 2)
 
 
+def test_networks_are_compiled_a_few_times(
+    make_model: Any, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once with one batch size and once with any, for training, plain and guided drawing: not for each size."""
+    whole = torch.nn.Module.compile  # all but the generation of code, which takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    plain, compiled = awaken(make_model()), awaken(make_model(compile=True))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.log = lambda *_, **__: None
+    guided, unguided = Sampler(steps=2), Sampler(steps=2, guidance_scale=1.0)
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    counts = []
+    for size in (4, 3, 5):
+        batch = make_batch(size)
+        compiled.training_step(batch, 0).backward()
+        for sampler in (guided, unguided):
+            drawn, expected = (m.draw(batch["features"], batch["key"], 0, sampler) for m in (compiled, plain))
+            torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+        counts.append(counters["unique_graphs"])
+    assert counts[0] > 0
+    assert counts[1] == counts[-1] <= 12  # two networks
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_mixed_precision_halves_the_prior_and_trains_full_weights(
     make_model: Any, make_batch: MakeBatch, tmp_path: Path, precision: str

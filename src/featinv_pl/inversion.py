@@ -144,6 +144,9 @@ class FeatureInversion(LightningModule):
             if channels_last:
                 network.to(memory_format=torch.channels_last)
             if compile:
+                # Both networks share one function of diffusers', which is compiled for training, validation and
+                # drawing, each with one batch size and then with any.
+                torch._dynamo.config.recompile_limit = 32
                 network.compile()
         self.conditioning = conditioning
         self.null_map = null_map

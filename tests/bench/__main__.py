@@ -49,13 +49,15 @@ def main(args: Sequence[str] | None = None) -> None:
     if heavy and not options.option and not (OUT / "prior").is_dir():
         print("Writing a prior with random weights ...", flush=True)
         write_prior(OUT / "prior")
-    results: dict[str, Any] = {"machine": machine.describe()}
+    found, results = OUT / "bench.json", {"machine": machine.describe()}
+    if found.is_file() and (before := json.loads(found.read_text()))["machine"] == results["machine"]:
+        results = before  # other parts, measured on the same day and machine
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
     measures = {"startup": _startup, "digits": _digits, "training": _training, "sampling": _sampling}
     for part in options.parts:
         results[part] = measures[part](options)
-        (OUT / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nAll figures: {OUT / 'bench.json'}")
+        found.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nAll figures: {found}")
 
 
 def _startup(options: Any) -> dict[str, float]:
@@ -81,8 +83,7 @@ def _digits(options: Any) -> dict[str, Any]:
 
 
 def _training(options: Any) -> dict[str, Any]:
-    found = training.measure(options.option, options.rounds, steps=2)
-    rates = {name: machine.product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
+    found, rates = training.measure(options.option, options.rounds, steps=2)
     first = found[0]
     rows, figures = [], []
     for number, one in enumerate(found):
@@ -95,8 +96,8 @@ def _training(options: Any) -> dict[str, Any]:
     _print(f"training at full size, batches of {first.batch_size}", heads, rows)
     print(f"a plain product: {rates['float32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bfloat16'] / 1e9:.0f} in bf16")
     memory = training.recipe_memory(found)
-    heads = ("experiments/imagenet/memory", "weights, optimizer and activations, GiB")
-    _print("memory of a GPU, computed", heads, [(name, f"{gib:.1f}") for name, gib in memory.items()])
+    recipes = [(name, f"{gib:.1f}") for name, gib in memory.items()]
+    _print("memory of a GPU, computed", ("experiments/imagenet/memory", "weights, moments, activations: GiB"), recipes)
     return {"product": rates, "configurations": figures, "memory": memory}
 
 
@@ -105,10 +106,9 @@ def _sampling(options: Any) -> dict[str, Any]:
     allow_imports()
     own = yaml.safe_load(effective_config(words))["fit"]["model"]["init_args"]
     names = ("backbone", "weights", "input_size", "prior", "image_size", "hidden_channels")
-    ways, noise = sampling.measure(
+    ways, noise, rates = sampling.measure(
         {name: own[name] for name in names}, options.rounds, options.steps, 16 if machine.GPU else 1
     )
-    rates = {name: machine.product_rate(getattr(torch, name)) for name in ("float32", "bfloat16")}
     measured, base = ways[:-1], sampling.per_image(ways[0])
     rows = []
     for way, dtype in zip(measured, ("float32",) * 3 + ("bfloat16",), strict=True):

@@ -67,12 +67,20 @@ def total_memory() -> float:
     return int(_lines("/proc/meminfo")[0].split()[1]) * 1024 / GIB
 
 
-def product_rate(dtype: torch.dtype) -> float:
-    """FLOP per second of one plain large matrix product: the median of five."""
+def product_rates() -> dict[str, float]:
+    """FLOP per second of a plain large matrix product in both precisions: the median of five each."""
     size = 8192 if GPU else 2048
-    left, right = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
-    seconds = [timed(lambda: left @ right) for _ in range(6)][1:]
-    return 2 * size**3 / median(seconds)
+    rates = {}
+    for name in ("float32", "bfloat16"):
+        left, right = (torch.randn(size, size, device=DEVICE).to(getattr(torch, name)) for _ in range(2))
+        seconds = [timed(lambda left=left, right=right: left @ right) for _ in range(6)][1:]  # type: ignore[misc]
+        rates[name] = 2 * size**3 / median(seconds)
+    return rates
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """By name, over rounds: the machine may be busier in one than in the next."""
+    return {name: median(one[name] for one in rounds) for name in rounds[0]}
 
 
 def timed(function: Callable[[], Any]) -> float:

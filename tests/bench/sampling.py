@@ -36,7 +36,9 @@ class Way:
     difference: float = 0.0
 
 
-def measure(options: dict[str, Any], rounds: int, steps: int, batch_size: int) -> tuple[list[Way], Tensor]:
+def measure(
+    options: dict[str, Any], rounds: int, steps: int, batch_size: int
+) -> tuple[list[Way], Tensor, dict[str, float]]:
     """Draw in each way in turn, several times over.
 
     Args:
@@ -46,7 +48,7 @@ def measure(options: dict[str, Any], rounds: int, steps: int, batch_size: int) -
         batch_size: Images at a time.
 
     Returns:
-        The ways with their times, and the noise that all began with.
+        The ways with their times, the noise that all began with, and the rates of plain products in between.
     """
     full, fast = (_model(options) for _ in range(2))
     keep_products_in(fast, torch.bfloat16)
@@ -58,8 +60,9 @@ def measure(options: dict[str, Any], rounds: int, steps: int, batch_size: int) -
         Way("ours, fp32", lambda noise, steps: full.invert(features, noise, as_authors(steps))),
         Way("ours, bf16", lambda noise, steps: in_bf16(fast, features, noise, as_authors(steps))),
     ]
-    reference = None
+    reference, rates = None, []
     for turn in range(rounds):
+        rates.append(machine.product_rates())
         for way in ways:
             start = machine.now()
             images = way.draw(noise, steps).float()
@@ -72,7 +75,7 @@ def measure(options: dict[str, Any], rounds: int, steps: int, batch_size: int) -
             way.draw(noise, steps)
         way.flops = counter.get_total_flops() / batch_size
     ways.append(Way("ours, bf16", lambda noise, steps: in_bf16(fast, features, noise, Sampler(steps=steps))))
-    return ways, noise
+    return ways, noise, machine.medians(rates)
 
 
 @torch.no_grad()

@@ -140,17 +140,22 @@ class Configuration:
         return self.batch_size / median(self.seconds)
 
 
-def measure(model: list[str], rounds: int, steps: int) -> list[Configuration]:
+def measure(model: list[str], rounds: int, steps: int) -> tuple[list[Configuration], dict[str, float]]:
     """Train a few steps with each configuration in turn, several times over.
 
     Args:
         model: Options of all configurations, such as a smaller model.
         rounds: How often.
         steps: Timed steps of each round.
+
+    Returns:
+        The configurations with their figures, and the rates of plain products in between.
     """
     first = 8 if machine.GPU else 1
     configurations = [Configuration(name, 64 if name in ("batch", "compiled") else first) for name in NAMES]
+    rates = []
     for _ in range(rounds):
+        rates.append(machine.product_rates())
         for one in configurations:
             own = [f"--trainer.max_steps={steps + 1}", f"--data.batch_size={one.batch_size}"]
             run(["fit", *(f"--config={CONFIGS / name}.yaml" for name in _files(one.name)), *model, *own])
@@ -160,7 +165,7 @@ def measure(model: list[str], rounds: int, steps: int) -> list[Configuration]:
                 one.flops, one.activations = Stopwatch.flops / one.batch_size, Stopwatch.activations / one.batch_size
             else:
                 one.flops = configurations[-3].flops
-    return configurations
+    return configurations, machine.medians(rates)
 
 
 def _files(name: str) -> list[str]:
