@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
-from featinv_pl.nets.sources import INDEX, find_folder, read_index
+from featinv_pl.nets.sources import INDEX, check_sums, find_folder, read_index, write_sums
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Views, to_uint8
 
@@ -45,6 +45,7 @@ class FeatInvPipeline:
             source: The folder, or its name on the hub.
         """
         folder = find_folder(str(source), ["*"], "--model")
+        check_sums(folder, "--model")
         index = read_index(folder, "--model")
         try:
             # Parts that came from a disk lie in the folder; those of the hub are named.
@@ -77,7 +78,7 @@ class FeatInvPipeline:
         return cls(inversion)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a model folder: `encoder/`, `controlnet/`, `model_index.json`, and frozen parts of this disk.
+        """Write a model folder: `encoder/`, `controlnet/`, `model_index.json`, frozen parts of this disk, and sums.
 
         Args:
             folder: Must not exist.
@@ -91,6 +92,7 @@ class FeatInvPipeline:
         if Path(prior.source).exists():
             prior.save_pretrained(folder / PRIOR)
         (folder / INDEX).write_text(json.dumps(self.index, indent=2) + "\n")
+        write_sums(folder)
 
     @property
     def index(self) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Where weights come from: a folder in diffusers' layout, the hub, or one file. None of them may run code."""
 
-import json
+import hashlib
 import re
 import zipfile
-from json import JSONDecodeError
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -16,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from featinv_pl.errors import UserError
+from featinv_pl.reading import read_bytes, read_json
 
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 
-INDEX = "model_index.json"
+INDEX, SUMS = "model_index.json", "SHA256SUMS"
+SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 # Old checkpoints of Lightning keep such objects beside their weights.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf", "numpy")
@@ -103,16 +104,49 @@ def read_index(folder: Path, option: str) -> dict[str, Any]:
         folder: As `export` and `import` write it.
         option: The option that named it, for errors.
     """
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-        return index
-    except FileNotFoundError as error:
+    if not (folder / INDEX).is_file():
         raise UserError(
             f"{option}: '{folder}' has no {INDEX}, so it is no published model. "
             "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
-        ) from error
-    except (JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{option}: '{folder / INDEX}' is damaged ({error}). Export the model anew.") from error
+        )
+    return read_json(folder / INDEX, option, "Export the model anew.")
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file of a model folder, in the form that `sha256sum --check` reads."""
+    lines = [f"{digest}  {name}\n" for name, digest in _sums(folder).items()]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def check_sums(folder: Path, option: str) -> None:
+    """Refuse a model folder that is not as it was written; folders of before have no such sums.
+
+    Args:
+        folder: As `export` and `import` write it.
+        option: The option that named it, for errors.
+    """
+    if not (folder / SUMS).exists():
+        return
+    text = read_bytes(folder / SUMS, option, "Copy the folder again.").decode(errors="replace")
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    found = _sums(folder)
+    changed = [name for name in sorted({*listed, *found}) if listed.get(name) != found.get(name)]
+    if changed:
+        raise UserError(
+            f"{option}: {len(changed)} files of '{folder}' are not as {SUMS} in it says, such as '{changed[0]}'. "
+            f"Copy the folder again; if you changed it yourself, remove {SUMS}."
+        )
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of all that a model folder is loaded from, by path below it."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.suffix in SUMMED and path.is_file() and not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as file:
+                digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def read_weights(path: Path, option: str) -> dict[str, Tensor]:

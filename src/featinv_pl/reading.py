@@ -1,0 +1,103 @@
+"""Small files that anybody may have made, read whole: of bounded size, and with one clear error."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from featinv_pl.errors import UserError
+
+LARGEST = 1 << 26  # bytes; the largest that we write, the index of a shard of 10,000 samples, has a tenth
+MOST_VALUES = 1_000_000  # of a YAML file, each counted as often as it is referred to
+
+
+def read_bytes(path: Path, option: str, advice: str) -> bytes:
+    """Read a file whole.
+
+    Args:
+        path: The file.
+        option: The option that named it, for errors.
+        advice: What to do if it is no such file, for errors.
+
+    Raises:
+        UserError: It cannot be read, is larger than any such file, or no plain file: a pipe may never end.
+    """
+    try:
+        if not path.is_file():
+            raise OSError("it is no file" if path.exists() else "there is no such file")
+        if path.stat().st_size > LARGEST:
+            raise OSError(f"it has more than {LARGEST >> 20} MB")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def read_json(path: Path, option: str, advice: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: See `read_bytes`, as the rest.
+        option: As above.
+        advice: As above.
+
+    Raises:
+        UserError: It cannot be read, or is no JSON object.
+    """
+    data = read_bytes(path, option, advice)
+    try:
+        contents = json.loads(data)
+        if not isinstance(contents, dict):
+            raise ValueError("it is no JSON object")
+        return contents
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def read_yaml(path: Path, option: str, advice: str) -> Any:
+    """Read a YAML file, which makes nothing but plain values.
+
+    Args:
+        path: See `read_bytes`, as the rest.
+        option: As above.
+        advice: As above.
+
+    Raises:
+        UserError: It cannot be read, or `check_values` refuses it.
+    """
+    data = read_bytes(path, option, advice)
+    try:
+        contents = yaml.safe_load(data.decode())
+        check_values(contents)
+        return contents
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def check_values(contents: Any) -> None:
+    """Refuse what a few lines of YAML can unfold to: values that contain themselves, or billions of references.
+
+    Raises:
+        ValueError: There are such values.
+        RecursionError: They lie too deep.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def size(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = None
+            sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, dict) else value))
+        known = sizes[id(value)]
+        if known is None:
+            raise ValueError("a value contains itself")
+        return known
+
+    if size(contents) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values, counted as often as they are referred to")
+
+
+def _damaged(path: Path, option: str, advice: str, error: Exception) -> UserError:
+    reason = " ".join((str(error) or type(error).__name__).split())[:300]
+    return UserError(f"{option}: '{path}' is damaged or no file of this kind ({reason}). {advice}")
