@@ -401,7 +401,7 @@ class Bench:
             watched = _listing(yard)
             ended, said, seconds, megabytes = _run(list(kind.command))
             changed = {name for name, _ in watched.items() ^ _listing(yard).items()}
-        result = _contents(place / OUT) + said[0]
+        result = _contents(place / OUT) + said[0] + _message(said)
         outcome = self._judge(kind, ended, result, said, authored)
         if seconds > SECONDS:
             outcome = "too slow"
@@ -437,7 +437,7 @@ class Bench:
             (place / OUT).mkdir()
             with contextlib.chdir(place):
                 ended, said, _, _ = _run(list(kind.command))
-            self.before[kind.name] = (ended, _contents(place / OUT) + said[0])
+            self.before[kind.name] = (ended, _contents(place / OUT) + said[0] + _message(said))
         return self.before[kind.name]
 
 
@@ -507,6 +507,10 @@ def _memory(reset: bool = False) -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) >> 10
+
+
+def _message(said: tuple[str, str]) -> str:
+    return "".join(line for line in said[1].splitlines() if line.startswith("featinv-pl: error: "))
 
 
 def _is_clear(kind: Kind, said: tuple[str, str]) -> bool:

@@ -543,7 +543,9 @@ def changed_tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.
 
 
 def each(change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
-    return changed_tensors(lambda tensors: {name: change(one) for name, one in tensors.items()})
+    return changed_tensors(
+        lambda tensors: {name: change(one) if one.is_floating_point() else one for name, one in tensors.items()}
+    )
 
 
 TENSORS: dict[str, Spoil] = {
@@ -705,8 +707,8 @@ CONCEPTS: dict[str, Spoil] = {
     **{f"tensors: {name}": concepts_with(spoil) for name, spoil in TENSORS.items()},
     **{f"facts: {name}": (lambda folder, spoil=spoil: spoil(folder / "concepts.json")) for name, spoil in JSONS.items()},
     "directions of other channels": single("directions", lambda one: one.repeat(1, 2, 1, 1)),
-    "directions of another grid": single("directions", lambda one: one.expand(-1, -1, 3, 3)),
-    "10^7 locations": single("directions", lambda one: one.expand(-1, -1, 1000, 1000)),
+    "directions of another grid": single("directions", lambda one: torch.ones(*one.shape[:2], 3, 3)),
+    "10^7 locations": single("directions", lambda one: torch.ones(*one.shape[:2], 1000, 1000)),
     "no directions": single("directions", lambda one: one[:0]),
     "directions of zero": single("directions", torch.zeros_like),
     "starts of another shape": single("starts", lambda one: one[:, :1]),

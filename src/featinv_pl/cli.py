@@ -39,6 +39,7 @@ from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.reading import parse_yaml, read_bytes
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 
 IMPORTS = "FEATINV_IMPORTS"
@@ -189,19 +190,25 @@ def load_yaml(text: str) -> Any:
 
     Paths are relative to the including file, into whose folder jsonargparse changes while it reads.
     """
-    return _on_base(get_loader("yaml")(text), Path())
+    return _on_base(parse_yaml(text, get_loader("yaml")), Path(), ())
 
 
-def _on_base(settings: Any, folder: Path) -> Any:
+def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
     if not isinstance(settings, dict) or "base" not in settings:
         return settings
     bases = settings.pop("base")
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        path = folder / base
-        if not path.is_file():
-            raise UserError(f"base: there is no file '{path.absolute()}'. The path is relative to the including file.")
-        merged = merge(merged, _on_base(get_loader("yaml")(path.read_text()), path.parent))
+        path = folder / str(base)
+        advice = "The path is relative to the including file, and no file may be a base of its own."
+        if path.resolve() in above:
+            raise UserError(f"base: '{path.absolute()}' lies beneath itself. {advice}")
+        data = read_bytes(path.absolute(), "base", advice)
+        try:
+            contents = parse_yaml(data.decode(), get_loader("yaml"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"base: '{path.absolute()}' is no YAML ({' '.join(str(error).split())[:300]}).") from error
+        merged = merge(merged, _on_base(contents, path.parent, (*above, path.resolve())))
     return merge(merged, settings)
 
 

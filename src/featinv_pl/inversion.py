@@ -399,7 +399,7 @@ class FeatureInversion(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model, before training starts."""
         theirs = checkpoint.get("inversion")
-        if theirs is None:
+        if not isinstance(theirs, dict):
             raise UserError("--ckpt_path: the checkpoint is not one of a FeatureInversion.")
         different = [name for name, ours in self.identity.items() if theirs.get(name) != ours]
         if different:

@@ -1,6 +1,7 @@
 """Small files that anybody may have made, read whole: of bounded size, and with one clear error."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from featinv_pl.errors import UserError
 
 LARGEST = 1 << 26  # bytes; the largest that we write, the index of a shard of 10,000 samples, has a tenth
 MOST_VALUES = 1_000_000  # of a YAML file, each counted as often as it is referred to
+DEEPEST = 100  # levels of a YAML file; libyaml's composer overflows the stack at some ten thousand
 
 
 def read_bytes(path: Path, option: str, advice: str) -> bytes:
@@ -63,24 +65,40 @@ def read_yaml(path: Path, option: str, advice: str) -> Any:
         advice: As above.
 
     Raises:
-        UserError: It cannot be read, or `check_values` refuses it.
+        UserError: It cannot be read, or `parse_yaml` refuses it.
     """
     data = read_bytes(path, option, advice)
     try:
-        contents = yaml.safe_load(data.decode())
-        check_values(contents)
-        return contents
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return parse_yaml(data.decode(), yaml.safe_load)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _damaged(path, option, advice, error) from error
 
 
-def check_values(contents: Any) -> None:
-    """Refuse what a few lines of YAML can unfold to: values that contain themselves, or billions of references.
+def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
+    """Parse YAML, but for what a few lines can unfold to: values without end, and more than fit into memory.
+
+    Args:
+        text: The YAML.
+        load: What makes values of it.
 
     Raises:
-        ValueError: There are such values.
-        RecursionError: They lie too deep.
+        YAMLError: It is no YAML, or unfolds to too much.
     """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it has more than {DEEPEST} levels")
+    try:
+        contents = load(text)
+        _check_values(contents)
+        return contents
+    except (ValueError, TypeError, RecursionError) as error:  # such as of a day that no calendar has
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _check_values(contents: Any) -> None:
+    """Refuse values that contain themselves, or billions of references."""
     sizes: dict[int, int | None] = {}
 
     def size(value: Any) -> int:

@@ -3,6 +3,8 @@
 import hashlib
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -12,7 +14,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featinv_pl.errors import UserError
 from featinv_pl.reading import read_bytes, read_json
@@ -55,20 +58,73 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
         )
     # Old folders hold a pickle alone, which diffusers reads as tensors only.
     safe = not any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
+    read_json(folder / "config.json", option, "Make it anew, or copy it again.")
+    _check_parts(folder, option)
     try:
-        network, report = kind.from_pretrained(
-            folder, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        with no_larger(sum(path.stat().st_size for path in folder.iterdir())):
+            network, report = kind.from_pretrained(
+                folder, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
+            )
+    except Exception as error:  # a hostile configuration can raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason}") from error
     if report["missing_keys"]:
         raise UserError(
             f"{option}: '{folder}' lacks {len(report['missing_keys'])} weights of {kind.__name__}, "
             f"such as {report['missing_keys'][0]}. The file is damaged or of another architecture."
         )
+    check_finite(network.state_dict(), f"'{folder}'", option)
     loaded: Part = network
     return loaded
+
+
+@contextmanager
+def no_larger(size: int) -> Iterator[None]:
+    """Let no network be built with more values than its files have bytes, for a configuration may ask for any number.
+
+    Args:
+        size: Of the files.
+    """
+    left = size
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal left
+        left -= parameter.numel() if parameter is not None else 0
+        if left < 0:
+            raise ValueError("its configuration asks for more weights than its files can hold")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_finite(weights: dict[str, Tensor], what: str, option: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Args:
+        weights: By name.
+        what: Where they come from, in the error's words.
+        option: The option that named the source, for errors.
+    """
+    wrong = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{option}: {len(wrong)} tensors of {what} are not finite, such as {wrong[0]}. Use another file."
+        )
+
+
+def _check_parts(folder: Path, option: str) -> None:
+    """Refuse large weights in parts, of which some lie outside their folder."""
+    for index in folder.glob("*.index.json"):
+        parts = read_json(index, option, "Download the model again.").get("weight_map")
+        for name in parts.values() if isinstance(parts, dict) else [parts]:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(
+                    f"{option}: '{index}' names the file {str(name)[:100]!r}, which is none of its folder. Do not use "
+                    "this model: it is damaged, or made to reach outside."
+                )
 
 
 def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> Any:
@@ -87,13 +143,14 @@ def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> An
     wrong = [
         name
         for name in dict.fromkeys([*expected, *weights])
-        if name not in expected or weights.get(name) is None or weights[name].shape != expected[name].shape
+        if name not in expected or not _is_plain(weights.get(name)) or weights[name].shape != expected[name].shape
     ]
     if wrong:
         raise UserError(
             f"{option}: {len(wrong)} tensors of the {what} are missing, too many or of another shape (it has "
             f"{len(expected)}), such as {wrong[0]}. They belong to another architecture, or the file is not whole."
         )
+    check_finite(weights, f"the {what}", option)
     return network.load_state_dict(weights)
 
 
@@ -169,13 +226,14 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
         contents = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, option)
     except UserError:
         raise
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a hostile file can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{option}: '{path}' is damaged or is no file of weights ({reason}). Download or copy it again."
         ) from error
     state: Any = contents.get("state_dict", contents) if isinstance(contents, dict) else {}
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    named = state.items() if isinstance(state, dict) else ()
+    weights = {name: value for name, value in named if isinstance(name, str) and _is_plain(value)}
     if not weights:
         raise UserError(f"{option}: '{path}' holds no tensors. Give a file with a state dict.")
     return weights
@@ -200,8 +258,11 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     except Exception as error:  # a hostile file can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{option}: '{path}' is damaged or is no checkpoint ({reason}). Give another one.") from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{option}: '{path}' is no checkpoint. Give another one.")
+    weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
+        raise UserError(f"{option}: '{path}' is no checkpoint, for it holds no weights. Give another one.")
+    if not isinstance(checkpoint.get("global_step"), int):
+        raise UserError(f"{option}: '{path}' is no checkpoint, for it knows no step. Give another one.")
     return checkpoint
 
 
@@ -220,6 +281,8 @@ def check_archive(path: Path) -> None:
 
 
 def _load_pickle(path: Path, option: str) -> Any:
+    if _is_zip(path):
+        check_archive(path)
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError:  # the format before 1.6, which has no list; its loading is as strict
@@ -236,6 +299,18 @@ def _load_pickle(path: Path, option: str) -> Any:
             f"{option}: '{path}' wants to call {refused[1]}, which no weights need, so it is not opened. "
             "Get the file from a source that you trust, best as .safetensors."
         ) from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that has a value for each of its places."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
 
 
 def _is_zip(path: Path) -> bool:

@@ -190,6 +190,8 @@ def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
         raise ValueError(f"{len(facts['names'])} directions of shape {list(directions.shape)} for maps of {shape}")
     if starts.shape != directions.shape or not (directions.isfinite().all() and starts.isfinite().all()):
         raise ValueError("starts of another shape than directions, or values that are not finite")
+    if not directions.flatten(1).any(1).all():
+        raise ValueError("a direction that is zero")
 
 
 # Finding them
