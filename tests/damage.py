@@ -519,9 +519,8 @@ def _is_clear(kind: Kind, said: tuple[str, str]) -> bool:
         return True
     lines = said[1].strip().splitlines() or [""]
     messages = [line for line in lines if line.startswith("featinv-pl: error: ")]
-    return len(messages) == 1 and lines[-1] == messages[0] and len(lines[-1]) < 1500 and "in" + os.sep in lines[-1] or (
-        len(messages) == 1 and lines[-1] == messages[0] and f"'{IN}'" in lines[-1]
-    )
+    named = re.search(rf"\b{IN}/|base: '/|--concepts belongs to|'{IN}'|--model\.sampler\.", lines[-1])  # only one file says how a model draws
+    return messages == lines[-1:] and len(lines[-1]) < 1500 and named is not None
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int, int]]:

@@ -35,6 +35,15 @@ def read_bytes(path: Path, option: str, advice: str) -> bytes:
         raise _damaged(path, option, advice, error) from error
 
 
+def read_text(path: Path, option: str, advice: str) -> str:
+    """Read a text in UTF-8; see `read_bytes`."""
+    data = read_bytes(path, option, advice)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _damaged(path, option, advice, error) from error
+
+
 def read_json(path: Path, option: str, advice: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -67,10 +76,10 @@ def read_yaml(path: Path, option: str, advice: str) -> Any:
     Raises:
         UserError: It cannot be read, or `parse_yaml` refuses it.
     """
-    data = read_bytes(path, option, advice)
+    text = read_text(path, option, advice)
     try:
-        return parse_yaml(data.decode(), yaml.safe_load)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return parse_yaml(text, yaml.safe_load)
+    except yaml.YAMLError as error:
         raise _damaged(path, option, advice, error) from error
 
 

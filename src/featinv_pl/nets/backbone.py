@@ -1,6 +1,7 @@
 """The classifier whose features are inverted: any timm model, frozen."""
 
 import difflib
+from contextlib import nullcontext
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor
@@ -17,9 +17,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.frozen import Frozen
+from featinv_pl.nets.sources import no_larger, size_below
+from featinv_pl.reading import read_json
 from featinv_pl.types import Views, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
+LARGEST_INPUT = 4096  # pixels of a side; the largest of a timm model is about a thousand
 PENULTIMATE = "forward_features"
 
 
@@ -55,6 +58,11 @@ class Backbone(Frozen):
         self.model: Any = _create(name, weights, input_size)
         config = _data_config(self.model, input_size)
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
+        if not all(isinstance(side, int) and 1 <= side <= LARGEST_INPUT for side in self.input_size):
+            raise UserError(
+                f"--model.input_size: '{name}' would see images of {self.input_size} pixels. "
+                f"Give 1 to {LARGEST_INPUT}, or another model."
+            )
         self.crop_pct = float(config["crop_pct"])
         self._crop = create_transform(**config, normalize=False)
         self.interpolation = InterpolationMode(config["interpolation"])
@@ -154,6 +162,7 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
                 f"--model.backbone: the folder '{name}' holds no config.json, so it is not a classifier in "
                 "timm's layout. Give the folder that fitting a Classifier has written."
             )
+        read_json(folder / "config.json", "--model.backbone", "Fit the Classifier anew.")
         name = f"local-dir:{name}"
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
@@ -164,14 +173,18 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
         )
     overlay = _from_file(weights) if weights not in ("pretrained", "random") else None
     try:
-        model = timm.create_model(name, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
+        whole = weights == "pretrained" and folder.is_dir()
+        with no_larger(size_below(folder), f"'{folder}'", "--model.backbone") if whole else nullcontext():
+            model = timm.create_model(name, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
         if input_size and model.pretrained_cfg.get("fixed_input_size"):
             # Built again, so that timm fits tables of positions to the grid while it loads the weights.
             model = timm.create_model(
                 name, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
             )
         return model
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a hostile configuration can raise anything
         raise UserError(_cannot_load(name, weights, error)) from error
 
 

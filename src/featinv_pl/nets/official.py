@@ -79,7 +79,7 @@ def autoencoder(state: State, option: str) -> AutoencoderKL:
 def _whole(state: State, what: str, option: str) -> Iterator[None]:
     """Say so where names or shapes of a file are not those of the network that is built of them."""
     try:
-        with no_larger(sum(value.numel() * value.element_size() for value in state.values())):
+        with no_larger(sum(value.numel() * value.element_size() for value in state.values()), "the file", option):
             yield
     except UserError:
         raise

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featinv_pl.errors import UserError
-from featinv_pl.reading import read_bytes, read_json
+from featinv_pl.reading import LARGEST, read_bytes, read_json
 
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 
 INDEX, SUMS = "model_index.json", "SHA256SUMS"
+DROPPED = 1 << 24  # values that diffusers makes for a ControlNet's pictures, which ours has none of, and more
 SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 # Old checkpoints of Lightning keep such objects beside their weights.
@@ -61,10 +62,12 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
     read_json(folder / "config.json", option, "Make it anew, or copy it again.")
     _check_parts(folder, option)
     try:
-        with no_larger(sum(path.stat().st_size for path in folder.iterdir())):
+        with no_larger(size_below(folder), f"'{folder}'", option):
             network, report = kind.from_pretrained(
                 folder, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
             )
+    except UserError:
+        raise
     except Exception as error:  # a hostile configuration can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason}") from error
@@ -79,25 +82,37 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
 
 
 @contextmanager
-def no_larger(size: int) -> Iterator[None]:
+def no_larger(size: int, what: str, option: str) -> Iterator[None]:
     """Let no network be built with more values than its files have bytes, for a configuration may ask for any number.
 
     Args:
         size: Of the files.
+        what: Where they are, in the error's words.
+        option: The option that named them, for errors.
     """
-    left = size
+    left = size + DROPPED
+    refusal = UserError(f"{option}: {what} asks for more weights than its files can hold. Use another model.")
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         nonlocal left
         left -= parameter.numel() if parameter is not None else 0
         if left < 0:
-            raise ValueError("its configuration asks for more weights than its files can hold")
+            raise refusal
 
     hook = register_module_parameter_registration_hook(count)
     try:
         yield
+    except RuntimeError as error:
+        if "allocate" in str(error):  # a single tensor that no memory holds
+            raise refusal from error
+        raise
     finally:
         hook.remove()
+
+
+def size_below(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_finite(weights: dict[str, Tensor], what: str, option: str) -> None:
@@ -202,7 +217,8 @@ def _sums(folder: Path) -> dict[str, str]:
         name = path.relative_to(folder)
         if path.suffix in SUMMED and path.is_file() and not any(part.startswith(".") for part in name.parts):
             with path.open("rb") as file:
-                digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+                whole = path.suffix != ".json" or path.stat().st_size <= LARGEST
+                digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest() if whole else "too large"
     return digests
 
 

@@ -25,6 +25,13 @@ ADVICE = "Test again with the ReconstructionGrid callback."
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
 
 
+class Tiles(TypedDict):
+    """What the page shows below pictures."""
+
+    prediction: list[str | int]
+    reconstruction_prediction: list[str | int]
+
+
 class Record(TypedDict):
     """What the page shows of a stage."""
 
@@ -32,7 +39,7 @@ class Record(TypedDict):
     seconds: float
 
 
-TILES = TypeAdapter(dict[str, list[Any]])
+TILES = TypeAdapter(Tiles)
 RECORDS = TypeAdapter(dict[str, Record])
 
 
@@ -50,8 +57,8 @@ class Inverter:
     folder: Path
     document: Document
 
-    def tiles(self, source: str, kind: str) -> dict[str, list[Any]]:
-        """Labels, predictions and cosines of the pictured images."""
+    def tiles(self, source: str, kind: str) -> Tiles:
+        """Predictions of the pictured images."""
         path = self.folder / PICTURES / source / kind / FACTS_FILE
         try:
             return TILES.validate_python(read_json(path, "report", ADVICE))
@@ -73,6 +80,8 @@ def report(folder: Path) -> None:
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
     sources = _sources(inverters)
+    if not sources:
+        raise UserError(f"report: the inverters below '{folder}' have no source with pictures in common. {ADVICE}")
     groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
     curves = severity_curves(documents)
     page = render(
