@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import hashlib
 import io
+import json
 import os
 import random
 import re
@@ -22,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -46,9 +47,12 @@ from hostile_files import (
     TENSORS,
     YAMLS,
     Spoil,
+    concepts_with,
     content,
     paths,
     put,
+    signed,
+    within,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -67,30 +71,30 @@ DETERMINISTIC: dict[str, Any] = {
 }
 
 
-class Row(NamedTuple):
-    """A line of the table: a kind of input, how often it was spoilt, and how many trials ended how."""
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        kind: Of input.
+        trials: How many.
+        ended: By `OUTCOMES`, how many ended so: `refused` with one message or the command's usage; `harmless`, with
+            the result that the input gives unspoilt; `accepted`, with another result of another valid input, which a
+            hostile author may write and a format without checksums cannot tell; and in all ways of `WRONG`.
+        seconds: Of the slowest trial.
+        megabytes: Of the hungriest, beyond what the process had before.
+    """
 
     kind: str
-    mutations: int
-    refused: int
-    """With one message, or the usage of the command."""
-    harmless: int
-    """The result is that of the input before."""
-    accepted: int
-    """Another result, of another valid input: a hostile author's own, or a format without checksums."""
-    undetected: int
-    """Another result, of an input that a checksum guards."""
-    unclear: int
-    """An end with status 1 and no message that names the file."""
-    traceback: int
-    ran_code: int
-    wrote_outside: int
-    too_slow: int
-    too_much_memory: int
+    trials: int
+    ended: dict[str, int]
     seconds: float
-    """Of the slowest trial."""
     megabytes: int
-    """Of the hungriest trial, beyond what the process had."""
+
+    @property
+    def wrong(self) -> int:
+        """Trials that ended as none may."""
+        return sum(self.ended[outcome] for outcome in WRONG)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Kind:
 
     Attributes:
         name: For the table.
+        original: The folder of its valid input.
         command: What reads it, from a folder that holds it as `in/`.
         files: What random damage hits, by patterns below `in/`.
         spoils: Ways to spoil it on purpose.
@@ -108,6 +113,7 @@ class Kind:
     """
 
     name: str
+    original: str
     command: tuple[str, ...]
     files: tuple[str, ...]
     spoils: dict[str, Spoil]
@@ -227,32 +233,40 @@ def kinds(root: Path) -> list[Kind]:
     official = (*theirs, "--model.prior", str(parts / "their-prior"))
     any_file = {spoil.__name__: spoil for spoil in ANY}
     weights = {name: spoil for name, spoil in any_file.items() if name != "huge_and_sparse"}
-    texts = {name: spoil for name, spoil in YAMLS.items()}
+    configurations = {f"its configuration: {name}": spoil for name, spoil in {**any_file, **YAMLS}.items()}
     return [
         Kind(
             "configuration",
+            "configuration",
             ("fit", "--config", "in/configuration.yaml", "--print_config"),
             ("configuration.yaml",),
-            _on("configuration.yaml", {**any_file, **texts, **CONFIGURATIONS}),
+            _on("configuration.yaml", {**any_file, **YAMLS, **CONFIGURATIONS}),
             values=("configuration.yaml",),
         ),
         Kind(
             "plan of a study",
+            "plan",
             ("study", "in/plan.yaml"),
             ("plan.yaml",),
-            _on("plan.yaml", {**any_file, **texts, **PLANS}),
+            _on("plan.yaml", {**any_file, **YAMLS, **PLANS}),
             values=("plan.yaml",),
         ),
         Kind(
             "shards, verified",
+            "shards",
             ("verify", "in/clean"),
             ("clean/*.tar", "clean/*.json"),
-            {**_on("clean", SHARDS), **_on("clean/manifest.json", {**any_file, **JSONS}), **_on("clean/clean-00000.json", any_file),
-             **_on("clean/clean-00000.tar", weights)},
+            {
+                **_on("clean", SHARDS),
+                **_on("clean/manifest.json", {**any_file, **JSONS}),
+                **_on("clean/clean-00000.json", any_file),
+                **_on("clean/clean-00000.tar", weights),
+            },
             sealed=True,
         ),
         Kind(
             "shards, read",
+            "shards",
             ("concepts", "in/clean", "--method=difference", "--between", "3", "8", "--out", "out"),
             ("clean/*.tar", "clean/*.json"),
             {**_on("clean", SHARDS), **_on("clean/manifest.json", JSONS), **_on("clean/clean-00000.tar", weights)},
@@ -260,16 +274,18 @@ def kinds(root: Path) -> list[Kind]:
         ),
         Kind(
             "checkpoint",
+            "checkpoint",
             ("export", "in/run", "out/model"),
             ("run/checkpoints/inversion.ckpt",),
             {
                 **_on("run/checkpoints/inversion.ckpt", {**weights, **CHECKPOINTS}),
-                **_on("run/fit.yaml", {f"its configuration: {name}": one for name, one in {**any_file, **texts}.items()}),
+                **_on("run/fit.yaml", configurations),
             },
             sealed=True,
         ),
         Kind(
             "model folder",
+            "model",
             ("reconstruct", "--model", "in/model", digit, "--num_samples=1", "--out", "out"),
             ("model/**/*.json", "model/**/*.safetensors", "model/SHA256SUMS"),
             {**_on("model", MODELS), **_on("model/model_index.json", any_file), **_on("model/SHA256SUMS", any_file)},
@@ -277,6 +293,7 @@ def kinds(root: Path) -> list[Kind]:
             values=("model/model_index.json", "model/prior/unet/config.json", "model/backbone/config.json"),
         ),
         Kind(
+            "prior",
             "prior",
             ("import", str(root / "originals/authors-tensors/authors.safetensors"), "out/model", *theirs,
              "--model.prior", "in/prior"),
@@ -290,6 +307,7 @@ def kinds(root: Path) -> list[Kind]:
         ),
         Kind(
             "authors' checkpoint",
+            "authors",
             ("import", "in/authors.ckpt", "out/model", *official),
             ("authors.ckpt",),
             _on("authors.ckpt", {**weights, **CHECKPOINTS}),
@@ -297,11 +315,13 @@ def kinds(root: Path) -> list[Kind]:
         ),
         Kind(
             "authors' weights",
+            "authors-tensors",
             ("import", "in/authors.safetensors", "out/model", *official),
             ("authors.safetensors",),
             _on("authors.safetensors", {**weights, **TENSORS}),
         ),
         Kind(
+            "concepts",
             "concepts",
             ("steer", "--model", model, digit, "--concepts", "in", "--strengths=0,1", "--out", "out"),
             ("concepts.*",),
@@ -311,12 +331,14 @@ def kinds(root: Path) -> list[Kind]:
         ),
         Kind(
             "picture",
+            "picture",
             ("compare", "in/picture.png", "--models", model, "--out", "out"),
             ("picture.png",),
             _on("picture.png", {**any_file, **{name: content(data) for name, data in PICTURES.items()}}),
         ),
         Kind(
             "scores of a run",
+            "scores",
             ("report", "in/runs"),
             ("runs/spatial/metrics.json", "runs/spatial/pictures/clean/first/*", "runs/spatial/samples/*"),
             _on("runs", REPORTS),
@@ -326,8 +348,16 @@ def kinds(root: Path) -> list[Kind]:
     ]  # fmt: skip
 
 
+def _appended(lines: str) -> Spoil:
+    return lambda path: content((path.read_text() + lines).encode())(path)
+
+
+def _planned(changes: dict[str, Any]) -> Spoil:
+    return content(yaml.safe_dump({**PLAN, **changes}).encode())
+
+
 CONFIGURATIONS: dict[str, Spoil] = {
-    name: (lambda path, lines=lines: path.write_text(path.read_text() + lines))
+    name: _appended(lines)
     for name, lines in {
         "on itself": "base: configuration.yaml\n",
         "on a folder": "base: .\n",
@@ -341,28 +371,30 @@ CONFIGURATIONS: dict[str, Spoil] = {
     }.items()
 }
 PLANS: dict[str, Spoil] = {
-    name: (lambda path, changes=changes: path.write_text(yaml.safe_dump({**PLAN, **changes})))
-    for name, changes in {
-        "run of a path": {"runs": {"../../outside": {}}, "needs": []},
-        "run of an absolute path": {"runs": {"/tmp/featinv-outside": {}}, "needs": []},
-        "run of two dots": {"runs": {"..": {}}, "needs": []},
-        "run of a null byte": {"runs": {"a\0b": {}}, "needs": []},
-        "run of two lines": {"runs": {"a\nb": {}}, "needs": []},
-        "run without a name": {"runs": {"": {}}, "needs": []},
-        "run that adapts itself": {"runs": {"a": {"adapts": "a"}}},
-        "command of a shell": {"prepare": [{"command": "predict; touch ../ran", "makes": "x"}], "needs": []},
-        "command of nothing": {"prepare": [{"command": "", "makes": "x"}], "needs": []},
-        "command of half a quotation": {"prepare": [{"command": "predict '", "makes": "x"}], "needs": []},
-        "folder of a null byte": {"folder": "a\0b"},
-        "seed of 10^400": {"seeds": [10**400]},
-        "needs all files": {"needs": ["/proc/self/mem"]},
-    }.items()
+    name: _planned(changes)
+    for name, changes in dict[str, dict[str, Any]](
+        {
+            "run of a path": {"runs": {"../../outside": {}}, "needs": []},
+            "run of an absolute path": {"runs": {"/tmp/featinv-outside": {}}, "needs": []},
+            "run of two dots": {"runs": {"..": {}}, "needs": []},
+            "run of a null byte": {"runs": {"a\0b": {}}, "needs": []},
+            "run of two lines": {"runs": {"a\nb": {}}, "needs": []},
+            "run without a name": {"runs": {"": {}}, "needs": []},
+            "run that adapts itself": {"runs": {"a": {"adapts": "a"}}},
+            "command of a shell": {"prepare": [{"command": "predict; touch ../ran", "makes": "x"}], "needs": []},
+            "command of nothing": {"prepare": [{"command": "", "makes": "x"}], "needs": []},
+            "command of half a quotation": {"prepare": [{"command": "predict '", "makes": "x"}], "needs": []},
+            "folder of a null byte": {"folder": "a\0b"},
+            "seed of 10^400": {"seeds": [10**400]},
+            "needs all files": {"needs": ["/proc/self/mem"]},
+        }
+    ).items()
 }
 
 
 def _on(name: str, spoils: dict[str, Spoil]) -> dict[str, Spoil]:
     """Ways to spoil a file of an input."""
-    return {f"{name}: {what}": (lambda folder, spoil=spoil: spoil(folder / name)) for what, spoil in spoils.items()}
+    return {f"{name}: {what}": within(name, spoil) for what, spoil in spoils.items()}
 
 
 # Trials
@@ -390,7 +422,7 @@ class Bench:
         yard = self.root / "yard"
         place = yard / "place"
         shutil.rmtree(yard, ignore_errors=True)
-        shutil.copytree(self.root / "originals" / _original(kind), place / IN)
+        shutil.copytree(self.root / "originals" / kind.original, place / IN)
         (yard / "outside").write_text("precious")
         (place / OUT).mkdir()
         with contextlib.chdir(place):
@@ -421,42 +453,24 @@ class Bench:
             return "traceback"
         if ended == 1 and not _is_clear(kind, said):
             return "unclear"
-        if (ended, result) == self._unspoilt(kind):
+        if (ended, result) == self.unspoilt(kind):
             return "harmless"
         if ended:
             return "refused"
         return "undetected" if kind.sealed and not authored else "accepted"
 
-    def _unspoilt(self, kind: Kind) -> tuple[int | str | None, str]:
+    def unspoilt(self, kind: Kind) -> tuple[int | str | None, str]:
         """How the command ends, and its result, with the input as it was."""
         if kind.name not in self.before:
             self.before[kind.name] = (None, "")
             place = self.root / "unspoilt" / "place"
             shutil.rmtree(place.parent, ignore_errors=True)
-            shutil.copytree(self.root / "originals" / _original(kind), place / IN)
+            shutil.copytree(self.root / "originals" / kind.original, place / IN)
             (place / OUT).mkdir()
             with contextlib.chdir(place):
                 ended, said, _, _ = _run(list(kind.command))
             self.before[kind.name] = (ended, _contents(place / OUT) + said[0] + _message(said))
         return self.before[kind.name]
-
-
-def _original(kind: Kind) -> str:
-    names = {
-        "configuration": "configuration",
-        "plan of a study": "plan",
-        "shards, verified": "shards",
-        "shards, read": "shards",
-        "checkpoint": "checkpoint",
-        "model folder": "model",
-        "prior": "prior",
-        "authors' checkpoint": "authors",
-        "authors' weights": "authors-tensors",
-        "concepts": "concepts",
-        "picture": "picture",
-        "scores of a run": "scores",
-    }
-    return names[kind.name]
 
 
 def _run(command: list[str]) -> tuple[int | str | None, tuple[str, str], float, int]:
@@ -519,7 +533,9 @@ def _is_clear(kind: Kind, said: tuple[str, str]) -> bool:
         return True
     lines = said[1].strip().splitlines() or [""]
     messages = [line for line in lines if line.startswith("featinv-pl: error: ")]
-    named = re.search(rf"\b{IN}/|base: '/|--concepts belongs to|'{IN}'|--model\.sampler\.", lines[-1])  # only one file says how a model draws
+    named = re.search(
+        rf"\b{IN}/|base: '/|--concepts belongs to|'{IN}'|--model\.sampler\.", lines[-1]
+    )  # only one file says how a model draws
     return messages == lines[-1:] and len(lines[-1]) < 1500 and named is not None
 
 
@@ -583,7 +599,7 @@ def edited(data: bytes, changes: list[tuple[str, int, int]]) -> bytes:
 
 def damaged(bench: Bench, kind: Kind, number: int, judge: Callable[[str, Trial], None]) -> None:
     """Damage files of an input at random places, so many times, and hand each trial to a judge."""
-    source = bench.root / "originals" / _original(kind)
+    source = bench.root / "originals" / kind.original
     files = sorted({path.relative_to(source) for pattern in kind.files for path in source.glob(pattern)})
     assert files
 
@@ -603,13 +619,13 @@ def damaged(bench: Bench, kind: Kind, number: int, judge: Callable[[str, Trial],
 
 def revalued(bench: Bench, kind: Kind, number: int, judge: Callable[[str, Trial], None]) -> None:
     """Replace values within the JSON and YAML files of an input by others, as their author might."""
-    source = bench.root / "originals" / _original(kind)
+    source = bench.root / "originals" / kind.original
 
     @settings(max_examples=number, **DETERMINISTIC)
     @given(st.data())
     def try_one(data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(kind.values))
-        contents = yaml.safe_load((source / name).read_text())
+        contents = _values(source / name)
         where = data.draw(st.sampled_from(list(paths(contents))))
         value = data.draw(st.sampled_from(LEAVES))
         trial = bench.trial(kind, lambda folder: _revalue(folder / name, where, value), authored=True)
@@ -618,12 +634,12 @@ def revalued(bench: Bench, kind: Kind, number: int, judge: Callable[[str, Trial]
     try_one()
 
 
+def _values(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+
+
 def _revalue(path: Path, where: tuple[Any, ...], value: Any) -> None:
-    import json
-
-    from hostile_files import concepts_with, signed
-
-    contents = yaml.safe_load(path.read_text())
+    contents = _values(path)
     put(contents, where, value)
     try:
         path.write_text(json.dumps(contents) if path.suffix == ".json" else yaml.safe_dump(contents))
@@ -636,11 +652,12 @@ def _revalue(path: Path, where: tuple[Any, ...], value: Any) -> None:
         concepts_with(lambda _: None)(path.parent)
 
 
-def damage_rows(mutations: int = 150, report: Callable[[str], Any] = print) -> list[Row]:
+def damage_rows(mutations: int = 100, some: int = 1, report: Callable[[str], Any] = print) -> list[Row]:
     """Spoil every kind of input on purpose, and at random so many times each.
 
     Args:
         mutations: Random changes of bytes, and as many of values, for each kind of input.
+        some: Of the ways to spoil an input on purpose, take every so manieth.
         report: Takes a line for each trial that ended wrong.
     """
     rows = []
@@ -656,33 +673,28 @@ def damage_rows(mutations: int = 150, report: Callable[[str], Any] = print) -> l
                 if trial.outcome in WRONG:
                     report(f"{kind.name}: {what}: {trial.outcome}: {trial.said[-600:]}")
 
-            for what, spoil in kind.spoils.items():
+            for what, spoil in list(kind.spoils.items())[::some]:
                 judge(what, bench.trial(kind, spoil, authored=True))
             damaged(bench, kind, mutations, judge)
             if kind.values:
                 revalued(bench, kind, mutations, judge)
             counts = Counter(trial.outcome for trial in trials)
-            rows.append(
-                Row(
-                    kind.name,
-                    len(trials),
-                    *(counts[outcome] for outcome in OUTCOMES),
-                    max(trial.seconds for trial in trials),
-                    max(trial.megabytes for trial in trials),
-                )
-            )
+            ended = {outcome: counts[outcome] for outcome in OUTCOMES}
+            slowest, hungriest = max(one.seconds for one in trials), max(one.megabytes for one in trials)
+            rows.append(Row(kind.name, len(trials), ended, slowest, hungriest))
     return rows
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mutations", type=int, default=150, help="at random, of each kind of input")
+    parser.add_argument("--mutations", type=int, default=100, help="at random, of each kind of input")
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     found = damage_rows(options.mutations)
-    print(f"{'input':22} {'trials':>6} " + " ".join(f"{name[:9]:>9}" for name in (*OUTCOMES, "seconds", "MB")))
+    print(f"{'input':20} {'trials':>6} " + " ".join(f"{name.split()[-1]:>10}" for name in (*OUTCOMES, "s", "MB")))
     for row in found:
-        print(f"{row.kind:22} {row.mutations:6} " + " ".join(f"{value:9}" for value in row[2:-2]), end="")
-        print(f" {row.seconds:9.1f} {row.megabytes:9}")
-    sys.exit(any(sum(row[5:-2]) for row in found))
+        counted = " ".join(f"{number:10}" for number in row.ended.values())
+        print(f"{row.kind:20} {row.trials:6} {counted} {row.seconds:10.1f} {row.megabytes:10}")
+    print(f"{sum(row.trials for row in found)} trials, {sum(row.wrong for row in found)} ended wrong")
+    sys.exit(any(row.wrong for row in found))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 from PIL import Image
@@ -38,6 +37,11 @@ class Runs:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch ../ran",)
+
+
+def within(name: str, spoil: Spoil) -> Spoil:
+    """Spoil a file below the folder."""
+    return lambda folder: spoil(folder / name)
 
 
 # Any file
@@ -156,7 +160,9 @@ YAMLS: dict[str, Spoil] = {
 
 def paths(contents: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where the values of a document lie."""
-    items = contents.items() if isinstance(contents, dict) else enumerate(contents) if isinstance(contents, list) else ()
+    items = (
+        contents.items() if isinstance(contents, dict) else enumerate(contents) if isinstance(contents, list) else ()
+    )
     for key, value in items:
         yield (*path, key)
         yield from paths(value, (*path, key))
@@ -291,10 +297,15 @@ def pickled_npy() -> bytes:
     return npy("'|O'", "(1,)", pickle.dumps(Runs()))
 
 
+def _repeated_shard(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["shards"] *= DEEP
+    reseal_manifest(folder, manifest)
+
+
+NAMES = ("../../outside.tar", "/etc/passwd", "a\0b.tar", "a\nb.tar", "", ".", "..", "a/../b.tar", "x" * 5000, "a.tar/")
 SHARDS: dict[str, Spoil] = {
-    **{f"named {name!r}"[:40]: shard_named(name) for name in (
-        "../../outside.tar", "/etc/passwd", "a\0b.tar", "a\nb.tar", "", ".", "..", "a/../b.tar", "x" * 5000, "clean-00000.tar/",
-    )},
+    **{f"named {name!r}"[:40]: shard_named(name) for name in NAMES},
     "10^15 samples": manifest_with("shards", 0, "samples", value=10**15),
     "-1 samples": manifest_with("shards", 0, "samples", value=-1),
     "10^15 samples in all": manifest_with("samples", value=10**15),
@@ -304,7 +315,7 @@ SHARDS: dict[str, Spoil] = {
     "huge pictures": manifest_with("provenance", "image_size", value=10**9),
     "no classes": manifest_with("provenance", "num_classes", value=-1),
     "no shards": manifest_with("shards", value=[]),
-    "one shard 100,000 times": lambda folder: _repeated_shard(folder),
+    "one shard 100,000 times": _repeated_shard,
     "another storage": manifest_with("settings", "storage", value="int8"),
     "offset of 2^60": index_with("entries", 0, "members", "json", "offset", value=2**60),
     "offset of 2^70": index_with("entries", 0, "members", "json", "offset", value=2**70),
@@ -348,12 +359,6 @@ SHARDS: dict[str, Spoil] = {
 }  # fmt: skip
 
 
-def _repeated_shard(folder: Path) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["shards"] *= DEEP
-    reseal_manifest(folder, manifest)
-
-
 # Pictures
 
 
@@ -365,12 +370,16 @@ def png_bomb(width: int, height: int) -> bytes:
 
 
 def png_chunks(*chunks: tuple[bytes, bytes]) -> bytes:
-    packed = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    packed = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 IHDR = (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
-EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch ../ran) (w) file\nshowpage\n%%EOF\n"
+EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch ../ran) (w) file\nshowpage\n%%EOF\n"
+)
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
 
 
@@ -622,12 +631,13 @@ def field(part: str, name: str, *where: Any, value: Any) -> Spoil:
     return in_part(part, name, lambda path: replaced(path, where, value))
 
 
-INDEX, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
+INDEX, CONFIG, SCHEDULE = "model_index.json", "config.json", "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODELS: dict[str, Spoil] = {
     **{f"index: {name}": in_part(".", INDEX, spoil) for name, spoil in JSONS.items()},
     **{f"configuration: {name}": in_part("prior/unet", CONFIG, spoil) for name, spoil in JSONS.items()},
     **{f"classifier: {name}": in_part("backbone", CONFIG, spoil) for name, spoil in JSONS.items()},
-    **{f"schedule: {name}": in_part("prior/scheduler", "scheduler_config.json", spoil) for name, spoil in JSONS.items()},
+    **{f"schedule: {name}": in_part("prior/scheduler", SCHEDULE, spoil) for name, spoil in JSONS.items()},
     **{f"control: {name}": in_part("controlnet", WEIGHTS, spoil) for name, spoil in TENSORS.items()},
     **{f"UNet: {name}": in_part("prior/unet", WEIGHTS, spoil) for name, spoil in TENSORS.items()},
     **{f"classifier: {name}": in_part("backbone", "model.safetensors", spoil) for name, spoil in TENSORS.items()},
@@ -664,11 +674,11 @@ MODELS: dict[str, Spoil] = {
     "classifier from elsewhere": field("backbone", CONFIG, "pretrained_cfg", "url", value="http://127.0.0.1:9/x.pth"),
     "classifier of a file": field("backbone", CONFIG, "pretrained_cfg", "file", value="../../outside"),
     "deviation of zero": field("backbone", CONFIG, "pretrained_cfg", "std", value=[0, 0, 0]),
-    "10^10 time steps": field("prior/scheduler", "scheduler_config.json", "num_train_timesteps", value=10**10),
-    "10^30 time steps": field("prior/scheduler", "scheduler_config.json", "num_train_timesteps", value=10**30),
-    "no time steps": field("prior/scheduler", "scheduler_config.json", "num_train_timesteps", value=0),
-    "noise of NaN": field("prior/scheduler", "scheduler_config.json", "beta_end", value=float("nan")),
-    "noise of a word": field("prior/scheduler", "scheduler_config.json", "beta_schedule", value="__class__"),
+    "10^10 time steps": field("prior/scheduler", SCHEDULE, "num_train_timesteps", value=10**10),
+    "10^30 time steps": field("prior/scheduler", SCHEDULE, "num_train_timesteps", value=10**30),
+    "no time steps": field("prior/scheduler", SCHEDULE, "num_train_timesteps", value=0),
+    "noise of NaN": field("prior/scheduler", SCHEDULE, "beta_end", value=float("nan")),
+    "noise of a word": field("prior/scheduler", SCHEDULE, "beta_schedule", value="__class__"),
 }  # fmt: skip
 
 
@@ -705,7 +715,7 @@ def single(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
 
 CONCEPTS: dict[str, Spoil] = {
     **{f"tensors: {name}": concepts_with(spoil) for name, spoil in TENSORS.items()},
-    **{f"facts: {name}": (lambda folder, spoil=spoil: spoil(folder / "concepts.json")) for name, spoil in JSONS.items()},
+    **{f"facts: {name}": within("concepts.json", spoil) for name, spoil in JSONS.items()},
     "directions of other channels": single("directions", lambda one: one.repeat(1, 2, 1, 1)),
     "directions of another grid": single("directions", lambda one: torch.ones(*one.shape[:2], 3, 3)),
     "10^7 locations": single("directions", lambda one: torch.ones(*one.shape[:2], 1000, 1000)),
@@ -755,7 +765,7 @@ REPORTS: dict[str, Spoil] = {
     **{f"picture: {spoil.__name__}": scored(STRIP, spoil) for spoil in ANY},
     **{f"picture: {name}": scored(STRIP, content(data)) for name, data in PICTURES.items()},
     **{f"samples: {spoil.__name__}": scored("samples/clean.parquet", spoil) for spoil in ANY},
-    **{f"stages: {name}": (lambda folder, spoil=spoil: spoil(folder / "stages.json")) for name, spoil in JSONS.items()},
+    **{f"stages: {name}": within("stages.json", spoil) for name, spoil in JSONS.items()},
     "score of NaN": document("scores", "clean/cosine", value=float("nan")),
     "score of a word": document("scores", "clean/cosine", value="word"),
     "score of 400 digits": document("scores", "clean/cosine", value=10**400),
@@ -769,16 +779,3 @@ REPORTS: dict[str, Spoil] = {
     "report is a link": _link_in_place_of_output("report.html"),
     "half a report is a link": _link_in_place_of_output("report.html.partial"),
 }  # fmt: skip
-
-
-# Numbers of the right kind, so that a table of them can be read
-
-
-def flipped(data: bytes, place: int, bit: int) -> bytes:
-    changed = bytearray(data)
-    changed[place] ^= 1 << bit
-    return bytes(changed)
-
-
-def noise(size: int, seed: int) -> bytes:
-    return np.random.default_rng(seed).bytes(size)

@@ -193,7 +193,9 @@ def read_document(path: Path, option: str) -> Document:
     try:
         return DOCUMENT.validate_python(contents)
     except ValidationError as error:
-        raise UserError(f"{option}: '{path}' holds no scores ({' '.join(str(error).split())[:300]}). {advice}") from error
+        raise UserError(
+            f"{option}: '{path}' holds no scores ({' '.join(str(error).split())[:300]}). {advice}"
+        ) from error
 
 
 def samples_path(root: Path, source: str) -> Path:

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from PIL import Image
 from lightning.pytorch import LightningDataModule
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from featinv_pl.data.batches import Batches, cut
 from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, View
-
 
 # Of all that Pillow reads, what is a picture: PostScript, for one, is a program, which it would let Ghostscript run.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")

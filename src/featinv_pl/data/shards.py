@@ -124,7 +124,16 @@ class ShardSet(Dataset[Sample]):
             sample = decode(members, self.manifest["settings"]["storage"], image_size)
             self._check(sample)
         # Of a damaged or hostile entry, the standard library's and Pillow's readers raise any of these.
-        except (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError, SyntaxError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            ArithmeticError,
+            RuntimeError,
+            SyntaxError,
+        ) as error:
             text = f"no member {error}" if isinstance(error, KeyError) else str(error)
             reason = " ".join(text.split())[:300]
             raise DamagedError(
@@ -212,7 +221,9 @@ def read_index(path: Path, shard: Shard) -> list[Entry]:
         return INDEX.validate_json(data)["entries"]
     except ValidationError as error:
         reason = " ".join(str(error).split())[:300]
-        raise DamagedError(f"The index '{index_path(path)}' is no index ({reason}). Extract the features anew.") from error
+        raise DamagedError(
+            f"The index '{index_path(path)}' is no index ({reason}). Extract the features anew."
+        ) from error
 
 
 def _read(shard: OpenShard, entry: Entry, with_images: bool) -> dict[str, memoryview]:

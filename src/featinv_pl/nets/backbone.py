@@ -56,18 +56,13 @@ class Backbone(Frozen):
         super().__init__()
         self.name, self.weights, self.layer = name, weights, layer
         self.model: Any = _create(name, weights, input_size)
-        config = _data_config(self.model, input_size)
-        self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
-        if not all(isinstance(side, int) and 1 <= side <= LARGEST_INPUT for side in self.input_size):
+        try:
+            self._prepare(_data_config(self.model, input_size))
+        except (TypeError, ValueError, RuntimeError, LookupError) as error:
             raise UserError(
-                f"--model.input_size: '{name}' would see images of {self.input_size} pixels. "
-                f"Give 1 to {LARGEST_INPUT}, or another model."
-            )
-        self.crop_pct = float(config["crop_pct"])
-        self._crop = create_transform(**config, normalize=False)
-        self.interpolation = InterpolationMode(config["interpolation"])
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+                f"--model.backbone: '{name}' does not say how images are prepared for it ({error}). "
+                "Give another model, or fit the Classifier anew."
+            ) from error
         self.freeze()
         if layer != PENULTIMATE:
             _check_layer(self.model, layer, name)
@@ -75,6 +70,17 @@ class Backbone(Frozen):
             features, logits = self(torch.zeros(1, 3, *self.input_size))
         self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
         self.num_classes: int = logits.shape[1]
+
+    def _prepare(self, config: dict[str, Any]) -> None:
+        """Take over how timm prepares images."""
+        self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
+        if not all(1 <= side <= LARGEST_INPUT for side in self.input_size):
+            raise ValueError(f"images of {self.input_size} pixels, and a side has 1 to {LARGEST_INPUT}")
+        self.crop_pct = float(config["crop_pct"])
+        self._crop = create_transform(**config, normalize=False)
+        self.interpolation = InterpolationMode(config["interpolation"])
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify images of any size.

@@ -145,7 +145,12 @@ def _schedule(path: Path) -> DDIMScheduler:
         if not schedule.alphas_cumprod.isfinite().all():
             raise ValueError("its noise is not finite")
         return schedule
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the last are torch's and NotImplementedError
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # the last are torch's and NotImplementedError
         raise UserError(f"{OPTION}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
 
 

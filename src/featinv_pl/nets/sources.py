@@ -1,6 +1,7 @@
 """Where weights come from: a folder in diffusers' layout, the hub, or one file. None of them may run code."""
 
 import hashlib
+import inspect
 import re
 import zipfile
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -23,7 +23,7 @@ from featinv_pl.reading import LARGEST, read_bytes, read_json
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 
 INDEX, SUMS = "model_index.json", "SHA256SUMS"
-DROPPED = 1 << 24  # values that diffusers makes for a ControlNet's pictures, which ours has none of, and more
+DROPPED = 1 << 21  # values that diffusers makes for a ControlNet's pictures, which ours has none of, and more
 SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 # Old checkpoints of Lightning keep such objects beside their weights.
@@ -59,7 +59,10 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
         )
     # Old folders hold a pickle alone, which diffusers reads as tensors only.
     safe = not any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
-    read_json(folder / "config.json", option, "Make it anew, or copy it again.")
+    config = read_json(folder / "config.json", option, "Make it anew, or copy it again.")
+    for name, parameter in inspect.signature(kind).parameters.items():  # what is no number would fail while drawing
+        if isinstance(parameter.default, float) and not isinstance(config.get(name, 0.0), int | float):
+            raise UserError(f"{option}: '{folder / 'config.json'}' is damaged ({name} is no number). Make it anew.")
     _check_parts(folder, option)
     try:
         with no_larger(size_below(folder), f"'{folder}'", option):
@@ -279,7 +282,8 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
         raise UserError(f"{option}: '{path}' is no checkpoint, for it holds no weights. Give another one.")
     if not isinstance(checkpoint.get("global_step"), int):
         raise UserError(f"{option}: '{path}' is no checkpoint, for it knows no step. Give another one.")
-    return checkpoint
+    found: dict[str, Any] = checkpoint
+    return found
 
 
 def check_archive(path: Path) -> None:

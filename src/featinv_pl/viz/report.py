@@ -116,7 +116,9 @@ def _stages(path: Path) -> dict[str, Record]:
     try:
         return RECORDS.validate_python(read_json(path, "report", "Remove it."))
     except ValidationError as error:
-        raise UserError(f"report: '{path}' lists no stages ({' '.join(str(error).split())[:300]}). Remove it.") from error
+        raise UserError(
+            f"report: '{path}' lists no stages ({' '.join(str(error).split())[:300]}). Remove it."
+        ) from error
 
 
 def _inverters(folder: Path) -> list[Inverter]:
