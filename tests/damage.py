@@ -478,19 +478,19 @@ def _run(command: list[str]) -> tuple[int | str | None, tuple[str, str], float, 
     out, err = io.StringIO(), io.StringIO()
     begun, held = time.monotonic(), _memory(reset=True)
     ended: int | str | None = 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limits():
-        try:
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limits():
             main(command)
-        except SystemExit as stop:
-            ended = stop.code
-        except HangError:
-            ended = "hang"
-        except MemoryError:
-            ended = "memory"
-            err.write("cannot allocate")
-        except Exception:
-            ended = "traceback"
-            err.write(traceback.format_exc())
+    except SystemExit as stop:
+        ended = stop.code
+    except HangError:
+        ended = "hang"
+    except MemoryError:
+        ended = "memory"
+        err.write("cannot allocate")
+    except Exception:
+        ended = "traceback"
+        err.write(traceback.format_exc())
     return ended, (out.getvalue(), err.getvalue()), time.monotonic() - begun, _memory() - held
 
 

@@ -27,13 +27,14 @@ from hostile_files import ANY, LAUGHS, PICTURES, Runs, content
 
 NAMES = [kind.name for kind in kinds(Path())]
 WITH_VALUES = [kind.name for kind in kinds(Path()) if kind.values]
-SLOW = (
-    "checkpoint",
-    "model folder",
-    "prior",
-    "authors' checkpoint",
-    "authors' weights",
-)  # of which every third will do
+EVERY = {  # of what takes longer, a part will do here
+    "checkpoint": 3,
+    "model folder": 3,
+    "prior": 3,
+    "authors' checkpoint": 6,
+    "authors' weights": 3,
+    "scores of a run": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,10 @@ class Judge:
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_were_made_to_do_harm(name: str, bench: Bench) -> None:
     kind, judge = of(name, bench), Judge()
-    for what, spoil in list(kind.spoils.items())[:: 3 if name in SLOW else 1]:
+    for what, spoil in list(kind.spoils.items())[:: EVERY.get(name, 1)]:
         judge(what, bench.trial(kind, spoil, authored=True))
     assert judge.wrong == []
-    assert judge.trials >= 8
+    assert judge.trials >= 6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,7 +124,7 @@ def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
                 "image_size": 32,
             },
         },
-        "data": {"class_path": "FolderData", "init_args": {"test": {"pictures": "pictures"}}},
+        "data": {"class_path": "FolderData", "init_args": {"predict": {"pictures": "pictures"}, "image_size": 32}},
     }
     writer = {"class_path": "ShardWriter", "init_args": {"folder": "shards"}}
     Path("predict.yaml").write_text(yaml.safe_dump(settings))
@@ -148,7 +149,7 @@ def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
 def test_yaml_unfolds_to_no_more_than_fits() -> None:
     assert parse_yaml("a: &a [1]\nb: [*a, *a]", yaml.safe_load) == {"a": [1], "b": [[1], [1]]}
     for text in (LAUGHS, "&a [*a]", "[" * 200 + "]" * 200):
-        with pytest.raises(yaml.YAMLError, match="more than|itself"):
+        with pytest.raises(yaml.YAMLError, match=r"more than|itself"):
             parse_yaml(text, yaml.safe_load)
 
 
@@ -189,14 +190,14 @@ def test_trials_see_what_must_not_happen(bench: Bench, monkeypatch: pytest.Monke
     assert outcome(lambda: refuse("usage", 2)) == "refused"
     assert outcome(lambda: refuse("featinv-pl: error: something is wrong.")) == "unclear"
     assert outcome(lambda: refuse("Traceback")) == "unclear"
-    assert outcome(lambda: {}["x"]) == "traceback"
+    assert outcome(lambda: [][0]) == "traceback"
     assert outcome(lambda: os.system("touch ../ran")) == "ran code"
     assert outcome(lambda: Path("../outside").write_text("changed")) == "wrote outside"
     assert outcome(lambda: Path("new").touch()) == "wrote outside"
     assert outcome(lambda: Path("in/picture.png").unlink()) == "wrote outside"
     assert outcome(lambda: time.sleep(3)) == "too slow"
     assert outcome(lambda: bytearray(3 << 30)) == "too much memory"
-    assert outcome(lambda: bytearray(os.urandom(1 << 20) * 1100)) == "too much memory"
+    assert outcome(lambda: b"x" * (1200 << 20)) == "too much memory"
     sealed = replace(kind, sealed=True)
     with monkeypatch.context() as patched:
         patched.setattr("damage.main", lambda command: None)
@@ -213,7 +214,7 @@ def test_a_pickle_does_run_without_care(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_kind_has_its_row() -> None:
-    rows = damage_rows(1, some=40, report=lambda line: None)
+    rows = damage_rows(1, some=60, report=lambda line: None)
     assert [row.kind for row in rows] == NAMES
     assert all(row.trials == sum(row.ended.values()) >= 2 for row in rows)
     assert sum(row.wrong for row in rows) == 0

@@ -179,8 +179,7 @@ class FeatinvCLI(LightningCLI):
 
 def _check_configurations(args: list[str]) -> None:
     """Refuse what jsonargparse would read without end, or fail on."""
-    following = [*args[1:], ""]
-    for option, value in zip(args, following, strict=True):
+    for option, value in zip(args, [*args[1:], ""], strict=False):
         name, joined, given = option.partition("=")
         path = Path(given if joined else value)
         if name in ("-c", "--config") and path.exists():  # of one that does not, jsonargparse says so

@@ -16,7 +16,7 @@ from featinv_pl.data.shards import ShardSet
 from featinv_pl.errors import UserError
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
 
-Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]*$")]  # for it is printed
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{0,500}$")]  # for it is printed
 
 
 class Origin(TypedDict):
