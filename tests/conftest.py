@@ -66,19 +66,15 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
-@pytest.fixture(scope="session")
-def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_classifier(folder: Path) -> None:
     torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("frozen") / "classifier"
     model = Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]})
     model.save_pretrained(folder)
-    return folder
 
 
-@pytest.fixture(scope="session")
-def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_prior(folder: Path) -> None:
+    """Write a prior, and beside it the autoencoder that it is made with."""
     torch.manual_seed(2)
-    root = tmp_path_factory.mktemp("frozen")
     autoencoder = Autoencoder(
         {
             "block_out_channels": [4, 4, 4, 8],
@@ -90,7 +86,7 @@ def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sample_size": 32,
         }
     )
-    autoencoder.save_pretrained(root / "autoencoder")
+    autoencoder.save_pretrained(folder.parent / "autoencoder")
     unet = {
         "sample_size": 4,
         "block_out_channels": [8, 8],
@@ -101,8 +97,41 @@ def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     }
-    NoisePredictor(str(root / "autoencoder"), unet).save_pretrained(root / "prior")
-    return root / "prior"
+    NoisePredictor(str(folder.parent / "autoencoder"), unet).save_pretrained(folder)
+
+
+def write_inverter(folder: Path, classifier: Path, prior: Path) -> None:
+    """Write a model folder. Its control is random: one that is new would ignore the map."""
+    sampler = Sampler(steps=2, guidance_scale=1.0)
+    inversion = FeatureInversion(str(classifier), str(prior), image_size=32, hidden_channels=8, sampler=sampler)
+    torch.manual_seed(3)
+    for weight in inversion.control.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    FeatInvPipeline(inversion).save_pretrained(folder)
+
+
+def extract_digits(folder: Path, classifier: Path, prior: Path) -> Path:
+    """Write shard sets `train` and `clean`, of 48 digits each, and return the folder that they are in."""
+    with contextlib.chdir(folder):
+        config = ["--config", str(ROOT / "experiments/digits/extract.yaml")]
+        config += ["--config", str(ROOT / "experiments/debug.yaml"), "--data.batch_size=24"]
+        frozen = ["--model.backbone", str(classifier), "--model.autoencoder", str(prior / "vae")]
+        main(["predict", *config, "--data.sources", "[train,clean]", "--trainer.logger=false", *frozen])
+    return folder / "runs/demo/shards"
+
+
+@pytest.fixture(scope="session")
+def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen") / "classifier"
+    write_classifier(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("frozen") / "prior"
+    write_prior(folder)
+    return folder
 
 
 @pytest.fixture
@@ -127,16 +156,8 @@ def make_batch() -> MakeBatch:
 
 @pytest.fixture(scope="session")
 def inverter_folder(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
-    """A model folder. Its control is random: one that is new would ignore the map."""
     folder = tmp_path_factory.mktemp("viz") / "model"
-    sampler = Sampler(steps=2, guidance_scale=1.0)
-    inversion = FeatureInversion(
-        str(classifier_folder), str(prior_folder), image_size=32, hidden_channels=8, sampler=sampler
-    )
-    torch.manual_seed(3)
-    for weight in inversion.control.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    FeatInvPipeline(inversion).save_pretrained(folder)
+    write_inverter(folder, classifier_folder, prior_folder)
     return folder
 
 
@@ -147,14 +168,8 @@ def pipeline(inverter_folder: Path) -> FeatInvPipeline:
 
 @pytest.fixture(scope="session")
 def digit_shards(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
-    """Shard sets `train` and `clean`, of 48 digits each, as seen by the classifier of the model."""
-    home = tmp_path_factory.mktemp("shards")
-    with contextlib.chdir(home):
-        config = ["--config", str(ROOT / "experiments/digits/extract.yaml")]
-        config += ["--config", str(ROOT / "experiments/debug.yaml"), "--data.batch_size=24"]
-        frozen = ["--model.backbone", str(classifier_folder), "--model.autoencoder", str(prior_folder / "vae")]
-        main(["predict", *config, "--data.sources", "[train,clean]", "--trainer.logger=false", *frozen])
-    return home / "runs/demo/shards"
+    """As seen by the classifier of the model."""
+    return extract_digits(tmp_path_factory.mktemp("shards"), classifier_folder, prior_folder)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import featinv_pl
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors", "optimisation"},
+    {"reading"},
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"compatibility"},
     {"inversion", "extraction", "pretraining", "callbacks"},

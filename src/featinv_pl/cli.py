@@ -39,6 +39,7 @@ from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.reading import parse_yaml, read_text
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 
 IMPORTS = "FEATINV_IMPORTS"
@@ -85,6 +86,7 @@ class FeatinvCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
+        _check_configurations(cast(list[str], args))
         self.config = parser.parse_args(cast(list[str], args))
         settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
         given = settings.get("ckpt_path")
@@ -175,6 +177,15 @@ class FeatinvCLI(LightningCLI):
         trainer.logger, self.save_config_callback = False, None
 
 
+def _check_configurations(args: list[str]) -> None:
+    """Refuse what jsonargparse would read without end, or fail on."""
+    for option, value in zip(args, [*args[1:], ""], strict=False):
+        name, joined, given = option.partition("=")
+        path = Path(given if joined else value)
+        if name in ("-c", "--config") and path.exists():  # of one that does not, jsonargparse says so
+            read_text(path, "--config", "Give a YAML file.")
+
+
 def _checkpoint_folders(trainer: Any) -> set[Path]:
     """Where a configuration keeps its checkpoints."""
     root = trainer.default_root_dir or "."
@@ -189,19 +200,25 @@ def load_yaml(text: str) -> Any:
 
     Paths are relative to the including file, into whose folder jsonargparse changes while it reads.
     """
-    return _on_base(get_loader("yaml")(text), Path())
+    return _on_base(parse_yaml(text, get_loader("yaml")), Path(), ())
 
 
-def _on_base(settings: Any, folder: Path) -> Any:
+def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
     if not isinstance(settings, dict) or "base" not in settings:
         return settings
     bases = settings.pop("base")
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        path = folder / base
-        if not path.is_file():
-            raise UserError(f"base: there is no file '{path.absolute()}'. The path is relative to the including file.")
-        merged = merge(merged, _on_base(get_loader("yaml")(path.read_text()), path.parent))
+        path = folder / str(base)
+        advice = "The path is relative to the including file, and no file may be a base of its own."
+        if path.resolve() in above:
+            raise UserError(f"base: '{path.absolute()}' lies beneath itself. {advice}")
+        text = read_text(path.absolute(), "base", advice)
+        try:
+            contents = parse_yaml(text, get_loader("yaml"))
+        except yaml.YAMLError as error:
+            raise UserError(f"base: '{path.absolute()}' is no YAML ({' '.join(str(error).split())[:300]}).") from error
+        merged = merge(merged, _on_base(contents, path.parent, (*above, path.resolve())))
     return merge(merged, settings)
 
 

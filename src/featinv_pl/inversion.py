@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.frozen import digest, keep_products_in
 from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.sources import fill
+from featinv_pl.nets.sources import fill, no_larger, size_below
 from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
 from featinv_pl.sampling.guidance import Denoiser, weighted, within
@@ -132,7 +133,10 @@ class FeatureInversion(LightningModule):
         self.prior = Prior(prior)
         self.image_size = image_size
         channels, learned_null = self.backbone.feature_shape[0], null_map == "learned"
-        self.control = FeatureControl(self.prior.unet, channels, hidden_channels, num_layers, learned_null)
+        # That of a folder fits its files; to another backbone's map its encoder is made anew, at any width.
+        whole = control is not None and train == "control"
+        with no_larger(size_below(Path(control or ".")), f"'{control}'", "--model.control") if whole else nullcontext():
+            self.control = FeatureControl(self.prior.unet, channels, hidden_channels, num_layers, learned_null)
         if control is not None:
             check_control(control, prior, self.frozen["unet"], "--model.control")
             self.control.load_pretrained(control, "--model.control", adapt=train == "encoder")
@@ -425,7 +429,7 @@ class FeatureInversion(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model, before training starts."""
         theirs = checkpoint.get("inversion")
-        if theirs is None:
+        if not isinstance(theirs, dict):
             raise UserError("--ckpt_path: the checkpoint is not one of a FeatureInversion.")
         different = [name for name, ours in self.identity.items() if theirs.get(name) != ours]
         if different:

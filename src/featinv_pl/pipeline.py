@@ -5,20 +5,43 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, NotRequired, Self
 
 import torch
 from PIL import Image
+from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.nets.sources import INDEX, find_folder, read_index
+from featinv_pl.nets.sources import INDEX, check_sums, find_folder, read_index, write_sums
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Views, to_uint8
 
 BACKBONE, PRIOR = "backbone", "prior"
+Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
+
+
+class Index(TypedDict):
+    """What `model_index.json` holds that a model is loaded by."""
+
+    backbone: str
+    layer: str
+    input_size: Side
+    prior: str
+    image_size: Side
+    conditioning: Literal["spatial", "pooled"]
+    hidden_channels: PositiveInt
+    # Folders of before had no other null map, and no other number of layers.
+    null_map: NotRequired[Literal["zeros", "learned"]]
+    num_layers: NotRequired[Annotated[int, Field(ge=2, le=100)]]
+    sampler: dict[str, Any]
+    digests: dict[str, str]
+
+
+INDEX_TYPE = TypeAdapter(Index)
 
 
 class FeatInvPipeline:
@@ -47,29 +70,32 @@ class FeatInvPipeline:
             source: The folder, or its name on the hub.
         """
         folder = find_folder(str(source), ["*"], "--model")
-        index = read_index(folder, "--model")
+        check_sums(folder, "--model")
         try:
-            # Parts that came from a disk lie in the folder; those of the hub are named.
-            backbone, prior = (
-                str(folder / name) if (folder / name).is_dir() else index[name] for name in (BACKBONE, PRIOR)
-            )
-            inversion = FeatureInversion(
-                backbone,
-                prior,
-                image_size=index["image_size"],
-                layer=index["layer"],
-                input_size=index["input_size"],
-                control=folder,
-                conditioning=index["conditioning"],
-                hidden_channels=index["hidden_channels"],
-                # Folders of before had no other.
-                null_map=index.get("null_map", "zeros"),
-                num_layers=index.get("num_layers", 3),
-                sampler=Sampler.from_fields(index["sampler"]),
-            )
-            theirs = index["digests"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"--model: '{folder / INDEX}' is damaged ({error}). Export the model anew.") from error
+            index = INDEX_TYPE.validate_python(read_index(folder, "--model"))
+            sampler = Sampler.from_fields(index["sampler"])
+        except ValidationError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--model: '{folder / INDEX}' is damaged ({reason}). Export the model anew.") from error
+        # Parts that came from a disk lie in the folder; those of the hub are named.
+        backbone, prior = (
+            str(folder / name) if (folder / name).is_dir() else named
+            for name, named in ((BACKBONE, index["backbone"]), (PRIOR, index["prior"]))
+        )
+        inversion = FeatureInversion(
+            backbone,
+            prior,
+            image_size=index["image_size"],
+            layer=index["layer"],
+            input_size=index["input_size"],
+            control=folder,
+            conditioning=index["conditioning"],
+            hidden_channels=index["hidden_channels"],
+            null_map=index.get("null_map", "zeros"),
+            num_layers=index.get("num_layers", 3),
+            sampler=sampler,
+        )
+        theirs = index["digests"]
         for name, ours in inversion.frozen.items():
             if theirs.get(name) != ours:
                 raise UserError(
@@ -79,7 +105,7 @@ class FeatInvPipeline:
         return cls(inversion)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a model folder: `encoder/`, `controlnet/`, `model_index.json`, and frozen parts of this disk.
+        """Write a model folder: `encoder/`, `controlnet/`, `model_index.json`, frozen parts of this disk, and sums.
 
         Args:
             folder: Must not exist.
@@ -95,6 +121,7 @@ class FeatInvPipeline:
         if Path(prior.source).exists():
             prior.save_pretrained(folder / PRIOR)
         (folder / INDEX).write_text(json.dumps(self.index, indent=2) + "\n")
+        write_sums(folder)
 
     @property
     def index(self) -> dict[str, Any]:

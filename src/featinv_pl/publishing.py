@@ -1,6 +1,5 @@
 """Model folders from trained runs, and from the authors' checkpoints."""
 
-import json
 import shutil
 from argparse import ArgumentError
 from collections import Counter
@@ -8,16 +7,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, StrictUndefined
 from lightning.pytorch.cli import LightningArgumentParser
 
-from featinv_pl.callbacks.results import METRICS
+from featinv_pl.callbacks.results import METRICS, read_document
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
 from featinv_pl.nets.sources import read_checkpoint, read_weights
 from featinv_pl.pipeline import FeatInvPipeline
+from featinv_pl.reading import read_yaml
 from featinv_pl.sampling.sampler import AUTHORS
 
 CARD = "README.md"
@@ -41,11 +40,14 @@ def export(run: Path, folder: Path) -> None:
     if home is None:
         raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
     state = read_checkpoint(checkpoint, "RUN")
-    settings = yaml.safe_load((home / CONFIGURATION).read_text())
+    settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
     inversion = _inversion(settings, home)
-    inversion.on_load_checkpoint(state)
-    inversion.load_state_dict(state["state_dict"])
-    scores = json.loads((home / METRICS).read_text())["scores"] if (home / METRICS).is_file() else {}
+    try:
+        inversion.on_load_checkpoint(state)
+        inversion.load_state_dict(state["state_dict"])
+    except UserError as error:
+        raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
+    scores = read_document(home / METRICS, "RUN")["scores"] if (home / METRICS).is_file() else {}
     _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), scores)
 
 
@@ -74,11 +76,12 @@ def import_official(
     for prefix, count in sorted(Counter(_prefix(name) for name in state).items()):
         values = sum(value.numel() for name, value in state.items() if _prefix(name) == prefix)
         print(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
+    option = f"CKPT '{checkpoint}'"
     inversion = FeatureInversion(backbone, prior, image_size, weights, input_size=input_size, sampler=AUTHORS)
     heads = inversion.prior.unet.config.attention_head_dim
     for what, ours, theirs in (
-        ("UNet", inversion.prior.unet, official.unet(state, "CKPT", heads)),
-        ("autoencoder", inversion.prior.autoencoder.vae, official.autoencoder(state, "CKPT")),
+        ("UNet", inversion.prior.unet, official.unet(state, option, heads)),
+        ("autoencoder", inversion.prior.autoencoder.vae, official.autoencoder(state, option)),
     ):
         difference = official.largest_difference(ours, theirs)
         if not difference <= HALF_PRECISION:
@@ -87,7 +90,7 @@ def import_official(
                 f"{difference:.2g} of its norm). Give the prior that the checkpoint was trained on."
             )
         print(f"{what}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
-    official.load_control(inversion.control, state, "CKPT")
+    official.load_control(inversion.control, state, option)
     encoder = inversion.control.encoder.config
     print(
         f"ControlNet with a feature encoder of {encoder.in_channels} -> {encoder.hidden_channels} -> "

@@ -12,6 +12,7 @@ from typing import Any
 
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.cli import effective_config, train
+from featinv_pl.reading import read_json
 
 STAGES = "stages.json"
 
@@ -72,8 +73,7 @@ def run_once(stage: Stage, folder: Path) -> tuple[bool, float]:
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
     """What the stages of a folder have left: by name their command, seconds and fingerprint."""
     path = folder / STAGES
-    records: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
-    return records
+    return read_json(path, "stages", "Remove it, so that all stages run again.") if path.is_file() else {}
 
 
 def minutes(seconds: float) -> str:

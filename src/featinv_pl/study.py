@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import re
 import shlex
 import shutil
 import sys
@@ -23,11 +24,13 @@ from featinv_pl.callbacks.results import ARMS, METRICS, aligned
 from featinv_pl.cli import merge
 from featinv_pl.errors import UserError, user_error
 from featinv_pl.publishing import export
+from featinv_pl.reading import read_json, read_yaml
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
 from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown, strips
 
 CHECKPOINT, MODEL, LOG = "checkpoints/inversion.ckpt", "model", "log.txt"
 OWN = "own"
+PLAIN_NAME = re.compile(r"[\w+(][\w .,+()=-]{0,99}")  # no path, so that no run is written outside the study's folder
 
 
 class Preparation(BaseModel):
@@ -99,7 +102,7 @@ def study(path: Path, jobs: int) -> bool:
     made = [_stamp(plan.needs, path)]
     for number, preparation in enumerate(plan.prepare, 1):
         print(f"[{number}/{len(plan.prepare)}] featinv-pl {preparation.command}", flush=True)
-        command = tuple(shlex.split(preparation.command))
+        command = _command(preparation.command, path)
         stage = Stage(f"prepare {number}", command, (preparation.makes,), fingerprint(command, *made))
         reused, seconds = run_once(stage, plan.folder)
         print(f"      {'reused, done before' if reused else 'done'} in {minutes(seconds)}", flush=True)
@@ -123,16 +126,28 @@ def study(path: Path, jobs: int) -> bool:
 
 def read_plan(path: Path) -> Plan:
     """Read a study's YAML file."""
-    if not path.is_file():
-        raise UserError(f"PLAN: there is no file '{path}'. Check the path.")
+    contents = read_yaml(path, "PLAN", "Give the YAML file of a study.")
     try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"PLAN: '{path}' is no plan of a study ({' '.join(str(error).split())}).") from error
+        plan = Plan.model_validate(contents)
+    except ValidationError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"PLAN: '{path}' is no plan of a study ({reason}).") from error
     for name, run in plan.runs.items():
+        if not PLAIN_NAME.fullmatch(name):
+            raise UserError(
+                f"PLAN: in '{path}' a run is called {name[:100]!r}, which is no name for its folder. Use letters, "
+                "digits, spaces and - _ . + , ( ) alone."
+            )
         if run.adapts is not None and (run.adapts not in plan.runs or plan.runs[run.adapts].adapts is not None):
             raise UserError(f"PLAN: in '{path}' the run '{name}' adapts '{run.adapts}', which is no run of its own.")
     return plan
+
+
+def _command(line: str, path: Path) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(line))
+    except ValueError as error:  # half a quotation
+        raise UserError(f"PLAN: in '{path}' the command \"{line[:200]}\" cannot be read ({error}).") from error
 
 
 def job(plan: Plan, name: str, seed: int, made: Sequence[str]) -> Job:
@@ -213,7 +228,10 @@ def _rows(plan: Plan) -> list[Row]:
     rows = []
     for name in plan.runs:
         paths = [plan.folder / name / str(seed) / METRICS for seed in plan.seeds]
-        found: list[dict[str, float]] = [json.loads(path.read_text())["scores"] for path in paths if path.is_file()]
+        advice = "Remove it, so that the run is tested again."
+        found: list[dict[str, float]] = [
+            read_json(path, "PLAN", advice).get("scores", {}) for path in paths if path.is_file()
+        ]
         # What every arm has, also where floor and ceiling leave nothing to calibrate.
         prefix = f"{plan.source}/agreement@1_"
         names = dict.fromkeys(key.removeprefix(prefix) for run in found for key in run if key.startswith(prefix))

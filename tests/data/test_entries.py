@@ -27,7 +27,9 @@ def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage
 
 
 def back(members: dict[str, bytes], storage: Storage = "float16", with_images: bool = True) -> Sample:
-    return decode({name: memoryview(bytearray(data)) for name, data in members.items()}, storage, with_images)
+    return decode(
+        {name: memoryview(bytearray(data)) for name, data in members.items()}, storage, 32 if with_images else None
+    )
 
 
 def test_png_entry_comes_back_whole(make_batch: MakeBatch) -> None:

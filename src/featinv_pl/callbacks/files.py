@@ -105,5 +105,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # a link that somebody has put there would be written through
     partial.write_bytes(data)
     os.replace(partial, path)

@@ -6,12 +6,17 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 from pyarrow import parquet
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
+
+from featinv_pl.errors import UserError
+from featinv_pl.reading import read_json
 
 METRICS = "metrics.json"
 SCORES = "scores.csv"
@@ -51,6 +56,9 @@ class Document(TypedDict):
     """95 % confidence intervals of those scores that are means."""
     notes: list[str]
     """What is missing, and why."""
+
+
+DOCUMENT = TypeAdapter(Document)
 
 
 @dataclass
@@ -173,6 +181,23 @@ def aligned(table: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def read_document(path: Path, option: str) -> Document:
+    """Read a `metrics.json`.
+
+    Args:
+        path: The file.
+        option: The option that named it, for errors.
+    """
+    advice = "Test again with the PerSource callback."
+    contents = read_json(path, option, advice)
+    try:
+        return DOCUMENT.validate_python(contents)
+    except ValidationError as error:
+        raise UserError(
+            f"{option}: '{path}' holds no scores ({' '.join(str(error).split())[:300]}). {advice}"
+        ) from error
+
+
 def samples_path(root: Path, source: str) -> Path:
     """Where the scores of each sample of a source are written."""
     return root / SAMPLES / f"{source}.parquet"
@@ -187,8 +212,18 @@ def read_samples(root: Path, group: str, sources: Iterable[str]) -> Any:
         sources: All sources of the run: its folder may hold samples of earlier ones.
     """
     paths = [samples_path(root, source) for source in sources if f"{source}/".startswith(f"{group}/")]
-    tables = [parquet.read_table(path) for path in paths if path.is_file()]
-    return pyarrow.concat_tables(tables, promote_options="default")
+    tables = [_table(path) for path in paths if path.is_file()]
+    if not tables:
+        raise UserError(f"there are no scores of the samples of '{group}' in '{root / SAMPLES}'. Test again.")
+    return pyarrow.concat_tables(tables, promote_options="permissive")
+
+
+def _table(path: Path) -> Any:
+    try:
+        return parquet.read_table(path)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"'{path}' is damaged or holds no scores of samples ({reason}). Test again.") from error
 
 
 def samples_file(columns: Mapping[str, Any]) -> bytes:

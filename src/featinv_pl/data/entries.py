@@ -22,6 +22,7 @@ ImageFormat = Literal["png", "jpg"]
 Storage = Literal["float16", "int8"]
 
 MAX_COSINE_LOSS = 1e-3  # of a map rounded to bytes, averaged over its locations
+MOST_META = 1 << 16  # bytes of a sample's JSON; a path and a few numbers are some hundred
 HALF_INFINITY = 0x7C00  # a half's exponent bits, all set in infinities and NaN alone
 
 
@@ -96,18 +97,18 @@ def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, b
     }
 
 
-def decode(members: dict[str, memoryview], storage: Storage = "float16", with_images: bool = True) -> Sample:
+def decode(members: dict[str, memoryview], storage: Storage = "float16", image_size: int | None = None) -> Sample:
     """Turn the members of a tar into a sample, in half precision. Inverse of `encode`, up to the storage's.
 
     Args:
         members: Bytes by suffix, such as `features.npy`.
         storage: As given to `prepare`.
-        with_images: Decode the picture, which training has no need of.
+        image_size: Side of the picture; None leaves it out, as training has no need of it.
 
     Raises:
         ValueError, KeyError: The entry is damaged; `ShardSet` adds where.
     """
-    meta = json.loads(bytes(members["json"]))
+    meta = json.loads(bytes(members["json"][:MOST_META]))
     if storage == "int8":
         steps = torch.from_numpy(_decode_array(members["steps.npy"], np.float32))
         features = (torch.from_numpy(_decode_array(members["features.npy"], np.int8)) * steps[:, None, None]).half()
@@ -117,12 +118,14 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", with_im
         "features": features,
         "logits": torch.from_numpy(_decode_array(members["logits.npy"], np.float16)),
         "latents": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)),
-        "labels": int(meta["label"]),
+        "labels": _label(meta["label"]),
         "source": str(meta["source"]),
         "key": str(meta["key"]),
     }
-    if with_images:
+    if image_size is not None:
         image = Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"]), formats=("PNG", "JPEG"))
+        if image.size != (image_size, image_size):  # before it is unpacked: a few bytes can claim any size
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels instead of {image_size}")
         sample["images"] = from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
     return sample
 
@@ -185,11 +188,21 @@ def _decode_array(data: memoryview, dtype: type[np.generic]) -> NDArray[np.gener
     if found != np.dtype(dtype):
         raise ValueError(f"dtype {found} instead of {np.dtype(dtype)}")
     array: NDArray[np.generic] = np.frombuffer(data[length:], dtype).reshape(shape)
+    if dtype is np.float32 and not np.isfinite(array).all():
+        raise ValueError("a value that is not finite")
     if dtype is np.float16:
         bits = array.view(np.uint16) & HALF_INFINITY
         if (bits == HALF_INFINITY).any():
             raise ValueError("a value that is not finite")
     return array
+
+
+def _label(value: Any) -> int:
+    """A label, which a tensor of them can hold."""
+    label = int(value)
+    if not -1 <= label < 1 << 31:
+        raise ValueError("a label that is no class")
+    return label
 
 
 @lru_cache(maxsize=64)
@@ -200,10 +213,10 @@ def _decode_header(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("not version 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError, SyntaxError, TokenError) as error:
+    except (ValueError, EOFError, SyntaxError, TokenError, RecursionError, MemoryError) as error:  # of a deep one
         raise ValueError(f"an array that cannot be read ({error})") from error
-    if fortran or dtype.hasobject:
-        raise ValueError("an array that is pickled or in Fortran's order")
+    if fortran or dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError("an array that is pickled, in Fortran's order or of a negative size")
     return dtype, shape
 
 

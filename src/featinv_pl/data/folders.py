@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
-from featinv_pl.data.images import ImageData, ImageSample, ImageSource
+from featinv_pl.data.images import ImageData, ImageSample, ImageSource, NoImageError, open_image
 from featinv_pl.data.layouts import find_sources, first_per_class, labelled_images
 from featinv_pl.data.views import RATIO, SCALE, central_crop, draw_view, take_view
 from featinv_pl.errors import UserError
@@ -93,16 +92,13 @@ class FolderImages(ImageSource):
             "unreadable": "",
         }
         try:
-            with Image.open(self.root / name) as file:
-                image = file.convert("RGB")
-        # Of a damaged file, Pillow's decoders raise any of these.
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-            reason = str(error).replace(str(self.root / name), name)
+            image = open_image(self.root / name)
+        except NoImageError as error:
             if not self.tolerant:
                 raise UserError(
-                    f"--data: '{self.root / name}' cannot be read as an image ({reason}). Remove or replace it."
+                    f"--data: '{self.root / name}' cannot be read as an image ({error}). Remove or replace it."
                 ) from error
-            return {**sample, "unreadable": reason or type(error).__name__}
+            return {**sample, "unreadable": str(error)}
         if self.views:
             view = draw_view(image, name, number, self.seed, self.vertical_flip)
             sample["view"] = view

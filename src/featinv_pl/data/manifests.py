@@ -10,22 +10,22 @@ import hashlib
 import json
 import os
 import re
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.data.entries import ImageFormat, Storage
 from featinv_pl.errors import UserError
+from featinv_pl.reading import read_bytes
 from featinv_pl.types import Provenance
 
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 FORMAT_VERSION = 2
 PARTIAL = ".partial"
-PLAIN_NAME = re.compile(r"[\w-][\w.-]*")  # no folders, so that no shard lies outside its set
+PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,199}")  # no folders, so that no shard lies outside its set
 
 
 class Shard(TypedDict):
@@ -111,6 +111,7 @@ def index_path(shard: Path) -> Path:
 def write_file(path: Path, data: bytes) -> None:
     """Write a file that is either whole and on the disk or not there, whatever happens meanwhile."""
     partial = path.with_name(path.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # a link that somebody has put there would be written through
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
@@ -153,7 +154,8 @@ def read_manifest(folder: Path, option: str) -> Manifest:
             f"{option}: '{folder}' has no {MANIFEST}, so it is no finished shard set. "
             "Run the extraction (featinv-pl predict) to its end."
         )
-    return parse_manifest((folder / MANIFEST).read_bytes(), str(folder), option)
+    data = read_bytes(folder / MANIFEST, option, "Extract the features anew.")
+    return parse_manifest(data, str(folder), option)
 
 
 def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
@@ -178,15 +180,22 @@ def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
                 "extract the features anew."
             )
         manifest = TypeAdapter(Manifest).validate_python({n: value for n, value in contents.items() if n != SEAL})
-    except (JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError, ValidationError) as error:
+    except UserError:
+        raise
+    except (ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{option}: '{place}/{MANIFEST}' is damaged ({reason}). Extract the features anew.") from error
     for shard in manifest["shards"]:
         if not PLAIN_NAME.fullmatch(shard["name"]):
             raise UserError(
-                f"{option}: '{place}/{MANIFEST}' names the shard '{shard['name']}', which is no plain file name. "
+                f"{option}: '{place}/{MANIFEST}' names the shard {shard['name'][:100]!r}, which is no plain file name. "
                 "Do not use this set: it is damaged, or made to reach outside its folder."
             )
+    names = {shard["name"] for shard in manifest["shards"]}
+    if len(names) < len(manifest["shards"]) or any(shard["samples"] < 0 for shard in manifest["shards"]):
+        raise UserError(
+            f"{option}: '{place}/{MANIFEST}' names a shard twice, or less than no samples. Extract the features anew."
+        )
     return manifest
 
 

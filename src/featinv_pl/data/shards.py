@@ -17,12 +17,14 @@ from tarfile import BLOCKSIZE
 from typing import Literal, NamedTuple
 
 import numpy as np
+from pydantic import ValidationError
 from torch.utils.data import Dataset
 
 from featinv_pl.data.entries import Sample, collate_samples, decode, widen
 from featinv_pl.data.manifests import INDEX, Entry, Shard, index_path, read_manifest
 from featinv_pl.data.remote import RemoteSet
 from featinv_pl.errors import UserError
+from featinv_pl.reading import read_bytes
 from featinv_pl.types import Batch
 
 OnError = Literal["raise", "skip"]
@@ -38,6 +40,7 @@ class OpenShard(NamedTuple):
     """A tar that is being read."""
 
     path: Path
+    bytes: int
     entries: list[Entry]
 
 
@@ -116,11 +119,23 @@ class ShardSet(Dataset[Sample]):
         shard = self._open(position)
         entry = shard.entries[number - (self._ends[position] - self.shards[position]["samples"])]
         try:
-            members = _read(shard.path, entry, self.with_images)
-            sample = decode(members, self.manifest["settings"]["storage"], self.with_images)
+            members = _read(shard, entry, self.with_images)
+            image_size = self.manifest["provenance"]["image_size"] if self.with_images else None
+            sample = decode(members, self.manifest["settings"]["storage"], image_size)
             self._check(sample)
-        except (OSError, ValueError, KeyError, TypeError, SyntaxError) as error:
-            reason = f"no member {error}" if isinstance(error, KeyError) else str(error)
+        # Of a damaged or hostile entry, the standard library's and Pillow's readers raise any of these.
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            ArithmeticError,
+            RuntimeError,
+            SyntaxError,
+        ) as error:
+            text = f"no member {error}" if isinstance(error, KeyError) else str(error)
+            reason = " ".join(text.split())[:300]
             raise DamagedError(
                 f"The sample '{entry['key']}' of the shard '{shard.path}' is damaged: {reason}. "
                 "Copy the shard again, extract the features anew, or leave damaged samples out with "
@@ -163,7 +178,7 @@ class ShardSet(Dataset[Sample]):
                 f"The index '{index_path(path)}' has {len(entries)} samples, and its manifest says "
                 f"{shard['samples']}. Extract the features anew."
             )
-        return OpenShard(path, entries)
+        return OpenShard(path, shard["bytes"], entries)
 
     def _check(self, sample: Sample) -> None:
         made_by = self.manifest["provenance"]
@@ -196,16 +211,22 @@ def check_size(path: Path, shard: Shard, option: str) -> None:
 
 def read_index(path: Path, shard: Shard) -> list[Entry]:
     """The entries of a tar."""
-    data = index_path(path).read_bytes()
+    data = read_bytes(index_path(path), "index", "Copy it again, or extract the features anew.")
     if hashlib.sha256(data).hexdigest() != shard["index_sha256"]:
         raise DamagedError(
             f"The index '{index_path(path)}' is damaged: it has changed since it was written. "
             "Copy it again, or extract the features anew."
         )
-    return INDEX.validate_json(data)["entries"]
+    try:
+        return INDEX.validate_json(data)["entries"]
+    except ValidationError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DamagedError(
+            f"The index '{index_path(path)}' is no index ({reason}). Extract the features anew."
+        ) from error
 
 
-def _read(path: Path, entry: Entry, with_images: bool) -> dict[str, memoryview]:
+def _read(shard: OpenShard, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     """Read an entry's members in one go, and check each."""
     members = {
         suffix: (member["offset"], member["offset"] + BLOCKSIZE + -(-member["size"] // BLOCKSIZE) * BLOCKSIZE, member)
@@ -213,8 +234,10 @@ def _read(path: Path, entry: Entry, with_images: bool) -> dict[str, memoryview]:
         if with_images or suffix not in PICTURES
     }
     start, end = min(first for first, _, _ in members.values()), max(last for _, last, _ in members.values())
+    if not 0 <= start < end <= shard.bytes:
+        raise ValueError("it would lie outside the shard")
     data = np.empty(end - start, np.uint8).data
-    with path.open("rb", buffering=0) as file:
+    with shard.path.open("rb", buffering=0) as file:
         if os.preadv(file.fileno(), [data], start) != len(data):
             raise ValueError("the shard ends before it")
     contents = {}

@@ -40,7 +40,7 @@ class LatentAutoencoder(Frozen):
             option: The option that named the source, for errors.
         """
         if Path(source).is_file():
-            return cls(official.autoencoder(read_weights(Path(source), option), option))
+            return cls(official.autoencoder(read_weights(Path(source), option), f"{option} '{source}'"))
         folder = find_folder(source, ["vae/*"], option)
         return cls(load_part(AutoencoderKL, folder / "vae" if (folder / "vae").is_dir() else folder, option))
 

@@ -1,6 +1,7 @@
 """The classifier whose features are inverted: any timm model, frozen."""
 
 import difflib
+from contextlib import nullcontext
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor
@@ -17,9 +17,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.frozen import Frozen
+from featinv_pl.nets.sources import no_larger, size_below
+from featinv_pl.reading import read_json
 from featinv_pl.types import Views, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
+LARGEST_INPUT = 4096  # pixels of a side; the largest of a timm model is about a thousand
 PENULTIMATE = "forward_features"
 
 
@@ -53,13 +56,13 @@ class Backbone(Frozen):
         super().__init__()
         self.name, self.weights, self.layer = name, weights, layer
         self.model: Any = _create(name, weights, input_size)
-        config = _data_config(self.model, input_size)
-        self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.crop_pct = float(config["crop_pct"])
-        self._crop = create_transform(**config, normalize=False)
-        self.interpolation = InterpolationMode(config["interpolation"])
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+        try:
+            self._prepare(_data_config(self.model, input_size))
+        except (TypeError, ValueError, RuntimeError, LookupError) as error:
+            raise UserError(
+                f"--model.backbone: '{name}' does not say how images are prepared for it ({error}). "
+                "Give another model, or fit the Classifier anew."
+            ) from error
         self.freeze()
         if layer != PENULTIMATE:
             _check_layer(self.model, layer, name)
@@ -67,6 +70,17 @@ class Backbone(Frozen):
             features, logits = self(torch.zeros(1, 3, *self.input_size))
         self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
         self.num_classes: int = logits.shape[1]
+
+    def _prepare(self, config: dict[str, Any]) -> None:
+        """Take over how timm prepares images."""
+        self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
+        if not all(1 <= side <= LARGEST_INPUT for side in self.input_size):
+            raise ValueError(f"images of {self.input_size} pixels, and a side has 1 to {LARGEST_INPUT}")
+        self.crop_pct = float(config["crop_pct"])
+        self._crop = create_transform(**config, normalize=False)
+        self.interpolation = InterpolationMode(config["interpolation"])
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify images of any size.
@@ -154,6 +168,7 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
                 f"--model.backbone: the folder '{name}' holds no config.json, so it is not a classifier in "
                 "timm's layout. Give the folder that fitting a Classifier has written."
             )
+        read_json(folder / "config.json", "--model.backbone", "Fit the Classifier anew.")
         name = f"local-dir:{name}"
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
@@ -164,14 +179,18 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
         )
     overlay = _from_file(weights) if weights not in ("pretrained", "random") else None
     try:
-        model = timm.create_model(name, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
+        whole = weights == "pretrained" and folder.is_dir()
+        with no_larger(size_below(folder), f"'{folder}'", "--model.backbone") if whole else nullcontext():
+            model = timm.create_model(name, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
         if input_size and model.pretrained_cfg.get("fixed_input_size"):
             # Built again, so that timm fits tables of positions to the grid while it loads the weights.
             model = timm.create_model(
                 name, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
             )
         return model
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a hostile configuration can raise anything
         raise UserError(_cannot_load(name, weights, error)) from error
 
 

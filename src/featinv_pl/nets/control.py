@@ -147,7 +147,7 @@ class FeatureControl(nn.Module):
                 own = network.state_dict()
                 fitting = {key: weights[key] for key in own if key in weights and weights[key].shape == own[key].shape}
                 weights = {**own, **fitting}
-            fill(network, weights, name, option)
+            fill(network, weights, f"{name} in '{folder}'", option)
 
 
 def _zero(layer: nn.Module) -> None:

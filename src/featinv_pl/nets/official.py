@@ -3,6 +3,8 @@
 The names are translated by diffusers' own converters; the shapes tell the rest of the architecture.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.control import FeatureControl
-from featinv_pl.nets.sources import fill
+from featinv_pl.nets.sources import fill, no_larger
 
 State = dict[str, Tensor]
 
@@ -57,18 +59,36 @@ def unet(state: State, option: str, num_heads: int = NUM_HEADS) -> UNet2DConditi
         option: The option that named the file, for errors.
         num_heads: Heads of its attention.
     """
-    config = _unet_config(_needed(state, UNET, "UNet", option), option)
-    network = UNet2DConditionModel(**config, attention_head_dim=num_heads)
-    fill(network, convert_ldm_unet_checkpoint(state, config), "UNet", option)
-    return network
+    with _whole(state, "UNet", option):
+        config = _unet_config(_needed(state, UNET, "UNet", option), option)
+        network = UNet2DConditionModel(**config, attention_head_dim=num_heads)
+        fill(network, convert_ldm_unet_checkpoint(state, config), "UNet", option)
+        return network
 
 
 def autoencoder(state: State, option: str) -> AutoencoderKL:
     """Build the autoencoder of a state dict in LDM's layout, which holds `first_stage_model.*`."""
-    config = _autoencoder_config(_needed(state, AUTOENCODER, "autoencoder", option))
-    network = AutoencoderKL(**config)
-    fill(network, convert_ldm_vae_checkpoint(state, config), "autoencoder", option)
-    return network
+    with _whole(state, "autoencoder", option):
+        config = _autoencoder_config(_needed(state, AUTOENCODER, "autoencoder", option))
+        network = AutoencoderKL(**config)
+        fill(network, convert_ldm_vae_checkpoint(state, config), "autoencoder", option)
+        return network
+
+
+@contextmanager
+def _whole(state: State, what: str, option: str) -> Iterator[None]:
+    """Say so where names or shapes of a file are not those of the network that is built of them."""
+    try:
+        with no_larger(sum(value.numel() * value.element_size() for value in state.values()), "the file", option):
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # of a file that lacks tensors, diffusers' converters raise anything
+        raise UserError(
+            f"{option}: the tensors of the {what} are not those of Stable Diffusion 1 ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200] if str(error) else ''}). They belong to another architecture, or the "
+            "file is not whole."
+        ) from error
 
 
 def text_encoder_config(state: State) -> dict[str, int]:
@@ -95,22 +115,23 @@ def load_control(control: FeatureControl, state: State, option: str) -> None:
         state: Holds `control_model.*`.
         option: The option that named the file, for errors.
     """
-    _needed(state, CONTROL, "ControlNet", option)
-    hint = part(state, HINT)
-    theirs = hint.get("1.weight")
-    channels = control.encoder.config.in_channels
-    if theirs is None or theirs.shape[1] != channels:
-        found = "no feature encoder" if theirs is None else f"a feature encoder for {theirs.shape[1]} channels"
-        raise UserError(
-            f"{option}: the file holds {found}, and the backbone's map has {channels}. "
-            "Give the backbone that the file was trained for, at its input size."
-        )
-    # Theirs begins with the upsampling, which has no weights and is no layer of ours.
-    encoder = {f"{int(index) - 1}.{name}": value for key, value in hint.items() for index, name in [key.split(".")]}
-    fill(control.encoder.layers, encoder, "feature encoder", option)
-    rest = {name: value for name, value in state.items() if name.startswith(CONTROL) and not name.startswith(HINT)}
-    converted = convert_controlnet_checkpoint(rest, control.controlnet.config)
-    fill(control.controlnet, converted, "ControlNet", option)
+    with _whole(state, "ControlNet", option):
+        _needed(state, CONTROL, "ControlNet", option)
+        hint = part(state, HINT)
+        theirs = hint.get("1.weight")
+        channels = control.encoder.config.in_channels
+        if theirs is None or theirs.shape[1] != channels:
+            found = "no feature encoder" if theirs is None else f"a feature encoder for {theirs.shape[1]} channels"
+            raise UserError(
+                f"{option}: the file holds {found}, and the backbone's map has {channels}. "
+                "Give the backbone that the file was trained for, at its input size."
+            )
+        # Theirs begins with the upsampling, which has no weights and is no layer of ours.
+        encoder = {f"{int(index) - 1}.{name}": value for key, value in hint.items() for index, name in [key.split(".")]}
+        fill(control.encoder.layers, encoder, "feature encoder", option)
+        rest = {name: value for name, value in state.items() if name.startswith(CONTROL) and not name.startswith(HINT)}
+        converted = convert_controlnet_checkpoint(rest, control.controlnet.config)
+        fill(control.controlnet, converted, "ControlNet", option)
 
 
 def largest_difference(network: nn.Module, other: nn.Module) -> float:

@@ -1,7 +1,5 @@
 """The latent diffusion prior: what natural images look like. Frozen."""
 
-import json
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,11 @@ from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import encode_prompts, read_prompts, write_prompts
 from featinv_pl.nets.sources import find_folder, load_part, read_weights
+from featinv_pl.reading import read_json
 
 OPTION = "--model.prior"
 FILES = ["unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*", PROMPTS]
+MOST_TIMESTEPS = 100_000  # of a schedule, whose tables have as many entries; usual are 1,000
 TOKENIZER = "openai/clip-vit-large-patch14"  # that of Stable Diffusion 1, which its original files do not hold
 
 
@@ -78,9 +78,9 @@ class Prior(Frozen):
         return encode_prompts(read_weights(weights[0], OPTION), config, str(folder / "tokenizer"), OPTION)
 
     def _load_file(self, path: Path) -> tuple[Tensor, Tensor]:
-        state = read_weights(path, OPTION)
-        self.autoencoder = LatentAutoencoder(official.autoencoder(state, OPTION))
-        self.unet = official.unet(state, OPTION)
+        state, option = read_weights(path, OPTION), f"{OPTION} '{path}'"
+        self.autoencoder = LatentAutoencoder(official.autoencoder(state, option))
+        self.unet = official.unet(state, option)
         self.schedule = official.schedule()
         text_encoder = official.part(state, official.TEXT_ENCODER)
         if not text_encoder:
@@ -148,19 +148,25 @@ def _schedule(path: Path) -> DDIMScheduler:
     """
     config = _read_json(path)
     try:
-        return DDIMScheduler.from_config({**official.SCHEDULE, **config, "clip_sample": False})
-    except (ValueError, TypeError, NotImplementedError) as error:
+        if not 3 <= config.get("num_train_timesteps", 3) <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is {config['num_train_timesteps']:g}")
+        schedule = DDIMScheduler.from_config({**official.SCHEDULE, **config, "clip_sample": False})
+        if not schedule.alphas_cumprod.isfinite().all():
+            raise ValueError("its noise is not finite")
+        return schedule
+    except (
+        ValueError,
+        TypeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:  # the last are torch's and NotImplementedError
         raise UserError(f"{OPTION}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        contents: dict[str, Any] = json.loads(path.read_text())
-        return contents
-    except FileNotFoundError as error:
+    if not path.is_file():
         raise UserError(
             f"{OPTION}: '{path.parents[1]}' has no {path.parent.name}/{path.name}. "
             "Give a whole prior in diffusers' layout."
-        ) from error
-    except (OSError, JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{OPTION}: '{path}' is damaged ({error}). Make the prior anew.") from error
+        )
+    return read_json(path, OPTION, "Make the prior anew.")

@@ -22,8 +22,11 @@ def read_prompts(path: Path, option: str) -> tuple[Tensor, Tensor]:
     """Read the stored embeddings: of the prompt and of the empty prompt, both (L, D)."""
     try:
         prompts = load_file(path)
-        return prompts["prompt"], prompts["empty"]
-    except (OSError, KeyError, SafetensorError) as error:
+        prompt, empty = prompts["prompt"], prompts["empty"]
+        if not all(one.is_floating_point() and one.float().isfinite().all() for one in (prompt, empty)):
+            raise ValueError("values that are no finite numbers")
+        return prompt.float(), empty.float()
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{option}: '{path}' is damaged ({reason}). Make the prior anew.") from error
 

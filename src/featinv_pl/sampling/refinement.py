@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler
+from pydantic import ConfigDict
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -34,6 +35,8 @@ class Refinement:
         interval: Where, in fractions of the noise schedule: 0 is the clean end, 1 pure noise.
         target: The cosine at which an image is left as it is.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     steps: int = 3
     step_size: float = 0.02

@@ -1,9 +1,11 @@
 """Sampling: from noise to latents, by any denoiser."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from math import inf, isfinite
+from typing import Any, ClassVar, Literal, Self
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from pydantic import ConfigDict, TypeAdapter
 from torch import Tensor
 
 from featinv_pl.errors import UserError
@@ -11,6 +13,9 @@ from featinv_pl.sampling.guidance import Denoiser
 from featinv_pl.sampling.refinement import Refinement
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+
+
+MOST = 1000  # candidates or gradient steps, each of which takes its time
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Sampler:
         best_of: Draws so many candidates and keeps the one whose map is the most similar.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     scheduler: Literal["ddim", "dpm", "unipc"] = "dpm"
     steps: int = 15
     guidance_scale: float = 1.5
@@ -47,21 +54,24 @@ class Sampler:
         low, high = self.guidance_interval
         for name, value, valid in (
             ("steps", self.steps, self.steps >= 1),
-            ("best_of", self.best_of, self.best_of >= 1),
+            ("guidance_scale", self.guidance_scale, isfinite(self.guidance_scale)),
+            ("text_scale", self.text_scale, isfinite(self.text_scale)),
+            ("best_of", self.best_of, 1 <= self.best_of <= MOST),
+            ("refine.steps", self.refine and self.refine.steps, self.refine is None or self.refine.steps <= MOST),
             ("guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1),
-            ("control_scale", self.control_scale, self.control_scale >= 0),
+            ("control_scale", self.control_scale, 0 <= self.control_scale < inf),
         ):
             if not valid:
                 raise UserError(f"--model.sampler.{name} cannot be {value}. {_RANGES[name]}")
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """Build a sampler from what `dataclasses.asdict` made of one, by way of JSON."""
-        intervals = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        refine = fields.get("refine")
-        if refine is not None:
-            refine = Refinement(**{**refine, "interval": tuple(refine["interval"])})
-        return cls(**{**fields, **intervals, "refine": refine})
+        """Build a sampler from what `dataclasses.asdict` made of one, by way of JSON.
+
+        Raises:
+            ValidationError: A field is unknown, or has a value that it cannot have.
+        """
+        return TypeAdapter(cls).validate_python(fields)
 
     @property
     def guidance_weights(self) -> tuple[float, ...]:
@@ -79,7 +89,10 @@ class Sampler:
 AUTHORS = Sampler("ddim", steps=50, guidance_scale=1.75, guidance="text")
 _RANGES = {
     "steps": "Give at least 1.",
-    "best_of": "Give at least 1.",
+    "guidance_scale": "Give a number; 1 is no guidance.",
+    "text_scale": "Give a number; 1 is no guidance by the prompt.",
+    "best_of": f"Give 1 to {MOST}.",
+    "refine.steps": f"Give at most {MOST}.",
     "guidance_interval": "Give two fractions of the noise schedule, such as [0.1, 0.8], the smaller one first.",
     "control_scale": "Give at least 0; 1 is what the control was trained for.",
 }

@@ -3,11 +3,10 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from json import JSONDecodeError
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.errors import UserError
+from featinv_pl.reading import read_bytes, read_json
 from featinv_pl.viz.samples import Origin, Samples
 
 Method = Literal["nmf", "difference", "cav"]
@@ -41,10 +41,16 @@ class Facts(TypedDict):
     """Of how well the concepts hold: by name of the concept, or of all."""
     origin: Origin
     sha256: str
-    """Of the tensors beside it."""
+    """Of the tensors beside it and all else in here."""
 
 
 FACTS_TYPE = TypeAdapter(Facts)
+
+
+def seal(tensors: bytes, facts: Mapping[str, Any]) -> str:
+    """The SHA-256 that stands in `concepts.json`: of the tensors and of what is said of them."""
+    rest = {name: value for name, value in facts.items() if name != "sha256"}
+    return hashlib.sha256(tensors + json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,9 @@ class Concepts:
             names=self.names,
             scores=self.scores,
             origin=self.origin,
-            sha256=hashlib.sha256(data).hexdigest(),
+            sha256="",
         )
-        text = json.dumps(facts, indent=2) + "\n"
+        text = json.dumps({**facts, "sha256": seal(data, facts)}, indent=2) + "\n"
         write_bytes(folder / TENSORS, data)
         write_bytes(folder / FACTS, text.encode())
 
@@ -160,20 +166,32 @@ class Concepts:
                 f"--concepts: there is no {' and no '.join(missing) or path.name} in '{folder}'. "
                 "Give the folder that `featinv-pl concepts` has written."
             )
-        data = (folder / TENSORS).read_bytes()
+        advice = "Copy both files again, or find the concepts anew."
+        data = read_bytes(folder / TENSORS, "--concepts", advice)
+        contents = read_json(folder / FACTS, "--concepts", advice)
         try:
-            facts = FACTS_TYPE.validate_python(json.loads((folder / FACTS).read_bytes()))
-            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-                raise ValueError(f"{TENSORS} is not the file that {FACTS} describes")
+            facts = FACTS_TYPE.validate_python(contents)
+            if seal(data, contents) != facts["sha256"]:
+                raise ValueError(f"{TENSORS} and {FACTS} are not as they were written together")
             tensors = load(data)
-            directions, starts = tensors["directions"], tensors["starts"]
-        except (JSONDecodeError, ValidationError, SafetensorError, KeyError, ValueError) as error:
+            directions, starts = tensors["directions"].float(), tensors["starts"].float()
+            _check_shapes(facts, directions, starts)
+        except (ValidationError, SafetensorError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"--concepts: the concepts in '{folder}' are damaged ({reason}). Copy both files again, or find the "
-                "concepts anew."
-            ) from error
+            raise UserError(f"--concepts: the concepts in '{folder}' are damaged ({reason}). {advice}") from error
         return cls(facts["method"], facts["names"], directions, starts, facts["scores"], facts["origin"])
+
+
+def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
+    shape = facts["origin"]["feature_shape"]
+    grids = ([1, 1],) if facts["method"] == "nmf" else ([1, 1], shape[1:])
+    number, channels, *grid = directions.shape or (0, 0)
+    if number != len(facts["names"]) or not number or [channels] != shape[:1] or grid not in grids:
+        raise ValueError(f"{len(facts['names'])} directions of shape {list(directions.shape)} for maps of {shape}")
+    if starts.shape != directions.shape or not (directions.isfinite().all() and starts.isfinite().all()):
+        raise ValueError("starts of another shape than directions, or values that are not finite")
+    if not directions.flatten(1).any(1).all():
+        raise ValueError("a direction that is zero")
 
 
 # Finding them

@@ -117,7 +117,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"picture_uri": _picture_uri, "plot_uri": _plot_uri}
+    environment.filters |= {"picture_uri": picture_uri, "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)
 
 
@@ -126,7 +126,8 @@ def data_uri(data: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
-def _picture_uri(picture: Image.Image) -> str:
+def picture_uri(picture: Image.Image) -> str:
+    """A picture within a page."""
     return data_uri(picture_png(picture))
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
+from featinv_pl.data.images import NoImageError, open_image
 from featinv_pl.errors import UserError
 
 HEAT = colormaps["magma"]
@@ -21,12 +22,12 @@ def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
     """Read a picture whole, so that a bad one is refused before anything is drawn.
 
     Args:
-        path: Any format that Pillow reads.
+        path: A photograph's usual formats.
         option: The option that named it, for errors.
     """
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return open_image(path)
+    except NoImageError as error:
         raise UserError(
             f"{option}: '{path}' cannot be read as a picture ({error}). Leave it out or replace it."
         ) from error

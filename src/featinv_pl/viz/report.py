@@ -8,16 +8,39 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.plots import cosine_histograms, png, severity_curves
 from featinv_pl.callbacks.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
-from featinv_pl.callbacks.results import ARMS, METRICS, Document, Name, cell
+from featinv_pl.callbacks.results import ARMS, METRICS, Document, Name, cell, read_document
 from featinv_pl.errors import UserError
-from featinv_pl.viz.page import data_uri, render
+from featinv_pl.reading import read_json
+from featinv_pl.viz.page import data_uri, picture_uri, render
+from featinv_pl.viz.pictures import open_picture
 
 STAGES = "stages.json"
+ADVICE = "Test again with the ReconstructionGrid callback."
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
+
+
+class Tiles(TypedDict):
+    """What the page shows below pictures."""
+
+    prediction: list[str | int]
+    reconstruction_prediction: list[str | int]
+
+
+class Record(TypedDict):
+    """What the page shows of a stage."""
+
+    command: str
+    seconds: float
+
+
+TILES = TypeAdapter(Tiles)
+RECORDS = TypeAdapter(dict[str, Record])
 
 
 @dataclass(frozen=True)
@@ -34,14 +57,18 @@ class Inverter:
     folder: Path
     document: Document
 
-    def tiles(self, source: str, kind: str) -> dict[str, list[Any]]:
-        """Labels, predictions and cosines of the pictured images."""
-        tiles: dict[str, list[Any]] = json.loads((self.folder / PICTURES / source / kind / FACTS_FILE).read_text())
-        return tiles
+    def tiles(self, source: str, kind: str) -> Tiles:
+        """Predictions of the pictured images."""
+        path = self.folder / PICTURES / source / kind / FACTS_FILE
+        try:
+            return TILES.validate_python(read_json(path, "report", ADVICE))
+        except ValidationError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"report: '{path}' describes no pictures ({reason}). {ADVICE}") from error
 
-    def strip(self, source: str, kind: str, row: str) -> Path:
+    def strip(self, source: str, kind: str, row: str) -> Image.Image:
         """The picture of one row of tiles."""
-        return self.folder / PICTURES / source / kind / f"{row}.png"
+        return open_picture(self.folder / PICTURES / source / kind / f"{row}.png", "report")
 
 
 def report(folder: Path) -> None:
@@ -53,8 +80,9 @@ def report(folder: Path) -> None:
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
     sources = _sources(inverters)
+    if not sources:
+        raise UserError(f"report: the inverters below '{folder}' have no source with pictures in common. {ADVICE}")
     groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
-    stages = folder / STAGES
     curves = severity_curves(documents)
     page = render(
         "report.html",
@@ -73,7 +101,7 @@ def report(folder: Path) -> None:
             for group, source in _last_of(groups, sources).items()
         ],
         all_scores=sorted({name for document in documents.values() for name in document["scores"]}),
-        stages=json.loads(stages.read_text()) if stages.is_file() else {},
+        stages=_stages(folder / STAGES),
     )
     metrics = json.dumps(documents, indent=2) + "\n"
     write_bytes(folder / METRICS, metrics.encode())
@@ -81,10 +109,22 @@ def report(folder: Path) -> None:
     write_bytes(folder / "report.html", page.encode())
 
 
+def _stages(path: Path) -> dict[str, Record]:
+    """The commands that made all this, if a demo has left them."""
+    if not path.is_file():
+        return {}
+    try:
+        return RECORDS.validate_python(read_json(path, "report", "Remove it."))
+    except ValidationError as error:
+        raise UserError(
+            f"report: '{path}' lists no stages ({' '.join(str(error).split())[:300]}). Remove it."
+        ) from error
+
+
 def _inverters(folder: Path) -> list[Inverter]:
     """The scored inverters, the most faithful first."""
     found = [
-        Inverter(path.parent.name, path.parent, json.loads(path.read_text())) for path in folder.glob(f"*/{METRICS}")
+        Inverter(path.parent.name, path.parent, read_document(path, "report")) for path in folder.glob(f"*/{METRICS}")
     ]
     if not found:
         raise UserError(
@@ -138,7 +178,7 @@ def _extremes(inverter: Inverter, source: str) -> list[dict[str, Any]]:
     facts = inverter.tiles(source, EXTREMES)
     classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
     return [
-        {"name": row, "image": data_uri(inverter.strip(source, EXTREMES, row).read_bytes()), "classes": shown}
+        {"name": row, "image": picture_uri(inverter.strip(source, EXTREMES, row)), "classes": shown}
         for row, shown in classes.items()
     ]
 
@@ -155,7 +195,7 @@ def _rows(inverters: list[Inverter], source: str) -> list[dict[str, Any]]:
         facts = inverter.tiles(source, FIRST)
         image = inverter.strip(source, FIRST, "reconstruction")
         rows.append({"name": inverter.name, "image": image, "classes": facts["reconstruction_prediction"]})
-    return [{**row, "image": data_uri(row["image"].read_bytes())} for row in rows]
+    return [{**row, "image": picture_uri(row["image"])} for row in rows]
 
 
 def _overview(inverters: list[Inverter], chosen: dict[str, str]) -> bytes:
@@ -167,8 +207,8 @@ def _overview(inverters: list[Inverter], chosen: dict[str, str]) -> bytes:
         rows = [("original", inverters[0].strip(source, FIRST, "original"))]
         rows += [(inverter.name, inverter.strip(source, FIRST, "reconstruction")) for inverter in inverters]
         part.suptitle(source, fontsize="medium")
-        for axes, (name, path) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            axes.imshow(np.asarray(Image.open(path)), aspect="equal")
+        for axes, (name, picture) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+            axes.imshow(np.asarray(picture), aspect="equal")
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
             axes.set(xticks=[], yticks=[])
     return png(figure)

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
@@ -14,13 +16,15 @@ from featinv_pl.data.shards import ShardSet
 from featinv_pl.errors import UserError
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
 
+Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{0,500}$")]  # for it is printed
+
 
 class Origin(TypedDict):
     """The backbone that feature maps come from, and its layer."""
 
-    backbone: str
-    backbone_digest: str
-    layer: str
+    backbone: Line
+    backbone_digest: Line
+    layer: Line
     feature_shape: list[int]
 
 

@@ -1,0 +1,130 @@
+"""Small files that anybody may have made, read whole: of bounded size, and with one clear error."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from featinv_pl.errors import UserError
+
+LARGEST = 1 << 26  # bytes; the largest that we write, the index of a shard of 10,000 samples, has a tenth
+MOST_VALUES = 1_000_000  # of a YAML file, each counted as often as it is referred to
+DEEPEST = 100  # levels of a YAML file; libyaml's composer overflows the stack at some ten thousand
+
+
+def read_bytes(path: Path, option: str, advice: str) -> bytes:
+    """Read a file whole.
+
+    Args:
+        path: The file.
+        option: The option that named it, for errors.
+        advice: What to do if it is no such file, for errors.
+
+    Raises:
+        UserError: It cannot be read, is larger than any such file, or no plain file: a pipe may never end.
+    """
+    try:
+        if not path.is_file():
+            raise OSError("it is no file" if path.exists() else "there is no such file")
+        if path.stat().st_size > LARGEST:
+            raise OSError(f"it has more than {LARGEST >> 20} MB")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def read_text(path: Path, option: str, advice: str) -> str:
+    """Read a text in UTF-8; see `read_bytes`."""
+    data = read_bytes(path, option, advice)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def read_json(path: Path, option: str, advice: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: See `read_bytes`, as the rest.
+        option: As above.
+        advice: As above.
+
+    Raises:
+        UserError: It cannot be read, or is no JSON object.
+    """
+    data = read_bytes(path, option, advice)
+    try:
+        contents = json.loads(data)
+        if not isinstance(contents, dict):
+            raise ValueError("it is no JSON object")
+        return contents
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def read_yaml(path: Path, option: str, advice: str) -> Any:
+    """Read a YAML file, which makes nothing but plain values.
+
+    Args:
+        path: See `read_bytes`, as the rest.
+        option: As above.
+        advice: As above.
+
+    Raises:
+        UserError: It cannot be read, or `parse_yaml` refuses it.
+    """
+    text = read_text(path, option, advice)
+    try:
+        return parse_yaml(text, yaml.safe_load)
+    except yaml.YAMLError as error:
+        raise _damaged(path, option, advice, error) from error
+
+
+def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
+    """Parse YAML, but for what a few lines can unfold to: values without end, and more than fit into memory.
+
+    Args:
+        text: The YAML.
+        load: What makes values of it.
+
+    Raises:
+        YAMLError: It is no YAML, or unfolds to too much.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise yaml.YAMLError(f"it has more than {DEEPEST} levels")
+    try:
+        contents = load(text)
+        _check_values(contents)
+        return contents
+    except (ValueError, TypeError, RecursionError) as error:  # such as of a day that no calendar has
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _check_values(contents: Any) -> None:
+    """Refuse values that contain themselves, or billions of references."""
+    sizes: dict[int, int | None] = {}
+
+    def size(value: Any) -> int:
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = None
+            sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, dict) else value))
+        known = sizes[id(value)]
+        if known is None:
+            raise ValueError("a value contains itself")
+        return known
+
+    if size(contents) > MOST_VALUES:
+        raise ValueError(f"it has more than {MOST_VALUES} values, counted as often as they are referred to")
+
+
+def _damaged(path: Path, option: str, advice: str, error: Exception) -> UserError:
+    reason = " ".join((str(error) or type(error).__name__).split())[:300]
+    return UserError(f"{option}: '{path}' is damaged or no file of this kind ({reason}). {advice}")
