@@ -1,4 +1,4 @@
-"""Tiny real networks, made once per session by the classes that users make theirs with."""
+"""Tiny real networks, made once per session, and what is drawn with them."""
 
 import contextlib
 import hashlib
@@ -18,9 +18,9 @@ from featinv_pl.__main__ import main
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.metrics import weights
 from featinv_pl.pipeline import FeatInvPipeline
-from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch
+from tiny import make_classifier, make_prior
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
@@ -68,41 +68,12 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("frozen") / "classifier"
-    model = Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]})
-    model.save_pretrained(folder)
-    return folder
+    return make_classifier(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture(scope="session")
 def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(2)
-    root = tmp_path_factory.mktemp("frozen")
-    autoencoder = Autoencoder(
-        {
-            "block_out_channels": [4, 4, 4, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "latent_channels": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "sample_size": 32,
-        }
-    )
-    autoencoder.save_pretrained(root / "autoencoder")
-    unet = {
-        "sample_size": 4,
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-    }
-    NoisePredictor(str(root / "autoencoder"), unet).save_pretrained(root / "prior")
-    return root / "prior"
+    return make_prior(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture
