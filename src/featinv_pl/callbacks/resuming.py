@@ -61,7 +61,7 @@ class Resume(Callback):
         self.limits = loop.max_steps, loop.max_epochs
         if loop.max_steps == checkpoint["global_step"]:
             loop.epoch_loop.max_steps += 1
-        if loop.max_epochs == loops["epoch_progress"]["current"]["processed"]:
+        if loop.max_epochs is not None and loop.max_epochs == loops["epoch_progress"]["current"]["processed"]:
             loop.max_epochs += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
