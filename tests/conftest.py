@@ -1,6 +1,5 @@
-"""Tiny real networks, made once per session by the classes that users make theirs with."""
+"""Tiny real networks, made once per session, and what is drawn with them."""
 
-import contextlib
 import hashlib
 import os
 import shutil
@@ -14,13 +13,10 @@ import torch
 from PIL import Image
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from featinv_pl.__main__ import main
-from featinv_pl.inversion import FeatureInversion
 from featinv_pl.metrics import weights
 from featinv_pl.pipeline import FeatInvPipeline
-from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
-from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch
+from tiny import extract_digits, make_classifier, make_inverter, make_prior
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
@@ -66,72 +62,14 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "assets"))
 
 
-def write_classifier(folder: Path) -> None:
-    torch.manual_seed(1)
-    model = Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]})
-    model.save_pretrained(folder)
-
-
-def write_prior(folder: Path) -> None:
-    """Write a prior, and beside it the autoencoder that it is made with."""
-    torch.manual_seed(2)
-    autoencoder = Autoencoder(
-        {
-            "block_out_channels": [4, 4, 4, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "latent_channels": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "sample_size": 32,
-        }
-    )
-    autoencoder.save_pretrained(folder.parent / "autoencoder")
-    unet = {
-        "sample_size": 4,
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-    }
-    NoisePredictor(str(folder.parent / "autoencoder"), unet).save_pretrained(folder)
-
-
-def write_inverter(folder: Path, classifier: Path, prior: Path) -> None:
-    """Write a model folder. Its control is random: one that is new would ignore the map."""
-    sampler = Sampler(steps=2, guidance_scale=1.0)
-    inversion = FeatureInversion(str(classifier), str(prior), image_size=32, hidden_channels=8, sampler=sampler)
-    torch.manual_seed(3)
-    for weight in inversion.control.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    FeatInvPipeline(inversion).save_pretrained(folder)
-
-
-def extract_digits(folder: Path, classifier: Path, prior: Path) -> Path:
-    """Write shard sets `train` and `clean`, of 48 digits each, and return the folder that they are in."""
-    with contextlib.chdir(folder):
-        config = ["--config", str(ROOT / "experiments/digits/extract.yaml")]
-        config += ["--config", str(ROOT / "experiments/debug.yaml"), "--data.batch_size=24"]
-        frozen = ["--model.backbone", str(classifier), "--model.autoencoder", str(prior / "vae")]
-        main(["predict", *config, "--data.sources", "[train,clean]", "--trainer.logger=false", *frozen])
-    return folder / "runs/demo/shards"
-
-
 @pytest.fixture(scope="session")
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("frozen") / "classifier"
-    write_classifier(folder)
-    return folder
+    return make_classifier(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture(scope="session")
 def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("frozen") / "prior"
-    write_prior(folder)
-    return folder
+    return make_prior(tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.fixture
@@ -157,7 +95,7 @@ def make_batch() -> MakeBatch:
 @pytest.fixture(scope="session")
 def inverter_folder(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
     folder = tmp_path_factory.mktemp("viz") / "model"
-    write_inverter(folder, classifier_folder, prior_folder)
+    make_inverter(folder, classifier_folder, prior_folder)
     return folder
 
 

@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import parity
-from conftest import copy_of, extract_digits, write_classifier, write_inverter, write_prior
+from conftest import copy_of
 from featinv_pl.__main__ import main
 from hostile_files import (
     ANY,
@@ -54,6 +54,7 @@ from hostile_files import (
     signed,
     within,
 )
+from tiny import extract_digits, make_classifier, make_inverter, make_prior
 
 ROOT = Path(__file__).parents[1]
 SECONDS, MEGABYTES = 20, 1024  # more is a hang, or a hunger; a hostile file is small
@@ -144,9 +145,9 @@ def make_originals(root: Path) -> None:
     parts, originals = root / "parts", root / "originals"
     for folder in (parts, originals):
         folder.mkdir()
-    write_classifier(parts / "classifier")
-    write_prior(parts / "prior")
-    write_inverter(parts / "model", parts / "classifier", parts / "prior")
+    make_classifier(parts)
+    make_prior(parts)
+    make_inverter(parts / "model", parts / "classifier", parts / "prior")
     shards = extract_digits(parts, parts / "classifier", parts / "prior")
     copy_of("4", parts)
     _make_run(parts, shards)

@@ -23,71 +23,7 @@ from featinv_pl.data.shards import ShardSet
 from featinv_pl.data.writing import ShardSetWriter
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.sampling.sampler import Sampler
-
-TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
-
-
-def write(path: Path, settings: dict[str, Any]) -> str:
-    path.write_text(yaml.safe_dump(settings))
-    return str(path)
-
-
-def extraction(classifier: Path, prior: Path, sources: list[str]) -> dict[str, Any]:
-    return {
-        "trainer": {
-            **TRAINER,
-            "default_root_dir": "shards",
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 30}}],
-            "limit_predict_batches": 2,
-        },
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {"backbone": str(classifier), "autoencoder": str(prior / "vae"), "image_size": 32},
-        },
-        "data": {"class_path": "DigitsData", "init_args": {"sources": sources, "batch_size": 30}},
-    }
-
-
-def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> dict[str, Any]:
-    return {
-        "seed_everything": 0,
-        "trainer": {
-            **TRAINER,
-            "default_root_dir": "run",
-            "max_steps": 2,
-            "val_check_interval": 2,
-            "callbacks": [
-                {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "run", "filename": "inversion"}},
-                {"class_path": "PerSource"},
-                {"class_path": "DrawnImages"},
-                {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
-            ],
-        },
-        "model": {
-            "class_path": "FeatureInversion",
-            "init_args": {
-                "backbone": str(classifier),
-                "prior": str(prior),
-                "image_size": 32,
-                "hidden_channels": 8,
-                "sampler": {"steps": 2},
-            },
-        },
-        "data": {
-            "class_path": "FeatureShards",
-            "init_args": {
-                "train": str(shards / "train"),
-                "val": str(shards / "val"),
-                "test": {"clean": str(shards / "clean"), "corrupted": str(shards / "corrupted")},
-                "batch_size": 16,
-            },
-        },
-    }
+from tiny import extraction, inversion, write
 
 
 @pytest.fixture(scope="session")

@@ -71,11 +71,21 @@ def test_training_learns_to_use_the_map(make_model: Any, make_batch: MakeBatch, 
     assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
 
 
-def test_each_rank_and_batch_draws_its_own_noise(make_model: Any, make_batch: MakeBatch) -> None:
+def test_each_sample_draws_its_own_noise_wherever_it_is(make_model: Any, make_batch: MakeBatch) -> None:
+    """So that the ranks together do what one alone would."""
     model, batch = make_model(), make_batch(4)
     model.log = lambda *_, **__: None
-    losses = [model.training_step(batch, index).item() for index in (0, 0, 1)]
-    assert losses[0] == losses[1] != losses[2]
+
+    def loss(rows: list[int], batch_idx: int = 0) -> float:
+        whole: dict[str, Any] = dict(batch)
+        part: Any = {name: [v[row] for row in rows] if isinstance(v, list) else v[rows] for name, v in whole.items()}
+        return float(model.training_step(part, batch_idx))
+
+    assert loss([0, 1, 2, 3]) == loss([0, 1, 2, 3], 1)
+    assert (loss([2, 0]) + loss([1, 3])) / 2 == pytest.approx(loss([0, 1, 2, 3]), abs=1e-6)
+    same = {**batch, "features": batch["features"][[0] * 4], "latents": batch["latents"][[0] * 4]}
+    first, second = (model.training_step({**same, "key": [key] * 4}, 0) for key in ("a", "b"))
+    assert first != second
 
 
 @pytest.mark.parametrize("option", ["activation_checkpointing", "channels_last"])
@@ -357,10 +367,11 @@ def test_options_out_of_range_are_refused(make_model: Any, options: dict[str, fl
 
 def test_validation_loss_is_the_same_at_every_step(make_model: Any, make_batch: MakeBatch) -> None:
     model, logged = make_model(), []
-    model.log = lambda name, value, **_: logged.append((name, value.item()))
+    model.log = lambda name, value, **_: logged.append((name, value.compute().item()))
     for batch in (make_batch(4), make_batch(4)):
         torch.manual_seed(len(logged))
         model.validation_step(batch, len(logged))
+        model.val_loss.reset()
     assert logged[0] == logged[1]
     assert logged[0][0] == "val/loss"
 

@@ -85,7 +85,7 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     fit(
         "Classifier",
         images,
-        steps=120,
+        steps=240,
         model="test_resnet",
         num_classes=2,
         image_size=16,
@@ -135,7 +135,7 @@ def test_the_scaling_factor_gives_latents_unit_variance() -> None:
     torch.manual_seed(0)
     model = Autoencoder(AUTOENCODER)
     images = torch.stack([DigitImages("val")[index]["images"] for index in range(32)])
-    batch: Any = {"images": images}
+    batch: Any = {"images": images, "key": [str(index) for index in range(32)]}
     for step in range(500):
         model.losses(batch, (step,))
     model.save_pretrained(Path("vae"))
@@ -149,7 +149,7 @@ def test_the_scaling_factor_gives_latents_unit_variance() -> None:
 def test_losses_fall() -> None:
     torch.manual_seed(0)
     images = torch.stack([DigitImages("train")[index]["images"] for index in range(16)])
-    batch: Any = {"images": images, "labels": torch.arange(16) % 4}
+    batch: Any = {"images": images, "labels": torch.arange(16) % 4, "key": [str(index) for index in range(16)]}
     Autoencoder(AUTOENCODER).save_pretrained(Path("vae"))
     for model in (
         Classifier("test_resnet", 4, 32, {"channels": [8, 8, 8, 8]}),

@@ -16,7 +16,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from featinv_pl.__main__ import main
-from test_cli import extraction, inversion, refused, write
+from test_cli import refused
+from tiny import extraction, inversion, write
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5  # of epochs of three

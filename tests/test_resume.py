@@ -10,6 +10,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
+from tiny import extraction, inversion
 
 STEPS = 10  # of epochs of four
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp_fork")
@@ -25,53 +26,23 @@ class Recorder(Callback):
 
 @pytest.fixture
 def config(classifier_folder: Path, prior_folder: Path) -> str:
-    trainer: dict[str, Any] = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": "run",
-    }
-    extract = {
-        "trainer": {
-            **trainer,
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 6}}],
-            "limit_predict_batches": 11,
-        },
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {
-                "backbone": str(classifier_folder),
-                "autoencoder": str(prior_folder / "vae"),
-                "image_size": 32,
-            },
-        },
-        "data": {"class_path": "DigitsData", "init_args": {"sources": ["val"], "batch_size": 6}},
-    }
+    extract = extraction(classifier_folder, prior_folder, ["val"])
+    extract["trainer"] |= {"limit_predict_batches": 11, "enable_progress_bar": False}
+    extract["trainer"]["callbacks"][0]["init_args"]["shard_size"] = 6
+    extract["data"]["init_args"]["batch_size"] = 6
+    fit = inversion(classifier_folder, prior_folder)
     checkpoint = {"dirpath": "run", "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
-    fit = {
-        "seed_everything": 0,
-        "trainer": {
-            **trainer,
-            "max_steps": STEPS,
-            "callbacks": [
-                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
-                {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
-                {"class_path": f"{__name__}.Recorder"},
-            ],
-        },
-        "model": {
-            "class_path": "FeatureInversion",
-            "init_args": {
-                "backbone": str(classifier_folder),
-                "prior": str(prior_folder),
-                "image_size": 32,
-                "hidden_channels": 8,
-            },
-        },
-        "data": {"class_path": "FeatureShards", "init_args": {"train": "shards/val", "batch_size": 16}},
+    fit["trainer"] |= {
+        "max_steps": STEPS,
+        "limit_val_batches": 0,
+        "enable_progress_bar": False,
+        "callbacks": [
+            {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+            {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
+            {"class_path": f"{__name__}.Recorder"},
+        ],
     }
+    fit["data"]["init_args"] = {"train": "shards/val", "batch_size": 16}
     Path("extract.yaml").write_text(yaml.safe_dump(extract))
     Path("fit.yaml").write_text(yaml.safe_dump(fit))
     main(["predict", "--config", "extract.yaml"])

@@ -11,66 +11,21 @@ from PIL import Image
 
 from featinv_pl.__main__ import main
 from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown
-
-TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+from tiny import extraction, inversion
 
 
 @pytest.fixture
 def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
-    extract = {
-        "trainer": {
-            **TRAINER,
-            "default_root_dir": "shards",
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 30}}],
-            "limit_predict_batches": 1,
-        },
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {
-                "backbone": str(classifier_folder),
-                "autoencoder": str(prior_folder / "vae"),
-                "image_size": 32,
-            },
-        },
-        "data": {"class_path": "DigitsData", "init_args": {"sources": ["train", "val"], "batch_size": 16}},
-    }
-    inverter = {
-        "trainer": {
-            **TRAINER,
-            "max_steps": 2,
-            "val_check_interval": 1,
-            "callbacks": [
-                {"class_path": "ModelCheckpoint", "init_args": {"filename": "inversion"}},
-                {"class_path": "PerSource", "init_args": {"clean": "val"}},
-                {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
-            ],
-        },
-        "model": {
-            "class_path": "FeatureInversion",
-            "init_args": {
-                "backbone": str(classifier_folder),
-                "prior": str(prior_folder),
-                "judge": str(classifier_folder),
-                "image_size": 32,
-                "hidden_channels": 8,
-                "sampler": {"steps": 2},
-            },
-        },
-        "data": {
-            "class_path": "FeatureShards",
-            "init_args": {
-                "train": "shards/train",
-                "val": "shards/val",
-                "test": {"val": "shards/val"},
-                "batch_size": 16,
-            },
-        },
-    }
+    extract = extraction(classifier_folder, prior_folder, ["train", "val"])
+    extract["trainer"]["limit_predict_batches"] = 1
+    extract["data"]["init_args"]["batch_size"] = 16
+    inverter = inversion(classifier_folder, prior_folder)
+    saver, scores, _, grid = inverter["trainer"]["callbacks"]
+    del inverter["seed_everything"], inverter["trainer"]["default_root_dir"], saver["init_args"]["dirpath"]
+    scores["init_args"] = {"clean": "val"}
+    inverter["trainer"] |= {"val_check_interval": 1, "callbacks": [saver, scores, grid]}
+    inverter["model"]["init_args"]["judge"] = str(classifier_folder)
+    inverter["data"]["init_args"]["test"] = {"val": "shards/val"}
     Path("extract.yaml").write_text(yaml.safe_dump(extract))
     Path("inverter.yaml").write_text(yaml.safe_dump(inverter))
     return {

@@ -20,7 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from featinv_pl.__main__ import main, overlaid
 from featinv_pl.callbacks.provenance import git_state
-from test_cli import extraction, inversion, refused, write
+from test_cli import refused
+from tiny import extraction, inversion, write
 from wandb_server import KEY, Run, WandbServer, serve
 
 ROOT = Path(__file__).parents[1]

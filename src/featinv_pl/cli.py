@@ -35,6 +35,7 @@ from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.finite import FiniteGuard
 from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
+from featinv_pl.callbacks.resuming import Resume
 from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.errors import UserError
@@ -129,7 +130,7 @@ class FeatinvCLI(LightningCLI):
         if (num_threads := self.config[self.subcommand].num_threads) is not None:
             torch.set_num_threads(num_threads)
         trainer = self.config[self.subcommand].trainer
-        self.trainer_defaults["callbacks"] = [Speed(), KeepRunId()]
+        self.trainer_defaults["callbacks"] = [Speed(), KeepRunId(), Resume()]
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(Progress())
         named = [callback.class_path for callback in trainer.callbacks or []] if self.subcommand == "fit" else []

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW
+from torchmetrics import MeanMetric
 
 from featinv_pl.compatibility import check_control, check_shards
 from featinv_pl.errors import UserError
@@ -161,6 +162,7 @@ class FeatureInversion(LightningModule):
         # Within a function, which copies of this module share: the command line's factories hold all of that.
         self.factories: Callable[[], tuple[Any, Any]] = lambda: (optimizer, lr_scheduler)
         self.judge = Backbone(judge) if judge else None
+        self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
         self.num_samples = num_samples
         self.arms = arms or {}
         for name in self.arms:
@@ -171,13 +173,15 @@ class FeatureInversion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of denoising, as in the paper: the loss is the error of the predicted noise."""
-        rng = generator(torch.initial_seed(), self.global_rank, self.current_epoch, batch_idx)
+        # Of each sample's own, so that it does not matter which rank has it.
+        rngs = [generator(torch.initial_seed(), self.current_epoch, key) for key in batch["key"]]
         moments, features = batch["latents"], self.condition(batch["features"])
-        size = len(moments)
+        size, shape = len(moments), (2, *self.prior.latent_shape(moments))
 
-        noise = torch.randn(2, size, *self.prior.latent_shape(moments), generator=rng).to(moments)
-        timesteps = torch.randint(self.prior.num_timesteps, (size,), generator=rng).to(self.device)
-        no_map, no_prompt = self.dropped(torch.rand(size, generator=rng).to(self.device))
+        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
+        timesteps = torch.cat([torch.randint(self.prior.num_timesteps, (1,), generator=rng) for rng in rngs])
+        timesteps = timesteps.to(self.device)
+        no_map, no_prompt = self.dropped(torch.cat([torch.rand(1, generator=rng) for rng in rngs]).to(self.device))
 
         latents = self.prior.autoencoder.sample(moments, noise[0])
         prompts = torch.where(no_prompt.view(-1, 1, 1), self.prior.empty, self.prior.prompt)
@@ -194,7 +198,7 @@ class FeatureInversion(LightningModule):
             near = (timesteps < self.consistency_below * self.prior.num_timesteps) & ~no_map
             estimate = clean_estimate(self.prior.schedule, noisy_latents, prediction, timesteps)
             loss = loss + self.consistency * self.inconsistency(estimate[near], features[near]) / size
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def dropped(self, chances: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,14 +328,15 @@ class FeatureInversion(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
         """Reconstruct a batch, and log its loss at noise and timesteps that never change, so that curves compare."""
         moments, features = batch["latents"], self.condition(batch["features"])
-        noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), seed=0).to(moments)
+        noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), 0).to(moments)
         timesteps = torch.tensor([key_hash(key) % self.prior.num_timesteps for key in batch["key"]]).to(self.device)
         latents = self.prior.autoencoder.sample(moments, torch.zeros_like(noise))
         noisy_latents = self.prior.schedule.add_noise(latents, noise, timesteps)
         prompts = self.prior.prompt.expand(len(moments), -1, -1)
         prediction = self.denoise(noisy_latents, timesteps, prompts, features)
         loss = functional.mse_loss(prediction, denoising_target(self.prior.schedule, latents, noise, timesteps))
-        self.log("val/loss", loss, batch_size=len(moments), sync_dist=True, add_dataloader_idx=False)
+        self.val_loss(loss, len(moments))
+        self.log("val/loss", self.val_loss, add_dataloader_idx=False)
         return self._reconstruct(batch)
 
     @torch.no_grad()

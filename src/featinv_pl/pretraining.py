@@ -6,7 +6,7 @@ load. The callback `SavePretrained` calls for that at the end of `fit`.
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import timm
 import torch
@@ -15,15 +15,16 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from timm.models import save_for_hf
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import ModuleDict, functional
 from torch.optim import AdamW
+from torchmetrics import MeanMetric
 
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
 from featinv_pl.optimisation import optimise
 from featinv_pl.sampling.diffusion import denoising_target
-from featinv_pl.sampling.noise import generator
+from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.types import ImageBatch
 
 DROPOUT = 0.1
@@ -31,16 +32,26 @@ DROPOUT = 0.1
 
 
 class Pretraining(LightningModule, ABC):
-    """What the three have in common: a loss, its logging, and an optimizer from the configuration."""
+    """What the three have in common: a loss, its logging, and an optimizer from the configuration.
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+    Args:
+        scalars: Names of what `losses` returns.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    def __init__(
+        self, scalars: tuple[str, ...], optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+    ) -> None:
         super().__init__()
+        # Exact where ranks have unlike numbers of samples, as Lightning's mean is not.
+        self.means = ModuleDict({name: MeanMetric() for name in scalars})
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
 
     @abstractmethod
-    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
-        """Scalars to log, of which `loss` is minimised."""
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Scalars to log, of which `loss` is minimised. What is drawn depends on the samples' keys and `identity`."""
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
@@ -48,15 +59,16 @@ class Pretraining(LightningModule, ABC):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Minimise `loss`."""
-        losses = self.losses(batch, (torch.initial_seed(), self.global_rank, self.current_epoch, batch_idx))
-        self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
+        losses = self.losses(batch, (torch.initial_seed(), self.current_epoch))
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True, sync_dist=True)
         return losses["loss"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the same scalars, with randomness that repeats, so that curves are comparable."""
-        losses = self.losses(batch, ("val", self.global_rank, batch_idx))
-        size = len(batch["images"])
-        self.log_dict({f"val/{name}": value for name, value in losses.items()}, batch_size=size, sync_dist=True)
+        for name, value in self.losses(batch, ("val",)).items():
+            mean = cast(MeanMetric, self.means[name])
+            mean(value, len(batch["images"]))
+            self.log(f"val/{name}", mean)
 
     def configure_optimizers(self) -> Any:
         """Optimise whatever is not frozen."""
@@ -85,11 +97,11 @@ class Classifier(Pretraining):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler)
+        super().__init__(("loss", "accuracy"), optimizer, lr_scheduler)
         self.image_size = image_size
         self.model = timm.create_model(model, num_classes=num_classes, **(model_args or {}))
 
-    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         """Cross-entropy and accuracy."""
         logits, labels = self.model(batch["images"]), batch["labels"]
         accuracy = (logits.argmax(1) == labels).float().mean()
@@ -122,16 +134,17 @@ class Autoencoder(Pretraining):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler)
+        super().__init__(("loss", "l1", "kl"), optimizer, lr_scheduler)
         self.vae = AutoencoderKL(**config)
         self.kl_weight = kl_weight
         self.register_buffer("latent_variance", torch.ones(()))
 
-    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         """Absolute error of the image, and the Kullback-Leibler divergence of the latents from N(0, 1)."""
         images = batch["images"]
         distribution = self.vae.encode(images).latent_dist
-        latents = distribution.mean + distribution.std * _noise_like(distribution.mean, *noise_key)
+        noise = keyed_noise(batch["key"], distribution.mean.shape[1:], *identity).to(distribution.mean)
+        latents = distribution.mean + distribution.std * noise
         if self.training:
             self.latent_variance.lerp_(latents.detach().var(), 0.01)
         error = functional.l1_loss(self.vae.decode(latents).sample, images)
@@ -169,7 +182,7 @@ class NoisePredictor(Pretraining):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler)
+        super().__init__(("loss",), optimizer, lr_scheduler)
         self.autoencoder = LatentAutoencoder.load(autoencoder)
         channels = self.autoencoder.latent_channels
         self.unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, **config)
@@ -186,15 +199,15 @@ class NoisePredictor(Pretraining):
             prediction_type=prediction_type,
         )
 
-    def losses(self, batch: ImageBatch, noise_key: tuple[int | str, ...]) -> dict[str, Tensor]:
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         """The error of the predicted noise, at random timesteps."""
         moments = self.autoencoder.encode(batch["images"])
-        mean = moments.chunk(2, dim=1)[0]
-        latents = self.autoencoder.sample(moments, _noise_like(mean, *noise_key, "latents"))
-        noise = _noise_like(mean, *noise_key, "noise")
-        steps = self.schedule.config.num_train_timesteps
-        timesteps = torch.randint(steps, (len(mean),), generator=generator(*noise_key, "timesteps")).to(self.device)
-        chances = torch.rand(len(mean), 1, 1, generator=generator(*noise_key, "prompts")).to(self.device)
+        rngs = [generator(*identity, key) for key in batch["key"]]
+        shape, steps = (2, *moments.chunk(2, dim=1)[0].shape[1:]), self.schedule.config.num_train_timesteps
+        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
+        latents, noise = self.autoencoder.sample(moments, noise[0]), noise[1]
+        timesteps = torch.cat([torch.randint(steps, (1,), generator=rng) for rng in rngs]).to(self.device)
+        chances = torch.cat([torch.rand(1, generator=rng) for rng in rngs]).view(-1, 1, 1).to(self.device)
         prompts = self.prompt * (chances >= DROPOUT)
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, prompts, return_dict=False)[0]
@@ -207,8 +220,3 @@ class NoisePredictor(Pretraining):
         self.autoencoder.vae.save_pretrained(folder / "vae")
         self.schedule.save_pretrained(folder / "scheduler")
         write_prompts(folder / PROMPTS, prompt=self.prompt.cpu(), empty=torch.zeros_like(self.prompt, device="cpu"))
-
-
-def _noise_like(tensor: Tensor, *identity: int | str) -> Tensor:
-    """Standard normal noise of the shape and device of `tensor`, decided by `identity`."""
-    return torch.randn(tensor.shape, generator=generator(*identity)).to(tensor)

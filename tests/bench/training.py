@@ -48,7 +48,7 @@ class Kept:
         if not shapes & self.weights:
             storage = tensor.untyped_storage()
             self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself would be a circle, and never be freed
 
     @property
     def bytes(self) -> int:

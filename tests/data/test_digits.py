@@ -1,6 +1,6 @@
 """The fixed split of the digits, and its sources."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from featinv_pl.data.batches import Batches
 from featinv_pl.data.corruptions import corrupt
 from featinv_pl.data.digits import DigitImages, DigitsData, digit_images, split_indices
 from featinv_pl.errors import UserError
@@ -130,7 +131,10 @@ def test_predict_reads_sources_one_after_the_other_and_limits_the_corrupted() ->
 
 def test_training_shuffles_whole_batches_and_validation_does_not() -> None:
     data = DigitsData(batch_size=100)
-    epochs = [[key for batch in data.train_dataloader() for key in batch["key"]] for _ in range(2)]
+    loader, epochs = data.train_dataloader(), []
+    for epoch in range(2):
+        cast(Batches, loader.sampler).set_epoch(epoch)
+        epochs.append([key for batch in loader for key in batch["key"]])
     assert len(epochs[0]) == 1300
     assert epochs[0] != epochs[1]
     assert len(set(epochs[0])) == 1300

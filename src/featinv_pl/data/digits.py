@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from featinv_pl.data.corruptions import CORRUPTIONS, corrupt
 from featinv_pl.data.images import ImageData, ImageSample, ImageSource
 from featinv_pl.errors import UserError
-from featinv_pl.types import from_uint8
+from featinv_pl.types import ImageBatch, from_uint8
 
 IMAGE_SIZE = 32
 TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
@@ -87,11 +87,11 @@ class DigitsData(ImageData):
         predicted = [DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []]
         super().__init__(predicted, batch_size)
 
-    def train_dataloader(self) -> DataLoader[ImageSample]:
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
         """The training split, in a new order each epoch."""
         return self.training_loader(DigitImages("train"))
 
-    def val_dataloader(self) -> DataLoader[ImageSample]:
+    def val_dataloader(self) -> DataLoader[ImageBatch]:
         """The validation split."""
         return self.evaluation_loader(DigitImages("val"))
 

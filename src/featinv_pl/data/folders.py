@@ -13,7 +13,7 @@ from featinv_pl.data.images import ImageData, ImageSample, ImageSource, NoImageE
 from featinv_pl.data.layouts import find_sources, first_per_class, labelled_images
 from featinv_pl.data.views import RATIO, SCALE, central_crop, draw_view, take_view
 from featinv_pl.errors import UserError
-from featinv_pl.types import from_uint8
+from featinv_pl.types import ImageBatch, from_uint8
 
 ORDER_SEED = 0
 
@@ -161,12 +161,12 @@ class FolderData(ImageData):
         self.train = FolderImages(train, "train", image_size, crop_pct) if train else None
         self.val = FolderImages(val, "val", image_size, crop_pct) if val else None
 
-    def train_dataloader(self) -> DataLoader[ImageSample]:
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
         """The training images, in a new order each epoch."""
         if self.train is None:
             raise UserError("--data.train: fit needs a folder of training images.")
         return self.training_loader(self.train)
 
-    def val_dataloader(self) -> list[DataLoader[ImageSample]]:
+    def val_dataloader(self) -> list[DataLoader[ImageBatch]]:
         """The validation images, if any."""
         return [] if self.val is None else [self.evaluation_loader(self.val)]

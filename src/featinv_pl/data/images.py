@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from lightning.pytorch import LightningDataModule
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from featinv_pl.data.batches import Batches, cut
-from featinv_pl.errors import UserError
+from featinv_pl.data.resumable import ResumableData
 from featinv_pl.types import ImageBatch, View
 
 # Of all that Pillow reads, what is a picture: PostScript, for one, is a program, which it would let Ghostscript run.
@@ -114,7 +113,7 @@ class ImageBatches(Dataset[ImageBatch]):
         return collate_images([self.images[number] for number in numbers])
 
 
-class ImageData(LightningDataModule):
+class ImageData(ResumableData):
     """What all data modules of images share: sources to extract features of.
 
     Args:
@@ -128,42 +127,34 @@ class ImageData(LightningDataModule):
     """
 
     def __init__(self, predicted: Sequence[ImageSource], batch_size: int, num_workers: int = 0) -> None:
-        super().__init__()
+        super().__init__(batch_size)
         # A process may have nothing left to extract of a source while others have.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        if batch_size < 1:
-            raise UserError(f"--data.batch_size must be at least 1, and is {batch_size}.")
-        self.predicted, self.batch_size, self.num_workers = predicted, batch_size, num_workers
+        self.predicted, self.num_workers = predicted, num_workers
         self.batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
 
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
         """One loader for each source of which something is left to do."""
         return [
-            DataLoader(
-                ImageBatches(images),
-                batch_size=None,  # the sampler's items are batches
-                sampler=Batches(self.batches[images.source]),
-                num_workers=self.num_workers,
-            )
+            self._loader(images, Batches(self.batches[images.source]))
             for images in self.predicted
             if images.source in self.batches
         ]
 
-    def training_loader(self, images: ImageSource) -> DataLoader[ImageSample]:
-        """Shuffled anew each epoch, in whole batches if there are as many."""
-        return self._loader(images, shuffle=True, drop_last=len(images) >= self.batch_size)
+    def training_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
+        """Shuffled anew each epoch, in whole batches; of fewer images than a batch all are one."""
+        self.batch_size = min(self.batch_size, max(len(images) // self._rank[1], 1))
+        return self._loader(images, self.training_batches([len(images)], torch.initial_seed()))
 
-    def evaluation_loader(self, images: ImageSource) -> DataLoader[ImageSample]:
+    def evaluation_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
         """In order."""
-        return self._loader(images)
+        return self._loader(images, self.evaluation_batches(len(images), images.source))
 
-    def _loader(self, images: ImageSource, shuffle: bool = False, drop_last: bool = False) -> DataLoader[ImageSample]:
+    def _loader(self, images: ImageSource, batches: Batches) -> DataLoader[ImageBatch]:
         return DataLoader(
-            images,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
+            ImageBatches(images),
+            batch_size=None,  # the sampler's items are batches
+            sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=collate_images,
         )

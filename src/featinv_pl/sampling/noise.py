@@ -7,18 +7,23 @@ from torch import Generator, Tensor
 
 
 def generator(*identity: int | str) -> Generator:
-    """A CPU generator seeded by its arguments, such as (seed, rank, epoch, batch).
+    """A CPU generator seeded by its arguments, such as (seed, epoch, key of a sample).
 
-    `seed_everything` gives every rank the same random state, so whatever must differ between ranks
-    and repeat after a resume draws from one of these.
+    `seed_everything` gives every rank the same random state, and how samples are shared out among ranks must not
+    change what is drawn for them: so whatever belongs to a sample draws from one of these.
     """
     digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def keyed_noise(keys: list[str], shape: tuple[int, ...], seed: int) -> Tensor:
+def keyed_noise(keys: list[str], shape: tuple[int, ...], *identity: int | str) -> Tensor:
     """Standard normal noise (len(keys), *shape) in which each sample's part depends on its key alone.
 
     A sample gets the same noise in every batch, on every rank and device, with every batch size.
+
+    Args:
+        keys: One for each sample.
+        shape: Of each part.
+        identity: What else decides the noise, such as a seed.
     """
-    return torch.stack([torch.randn(shape, generator=generator(seed, key)) for key in keys])
+    return torch.stack([torch.randn(shape, generator=generator(*identity, key)) for key in keys])

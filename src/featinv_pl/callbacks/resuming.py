@@ -1,0 +1,125 @@
+"""Goes on from within a step: what a checkpoint has found unfinished is finished first."""
+
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+KEY = "unfinished"  # of a checkpoint
+
+
+class Resume(Callback):
+    """Makes training that goes on from any checkpoint indistinguishable from one that never stopped.
+
+    A checkpoint is mostly written while a step is not over yet: loggers have not been told of it, and its validation
+    is still to come or has been cut short. Lightning would go on with the next step. Here the loggers are told, the
+    validation is held from its first sample on, and a training whose last step was not over comes to its end. What
+    callbacks and schedules know of earlier metrics is restored, and so is torch's random state, which belongs to
+    training alone: what validation and loaders draw changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.validating = False
+        self.random: list[Tensor] | None = None
+        self.unfinished: dict[str, Any] | None = None
+        self.limits: tuple[int, int | None] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note what is still to be done, and flush what loggers have been told."""
+        loop: Any = trainer.fit_loop.epoch_loop
+        connector: Any = trainer._logger_connector
+        within_step = loop.batch_progress.total.processed > loop.batch_progress.total.completed
+        row = None
+        if within_step and connector.should_update_logs and not loop._should_accumulate():
+            metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
+            row = {"metrics": {**metrics, "epoch": trainer.current_epoch}, "step": loop._batches_that_stepped}
+        checkpoint[KEY] = {
+            "row": row,
+            "validation": self.validating or (within_step and self._validates(trainer)),
+            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+            "deferred": [saver.state_key for saver in _savers(trainer) if saver._defer_save_until_validation],
+            "random": self.random,
+        }
+        for logger in trainer.loggers:
+            logger.save()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let Lightning's loops begin where there is something to do."""
+        self.unfinished = checkpoint.get(KEY)
+        if self.unfinished is None or trainer.state.fn != "fit":
+            return
+        self.random = self.unfinished["random"]
+        for saver in _savers(trainer):
+            saver._defer_save_until_validation = saver.state_key in self.unfinished["deferred"]
+        loops = checkpoint["loops"]["fit_loop"]
+        if self.unfinished["validation"] and trainer.enable_validation:
+            _as_if_validating(loops)
+        # Lightning would not begin at all with a training whose steps are made, and so leave out its end.
+        loop = trainer.fit_loop
+        self.limits = loop.max_steps, loop.max_epochs
+        if loop.max_steps == checkpoint["global_step"]:
+            loop.epoch_loop.max_steps += 1
+        if loop.max_epochs is not None and loop.max_epochs == loops["epoch_progress"]["current"]["processed"]:
+            loop.max_epochs += 1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell loggers what they have not been told."""
+        if self.unfinished is None:
+            return
+        if (row := self.unfinished["row"]) is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(row["metrics"], row["step"])
+                logger.save()
+        metrics = {name: value.to(pl_module.device) for name, value in self.unfinished["metrics"].items()}
+        cast(Any, trainer)._logger_connector._callback_metrics.update(metrics)
+        if not (self.unfinished["validation"] and self._validates(trainer)):
+            self._limit(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draw on where the last step has left off."""
+        if self.random is not None:
+            torch.set_rng_state(self.random[0])
+            if pl_module.device.type == "cuda":
+                torch.cuda.set_rng_state(self.random[1], pl_module.device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """Note where that is."""
+        self.random = [torch.get_rng_state()]
+        if pl_module.device.type == "cuda":
+            self.random.append(torch.cuda.get_rng_state(pl_module.device))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Until its end, a validation counts for nothing."""
+        self.validating = True
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on it counts: loggers and callbacks know it."""
+        self.validating = False
+        self._limit(trainer)
+
+    def _limit(self, trainer: Trainer) -> None:
+        """End training where it should end, now that what was unfinished is done."""
+        if self.limits is not None:
+            trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = self.limits
+            self.limits = None
+
+    def _validates(self, trainer: Trainer) -> bool:
+        """Whether the step at hand is followed by a validation."""
+        loop: Any = trainer.fit_loop
+        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+
+
+def _as_if_validating(loops: dict[str, Any]) -> None:
+    """Make the progress of a checkpoint that of a validation which has just begun: Lightning goes back to such."""
+    for progress in (loops["epoch_loop.batch_progress"][part] for part in ("total", "current")):
+        progress["completed"] = progress["processed"]
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    validation["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    validation["current"] = dict.fromkeys(validation["current"], 0)
+    validation["is_last_batch"] = False

@@ -1,0 +1,137 @@
+"""Tiny real networks, by the classes that users make theirs with, and configurations that run on them."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from featinv_pl.__main__ import main
+from featinv_pl.inversion import FeatureInversion
+from featinv_pl.pipeline import FeatInvPipeline
+from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
+from featinv_pl.sampling.sampler import Sampler
+
+ROOT = Path(__file__).parents[1]
+TRAINER: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def write(path: Path, settings: dict[str, Any]) -> str:
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def extraction(classifier: Path, prior: Path, sources: list[str]) -> dict[str, Any]:
+    return {
+        "trainer": {
+            **TRAINER,
+            "default_root_dir": "shards",
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 30}}],
+            "limit_predict_batches": 2,
+        },
+        "model": {
+            "class_path": "FeatureExtraction",
+            "init_args": {"backbone": str(classifier), "autoencoder": str(prior / "vae"), "image_size": 32},
+        },
+        "data": {"class_path": "DigitsData", "init_args": {"sources": sources, "batch_size": 30}},
+    }
+
+
+def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> dict[str, Any]:
+    return {
+        "seed_everything": 0,
+        "trainer": {
+            **TRAINER,
+            "default_root_dir": "run",
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "callbacks": [
+                {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "run", "filename": "inversion"}},
+                {"class_path": "PerSource"},
+                {"class_path": "DrawnImages"},
+                {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
+            ],
+        },
+        "model": {
+            "class_path": "FeatureInversion",
+            "init_args": {
+                "backbone": str(classifier),
+                "prior": str(prior),
+                "image_size": 32,
+                "hidden_channels": 8,
+                "sampler": {"steps": 2},
+            },
+        },
+        "data": {
+            "class_path": "FeatureShards",
+            "init_args": {
+                "train": str(shards / "train"),
+                "val": str(shards / "val"),
+                "test": {"clean": str(shards / "clean"), "corrupted": str(shards / "corrupted")},
+                "batch_size": 16,
+            },
+        },
+    }
+
+
+def make_classifier(root: Path) -> Path:
+    """The folder of a backbone."""
+    torch.manual_seed(1)
+    model = Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]})
+    model.save_pretrained(root / "classifier")
+    return root / "classifier"
+
+
+def make_prior(root: Path) -> Path:
+    """The folder of a prior, whose autoencoder is in `vae` below it."""
+    torch.manual_seed(2)
+    autoencoder = Autoencoder(
+        {
+            "block_out_channels": [4, 4, 4, 8],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "latent_channels": 4,
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "sample_size": 32,
+        }
+    )
+    autoencoder.save_pretrained(root / "autoencoder")
+    unet = {
+        "sample_size": 4,
+        "block_out_channels": [8, 8],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    NoisePredictor(str(root / "autoencoder"), unet).save_pretrained(root / "prior")
+    return root / "prior"
+
+
+def make_inverter(folder: Path, classifier: Path, prior: Path) -> None:
+    """Write a model folder. Its control is random: one that is new would ignore the map."""
+    sampler = Sampler(steps=2, guidance_scale=1.0)
+    inversion = FeatureInversion(str(classifier), str(prior), image_size=32, hidden_channels=8, sampler=sampler)
+    torch.manual_seed(3)
+    for weight in inversion.control.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    FeatInvPipeline(inversion).save_pretrained(folder)
+
+
+def extract_digits(folder: Path, classifier: Path, prior: Path) -> Path:
+    """Write shard sets `train` and `clean`, of 48 digits each, and return the folder that they are in."""
+    with contextlib.chdir(folder):
+        config = ["--config", str(ROOT / "experiments/digits/extract.yaml")]
+        config += ["--config", str(ROOT / "experiments/debug.yaml"), "--data.batch_size=24"]
+        frozen = ["--model.backbone", str(classifier), "--model.autoencoder", str(prior / "vae")]
+        main(["predict", *config, "--data.sources", "[train,clean]", "--trainer.logger=false", *frozen])
+    return folder / "runs/demo/shards"
