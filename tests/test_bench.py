@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +89,24 @@ def restored() -> Iterator[None]:
     before = os.environ["FEATINV_IMPORTS"]
     yield
     os.environ["FEATINV_IMPORTS"] = before
+
+
+@pytest.mark.parametrize(
+    ("command", "unwanted"),
+    [
+        (["--help"], ["torch", "lightning", "yaml", "numpy"]),
+        (["reconstruct", "--help"], ["torch", "lightning"]),
+        (
+            ["fit", "--trainer.max_stepz", "3"],
+            ["sklearn", "pandas", "matplotlib.pyplot", "gradio", "transformers.models.clip"],
+        ),
+    ],
+)
+def test_a_command_imports_no_more_than_it_needs(command: list[str], unwanted: list[str]) -> None:
+    code = (
+        "import sys\nfrom featinv_pl.__main__ import main\n"
+        f"try: main({command})\nexcept SystemExit: pass\n"
+        f"print([name for name in {unwanted} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
