@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
+from featinv_pl.nets.sources import SUMS
 from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.types import to_uint8
 
@@ -93,7 +95,7 @@ def test_folder_is_whole_safe_and_says_what_it_is(exported: Path, classifier_fol
     weights = "diffusion_pytorch_model.safetensors"
     assert {f"encoder/{weights}", f"controlnet/{weights}", "model_index.json", "README.md"} <= names
     assert {"backbone/model.safetensors", f"prior/unet/{weights}", "prior/prompts.safetensors"} <= names
-    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".md"}
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".md", ""}
     card = (exported / "README.md").read_text()
     scores = json.loads((exported / "model_index.json").read_text())
     assert scores["backbone"] == "test_resnet"
@@ -262,11 +264,12 @@ def test_reconstruct_refuses_numbers(option: str, value: str, capsys: pytest.Cap
         ("broken index", "--model: 'model/model_index.json' is damaged"),
         ("empty index", "--model: 'model/model_index.json' is damaged"),
         ("no encoder", "--model.control: there is no file 'model/encoder/diffusion_pytorch_model.safetensors'"),
-        ("half a control", "--model.control: 1 tensors of the controlnet are missing"),
+        ("half a control", "--model.control: 1 tensors of the controlnet in 'model' are missing"),
         ("another backbone", "--model: the backbone of 'model' has other weights"),
     ],
 )
 def test_refuses_a_model(damage: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / SUMS).unlink()  # as in folders of before
     index, control = model / "model_index.json", model / "controlnet" / "diffusion_pytorch_model.safetensors"
     if damage == "no index":
         index.unlink()
@@ -286,3 +289,16 @@ def test_refuses_a_model(damage: str, message: str, model: Path, capsys: pytest.
         next(iter(weights.values())).add_(1)
         save_file(weights, file, {"format": "pt"})
     assert message in refused(["reconstruct", "--model", "model", "a.png", "--out", "out"], capsys)
+
+
+def test_every_change_of_a_model_is_noticed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for that of its card, which its author may go on with; `sha256sum` reads the same file."""
+    (model / "README.md").write_text("Another card")
+    (model / ".gitattributes").write_text("what a hub adds")
+    subprocess.run(["sha256sum", "--check", "--quiet", SUMS], cwd=model, check=True)
+    FeatInvPipeline.from_pretrained(model)
+    (model / "encoder" / "more.json").write_text("{}")
+    message = refused(["reconstruct", "--model", "model", "a.png", "--out", "out"], capsys)
+    assert (
+        "1 files of 'model' are not as SHA256SUMS in it says, such as 'encoder/more.json'. Copy the folder" in message
+    )

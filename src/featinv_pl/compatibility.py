@@ -7,7 +7,7 @@ from typing import Any
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.sources import read_index
+from featinv_pl.nets.sources import check_sums, read_index
 from featinv_pl.types import Provenance
 
 
@@ -56,7 +56,7 @@ def check_shards(
 
 
 def check_control(folder: Path, source: str, unet: str, option: str) -> None:
-    """Refuse the control of another prior, whose shapes may well be the same.
+    """Refuse a control that is not as it was written, or of another prior, whose shapes may well be the same.
 
     Args:
         folder: A model folder.
@@ -64,6 +64,7 @@ def check_control(folder: Path, source: str, unet: str, option: str) -> None:
         unet: Digest of that prior's UNet.
         option: The option that named the folder, for errors.
     """
+    check_sums(folder, option)
     theirs = read_index(folder, option).get("digests", {}).get("unet")
     if theirs != unet:
         raise UserError(

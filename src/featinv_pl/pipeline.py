@@ -16,7 +16,7 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.nets.sources import INDEX, check_sums, find_folder, read_index, write_sums
+from featinv_pl.nets.sources import INDEX, find_folder, read_index, write_sums
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Views, to_uint8
 
@@ -70,7 +70,6 @@ class FeatInvPipeline:
             source: The folder, or its name on the hub.
         """
         folder = find_folder(str(source), ["*"], "--model")
-        check_sums(folder, "--model")
         try:
             index = INDEX_TYPE.validate_python(read_index(folder, "--model"))
             sampler = Sampler.from_fields(index["sampler"])

@@ -185,12 +185,12 @@ def test_another_text_encoder_does_not_get_stored_prompts(folder: Path, text_enc
     [
         (official.UNET, r"the file has no UNet \(model\.diffusion_model\.\*\)"),
         (official.AUTOENCODER, r"the file has no autoencoder \(first_stage_model\.\*\)"),
-        (official.TEXT_ENCODER, r"'.*' has no text encoder \(cond_stage_model\.transformer\.\*\)"),
+        (official.TEXT_ENCODER, r"has no text encoder \(cond_stage_model\.transformer\.\*\)"),
     ],
 )
 def test_refuses_a_file_without_a_part(prefix: str, message: str, whole: State, tmp_path: Path) -> None:
     save_file({name: value for name, value in whole.items() if not name.startswith(prefix)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=f"--model.prior: {message}"):
+    with pytest.raises(UserError, match=f"--model.prior:? .*{message}"):
         Prior(str(tmp_path / "x.safetensors"))
 
 
@@ -198,7 +198,9 @@ def test_refuses_another_family(whole: State, tmp_path: Path) -> None:
     """Stable Diffusion 2 projects by linear layers where 1 has convolutions."""
     second = {name: value.flatten(1) if "proj_in.weight" in name else value for name, value in whole.items()}
     save_file(second, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"--model.prior: the UNet of the file is not that of Stable Diffusion 1"):
+    with pytest.raises(
+        UserError, match=r"--model.prior '.*x.safetensors': the UNet of the file is not that of Stable Diffusion 1"
+    ):
         Prior(str(tmp_path / "x.safetensors"))
 
 
@@ -261,13 +263,16 @@ def test_import_refuses_another_backbone(
     command: list[str], classifier_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused([*command, "--model.backbone", str(classifier_folder)], capsys)
-    assert "CKPT: the file holds a feature encoder for 48 channels, and the backbone's map has 8" in message
+    assert (
+        "CKPT 'authors.safetensors': the file holds a feature encoder for 48 channels, and the backbone's map has 8"
+        in message
+    )
 
 
 def test_import_refuses_half_a_control(command: list[str], state: State, capsys: pytest.CaptureFixture[str]) -> None:
     del state["control_model.zero_convs.3.0.bias"]
     save_file(state, "authors.safetensors")
-    assert "CKPT: 1 tensors of the ControlNet are missing" in refused(command, capsys)
+    assert "CKPT 'authors.safetensors': 1 tensors of the ControlNet are missing" in refused(command, capsys)
 
 
 def test_import_refuses_a_truncated_file(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

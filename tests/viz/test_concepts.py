@@ -268,9 +268,7 @@ def test_refuses_damaged_concepts(fault: str, saved: Path) -> None:
         facts.write_text("[]")
     else:
         tensors.unlink()
-    message = (
-        "there is no concepts" if fault in ("no json", "another tensor") else "the concepts in 'saved' are damaged"
-    )
+    message = "there is no concepts" if fault in ("no json", "another tensor") else r".*'saved.*' (are|is) damaged"
     with pytest.raises(UserError, match=f"--concepts: {message}"):
         Concepts.load(saved)
     with pytest.raises(UserError, match="--concepts: there is no"):
