@@ -35,6 +35,7 @@ from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.finite import FiniteGuard
 from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
+from featinv_pl.callbacks.ranks import join_ranks
 from featinv_pl.callbacks.resuming import Resume
 from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
@@ -93,7 +94,7 @@ class FeatinvCLI(LightningCLI):
         given = settings.get("ckpt_path")
         if given is None or given == "hpc":  # which Lightning finds where SLURM's plugin has left it
             return
-        path = find_checkpoint(given, lambda: _checkpoint_folders(settings.trainer))
+        path = find_checkpoint(given, lambda: _checkpoint_places(settings.trainer))
         if path is None and not (training and given == "last"):
             raise UserError(f"--ckpt_path {given}: there is no checkpoint yet. Run fit first, or give a file.")
         # The first run of a command that goes on after every interruption has nothing to go on from.
@@ -122,6 +123,7 @@ class FeatinvCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
+        join_ranks()
         if self.config[self.subcommand].plan:
             self._plan()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
@@ -187,11 +189,12 @@ def _check_configurations(args: list[str]) -> None:
             read_text(path, "--config", "Give a YAML file.")
 
 
-def _checkpoint_folders(trainer: Any) -> set[Path]:
-    """Where a configuration keeps its checkpoints."""
-    root = trainer.default_root_dir or "."
+def _checkpoint_places(trainer: Any) -> set[Path]:
+    """Where a configuration keeps its checkpoints: folders, and files of jobs that SLURM has requeued."""
+    root = Path(trainer.default_root_dir or ".")
     savers = [one for one in trainer.callbacks or [] if one.class_path.endswith(".ModelCheckpoint")]
-    return {Path(saver.init_args.dirpath or root) for saver in savers} or {Path(root)}
+    folders = {Path(saver.init_args.dirpath or root) for saver in savers} or {root}
+    return folders | set(root.glob("hpc_ckpt_*.ckpt"))
 
 
 def load_yaml(text: str) -> Any:

@@ -61,12 +61,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         return read_checkpoint(Path(path), OPTION)
 
 
-def find_checkpoint(given: str, folders: Callable[[], Iterable[Path]]) -> Path | None:
+def find_checkpoint(given: str, places: Callable[[], Iterable[Path]]) -> Path | None:
     """The checkpoint that `--ckpt_path` means.
 
     Args:
         given: A file, a folder, `last` or `best`.
-        folders: Where the run keeps its checkpoints, for the two words.
+        places: Where the run keeps its checkpoints, for the two words: folders and files.
 
     Returns:
         A file that is whole. For a folder and the two words it is the newest one where the right one is damaged,
@@ -77,7 +77,7 @@ def find_checkpoint(given: str, folders: Callable[[], Iterable[Path]]) -> Path |
         _check(path)
         return path
     candidates = sorted(
-        {file for folder in ([path] if path.is_dir() else folders()) for file in _checkpoints(folder)},
+        {file for place in ([path] if path.is_dir() else places()) for file in _checkpoints(place)},
         key=lambda file: file.stat().st_mtime_ns,
         reverse=True,
     )
@@ -89,9 +89,11 @@ def find_checkpoint(given: str, folders: Callable[[], Iterable[Path]]) -> Path |
     return chosen
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _checkpoints(place: Path) -> list[Path]:
     """Those in a folder; those below it if it holds none itself."""
-    return list(folder.glob("*.ckpt")) or list(folder.rglob("*.ckpt"))
+    if place.is_file():
+        return [place]
+    return list(place.glob("*.ckpt")) or list(place.rglob("*.ckpt"))
 
 
 def _first_whole(candidates: list[Path], given: str) -> Path:

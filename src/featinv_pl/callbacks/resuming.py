@@ -1,5 +1,6 @@
 """Goes on from within a step: what a checkpoint has found unfinished is finished first."""
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -68,10 +69,16 @@ class Resume(Callback):
         """Tell loggers what they have not been told."""
         if self.unfinished is None:
             return
+        epoch: Any = trainer.fit_loop.epoch_progress.current
+        if epoch.ready == epoch.started == epoch.processed:  # Lightning has ended one, and would not count the next
+            trainer.fit_loop.reset_restart_stage()
         if (row := self.unfinished["row"]) is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(row["metrics"], row["step"])
                 logger.save()
+        for saver in _savers(trainer):  # a checkpoint cannot know that it will be there
+            if saver.best_model_path and Path(saver.best_model_path).absolute() == Path(trainer.ckpt_path).absolute():
+                saver._last_global_step_saved = trainer.global_step
         metrics = {name: value.to(pl_module.device) for name, value in self.unfinished["metrics"].items()}
         cast(Any, trainer)._logger_connector._callback_metrics.update(metrics)
         if not (self.unfinished["validation"] and self._validates(trainer)):

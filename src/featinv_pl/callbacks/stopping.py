@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from featinv_pl.callbacks.ranks import first_rank, let_ranks_end
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -30,13 +34,14 @@ class Stopped(SIGTERMException):
 class SaveLast(Callback):
     """Saves the end of training where ModelCheckpoint would not: at a step that its interval does not divide.
 
-    It must come before callbacks that replace the weights at the end.
+    It must come before callbacks that replace the weights at the end. The last step that was asked for is saved by
+    `Stop`, like any other step: here its epoch would count as over.
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, unless the last step is saved already."""
         saver = _saver(trainer)
-        if saver is not None:
+        if saver is not None and trainer.global_step != trainer.max_steps:
             _save(trainer, saver)
 
 
@@ -44,46 +49,69 @@ class Stop(Callback):
     """Lets SIGTERM and Ctrl-C end a run after the batch at hand, and saves training, whose ranks end together.
 
     Lightning's own handling of SIGTERM saves nothing, and with several ranks they wait for each other for ever. A
-    second Ctrl-C ends the run at once, without saving.
+    second Ctrl-C ends the run at once, without saving. The signal with which SLURM announces the end of a job, if
+    Lightning's SLURMEnvironment is to requeue it, does the same, and has the job start again: Lightning would save in
+    the middle of a step.
     """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = self.requeue = 0
         self.saved = False
-        self.path: str | None = None
+        self.launcher: Any = None
+        self.hint = "the same command goes on with what is not done yet."
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, now that Lightning has installed its own handlers."""
-        self._listen()
+        self._listen(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, unless this is where to end."""
-        self._listen()
+        self._listen(trainer)
         self._end(self.saved)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
-        self._listen()
+        self._listen(trainer)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen."""
-        self._listen()
+        self._listen(trainer)
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: Trainer) -> None:
+        self.launcher = trainer.strategy.launcher
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self.requeue = int(environment.requeue_signal or signal.SIGUSR1)
         if threading.current_thread() is threading.main_thread():  # no other may
-            for number in SIGNALS:
-                signal.signal(number, self._note)  # Lightning puts back what was there before it
+            for number in (*SIGNALS, self.requeue):
+                if number:
+                    signal.signal(number, self._note)  # Lightning puts back what was there before it
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.signal and number != signal.SIGINT:  # which a terminal sends to all
+            self._pass_on(number)
+        if not self.signal or number == self.requeue:  # SLURM may send SIGTERM after it
+            self.signal = number
+
+    def _pass_on(self, number: int) -> None:
+        """From the first rank to all others, or from another to the first."""
+        if self.launcher is not None:
+            self.launcher.kill(number)
+        if (first := first_rank()) is not None:
+            os.kill(first, number)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save if asked; the end comes when what this step has logged is logged."""
-        if trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False):
+        asked = trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False)
+        if asked and not trainer.fit_loop._should_accumulate():  # whose sum of gradients is not saved
+            if trainer.strategy.reduce_boolean_decision(self.signal == self.requeue != 0, all=False):
+                self.signal = self.requeue
             self.signal = self.signal or signal.SIGTERM
-            self.saved, self.path = True, _save_stopped(trainer)
+            self._save(trainer)
+        elif trainer.global_step == trainer.max_steps and (saver := _saver(trainer)) is not None:
+            _save(trainer, saver)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if saved."""
@@ -95,7 +123,8 @@ class Stop(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if asked; several ranks, which validate numbers of batches of their own, only go on to train."""
-        self._end(trainer.state.fn != "fit" or trainer.world_size == 1)
+        fitting = trainer.state.fn == "fit"
+        self._end(not fitting or (trainer.world_size == 1 and not trainer.fit_loop._should_accumulate()))
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if asked."""
@@ -113,15 +142,44 @@ class Stop(Callback):
         """Save what a stopped training has come to, and say how to go on."""
         if not isinstance(exception, Stopped):
             return
-        if trainer.state.fn == "fit" and not self.saved:
-            self.path = _save_stopped(trainer)
+        let_ranks_end()
+        if not self.saved:
+            self._save(trainer)
         if trainer.is_global_zero:
-            name = signal.Signals(exception.signal).name
-            if self.path is None:
-                hint = "the same command goes on with what is not done yet."
-            else:
-                hint = f"step {trainer.global_step} is saved. Go on: the same command with --ckpt_path {self.path}"
-            print(f"featinv-pl: stopped by {name}; {hint}", file=sys.stderr)
+            print(f"featinv-pl: stopped by {signal.Signals(exception.signal).name}; {self.hint}", file=sys.stderr)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save what is training, and have SLURM start again what it is about to end."""
+        self.saved = True
+        if trainer.state.fn == "fit":
+            path = self._save_requeued(trainer) if self.signal == self.requeue else _save_stopped(trainer)
+            if path is not None:
+                self.hint = f"step {trainer.global_step} is saved. Go on: the same command with --ckpt_path {path}"
+        if self.signal == self.requeue and trainer.is_global_zero:
+            job = requeue_job()
+            self.hint += f" (SLURM does that: job {job} is requeued)" if job else " (scontrol requeue has failed)"
+
+    @staticmethod
+    def _save_requeued(trainer: Trainer) -> str:
+        """Save where Lightning looks by itself when the job starts again."""
+        path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+        trainer.save_checkpoint(path)
+        return os.path.relpath(path)
+
+
+def requeue_job() -> str | None:
+    """Ask SLURM to start this job again.
+
+    Returns:
+        Its number, or None if SLURM does not.
+    """
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:  # whose first task has the number of all
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        return job if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0 else None
+    except OSError:  # there is no scontrol
+        return None
 
 
 def _saver(trainer: Trainer) -> ModelCheckpoint | None:

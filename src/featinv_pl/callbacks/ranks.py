@@ -1,0 +1,43 @@
+"""The processes of one run, as `--trainer.strategy=ddp` starts them: they end together.
+
+Lightning's first process watches those that it has started, and ends if one of them fails. Here they watch it too.
+"""
+
+import os
+import sys
+import threading
+import time
+
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+FIRST = "FEATINV_FIRST_RANK"  # in the environment of the ranks that a process starts: its number
+GRACE = 15.0  # seconds in which the other ranks end by themselves when all is done
+
+
+def join_ranks() -> None:
+    """Follow the process that has started this one as a further rank; lead those that this one will start."""
+    if (first := first_rank()) is None:
+        os.environ[FIRST] = str(os.getpid())
+    else:
+        threading.Thread(target=_follow, args=(first,), daemon=True).start()
+
+
+def first_rank() -> int | None:
+    """The number of the process that has started this one as a further rank, if one has."""
+    parent = os.getppid()
+    return parent if "LOCAL_RANK" in os.environ and os.environ.get(FIRST) == str(parent) else None
+
+
+def let_ranks_end() -> None:
+    """Take an end of the other ranks for no failure any more: all have been asked to end."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
+
+
+def _follow(first: int) -> None:
+    while os.getppid() == first:
+        time.sleep(1)
+    time.sleep(GRACE)
+    print("featinv-pl: error: the first process of this run has died, so the others end. Go on.", file=sys.stderr)
+    os._exit(1)
