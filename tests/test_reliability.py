@@ -176,6 +176,7 @@ def test_goes_on_after_a_signal(
     whole, validated = weights(), dict(Validated.keys)
     Path("run").rename("whole")
 
+    Validated.keys.clear()
     code, line = stopped([*args, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
     assert code == 128 + number
     assert line == (
@@ -186,8 +187,82 @@ def test_goes_on_after_a_signal(
     main(args)
     assert "--ckpt_path last: going on from 'run/inversion.ckpt'" in capsys.readouterr().err
     assert_same(weights(), whole)
-    assert Validated.keys == {key: value for key, value in validated.items() if key > step}
+    # A validation that was to come, or under way, is held from its first sample on.
+    assert Validated.keys == {key: value for key, value in validated.items() if key >= step}
     assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+
+
+class Scontrol:
+    """A stand-in for SLURM's command, which notes how it is called."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
+        self.called = folder / "called"
+        path = folder / "scontrol"
+        path.write_text(f'#!/bin/sh\necho "$@" >> {self.called}\nexit {status}\n')
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+        job = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_ID": 4242, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+        for name, value in {**job, "JOB_NAME": "train", "NODELIST": "localhost"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+@pytest.mark.parametrize(
+    ("options", "number", "validating", "array"),
+    [
+        ([], signal.SIGUSR1, False, False),
+        (["SLURMEnvironment", "--trainer.plugins.requeue_signal=SIGUSR2"], signal.SIGUSR2, True, True),
+    ],
+)
+def test_slurm_starts_a_job_again(
+    options: list[str],
+    number: signal.Signals,
+    validating: bool,
+    array: bool,
+    settings: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    main(args)
+    whole = weights()
+    Path("run").rename("whole")
+
+    scontrol = Scontrol(tmp_path, monkeypatch)
+    if array:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    if options:
+        args += [f"--trainer.plugins+=lightning.pytorch.plugins.environments.{options[0]}", *options[1:]]
+    step = 2 if validating else 3
+    code, line = stopped([*args, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
+    job = "41_7" if array else "4242"
+    assert code == 128 + number
+    assert line == (
+        f"featinv-pl: stopped by {number.name}; step {step} is saved. Go on: the same command with --ckpt_path "
+        f"run/hpc_ckpt_1.ckpt (SLURM does that: job {job} is requeued)"
+    )
+    assert scontrol.called.read_text() == f"requeue {job}\n"
+    main(args)  # Lightning finds what was saved
+    assert_same(weights(), whole)
+
+
+def test_slurm_may_refuse_and_may_send_sigterm_too(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    Scontrol(tmp_path, monkeypatch, status=1)
+    both = [*added("Interrupt", number=int(signal.SIGUSR1), step=3), *added("Interrupt", number=15, step=3)]
+    code, line = stopped([*args, *both], capsys)
+    assert code == 128 + signal.SIGUSR1
+    assert line.endswith("--ckpt_path run/hpc_ckpt_1.ckpt (scontrol requeue has failed)")
+    (tmp_path / "scontrol").unlink()
+    _, line = stopped([*args, "--ckpt_path=last", *added("Interrupt", number=int(signal.SIGUSR1), step=4)], capsys)
+    assert line.endswith(
+        "step 4 is saved. Go on: the same command with --ckpt_path run/hpc_ckpt_2.ckpt (scontrol requeue has failed)"
+    )
+    code, line = stopped([*args, "--ckpt_path=hpc", *added("Interrupt", number=15, step=5)], capsys)
+    assert (code, line.split(" Go on")[0]) == (143, "featinv-pl: stopped by SIGTERM; step 5 is saved.")
 
 
 def test_all_ranks_stop_when_one_is_asked_to(settings: dict[str, Any]) -> None:

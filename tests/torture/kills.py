@@ -18,7 +18,7 @@ from torture.observers import ROWS, SEEN, lines
 from torture.processes import TWO, moments, run
 from torture.table import Figure
 
-STEPS = 12  # of epochs of five, of which every second is saved and every third validated
+STEPS = 12  # of epochs of four, of which every second is saved and every third validated
 PATH = "run/inversion.ckpt"
 
 
@@ -27,9 +27,9 @@ def prepare(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     classifier, prior = make_classifier(root), make_prior(root)
     extract = extraction(classifier, prior, ["train", "val"])
-    extract["trainer"] |= {"enable_progress_bar": False, "limit_predict_batches": 10}
-    extract["trainer"]["callbacks"][0]["init_args"]["shard_size"] = 16
-    extract["data"]["init_args"]["batch_size"] = 8
+    extract["trainer"] |= {"enable_progress_bar": False, "limit_predict_batches": 11}
+    extract["trainer"]["callbacks"][0]["init_args"]["shard_size"] = 14
+    extract["data"]["init_args"]["batch_size"] = 7  # 77 samples, which two ranks cannot share evenly
     write(root / "extract.yaml", extract)
 
     fit = inversion(classifier, prior)
