@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture-data \
-	torture-checkpoints parity full-size wandb-picture viz-digits clean
+	torture-checkpoints torture-input parity full-size wandb-picture viz-digits clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ torture-data: install  ## kill extraction and streaming, damage shards, and coun
 
 torture-checkpoints: install  ## kill processes while they save, and count broken checkpoints: a minute
 	cd tests && ../$(BIN)/python -m kill_checkpoints
+
+torture-input: install  ## spoil each kind of file, and count what is accepted, runs code or takes too long
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m damage --mutations 100
 
 parity: install  ## differences from the authors' code, on a small model of theirs
 	cd tests && ../$(BIN)/python -m parity

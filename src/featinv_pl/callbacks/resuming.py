@@ -77,7 +77,10 @@ class Resume(Callback):
                 logger.log_metrics(row["metrics"], row["step"])
                 logger.save()
         for saver in _savers(trainer):  # a checkpoint cannot know that it will be there
-            if saver.best_model_path and Path(saver.best_model_path).absolute() == Path(trainer.ckpt_path).absolute():
+            if (
+                saver.best_model_path
+                and Path(saver.best_model_path).absolute() == Path(str(trainer.ckpt_path)).absolute()
+            ):
                 saver._last_global_step_saved = trainer.global_step
         metrics = {name: value.to(pl_module.device) for name, value in self.unfinished["metrics"].items()}
         cast(Any, trainer)._logger_connector._callback_metrics.update(metrics)

@@ -9,9 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.callbacks.ranks import first_rank, let_ranks_end
