@@ -280,6 +280,8 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     except Exception as error:  # a hostile file can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{option}: '{path}' is damaged or is no checkpoint ({reason}). Give another one.") from error
+    if path.name == SPAWNED and isinstance(checkpoint, dict):
+        return checkpoint
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
         raise UserError(f"{option}: '{path}' is no checkpoint, for it holds no weights. Give another one.")
