@@ -26,6 +26,7 @@ Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 INDEX, SUMS = "model_index.json", "SHA256SUMS"
 DROPPED = 1 << 21  # values that diffusers makes for a ControlNet's pictures, which ours has none of, and more
 SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
+SPAWNED = ".temp.ckpt"  # bare weights, by which Lightning's spawned processes hand over what they have trained
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 # Old checkpoints of Lightning keep such objects beside their weights.
 INERT_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf", "numpy")
@@ -280,14 +281,14 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     except Exception as error:  # a hostile file can raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{option}: '{path}' is damaged or is no checkpoint ({reason}). Give another one.") from error
-    if path.name == SPAWNED and isinstance(checkpoint, dict):
-        return checkpoint
+    found: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
+    if path.name == SPAWNED and found:
+        return found
     weights = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
         raise UserError(f"{option}: '{path}' is no checkpoint, for it holds no weights. Give another one.")
     if not isinstance(checkpoint.get("global_step"), int):
         raise UserError(f"{option}: '{path}' is no checkpoint, for it knows no step. Give another one.")
-    found: dict[str, Any] = checkpoint
     return found
 
 
