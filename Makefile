@@ -7,8 +7,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture-data \
-	torture-checkpoints torture-input parity full-size wandb-picture viz-digits clean
+.PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture \
+	parity full-size wandb-picture viz-digits clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,14 +53,8 @@ bench: demo  ## what training, sampling and starting cost, side by side with the
 bench-data: install  ## how fast shards are written and read on this machine, as ratios
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/bench_data.py
 
-torture-data: install  ## kill extraction and streaming, damage shards, and count what is lost: about 20 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/torture_data.py
-
-torture-checkpoints: install  ## kill processes while they save, and count broken checkpoints: a minute
-	cd tests && ../$(BIN)/python -m kill_checkpoints
-
-torture-input: install  ## spoil each kind of file, and count what is accepted, runs code or takes too long
-	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m damage --mutations 100
+torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: half an hour
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(FLAGS)
 
 parity: install  ## differences from the authors' code, on a small model of theirs
 	cd tests && ../$(BIN)/python -m parity

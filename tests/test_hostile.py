@@ -1,6 +1,6 @@
 """Hostile and broken files: nothing runs, nothing is written elsewhere, and one message says what is wrong.
 
-`python -m damage` tries ten times as much.
+`make torture` tries ten times as much.
 """
 
 import json
@@ -18,12 +18,12 @@ import torch
 import yaml
 from PIL import Image
 
-from damage import WRONG, Bench, Kind, Trial, damage_rows, damaged, kinds, make_originals, revalued
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import no_larger
 from featinv_pl.reading import parse_yaml
-from hostile_files import ANY, LAUGHS, PICTURES, Runs, content
+from torture.damage import OUTCOMES, WRONG, Bench, Kind, Trial, damaged, figure, kinds, make_originals, revalued
+from torture.hostile_files import ANY, LAUGHS, PICTURES, Runs, content
 
 NAMES = [kind.name for kind in kinds(Path())]
 WITH_VALUES = [kind.name for kind in kinds(Path()) if kind.values]
@@ -176,7 +176,7 @@ def test_trials_see_what_must_not_happen(bench: Bench, monkeypatch: pytest.Monke
             do()
 
         with monkeypatch.context() as patched:
-            patched.setattr("damage.main", main)
+            patched.setattr("torture.damage.main", main)
             return bench.trial(kind, lambda folder: None, authored=False).outcome
 
     def refuse(message: str, status: int = 1) -> None:
@@ -200,7 +200,7 @@ def test_trials_see_what_must_not_happen(bench: Bench, monkeypatch: pytest.Monke
     assert outcome(lambda: b"x" * (1200 << 20)) == "too much memory"
     sealed = replace(kind, sealed=True)
     with monkeypatch.context() as patched:
-        patched.setattr("damage.main", lambda command: None)
+        patched.setattr("torture.damage.main", lambda command: None)
         assert bench.trial(sealed, lambda folder: None, authored=False).outcome == "undetected"
     bench.before[kind.name] = unspoilt
 
@@ -213,8 +213,9 @@ def test_a_pickle_does_run_without_care(tmp_path: Path, monkeypatch: pytest.Monk
     assert Path("../ran").exists()
 
 
-def test_every_kind_has_its_row() -> None:
-    rows = damage_rows(1, some=60, report=lambda line: None)
-    assert [row.kind for row in rows] == NAMES
-    assert all(row.trials == sum(row.ended.values()) >= 2 for row in rows)
-    assert sum(row.wrong for row in rows) == 0
+def test_each_wrong_end_is_counted_once() -> None:
+    trials = [Trial(outcome, 1.5, 20, "") for outcome in OUTCOMES]
+    counted = figure("all", trials)
+    assert (counted.times, counted.lost, counted.unnoticed) == (10, 6, 1)
+    assert counted.note.startswith("1 refused, 1 harmless, 1 accepted, 1 undetected")
+    assert counted.note.endswith("at most 1.5 s and 20 MB")

@@ -35,7 +35,7 @@ from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.finite import FiniteGuard
 from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
-from featinv_pl.callbacks.ranks import join_ranks
+from featinv_pl.callbacks.ranks import join_ranks, ranks_together
 from featinv_pl.callbacks.resuming import Resume
 from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
@@ -255,7 +255,7 @@ def train(args: list[str]) -> None:
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
     allow_imports()
-    with session():
+    with session(), ranks_together():
         FeatinvCLI(
             args=args,
             subclass_mode_model=True,

@@ -14,7 +14,7 @@ from conftest import Runs
 from featinv_pl.callbacks.checkpoints import ABANDONED, WholeCheckpoints, find_checkpoint
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
-from kill_checkpoints import kill_while_saving
+from torture.saving import kill_while_saving
 
 CHECKPOINT: dict[str, Any] = {
     "state_dict": {"weight": torch.arange(300.0).view(3, 100), "bias": torch.ones(5)},

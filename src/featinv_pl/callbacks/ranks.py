@@ -7,11 +7,35 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+from featinv_pl.errors import UserError
 
 FIRST = "FEATINV_FIRST_RANK"  # in the environment of the ranks that a process starts: its number
 GRACE = 15.0  # seconds in which the other ranks end by themselves when all is done
+
+
+@contextmanager
+def ranks_together() -> Iterator[None]:
+    """Say in one line what a rank notices when another is gone.
+
+    Raises:
+        UserError: The connection between ranks is broken.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            "another process of this run has died, so this one ends too. See what that has said, if anything; its "
+            "machine may have been out of memory. What was saved is whole: the same command goes on, fit with "
+            "--ckpt_path last."
+        ) from error
 
 
 def join_ranks() -> None:
@@ -39,5 +63,5 @@ def _follow(first: int) -> None:
     while os.getppid() == first:
         time.sleep(1)
     time.sleep(GRACE)
-    print("featinv-pl: error: the first process of this run has died, so the others end. Go on.", file=sys.stderr)
+    print("featinv-pl: error: the first process of this run has died, so this one ends too.", file=sys.stderr)
     os._exit(1)

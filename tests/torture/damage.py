@@ -4,7 +4,6 @@ Each trial spoils one input, runs one command on it within this process, and loo
 what it said, how long it took, how much memory, and which files are there afterwards.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -16,7 +15,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -34,7 +32,8 @@ from safetensors.torch import save_file
 import parity
 from conftest import copy_of
 from featinv_pl.__main__ import main
-from hostile_files import (
+from tiny import extract_digits, make_classifier, make_inverter, make_prior
+from torture.hostile_files import (
     ANY,
     CHECKPOINTS,
     CONCEPTS,
@@ -54,9 +53,9 @@ from hostile_files import (
     signed,
     within,
 )
-from tiny import extract_digits, make_classifier, make_inverter, make_prior
+from torture.table import Figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECONDS, MEGABYTES = 20, 1024  # more is a hang, or a hunger; a hostile file is small
 IN, OUT = "in", "out"
 OUTCOMES = (
@@ -70,32 +69,6 @@ DETERMINISTIC: dict[str, Any] = {
     "deadline": None,
     "suppress_health_check": list(HealthCheck),
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table.
-
-    Attributes:
-        kind: Of input.
-        trials: How many.
-        ended: By `OUTCOMES`, how many ended so: `refused` with one message or the command's usage; `harmless`, with
-            the result that the input gives unspoilt; `accepted`, with another result of another valid input, which a
-            hostile author may write and a format without checksums cannot tell; and in all ways of `WRONG`.
-        seconds: Of the slowest trial.
-        megabytes: Of the hungriest, beyond what the process had before.
-    """
-
-    kind: str
-    trials: int
-    ended: dict[str, int]
-    seconds: float
-    megabytes: int
-
-    @property
-    def wrong(self) -> int:
-        """Trials that ended as none may."""
-        return sum(self.ended[outcome] for outcome in WRONG)
 
 
 @dataclass(frozen=True)
@@ -653,49 +626,42 @@ def _revalue(path: Path, where: tuple[Any, ...], value: Any) -> None:
         concepts_with(lambda _: None)(path.parent)
 
 
-def damage_rows(mutations: int = 100, some: int = 1, report: Callable[[str], Any] = print) -> list[Row]:
+def damage_files(root: Path, mutations: int) -> Iterator[Figure]:
     """Spoil every kind of input on purpose, and at random so many times each.
 
     Args:
+        root: An empty folder.
         mutations: Random changes of bytes, and as many of values, for each kind of input.
-        some: Of the ways to spoil an input on purpose, take every so manieth.
-        report: Takes a line for each trial that ended wrong.
     """
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        make_originals(root)
-        bench = Bench(root)
-        for kind in kinds(root):
-            trials: list[Trial] = []
+    make_originals(root)
+    bench = Bench(root)
+    for kind in kinds(root):
+        trials: list[Trial] = []
 
-            def judge(what: str, trial: Trial, kind: Kind = kind, trials: list[Trial] = trials) -> None:
-                trials.append(trial)
-                if trial.outcome in WRONG:
-                    report(f"{kind.name}: {what}: {trial.outcome}: {trial.said[-600:]}")
+        def judge(what: str, trial: Trial, kind: Kind = kind, trials: list[Trial] = trials) -> None:
+            trials.append(trial)
+            if trial.outcome in WRONG:
+                print(f"{kind.name}: {what}: {trial.outcome}: {trial.said[-600:]}", file=sys.stderr)
 
-            for what, spoil in list(kind.spoils.items())[::some]:
-                judge(what, bench.trial(kind, spoil, authored=True))
-            damaged(bench, kind, mutations, judge)
-            if kind.values:
-                revalued(bench, kind, mutations, judge)
-            counts = Counter(trial.outcome for trial in trials)
-            ended = {outcome: counts[outcome] for outcome in OUTCOMES}
-            slowest, hungriest = max(one.seconds for one in trials), max(one.megabytes for one in trials)
-            rows.append(Row(kind.name, len(trials), ended, slowest, hungriest))
-    return rows
+        for what, spoil in kind.spoils.items():
+            judge(what, bench.trial(kind, spoil, authored=True))
+        damaged(bench, kind, mutations, judge)
+        if kind.values:
+            revalued(bench, kind, mutations, judge)
+        yield figure(kind.name, trials)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mutations", type=int, default=100, help="at random, of each kind of input")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    found = damage_rows(options.mutations)
-    print(f"{'input':20} {'trials':>6} " + " ".join(f"{name.split()[-1]:>10}" for name in (*OUTCOMES, "s", "MB")))
-    for row in found:
-        counted = " ".join(f"{number:10}" for number in row.ended.values())
-        print(f"{row.kind:20} {row.trials:6} {counted} {row.seconds:10.1f} {row.megabytes:10}")
-    print(f"{sum(row.trials for row in found)} trials, {sum(row.wrong for row in found)} ended wrong")
-    sys.exit(any(row.wrong for row in found))
+def figure(name: str, trials: list[Trial]) -> Figure:
+    """A line of the table for a kind of input.
+
+    Beside the wrong ways to end: `refused` with one message or the command's usage; `harmless`, with the result that the
+    input gives unspoilt; `accepted`, with another result of another valid input, which a hostile author may write and a
+    format without checksums cannot tell.
+    """
+    counts = Counter(trial.outcome for trial in trials)
+    unnoticed = counts["undetected"]
+    wrong = sum(counts[outcome] for outcome in WRONG) - unnoticed
+    ended = ", ".join(f"{counts[outcome]} {outcome}" for outcome in OUTCOMES if counts[outcome])
+    slowest, hungriest = max(trial.seconds for trial in trials), max(trial.megabytes for trial in trials)
+    note = f"{ended}; at most {slowest:.1f} s and {hungriest} MB"
+    return Figure(name, "files spoilt", len(trials), wrong, unnoticed, note)

@@ -1,13 +1,13 @@
-"""Kills processes while they save checkpoints, and counts the broken ones: `make torture-checkpoints`.
+"""SIGKILL while a large checkpoint is being saved: Lightning's own way of saving, and this project's.
 
-Lightning's own way of saving is measured beside ours, with its temporary folder in memory as on many machines, so that
-it is on another file system than the checkpoint.
+The temporary folder is in memory as on many machines, so that it is on another file system than the checkpoint.
 """
 
 import os
 import signal
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from featinv_pl.callbacks.checkpoints import WholeCheckpoints
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
+from torture.table import Figure
 
 MEMORY = Path("/dev/shm")
 VALUES = 10_000_000  # of four bytes
-KILLS = 40
 
 
 def checkpoint(step: int) -> dict[str, Any]:
@@ -57,29 +57,11 @@ def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, i
     return broken, interrupted
 
 
-def seconds(how: CheckpointIO, path: Path) -> float:
-    """The median of five saves."""
-    durations = []
-    for step in range(5):
-        state = checkpoint(step)
-        start = time.perf_counter()
-        how.save_checkpoint(state, path)
-        durations.append(time.perf_counter() - start)
-    return sorted(durations)[2]
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    print("| saved by | broken checkpoints | of kills | seconds for 40 MB |")
-    print("|---|---|---|---|")
+def kill_saving(kills: int) -> Iterator[Figure]:
+    """Both ways of saving."""
     for name, how in (("Lightning", TorchCheckpointIO()), ("this project", WholeCheckpoints())):
         with tempfile.TemporaryDirectory(dir=".") as folder, tempfile.TemporaryDirectory(dir=MEMORY) as temporary:
             tempfile.tempdir = temporary  # where Lightning's file waits for its name
-            path = Path(folder).absolute() / "a.ckpt"
-            broken, _ = kill_while_saving(how, path, KILLS)
-            print(f"| {name} | {broken} | {KILLS} | {seconds(how, path):.2f} |")
+            broken, interrupted = kill_while_saving(how, Path(folder).absolute() / "a.ckpt", kills)
             tempfile.tempdir = None
-
-
-if __name__ == "__main__":
-    main()
+        yield Figure("saving 40 MB", f"kill -9, saved by {name}", kills, broken, note=f"{interrupted} in the middle")

@@ -1,0 +1,54 @@
+"""All of it, as one table."""
+
+import argparse
+import platform
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from torture.damage import damage_files
+from torture.disk import fill_disk
+from torture.kills import kill_stage, prepare, stages
+from torture.ranks import compare_ranks, end_one_of_two
+from torture.saving import kill_saving
+from torture.table import HEAD, Figure
+
+
+def torture(root: Path, kills: int, mutations: int, rng: random.Random) -> Iterator[Figure]:
+    """One theme after the other."""
+    prepare(root)
+    for stage in stages():
+        yield kill_stage(root, stage, kills, rng)
+    yield from kill_saving(2 * kills)
+    yield from compare_ranks(root)
+    yield from end_one_of_two(root, max(kills // 4, 1), rng)
+    for stage in stages():
+        if stage.ranks == 1:
+            yield fill_disk(root, stage, max(kills // 4, 1), rng)
+    (root / "damage").mkdir()
+    yield from damage_files(root / "damage", mutations)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("torture", description=__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="of each stage")
+    parser.add_argument("--mutations", type=int, default=50, help="at random, of each kind of file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun, wrong = time.monotonic(), 0
+    print(HEAD, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for figure in torture(Path(folder), options.kills, options.mutations, random.Random(0)):
+            print(figure, flush=True)
+            wrong += figure.wrong if "Lightning" not in figure.done else 0
+    print(f"\n{(time.monotonic() - begun) / 60:.0f} minutes, torch {torch.__version__}, {platform.machine()}")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The public command in processes of its own, which can be killed at chosen moments.
+
+Most are forks of this process, which has imported everything already: a kill then takes two seconds and not ten. Two
+ranks are started as users start them.
+"""
+
+import contextlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from featinv_pl.__main__ import main
+
+IMPORTS = "torture.observers"
+PATIENCE_S = 180.0
+POLL_S = 0.002
+TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
+
+Moment = Callable[[float], bool]
+"""Whether to kill now, from the seconds since the start."""
+
+
+def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
+    """Start the public command in a process group of its own, which writes files of so many bytes at most."""
+    environment = {"FEATINV_IMPORTS": IMPORTS, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    if set(TWO) <= set(args):
+        environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+        with (folder / "output.txt").open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "featinv_pl", *args],
+                cwd=folder,
+                env={**os.environ, **environment},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            ).pid
+    child = os.fork()
+    if child:
+        return child
+    code: object = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ |= environment
+        torch.set_num_threads(1)
+        if largest is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        main(list(args))
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def ended(child: int) -> int | None:
+    """The exit status of a process, if it has ended."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def kill(child: int) -> None:
+    """Kill a process and all that it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
+
+
+def run(
+    args: Sequence[str], folder: Path, moment: Moment = lambda _: False, expected: int = 0, largest: int | None = None
+) -> float | None:
+    """Run the public command and kill it at a moment, unless it ends before.
+
+    Returns:
+        The seconds that it took, or None if it was killed.
+    """
+    begun = time.monotonic()
+    child = start(args, folder, largest)
+    while (status := ended(child)) is None:
+        seconds = time.monotonic() - begun
+        if moment(seconds):
+            kill(child)
+            return None
+        if seconds > PATIENCE_S:
+            kill(child)
+            raise TimeoutError(f"{args} has not ended in {PATIENCE_S:.0f} seconds")
+        time.sleep(POLL_S)
+    if status != expected:
+        raise RuntimeError(f"{args} ended with {status}:\n{(folder / 'output.txt').read_text()[-3000:]}")
+    return time.monotonic() - begun
+
+
+def moments(marks: Callable[[], int], total: int, folder: Path, rng: random.Random) -> Iterator[Moment]:
+    """Moments spread over the work that is left, every other one in the middle of writing a file.
+
+    Args:
+        marks: Counts what has been done, such as batches.
+        total: What it counts in the end.
+        folder: Where files are written.
+        rng: Chooses.
+    """
+    while True:
+        before = marks()
+        yield reached(marks, before + rng.randrange(max(total - before, 1)), rng.uniform(0, 0.1))
+        before = marks()
+        yield writing(folder, reached(marks, before + rng.randrange(max(total - before, 1)), 0))
+
+
+def reached(marks: Callable[[], int], count: int, delay: float) -> Moment:
+    """So many seconds after so much has been done."""
+    since: list[float] = []
+
+    def now(seconds: float) -> bool:
+        if not since and marks() > count:
+            since.append(seconds)
+        return bool(since) and seconds >= since[0] + delay
+
+    return now
+
+
+def writing(folder: Path, after: Moment) -> Moment:
+    """While a file has its temporary name, after another moment; or half a second later, if none is written."""
+    since: list[float] = []
+
+    def now(seconds: float) -> bool:
+        if not since and after(seconds):
+            since.append(seconds)
+        return bool(since) and (any(folder.rglob("*.partial")) or seconds >= since[0] + 0.5)
+
+    return now
