@@ -498,7 +498,8 @@ def test_checkpoint_of_another_model_is_refused(
     args = ["fit", "--config", config, "--ckpt_path", "before/inversion.ckpt"]
     refused([*args, "--model.conditioning=pooled"], capsys, "conditioning: spatial in the checkpoint, pooled here")
     refused([*args, "--model.hidden_channels=4"], capsys, "hidden_channels: 8 in the checkpoint, 4 here")
-    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "foreign.ckpt")
+    foreign = {"state_dict": {"weight": torch.ones(1)}, "global_step": 1, "pytorch-lightning_version": "2.6.6"}
+    torch.save(foreign, "foreign.ckpt")
     refused([*args[:-1], "foreign.ckpt"], capsys, "not one of a FeatureInversion")
     Path("damaged.ckpt").write_bytes(before[: len(before) // 2])
     refused([*args[:-1], "damaged.ckpt"], capsys, "damaged.ckpt")

@@ -26,8 +26,10 @@ def read_bytes(path: Path, option: str, advice: str) -> bytes:
         UserError: It cannot be read, is larger than any such file, or no plain file: a pipe may never end.
     """
     try:
+        if not path.exists():
+            raise UserError(f"{option}: there is no file '{path}'. {advice}")
         if not path.is_file():
-            raise OSError("it is no file" if path.exists() else "there is no such file")
+            raise OSError("it is no file")
         if path.stat().st_size > LARGEST:
             raise OSError(f"it has more than {LARGEST >> 20} MB")
         return path.read_bytes()

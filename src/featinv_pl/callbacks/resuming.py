@@ -15,8 +15,9 @@ class Resume(Callback):
     """Makes training that goes on from any checkpoint indistinguishable from one that never stopped.
 
     A checkpoint is mostly written while a step is not over yet: loggers have not been told of it, and its validation
-    is still to come or has been cut short. Lightning would go on with the next step. Here the loggers are told, the
-    validation is held from its first sample on, and a training whose last step was not over comes to its end. What
+    is still to come or has been cut short. Lightning would go on with the next step. Here the loggers are told before
+    the checkpoint is written, the validation is held from its first sample on, and a training whose last step was not
+    over comes to its end. What
     callbacks and schedules know of earlier metrics is restored, and so is torch's random state, which belongs to
     training alone: what validation and loaders draw changes nothing.
     """
@@ -28,16 +29,12 @@ class Resume(Callback):
         self.limits: tuple[int, int | None] | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note what is still to be done, and flush what loggers have been told."""
+        """Note what is still to be done, and tell loggers what is not."""
         loop: Any = trainer.fit_loop.epoch_loop
-        connector: Any = trainer._logger_connector
         within_step = loop.batch_progress.total.processed > loop.batch_progress.total.completed
-        row = None
-        if within_step and connector.should_update_logs and not loop._should_accumulate():
-            metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
-            row = {"metrics": {**metrics, "epoch": trainer.current_epoch}, "step": loop._batches_that_stepped}
+        if within_step:
+            _tell_loggers(trainer)
         checkpoint[KEY] = {
-            "row": row,
             "validation": self.validating or (within_step and self._validates(trainer)),
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "deferred": [saver.state_key for saver in _savers(trainer) if saver._defer_save_until_validation],
@@ -66,16 +63,12 @@ class Resume(Callback):
             loop.max_epochs += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell loggers what they have not been told."""
+        """Know again what was known."""
         if self.unfinished is None:
             return
         epoch: Any = trainer.fit_loop.epoch_progress.current
         if epoch.ready == epoch.started == epoch.processed:  # Lightning has ended one, and would not count the next
             trainer.fit_loop.reset_restart_stage()
-        if (row := self.unfinished["row"]) is not None:
-            for logger in trainer.loggers:
-                logger.log_metrics(row["metrics"], row["step"])
-                logger.save()
         for saver in _savers(trainer):  # a checkpoint cannot know that it will be there
             if (
                 saver.best_model_path
@@ -123,6 +116,14 @@ class Resume(Callback):
 
 def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
     return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+
+
+def _tell_loggers(trainer: Trainer) -> None:
+    """Tell them of the step at hand now, and let Lightning, which would do so in a moment, pass once."""
+    connector: Any = trainer._logger_connector
+    if "update_train_step_metrics" not in vars(connector):
+        connector.update_train_step_metrics()
+        connector.update_train_step_metrics = lambda: delattr(connector, "update_train_step_metrics")
 
 
 def _as_if_validating(loops: dict[str, Any]) -> None:
