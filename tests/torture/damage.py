@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import resource
@@ -654,9 +653,9 @@ def damage_files(root: Path, mutations: int) -> Iterator[Figure]:
 def figure(name: str, trials: list[Trial]) -> Figure:
     """A line of the table for a kind of input.
 
-    Beside the wrong ways to end: `refused` with one message or the command's usage; `harmless`, with the result that the
-    input gives unspoilt; `accepted`, with another result of another valid input, which a hostile author may write and a
-    format without checksums cannot tell.
+    Beside the wrong ways to end: `refused` with one message or the command's usage; `harmless`, with the result that
+    the input gives unspoilt; `accepted`, with another result of another valid input, which a hostile author may write
+    and a format without checksums cannot tell.
     """
     counts = Counter(trial.outcome for trial in trials)
     unnoticed = counts["undetected"]

@@ -173,7 +173,7 @@ def scores(folder: Path) -> dict[str, bytes]:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """All that a training leaves: of each thing the last that was said of it."""
+    """All that a training leaves, and all that it has ever said, which must be the same each time."""
     checkpoint = torch.load(folder / PATH, weights_only=True)
     state = {name: checkpoint[name] for name in ("state_dict", "current_model_state", "averaging_state")}
     state |= {name: checkpoint[name] for name in ("optimizer_states", "lr_schedulers", "global_step", "epoch")}
@@ -181,10 +181,10 @@ def trained(folder: Path) -> dict[str, Any]:
     states = checkpoint["callbacks"].items()
     state["stopping"] = [value for name, value in states if name.startswith("EarlyStopping")]
     state["best"] = torch.load(folder / "run/best/best.ckpt", weights_only=True)["state_dict"]
-    rows: dict[int, dict[str, float]] = {}
+    state["rows"] = {}
     for step, metrics in lines(folder / ROWS):
-        rows.setdefault(step, {}).update(metrics)
-    state["rows"] = rows
+        for name, value in metrics.items():
+            state["rows"].setdefault(f"{step} {name}", set()).add(value)
     state["seen"] = [samples(folder, rank) for rank in range(2)]
     return state
 

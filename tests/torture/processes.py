@@ -1,7 +1,7 @@
 """The public command in processes of its own, which can be killed at chosen moments.
 
 Most are forks of this process, which has imported everything already: a kill then takes two seconds and not ten. Two
-ranks are started as users start them.
+ranks are then started as torchrun would, unless Lightning is to do that.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
 from featinv_pl.__main__ import main
 
@@ -31,18 +32,6 @@ Moment = Callable[[float], bool]
 
 def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
     """Start the public command in a process group of its own, which writes files of so many bytes at most."""
-    environment = {"FEATINV_IMPORTS": IMPORTS, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-    if set(TWO) <= set(args):
-        environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-        with (folder / "output.txt").open("ab") as file:
-            return subprocess.Popen(
-                [sys.executable, "-m", "featinv_pl", *args],
-                cwd=folder,
-                env={**os.environ, **environment},
-                stdout=file,
-                stderr=file,
-                start_new_session=True,
-            ).pid
     child = os.fork()
     if child:
         return child
@@ -53,12 +42,15 @@ def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.environ |= environment
+        os.environ |= environment(folder)
         torch.set_num_threads(1)
         if largest is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        main(list(args))
-        code = 0
+        if set(TWO) <= set(args):
+            code = in_two(args)
+        else:
+            main(list(args))
+            code = 0
     except SystemExit as stop:
         code = stop.code
     except BaseException:
@@ -67,6 +59,34 @@ def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+def in_two(args: Sequence[str]) -> int:
+    """Be the first of two ranks, and return the exit status of the other."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "LOCAL_RANK": "0"}
+    other = os.fork()
+    if not other:
+        os.environ["LOCAL_RANK"] = "1"
+    main(list(args))
+    return os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) if other else 0
+
+
+def start_as_users_do(args: Sequence[str], folder: Path) -> int:
+    """Start the public command in a process group of its own, in which Lightning starts further ranks."""
+    with (folder / "output.txt").open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "featinv_pl", *args],
+            cwd=folder,
+            env={**os.environ, **environment(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        ).pid
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What these runs find set."""
+    return {"FEATINV_IMPORTS": IMPORTS, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
 
 
 def ended(child: int) -> int | None:

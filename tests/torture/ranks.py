@@ -12,7 +12,7 @@ from typing import Any
 
 from torture.kills import stages, workplace
 from torture.observers import ROWS, SEEN, lines
-from torture.processes import TWO, ended, kill, run, start
+from torture.processes import TWO, ended, kill, run, start_as_users_do
 from torture.table import Figure
 
 LIMIT_S = 60.0  # in which the other rank must have ended
@@ -43,7 +43,9 @@ def compare_ranks(root: Path) -> Iterator[Figure]:
     (scores, seen), (others, same) = found
     apart = {name: abs(value - others[name]) for name, value in scores.items()}
     wrong = sum(difference > SCORES for difference in apart.values())
-    yield Figure("test", "scores, 1 and 2 processes", len(apart), wrong, note=f"at most {max(apart.values()):.0e} apart")
+    yield Figure(
+        "test", "scores, 1 and 2 processes", len(apart), wrong, note=f"at most {max(apart.values()):.0e} apart"
+    )
     twice = len(same) - len(set(same))
     yield Figure("test", "samples, 1 and 2 processes", len(seen), twice + (same != seen), note="each seen once")
 
@@ -67,7 +69,8 @@ def end_one_of_two(root: Path, times: int, rng: random.Random) -> Iterator[Figur
     """Kill or ask one rank, in training and in a test, and see whether both end, in time and by their exit status."""
     _, fit, _, _, test = stages()
     for stage in (fit, test):
-        args = [*stage.args, *TWO] if stage is test else [*stage.args, "--trainer.max_steps=100000"]
+        more = "--data.batch_size=1" if stage is test else "--trainer.max_steps=100000"
+        args = [*stage.args, *TWO, more]
         for number, what in ((signal.SIGKILL, "kill -9 of"), (signal.SIGTERM, "SIGTERM to")):
             wrong, longest = 0, 0.0
             for _ in range(times):
@@ -81,7 +84,7 @@ def end_one_of_two(root: Path, times: int, rng: random.Random) -> Iterator[Figur
 
 def end_one(args: list[str], folder: Path, number: int, rng: random.Random) -> tuple[float, int | None]:
     """Send a signal to one of two ranks at work; return after how many seconds none is left, and the exit status."""
-    first = start(args, folder)
+    first = start_as_users_do(args, folder)
     while not all((folder / SEEN.format(rank)).is_file() for rank in range(2)):
         if ended(first) is not None:
             raise RuntimeError(f"{args} has ended:\n{(folder / 'output.txt').read_text()[-3000:]}")
