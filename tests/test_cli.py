@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import json
 import re
 import shutil
@@ -551,6 +552,16 @@ def test_extraction_does_not_keep_its_predictions(classifier_folder: Path, prior
     settings["trainer"]["callbacks"].append({"class_path": f"{__name__}.Recorder"})
     main(["predict", "--config", write(Path("extract.yaml"), settings)])
     assert Path("kept").read_text() == "False"
+
+
+def test_a_run_leaves_no_model_behind(classifier_folder: Path, prior_folder: Path) -> None:
+    def trainers() -> int:
+        gc.collect()
+        return sum(isinstance(one, Trainer) for one in gc.get_objects())
+
+    before = trainers()
+    main(["predict", "--config", write(Path("extract.yaml"), extraction(classifier_folder, prior_folder, ["val"]))])
+    assert trainers() == before
 
 
 def test_every_command_runs_as_a_module() -> None:

@@ -438,3 +438,9 @@ def test_checkpoint_of_another_conditioning_is_refused(make_model: Any, make_bat
 def test_dropout_of_one_is_refused(make_model: Any) -> None:
     with pytest.raises(UserError, match=r"--model\.dropout"):
         make_model(dropout=1.0)
+
+
+def test_gradients_are_given_back_with_the_step(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    model = make_model()
+    fit(model, make_batch(4), tmp_path, steps=2)
+    assert [name for name, weight in model.named_parameters() if weight.grad is not None] == []

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import warnings
+from contextvars import copy_context
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -256,7 +257,8 @@ def train(args: list[str]) -> None:
     torch.set_float32_matmul_precision("high")
     allow_imports()
     with session(), ranks_together():
-        FeatinvCLI(
+        copy_context().run(  # jsonargparse leaves the parser in a context variable, and with it model and trainer
+            FeatinvCLI,
             args=args,
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -408,6 +408,11 @@ class FeatureInversion(LightningModule):
         trained = [parameter for parameter in self.control.parameters() if parameter.requires_grad]
         return optimise(trained, *self.factories())
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Give gradients back once they are used: Lightning would hold them through the next forward pass."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
+
     @cached_property
     def frozen(self) -> dict[str, str]:
         """Digests of the frozen parts."""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -17,12 +18,14 @@ class AuthorsInversion(FeatureInversion):
 
     Args:
         online: Whether features (one image at a time), latents and prompts are computed at every step.
-        decoder_gradients: Whether the weights of the UNet's decoder, which do not train, gather gradients.
+        decoder_gradients: Whether the weights of the UNet's decoder, which do not train, gather gradients, and those
+            of what trains are held until they are computed anew.
         **kwargs: Those of FeatureInversion.
     """
 
     def __init__(self, online: bool = True, decoder_gradients: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.decoder_gradients = decoder_gradients
         if decoder_gradients:
             for part in (self.prior.unet.up_blocks, self.prior.unet.conv_norm_out, self.prior.unet.conv_out):
                 part.requires_grad_(True)
@@ -41,6 +44,13 @@ class AuthorsInversion(FeatureInversion):
         if self.text_encoder is not None:
             batch = self._compute(batch)
         return super().training_step(batch, batch_idx)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's own, unless gradients are given back."""
+        if self.decoder_gradients:
+            LightningModule.optimizer_step(self, *args, **kwargs)
+        else:
+            super().optimizer_step(*args, **kwargs)
 
     @torch.no_grad()
     def _compute(self, batch: Batch) -> Batch:

@@ -52,7 +52,9 @@ def share(config: Path, options: list[str]) -> float:
 
     Lightning's optimizer step calls the other two.
     """
-    run(["fit", "--config", str(config), "--config", str(PROFILE), "--trainer.callbacks+=bench.digits.Curve", *options])
+    own = ["--trainer.profiler=SimpleProfiler", "--trainer.profiler.filename=profile"]  # a long table, to a file
+    own += ["--trainer.callbacks+=bench.digits.Curve", *options]
+    run(["fit", "--config", str(config), "--config", str(PROFILE), *own])
     return Curve.share
 
 
