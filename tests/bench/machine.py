@@ -16,6 +16,7 @@ import torch
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 GIB = 2**30
+M_MMAP_THRESHOLD = -3  # in malloc.h
 PACKAGES = ("torch", "lightning", "diffusers", "timm", "transformers")
 
 
@@ -39,6 +40,14 @@ def now() -> float:
     if GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def give_back_from(size: int) -> None:
+    """Have the allocator of a CPU give memory back to the system when blocks of at least so many bytes are freed.
+
+    By itself glibc keeps blocks of up to 32 MiB once such have been freed: faster, but what it keeps is not needed.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, size)
 
 
 def start_peak() -> None:
