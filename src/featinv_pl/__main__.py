@@ -1,6 +1,7 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
 import atexit
+import errno
 import gc
 import os
 import sys
@@ -39,6 +40,7 @@ Draw natural images from a classifier's spatial feature map (FeatInv).
 FEATINV_CONFIG=FILE in the environment lays a file over the configuration of the first four.
 """
 OVERLAY = "FEATINV_CONFIG"
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -51,6 +53,16 @@ def main(args: list[str] | None = None) -> None:
         # Out of a data loader's worker, torch returns the message with the worker's traceback before it.
         message = str(user_error(error)).rpartition(f"{UserError.__name__}: ")[2].strip()
         print(f"featinv-pl: error: {message}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f" '{error.filename}'" if error.filename else ""
+        print(
+            f"featinv-pl: error: the file system refuses{where}: {error.strerror}. Files that were whole still are: "
+            "make room or get leave, and the same command goes on.",
+            file=sys.stderr,
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("featinv-pl: interrupted", file=sys.stderr)

@@ -52,6 +52,7 @@ IMPORTABLE = (  # of torch not all: it can also load and compile what it is give
     "pytorch_lightning",
     "timm.optim",
     "timm.scheduler",
+    "torch.Tensor",
     "torch.nn",
     "torch.optim",
     "torchmetrics",

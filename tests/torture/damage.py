@@ -632,7 +632,8 @@ def damage_files(root: Path, mutations: int) -> Iterator[Figure]:
         root: An empty folder.
         mutations: Random changes of bytes, and as many of values, for each kind of input.
     """
-    make_originals(root)
+    with contextlib.redirect_stdout(io.StringIO()):
+        make_originals(root)
     bench = Bench(root)
     for kind in kinds(root):
         trials: list[Trial] = []

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from featinv_pl.callbacks.provenance import provenance
+from featinv_pl.data.manifests import write_file
 from featinv_pl.errors import UserError
 
 SAVED = ("config.json", "prompts.safetensors")
@@ -104,7 +105,4 @@ def _without_home(settings: Any) -> Any:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # a link that somebody has put there would be written through
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    write_file(path, data)

@@ -6,6 +6,7 @@ fraction of the time that reading takes, and can be checked sample by sample; SH
 stands in the manifest, where `featinv-pl verify` and downloads compare it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -112,11 +113,16 @@ def write_file(path: Path, data: bytes) -> None:
     """Write a file that is either whole and on the disk or not there, whatever happens meanwhile."""
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)  # a link that somebody has put there would be written through
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # a full disk needs the room; without leave there is no such file
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def to_json(contents: Any) -> bytes:

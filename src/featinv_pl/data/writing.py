@@ -6,6 +6,7 @@ reaches across two shards, so that the bytes of a shard depend neither on the nu
 on what was computed before.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -101,7 +102,8 @@ class ShardFile:
 
     def abandon(self) -> None:
         """Let go of an unfinished tar."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which refuses again what was not flushed yet
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
 
