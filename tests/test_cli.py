@@ -460,7 +460,7 @@ def test_unknown_command_and_missing_yaml_are_refused(capsys: pytest.CaptureFixt
     refused(["train"], capsys, "no command 'train'")
     refused(["fit", "--config", "nowhere.yaml"], capsys, "nowhere.yaml")
     write(Path("top.yaml"), {"base": "nowhere.yaml"})
-    refused(["fit", "--config", "top.yaml"], capsys, "base: there is no file")
+    refused(["fit", "--config", "top.yaml"], capsys, "error: base: there is no file")
 
 
 def test_shards_of_another_backbone_are_refused(

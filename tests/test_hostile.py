@@ -183,7 +183,7 @@ def test_trials_see_what_must_not_happen(bench: Bench, monkeypatch: pytest.Monke
         print(message, file=sys.stderr)
         sys.exit(status)
 
-    monkeypatch.setattr("damage.SECONDS", 1)
+    monkeypatch.setattr("torture.damage.SECONDS", 1)
     assert outcome(lambda: None) == "accepted"
     bench.before[kind.name] = (1, unspoilt[1])
     assert outcome(lambda: refuse("featinv-pl: error: 'in/picture.png' is none.")) == "refused"

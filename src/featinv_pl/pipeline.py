@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NotRequired, Self
 
 import torch
 from PIL import Image
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
@@ -33,7 +33,7 @@ class Index(TypedDict):
     prior: str
     image_size: Side
     conditioning: Literal["spatial", "pooled"]
-    hidden_channels: PositiveInt
+    hidden_channels: Annotated[int, Field(ge=1, le=100_000)]
     # Folders of before had no other null map, and no other number of layers.
     null_map: NotRequired[Literal["zeros", "learned"]]
     num_layers: NotRequired[Annotated[int, Field(ge=2, le=100)]]

@@ -33,6 +33,8 @@ def read_bytes(path: Path, option: str, advice: str) -> bytes:
         if path.stat().st_size > LARGEST:
             raise OSError(f"it has more than {LARGEST >> 20} MB")
         return path.read_bytes()
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise _damaged(path, option, advice, error) from error
 

@@ -507,7 +507,7 @@ def _is_clear(kind: Kind, said: tuple[str, str]) -> bool:
     lines = said[1].strip().splitlines() or [""]
     messages = [line for line in lines if line.startswith("featinv-pl: error: ")]
     named = re.search(
-        rf"\b{IN}/|base: '/|--concepts belongs to|'{IN}'|--model\.sampler\.", lines[-1]
+        rf"\b{IN}/|base: .*'/|--concepts belongs to|not trusted: |'{IN}'|--model\.sampler\.", lines[-1]
     )  # only one file says how a model draws
     return messages == lines[-1:] and len(lines[-1]) < 1500 and named is not None
 
