@@ -47,7 +47,7 @@ study: demo  ## what each choice of training and sampling is worth, on digits: a
 study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about an hour
 	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/cifar10.yaml --jobs $(JOBS)
 
-bench: demo  ## what training, sampling and starting cost, side by side with the authors' way: half an hour
+bench: demo  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(FLAGS)
 
 bench-data: install  ## how fast shards are written and read on this machine, as ratios

@@ -42,6 +42,7 @@ def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
         output = os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
         os.environ |= environment(folder)
         torch.set_num_threads(1)
         if largest is not None:
