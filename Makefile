@@ -53,7 +53,7 @@ bench: demo  ## what training, sampling and starting cost, side by side with the
 bench-data: install  ## how fast shards are written and read on this machine, as ratios
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/bench_data.py
 
-torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: half an hour
+torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: 17 minutes
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(FLAGS)
 
 parity: install  ## differences from the authors' code, on a small model of theirs

@@ -127,7 +127,7 @@ def kill_stage(root: Path, stage: Stage, kills: int, rng: random.Random) -> Figu
             print(f"{folder}: {difference}", file=sys.stderr)
             lost += 1
     what = f"kill -9, {stage.ranks} process{'es' * (stage.ranks > 1)}"
-    note = f"{partly} in the middle of it; {rounds} ends the same to the bit as without"
+    note = f"{partly} with work done before; {rounds} finished runs, the same to the bit"
     return Figure(stage.name, what, done, lost, note=note)
 
 

@@ -77,7 +77,8 @@ def end_one_of_two(root: Path, times: int, rng: random.Random) -> Iterator[Figur
                 folder = workplace(root, stage, "ranks")
                 seconds, status = end_one(args, folder, number, rng)
                 longest = max(longest, seconds)
-                wrong += seconds > LIMIT_S or status in (0, None)
+                said = (folder / "output.txt").read_text()
+                wrong += seconds > LIMIT_S or status in (0, None) or "Traceback" in said
             note = f"both ended, after {longest:.0f} s at most"
             yield Figure(stage.name, f"{what} one of 2 processes", times, wrong, note=note)
 
