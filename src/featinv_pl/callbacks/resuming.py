@@ -17,9 +17,8 @@ class Resume(Callback):
     A checkpoint is mostly written while a step is not over yet: loggers have not been told of it, and its validation
     is still to come or has been cut short. Lightning would go on with the next step. Here the loggers are told before
     the checkpoint is written, the validation is held from its first sample on, and a training whose last step was not
-    over comes to its end. What
-    callbacks and schedules know of earlier metrics is restored, and so is torch's random state, which belongs to
-    training alone: what validation and loaders draw changes nothing.
+    over comes to its end. What callbacks and schedules know of earlier metrics is restored, and so is torch's random
+    state, which belongs to training alone: what validation and loaders draw changes nothing.
     """
 
     def __init__(self) -> None:
