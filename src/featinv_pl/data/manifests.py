@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -114,14 +115,24 @@ def write_file(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + PARTIAL)
     partial.unlink(missing_ok=True)  # a link that somebody has put there would be written through
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
+        with named(path):
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except OSError:
         with contextlib.suppress(OSError):  # a full disk needs the room; without leave there is no such file
             partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give what the file system refuses the name of the file: of a full disk, Python does not say whose."""
+    try:
+        yield
+    except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -32,6 +32,7 @@ from featinv_pl.data.manifests import (
     Shard,
     Unreadable,
     index_path,
+    named,
     read_manifest,
     to_json,
     write_file,
@@ -82,7 +83,8 @@ class ShardFile:
         return {"offset": offset, "size": len(data), "crc32": zlib.crc32(block)}
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        with named(self.path):
+            self._file.write(data)
         self._sha256.update(data)
 
     def finish(self) -> None:
@@ -94,10 +96,11 @@ class ShardFile:
             "unreadable": self.unreadable,
             "entries": self.entries,
         }
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._partial, self.path)
+        with named(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
         write_file(index_path(self.path), json.dumps(index).encode())
 
     def abandon(self) -> None:
