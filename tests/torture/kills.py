@@ -96,7 +96,7 @@ class Stage:
 def stages() -> list[Stage]:
     """All that are killed."""
     fit = ("fit", "--config", "fit.yaml", "--ckpt_path", "last")
-    two = (*fit, *TWO, "--data.batch_size=8", "--data.num_workers=1")
+    two = (*fit, *TWO, "--data.batch_size=8", "--data.num_workers=0")
     predict = ("predict", "--config", "extract.yaml")
     return [
         Stage("fit", fit, lambda folder: len(samples(folder)), trained),

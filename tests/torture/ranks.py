@@ -12,7 +12,7 @@ from typing import Any
 
 from torture.kills import stages, workplace
 from torture.observers import ROWS, SEEN, lines
-from torture.processes import TWO, ended, kill, run, start_as_users_do
+from torture.processes import PATIENCE_S, TWO, ended, kill, run, start_as_users_do
 from torture.table import Figure
 
 LIMIT_S = 60.0  # in which the other rank must have ended
@@ -85,8 +85,11 @@ def end_one_of_two(root: Path, times: int, rng: random.Random) -> Iterator[Figur
 
 def end_one(args: list[str], folder: Path, number: int, rng: random.Random) -> tuple[float, int | None]:
     """Send a signal to one of two ranks at work; return after how many seconds none is left, and the exit status."""
-    first = start_as_users_do(args, folder)
+    first, begun = start_as_users_do(args, folder), time.monotonic()
     while not all((folder / SEEN.format(rank)).is_file() for rank in range(2)):
+        if time.monotonic() - begun > PATIENCE_S:
+            kill(first)
+            raise TimeoutError(f"{args} has not begun in {PATIENCE_S:.0f} seconds")
         if ended(first) is not None:
             raise RuntimeError(f"{args} has ended:\n{(folder / 'output.txt').read_text()[-3000:]}")
         time.sleep(0.02)
