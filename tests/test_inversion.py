@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
+from featinv_pl.callbacks.finite import FiniteGuard
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.pipeline import FeatInvPipeline
@@ -31,12 +33,18 @@ def make_model(classifier_folder: Path, prior_folder: Path) -> Any:
     return make
 
 
+class Gradients(Callback):
+    """Keeps the gradients as they are before they are clipped."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.seen = [one.grad.clone() for group in optimizer.param_groups for one in group["params"]]
+
+
 def fit(
-    model: FeatureInversion, batch: Batch, folder: Path, steps: int = 3, precision: Any = "32-true", **options: Any
+    model: FeatureInversion, batch: Batch, folder: Path, steps: int = 3, settings: Any = None, **options: Any
 ) -> Trainer:
     trainer = Trainer(
-        max_steps=steps,
-        precision=precision,
+        **{"max_steps": steps, **(settings or {})},
         accelerator="cpu",
         logger=False,
         default_root_dir=folder,
@@ -146,7 +154,7 @@ def test_mixed_precision_halves_the_prior_and_trains_full_weights(
 ) -> None:
     model = make_model()
     before = make_model().frozen
-    fit(model, make_batch(4), tmp_path, steps=1, precision=precision)
+    fit(model, make_batch(4), tmp_path, steps=1, settings={"precision": precision})
     half = precision == "bf16-mixed"
     assert model.prior.unet.conv_in.weight.dtype == (torch.bfloat16 if half else torch.float32)
     assert {weight.dtype for weight in model.control.parameters()} == {torch.float32}
@@ -444,3 +452,44 @@ def test_gradients_are_given_back_with_the_step(make_model: Any, make_batch: Mak
     model = make_model()
     fit(model, make_batch(4), tmp_path, steps=2)
     assert [name for name, weight in model.named_parameters() if weight.grad is not None] == []
+
+
+@pytest.mark.parametrize("guards", [[], [FiniteGuard()]])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_of_fused_optimizers_are_clipped_in_bf16(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path, algorithm: str, guards: list[Callback]
+) -> None:
+    """As torch clips them, after those of two batches are summed. What SGD keeps of a first step is its gradient."""
+    bound, gradients = 1e-3, Gradients()
+    model = make_model(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True))
+    options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "callbacks": [*guards, gradients]}
+    clipping = {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
+    trainer = fit(model, make_batch(4), tmp_path, steps=2, settings={**options, **clipping, "max_steps": 1})
+    [optimizer] = trainer.optimizers
+    wanted = [torch.nn.Parameter(torch.zeros_like(one)) for one in gradients.seen]
+    for parameter, gradient in zip(wanted, gradients.seen, strict=True):
+        parameter.grad = gradient
+    if algorithm == "norm":
+        assert torch.nn.utils.clip_grad_norm_(wanted, bound) > bound
+    else:
+        torch.nn.utils.clip_grad_value_(wanted, bound)
+    clipped = [optimizer.state[one]["momentum_buffer"] for group in optimizer.param_groups for one in group["params"]]
+    torch.testing.assert_close(clipped, [parameter.grad for parameter in wanted])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"plugins": MixedPrecision("16-mixed", "cpu"), "gradient_clip_val": 1.0},
+            "in 16-mixed a fused AdamW unscales gradients only",
+        ),
+        ({"gradient_clip_val": -1.0}, "--trainer.gradient_clip_val must be at least 0, and is -1.0"),
+    ],
+)
+def test_clipping_that_is_impossible_is_refused(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    model = make_model(optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True))
+    with pytest.raises(UserError, match=message):
+        fit(model, make_batch(4), tmp_path, settings=settings)

@@ -10,7 +10,7 @@ LAYERS = (
     {"types", "errors", "optimisation"},
     {"reading"},
     {"attacks", "nets", "sampling", "data", "metrics"},
-    {"compatibility"},
+    {"clipping", "compatibility"},
     {"inversion", "extraction", "pretraining", "callbacks"},
     {"pipeline", "tracking"},
     {"publishing", "viz"},

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
+from featinv_pl.clipping import Clipped
 from featinv_pl.compatibility import check_control, check_shards
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
@@ -34,7 +34,7 @@ ARM_NAME = re.compile(r"[A-Za-z0-9-]+")
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
-class FeatureInversion(LightningModule):
+class FeatureInversion(Clipped):
     """Draws images from a classifier's feature map (FeatInv, arXiv 2505.21032).
 
     The classifier and the prior are frozen and named by string, so that a checkpoint holds the

@@ -11,7 +11,6 @@ from typing import Any, Literal, cast
 import timm
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from timm.models import save_for_hf
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch.nn import ModuleDict, functional
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
+from featinv_pl.clipping import Clipped
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
@@ -31,7 +31,7 @@ DROPOUT = 0.1
 """How often the prior trains without its prompt."""
 
 
-class Pretraining(LightningModule, ABC):
+class Pretraining(Clipped, ABC):
     """What the three have in common: a loss, its logging, and an optimizer from the configuration.
 
     Args:

@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from featinv_pl.clipping import Clipped, scales_gradients, total_norm
 from featinv_pl.errors import UserError
 
 NAMED = 8  # samples in a message
@@ -47,7 +46,12 @@ class FiniteGuard(Callback):
             UserError: One of them is not finite, and no step may be skipped any more.
         """
         keys, loss, self.keys, self.loss = self.keys, torch.as_tensor(self.loss), [], 0.0
-        norm = torch.zeros_like(loss) if _scales(trainer) else _norm(optimizer).to(loss.device)
+        if scales_gradients(trainer):  # whose scaler looks at the gradients itself
+            norm = torch.zeros_like(loss)
+        else:
+            norm = total_norm(optimizer).to(loss.device)
+            if isinstance(pl_module, Clipped):
+                pl_module.gradient_norm = norm
         figures = torch.stack([loss.float(), norm.float()]).tolist()
         finite = bool(torch.tensor(figures).isfinite().all())
         if trainer.strategy.reduce_boolean_decision(finite):
@@ -84,15 +88,3 @@ class FiniteGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
         self.skipped = state_dict["skipped"]
-
-
-def _scales(trainer: Trainer) -> bool:
-    """Whether a scaler looks for infinite gradients itself, which in half precision are usual, and skips the step."""
-    plugin = trainer.precision_plugin
-    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-
-
-def _norm(optimizer: Optimizer) -> Tensor:
-    """The norm of all gradients."""
-    groups = optimizer.param_groups
-    return get_total_norm([one.grad for group in groups for one in group["params"] if one.grad is not None])
