@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
 from featinv_pl.data.folders import ORDER_SEED, FolderData, FolderImages
 from featinv_pl.errors import UserError
@@ -70,6 +71,17 @@ def test_crop_is_central_and_square(size: tuple[int, int], tmp_path: Path) -> No
     assert drawn.shape == (3, 32, 32)
     assert drawn[:, 3:-3, 3:-3].min() == 1
     assert drawn.mean() > 0.9  # but for a rim, where resizing mixes in the black
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 0.95, 1.0])
+def test_crop_is_that_by_which_timm_evaluates(crop_pct: float, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 443, 3), np.uint8))
+    picture.save(tmp_path / "noise.png")
+    transform = create_transform((3, 224, 224), interpolation="bicubic", crop_pct=crop_pct)
+    theirs = transform(picture) * torch.tensor(IMAGENET_DEFAULT_STD).view(3, 1, 1)
+    theirs += torch.tensor(IMAGENET_DEFAULT_MEAN).view(3, 1, 1)
+    ours = FolderImages(tmp_path, "s", 224, crop_pct)[0]["images"]
+    torch.testing.assert_close((ours + 1) / 2, theirs, rtol=0, atol=1e-6)
 
 
 def test_crop_pct_keeps_that_share_of_the_shorter_side(tmp_path: Path) -> None:

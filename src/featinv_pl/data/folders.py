@@ -2,16 +2,18 @@
 
 import os
 from collections.abc import Iterator
+from math import floor
 from pathlib import Path
 
 import numpy as np
 import torch
+from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.data.images import ImageData, ImageSample, ImageSource, NoImageError, open_image
 from featinv_pl.data.layouts import find_sources, first_per_class, labelled_images
-from featinv_pl.data.views import RATIO, SCALE, central_crop, draw_view, take_view
+from featinv_pl.data.views import RATIO, SCALE, draw_view, take_view
 from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, from_uint8
 
@@ -59,6 +61,9 @@ class FolderImages(ImageSource):
         self._labels = np.array([images[index][1] for index in order])
         self.root, self.source, self.image_size, self.crop_pct = root, source, image_size, crop_pct
         self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
+        # That of `Backbone.crop` too: what a classifier is shown is what its published accuracy was measured on.
+        size = (3, image_size, image_size)
+        self._central_crop = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, normalize=False)
 
     @property
     def num_images(self) -> int:
@@ -73,7 +78,8 @@ class FolderImages(ImageSource):
     def preparation(self) -> str:
         """Crop, views and flips."""
         if not self.views:
-            return f"central crop of {self.crop_pct:g}, {self.image_size} px, bicubic"
+            whole = f" of {floor(self.image_size / self.crop_pct)}" if self.crop_pct < 1 else ""
+            return f"central crop of {self.crop_pct:g}, {self.image_size}{whole} px, bicubic"
         flips = "horizontal and vertical" if self.vertical_flip else "horizontal"
         return (
             f"{self.views} views of seed {self.seed}: random crop of {SCALE[0]:g} to {SCALE[1]:g} of the area, "
@@ -102,10 +108,10 @@ class FolderImages(ImageSource):
         if self.views:
             view = draw_view(image, name, number, self.seed, self.vertical_flip)
             sample["view"] = view
-            image = take_view(image, view, self.image_size)
+            pixels = transforms.pil_to_tensor(take_view(image, view, self.image_size))
         else:
-            image = central_crop(image, self.image_size, self.crop_pct)
-        sample["images"] = from_uint8(transforms.pil_to_tensor(image))
+            pixels = self._central_crop(image)
+        sample["images"] = from_uint8(pixels)
         return sample
 
 

@@ -42,16 +42,3 @@ def take_view(image: Image.Image, view: View, size: int) -> Image.Image:
     if "v" in view["flips"]:
         image = transforms.vertical_flip(image)
     return image
-
-
-def central_crop(image: Image.Image, size: int, crop_pct: float) -> Image.Image:
-    """Resize, then crop the centre.
-
-    Args:
-        image: The original.
-        size: Side of the square.
-        crop_pct: Share of the shorter side that the crop keeps.
-    """
-    image = transforms.resize(image, [round(size / crop_pct)], InterpolationMode.BICUBIC)
-    cropped: Image.Image = transforms.center_crop(image, [size, size])
-    return cropped

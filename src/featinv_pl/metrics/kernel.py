@@ -14,10 +14,11 @@ from featinv_pl.types import key_hash
 class KernelDistance(Metric):
     """Squared maximum mean discrepancy with the cubic kernel of KID (Bińkowski et al., arXiv 1801.01401).
 
-    It is unbiased, and so can be compared between sets of different sizes and fall below zero. KID
-    averages it over random subsets of 1,000; here it is taken once, over the `size` samples whose
-    keys have the smallest hashes. These are a random subset too, but one that needs constant memory
-    and does not depend on batches, order or ranks; a smaller set counts whole.
+    Unbiased, so that values of different n are comparable and can be negative. A reconstruction resembles
+    its own original, so pairs of the two are left out: with them, equal distributions would score below zero.
+    KID averages over random subsets of 1,000 samples; here the distance is computed once, over the `size`
+    samples whose keys have the smallest hashes. They are a random subset too, but one that takes constant
+    memory and does not depend on batches, order or ranks. A set of at most `size` samples is used completely.
 
     Only with the Inception weights of 2015 may it be called `kid`.
 
@@ -74,7 +75,10 @@ def _smallest(states: Tensor) -> Tensor:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Unbiased estimate of the squared maximum mean discrepancy with k(x, y) = (x y / D + 1)^3.
+    """Unbiased estimate, from n pairs, of the squared maximum mean discrepancy with k(x, y) = (x y / D + 1)^3.
+
+    Row i of `a` and row i of `b` may depend on each other, such as a reconstruction and its original; all three
+    terms are means over i != j (Gretton et al., JMLR 13, 2012, lemma 6).
 
     Args:
         a: (n, D).
@@ -82,8 +86,8 @@ def kernel_distance(a: Tensor, b: Tensor) -> Tensor:
     """
     size, width = a.shape
 
-    def within(x: Tensor) -> Tensor:
-        kernel = (x @ x.T / width + 1) ** 3
+    def across(x: Tensor, y: Tensor) -> Tensor:
+        kernel = (x @ y.T / width + 1) ** 3
         return (kernel.sum() - kernel.trace()) / (size * (size - 1))
 
-    return within(a) + within(b) - 2 * ((a @ b.T / width + 1) ** 3).mean()
+    return across(a, a) + across(b, b) - 2 * across(a, b)

@@ -8,12 +8,15 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from featinv_pl.metrics.sample_metric import SampleMetric
 
+WINDOW = 11  # pixels of a side of SSIM's Gaussian window
+
 
 class PixelSimilarity(SampleMetric):
     """Similarity of pixels.
 
-    `psnr` is the peak signal-to-noise ratio in dB, at most 100, which stands for equal images; `ssim`
-    the structural similarity of luminance (Wang et al., 2004) as torchmetrics computes it.
+    `psnr` is the peak signal-to-noise ratio in dB, at most 100, which stands for equal images; `ssim` the
+    structural similarity of luminance (Wang et al., 2004), averaged, as there, over the locations whose window
+    of 11 pixels lies within the image.
 
     Args:
         replicates: See `SampleMetric`.
@@ -30,9 +33,12 @@ class PixelSimilarity(SampleMetric):
         psnr = -10 * error.clamp(min=1e-10).log10()
         luminance = preds.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
         grey, reference = ((images * luminance).sum(1, keepdim=True) for images in (preds, target))
-        ssim = structural_similarity_index_measure(grey, reference, data_range=1.0, reduction="none")
-        assert isinstance(ssim, Tensor)
-        return torch.stack([psnr, ssim.double()], dim=1)
+        _, local = structural_similarity_index_measure(
+            grey, reference, kernel_size=WINDOW, data_range=1.0, reduction="none", return_full_image=True
+        )
+        # At the border torchmetrics pads the image with its reflection.
+        inside = local[..., WINDOW // 2 : -(WINDOW // 2), WINDOW // 2 : -(WINDOW // 2)]
+        return torch.stack([psnr, inside.flatten(1).double().mean(1)], dim=1)
 
 
 class PerceptualDistance(SampleMetric):
