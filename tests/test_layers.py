@@ -10,7 +10,7 @@ LAYERS = (
     {"types", "errors", "optimisation"},
     {"reading"},
     {"attacks", "nets", "sampling", "data", "metrics"},
-    {"clipping", "compatibility"},
+    {"clipping", "compatibility", "identity"},
     {"inversion", "extraction", "pretraining", "callbacks"},
     {"pipeline", "tracking"},
     {"publishing", "viz"},
@@ -19,7 +19,7 @@ LAYERS = (
     {"demo", "study"},
     {"__main__"},
 )
-NO_LIGHTNING = ("attacks", "nets", "sampling", "metrics", "types", "errors", "optimisation")
+NO_LIGHTNING = ("attacks", "nets", "sampling", "metrics", "types", "errors", "optimisation", "identity")
 
 
 def imports(path: Path) -> set[str]:

@@ -265,7 +265,10 @@ def test_reconstruct_refuses_numbers(option: str, value: str, capsys: pytest.Cap
         ("empty index", "--model: 'model/model_index.json' is damaged"),
         ("no encoder", "--model.control: there is no file 'model/encoder/diffusion_pytorch_model.safetensors'"),
         ("half a control", "--model.control: 1 tensors of the controlnet in 'model' are missing"),
-        ("another backbone", "--model: the backbone of 'model' has other weights"),
+        (
+            "another backbone",
+            "--model: the frozen parts of 'model' are not those that its control was trained with (backbone: ",
+        ),
     ],
 )
 def test_refuses_a_model(damage: str, message: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:

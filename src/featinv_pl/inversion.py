@@ -17,9 +17,10 @@ from torchmetrics import MeanMetric
 from featinv_pl.clipping import Clipped
 from featinv_pl.compatibility import check_control, check_shards
 from featinv_pl.errors import UserError
+from featinv_pl.identity import differences, identity
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import FeatureControl
-from featinv_pl.nets.frozen import digest, keep_products_in
+from featinv_pl.nets.frozen import digest, keep_products_in, weights_digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.sources import fill, no_larger, size_below
 from featinv_pl.optimisation import optimise
@@ -154,6 +155,7 @@ class FeatureInversion(Clipped):
                 torch._dynamo.config.recompile_limit = 32
                 network.compile()
         self.conditioning = conditioning
+        self.loaded_step = 0  # of the checkpoint
         self.null_map = null_map
         self.min_snr_gamma = min_snr_gamma
         self.consistency = consistency
@@ -420,6 +422,7 @@ class FeatureInversion(Clipped):
             "backbone": digest(self.backbone.model),
             "autoencoder": digest(self.prior.autoencoder),
             "unet": digest(self.prior.unet),
+            "prompts": weights_digest({"prompt": self.prior.prompt, "empty": self.prior.empty}),
         }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -434,30 +437,16 @@ class FeatureInversion(Clipped):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the control belongs to."""
-        checkpoint["inversion"] = self.identity
+        checkpoint["inversion"] = identity(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model, before training starts."""
         theirs = checkpoint.get("inversion")
         if not isinstance(theirs, dict):
             raise UserError("--ckpt_path: the checkpoint is not one of a FeatureInversion.")
-        different = [name for name, ours in self.identity.items() if theirs.get(name) != ours]
-        if different:
-            sides = "; ".join(
-                f"{name}: {theirs.get(name)} in the checkpoint, {self.identity[name]} here" for name in different
-            )
+        if different := differences(theirs, identity(self)):
             raise UserError(
-                f"--ckpt_path: the checkpoint belongs to another model ({sides}). "
+                f"--ckpt_path: the checkpoint belongs to another model ({'; '.join(different)}). "
                 "Give the configuration that it was trained with."
             )
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with the model that loads it."""
-        return {
-            "conditioning": self.conditioning,
-            "layer": self.backbone.layer,
-            "feature_shape": list(self.backbone.feature_shape),
-            "hidden_channels": self.control.encoder.hidden_channels,
-            **self.frozen,
-        }
+        self.loaded_step = checkpoint["global_step"]

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
+from featinv_pl.identity import Settings, differences, identity
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.sources import INDEX, find_folder, read_index, write_sums
@@ -21,22 +21,13 @@ from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Views, to_uint8
 
 BACKBONE, PRIOR = "backbone", "prior"
-Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
 
 
-class Index(TypedDict):
+class Index(Settings):
     """What `model_index.json` holds that a model is loaded by."""
 
     backbone: str
-    layer: str
-    input_size: Side
     prior: str
-    image_size: Side
-    conditioning: Literal["spatial", "pooled"]
-    hidden_channels: Annotated[int, Field(ge=1, le=100_000)]
-    # Folders of before had no other null map, and no other number of layers.
-    null_map: NotRequired[Literal["zeros", "learned"]]
-    num_layers: NotRequired[Annotated[int, Field(ge=2, le=100)]]
     sampler: dict[str, Any]
     digests: dict[str, str]
 
@@ -70,8 +61,9 @@ class FeatInvPipeline:
             source: The folder, or its name on the hub.
         """
         folder = find_folder(str(source), ["*"], "--model")
+        contents = read_index(folder, "--model")
         try:
-            index = INDEX_TYPE.validate_python(read_index(folder, "--model"))
+            index = INDEX_TYPE.validate_python(contents)
             sampler = Sampler.from_fields(index["sampler"])
         except ValidationError as error:
             reason = " ".join(str(error).split())[:300]
@@ -81,26 +73,13 @@ class FeatInvPipeline:
             str(folder / name) if (folder / name).is_dir() else named
             for name, named in ((BACKBONE, index["backbone"]), (PRIOR, index["prior"]))
         )
-        inversion = FeatureInversion(
-            backbone,
-            prior,
-            image_size=index["image_size"],
-            layer=index["layer"],
-            input_size=index["input_size"],
-            control=folder,
-            conditioning=index["conditioning"],
-            hidden_channels=index["hidden_channels"],
-            null_map=index.get("null_map", "zeros"),
-            num_layers=index.get("num_layers", 3),
-            sampler=sampler,
-        )
-        theirs = index["digests"]
-        for name, ours in inversion.frozen.items():
-            if theirs.get(name) != ours:
-                raise UserError(
-                    f"--model: the {name} of '{folder}' has other weights ({ours[:8]}) than the one that its control "
-                    f"was trained with ({str(theirs.get(name))[:8]}). Copy the folder again, or export the model anew."
-                )
+        arguments: Any = {name: index[name] for name in Settings.__annotations__ if name in index}
+        inversion = FeatureInversion(backbone, prior, control=folder, sampler=sampler, **arguments)
+        if different := differences({**contents, **index["digests"]}, identity(inversion)):
+            raise UserError(
+                f"--model: the frozen parts of '{folder}' are not those that its control was trained with "
+                f"({'; '.join(different)}). Copy the folder again, or export the model anew."
+            )
         return cls(inversion)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -115,7 +94,7 @@ class FeatInvPipeline:
         folder.mkdir(parents=True)
         inversion.control.save_pretrained(folder)
         backbone, prior = inversion.backbone, inversion.prior
-        if Path(backbone.name).exists() or Path(backbone.weights).is_file():
+        if Path(backbone.name).exists() or backbone.weights != "pretrained":
             backbone.save_pretrained(folder / BACKBONE)
         if Path(prior.source).exists():
             prior.save_pretrained(folder / PRIOR)
@@ -125,21 +104,16 @@ class FeatInvPipeline:
     @property
     def index(self) -> dict[str, Any]:
         """What `from_pretrained` needs besides weights."""
-        backbone, prior = self.inversion.backbone, self.inversion.prior
+        inversion = self.inversion
+        known = {name: value for name, value in identity(inversion).items() if name not in inversion.frozen}
         return {
             "_class_name": type(self).__name__,
             "_featinv_pl_version": version("featinv-pl"),
-            BACKBONE: backbone.title,
-            "layer": backbone.layer,
-            "input_size": backbone.input_size[0],
-            PRIOR: "/".join(Path(prior.source).parts[-2:]),
-            "image_size": self.inversion.image_size,
-            "conditioning": self.inversion.conditioning,
-            "null_map": self.inversion.null_map,
-            "hidden_channels": self.inversion.control.encoder.hidden_channels,
-            "num_layers": self.inversion.control.encoder.num_layers,
-            "sampler": asdict(self.inversion.sampler),
-            "digests": self.inversion.frozen,
+            BACKBONE: inversion.backbone.title,
+            PRIOR: "/".join(Path(inversion.prior.source).parts[-2:]),
+            **known,
+            "sampler": asdict(inversion.sampler),
+            "digests": inversion.frozen,
         }
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:

@@ -1,17 +1,18 @@
 """Keeps what has been drawn, so that an interrupted test goes on with the same command."""
 
 import hashlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.nets.frozen import digest
+from featinv_pl.identity import identity, sampling
 from featinv_pl.types import Batch, Inversion, to_uint8
 
 DRAWN = "drawn"
@@ -20,11 +21,11 @@ DRAWN = "drawn"
 class DrawnImages(Callback):
     """Stores the reconstructions of `test` as they are drawn, and hands them to a later test.
 
-    A stored image is found by what decides it: the weights, the sampler, the seed, the sample's key
-    and its feature map. So an interrupted test goes on with the same command, at other batch sizes
-    and on other numbers of processes too; scores, judges and pictures can be had anew without
-    drawing anew; and a change of the model or of the data is never overlooked. Everything else is
-    computed again, which costs little.
+    A stored image is found by all that decides it: weights, prompts, noise schedule, settings and precision
+    of the model, the sampler, the seed, the sample's key and its feature map. So an interrupted test resumes
+    with the same command, at other batch sizes and on other numbers of processes too; a test with other
+    metrics, held-out classifiers or pictures reuses the reconstructions; and a change of the model or of the
+    data is never overlooked. Everything else is computed again, which costs little.
 
     `<default_root_dir>/drawn/` gets one file of bytes per batch. It may be removed at any time.
     """
@@ -39,8 +40,8 @@ class DrawnImages(Callback):
         module: Any = pl_module
         self.folder = Path(trainer.default_root_dir) / DRAWN
         samplers = {"": module.sampler, **module.arms}
-        model = f"{digest(module.control)} {module.identity} {torch.initial_seed()}"
-        self.models = {arm: f"{model} {sampler}" for arm, sampler in samplers.items()}
+        model = {**identity(module), **sampling(module)}
+        self.models = {arm: _hash({**model, "sampler": asdict(sampler)}) for arm, sampler in samplers.items()}
         self.files = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -91,3 +92,7 @@ class DrawnImages(Callback):
             hashlib.blake2b(f"{self.models[arm]} {key}".encode() + maps[row].tobytes(), digest_size=16).hexdigest()
             for row, key in enumerate(batch["key"])
         ]
+
+
+def _hash(contents: Any) -> str:
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -1,10 +1,11 @@
 """Networks that never train."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Frozen(nn.Module):
@@ -39,8 +40,13 @@ def keep_products_in(module: nn.Module, dtype: torch.dtype) -> None:
 
 def digest(module: nn.Module) -> str:
     """Hexadecimal SHA-256 of a module's names, shapes and values, independent of dtype in storage."""
+    return weights_digest(module.state_dict())
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """That of the module whose state dict this is."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         sha.update(f"{name} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().float().cpu().numpy().tobytes())
     return sha.hexdigest()
