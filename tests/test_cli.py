@@ -497,8 +497,8 @@ def test_checkpoint_of_another_model_is_refused(
     shutil.move("run", "before")
     before = Path("before/inversion.ckpt").read_bytes()
     args = ["fit", "--config", config, "--ckpt_path", "before/inversion.ckpt"]
-    refused([*args, "--model.conditioning=pooled"], capsys, "conditioning: spatial in the checkpoint, pooled here")
-    refused([*args, "--model.hidden_channels=4"], capsys, "hidden_channels: 8 in the checkpoint, 4 here")
+    refused([*args, "--model.conditioning=pooled"], capsys, "conditioning: spatial there, pooled here")
+    refused([*args, "--model.hidden_channels=4"], capsys, "hidden_channels: 8 there, 4 here")
     foreign = {"state_dict": {"weight": torch.ones(1)}, "global_step": 1, "pytorch-lightning_version": "2.6.6"}
     torch.save(foreign, "foreign.ckpt")
     refused([*args[:-1], "foreign.ckpt"], capsys, "not one of a FeatureInversion")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
@@ -437,10 +438,14 @@ def test_loading_is_strict(make_model: Any, change: str) -> None:
         model.load_state_dict(state)
 
 
-def test_checkpoint_of_another_conditioning_is_refused(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+def test_checkpoint_of_another_model_is_refused(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
     fit(make_model(), make_batch(4), tmp_path).save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match="conditioning: spatial in the checkpoint, pooled here"):
+    with pytest.raises(UserError, match=r"another model \(conditioning: spatial there, pooled here"):
         fit(make_model(conditioning="pooled"), make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
+    model = make_model()
+    model.prior.schedule = DDIMScheduler.from_config(model.prior.schedule.config, prediction_type="v_prediction")
+    with pytest.raises(UserError, match=r"another model \(schedule\.prediction_type: epsilon there, v_prediction here"):
+        fit(model, make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_dropout_of_one_is_refused(make_model: Any) -> None:

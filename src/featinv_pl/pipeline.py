@@ -73,7 +73,7 @@ class FeatInvPipeline:
             str(folder / name) if (folder / name).is_dir() else named
             for name, named in ((BACKBONE, index["backbone"]), (PRIOR, index["prior"]))
         )
-        arguments: Any = {name: index[name] for name in Settings.__annotations__ if name in index}
+        arguments: Any = {name: value for name, value in index.items() if name in Settings.__annotations__}
         inversion = FeatureInversion(backbone, prior, control=folder, sampler=sampler, **arguments)
         if different := differences({**contents, **index["digests"]}, identity(inversion)):
             raise UserError(

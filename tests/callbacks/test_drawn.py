@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -74,7 +74,8 @@ def test_a_stored_reconstruction_is_reused_by_the_same_model_alone(
         torch.manual_seed(seed)
         sampled.clear()
         trainer = Trainer(**TRAINER, precision=precision, default_root_dir="run", callbacks=[DrawnImages()])
-        trainer.test(inversion, DataLoader([make_batch(3)], batch_size=None), verbose=False)
+        loader: Any = DataLoader(cast(Any, [make_batch(3)]), batch_size=None)
+        trainer.test(inversion, loader, verbose=False)
         return sum(sampled)
 
     assert test(prior_folder) == 3
