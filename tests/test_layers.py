@@ -8,7 +8,7 @@ import featinv_pl
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors", "optimisation"},
-    {"reading"},
+    {"reading", "decoding"},
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"clipping", "compatibility", "identity"},
     {"inversion", "extraction", "pretraining", "callbacks"},
@@ -19,7 +19,7 @@ LAYERS = (
     {"demo", "study"},
     {"__main__"},
 )
-NO_LIGHTNING = ("attacks", "nets", "sampling", "metrics", "types", "errors", "optimisation", "identity")
+NO_LIGHTNING = ("attacks", "nets", "sampling", "metrics", "types", "errors", "optimisation", "identity", "decoding")
 
 
 def imports(path: Path) -> set[str]:

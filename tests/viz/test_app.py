@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from test_pages import ARGUMENTS, PHONE
 
@@ -18,6 +20,7 @@ from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.viz.concepts import Concepts, difference_concepts, pairs_of_labels
+from featinv_pl.viz.pictures import open_picture
 from featinv_pl.viz.samples import read_samples
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra: pip install 'featinv-pl[app]'")
@@ -120,6 +123,17 @@ def is_local(url: str, address: str) -> bool:
 def upload(panel: Locator, number: int, picture: Path) -> None:
     panel.locator("input[type=file]").nth(number).set_input_files(picture)
     expect(panel.locator(".image-frame img, .image-container img")).to_have_count(number + 1)
+
+
+def test_the_page_reads_pictures_as_the_command_does(pipeline: FeatInvPipeline) -> None:
+    from featinv_pl.viz import app
+
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)).save("a.png", exif=turned)
+    uploaded = app._upload("Picture").preprocess(gradio.image_utils.ImageData(path="a.png"))
+    shown, _ = app._reconstruct(pipeline)(uploaded, 1, 0)[0]
+    assert np.array_equal(shown, open_picture(Path("a.png")))
 
 
 def test_a_port_that_is_taken(inverter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,9 +11,10 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
-from featinv_pl.data.images import ImageData, ImageSample, ImageSource, NoImageError, open_image
+from featinv_pl.data.images import ImageData, ImageSample, ImageSource
 from featinv_pl.data.layouts import find_sources, first_per_class, labelled_images
 from featinv_pl.data.views import RATIO, SCALE, draw_view, take_view
+from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, from_uint8
 

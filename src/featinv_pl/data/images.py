@@ -3,42 +3,15 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TypedDict
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from featinv_pl.data.batches import Batches, cut
 from featinv_pl.data.resumable import ResumableData
 from featinv_pl.types import ImageBatch, View
-
-# Of all that Pillow reads, what is a picture: PostScript, for one, is a program, which it would let Ghostscript run.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-MOST_PIXELS = 100_000_000  # of which a file of a few kilobytes can have any number
-
-
-class NoImageError(Exception):
-    """A file cannot be read as an image."""
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read an image whole, in RGB.
-
-    Raises:
-        NoImageError: It is damaged, of another format, or larger than any photograph.
-    """
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file")
-        with Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MOST_PIXELS:
-                raise ValueError(f"it has {file.width} x {file.height} pixels")
-            return file.convert("RGB")
-    except Exception as error:  # of a damaged file, Pillow's decoders raise anything
-        raise NoImageError(str(error).replace(str(path), path.name) or type(error).__name__) from error
 
 
 class ImageSample(TypedDict):

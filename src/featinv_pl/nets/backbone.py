@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from featinv_pl.decoding import NoImageError, to_rgb
 from featinv_pl.errors import UserError
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import no_larger, size_below
@@ -126,8 +127,14 @@ class Backbone(Frozen):
 
         Returns:
             (3, H, W) in [-1, 1].
+
+        Raises:
+            UserError: `to_rgb` refuses the picture.
         """
-        return from_uint8(self._crop(image.convert("RGB")))
+        try:
+            return from_uint8(self._crop(to_rgb(image)))
+        except NoImageError as error:
+            raise UserError(f"the picture cannot be used ({error}). Leave it out or replace it.") from error
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` in timm's layout."""

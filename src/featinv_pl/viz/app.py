@@ -1,5 +1,6 @@
 """A page on this machine: reconstruct a picture, steer it along a concept, interpolate between two."""
 
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -9,7 +10,7 @@ from featinv_pl.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.viz.concepts import Concepts
 from featinv_pl.viz.drawing import draw_all
 from featinv_pl.viz.interpolation import Mode, interpolate
-from featinv_pl.viz.pictures import prediction
+from featinv_pl.viz.pictures import open_picture, prediction
 from featinv_pl.viz.samples import refuse_other_backbone
 from featinv_pl.viz.steering import steer
 
@@ -73,7 +74,8 @@ def build(pipeline: FeatInvPipeline, concepts: Concepts | None) -> Any:
 
 
 def _upload(label: str) -> Any:
-    return gr.Image(type="pil", image_mode="RGB", sources=["upload", "clipboard"], label=label)
+    # Of no mode, so that gradio hands over the file as it is, and pictures are read as everywhere.
+    return gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label)
 
 
 def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
@@ -82,7 +84,10 @@ def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
     def answer(*values: Any) -> Shown:
         if any(value is None for value in values):
             raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
-        shown: Shown = compute(*values)
+        try:
+            shown: Shown = compute(*values)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
         return shown
 
     button = gr.Button(label, variant="primary")
@@ -91,8 +96,8 @@ def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
 
 
 def _reconstruct(pipeline: FeatInvPipeline) -> Any:
-    def reconstruct(picture: Image.Image, samples: int, seed: int) -> Shown:
-        original = pipeline.look(pipeline.crop([picture]))
+    def reconstruct(picture: str, samples: int, seed: int) -> Shown:
+        original = pipeline.look(pipeline.crop([open_picture(Path(picture))]))
         drawn = draw_all(pipeline, original["features"], samples, seed)
         shown = [(as_picture(original["images"][0]), f"the picture: class {prediction(original['logits'][0])}")]
         pairs = zip(drawn["images"][0], drawn["logits"][0], strict=True)
@@ -102,17 +107,17 @@ def _reconstruct(pipeline: FeatInvPipeline) -> Any:
 
 
 def _steer(pipeline: FeatInvPipeline, concepts: Concepts) -> Any:
-    def steered(picture: Image.Image, concept: str, strength: float) -> Shown:
+    def steered(picture: str, concept: str, strength: float) -> Shown:
         # Strength 0 beside it: what steering changed is what differs between the two.
-        result = steer(pipeline, picture, concepts, concepts.number(concept), [0, strength])
+        result = steer(pipeline, open_picture(Path(picture)), concepts, concepts.number(concept), [0, strength])
         return [(tile.picture, tile.caption) for tile in result.sections()[0].rows[0]]
 
     return steered
 
 
 def _interpolate(pipeline: FeatInvPipeline) -> Any:
-    def interpolated(first: Image.Image, second: Image.Image, steps: int, mode: Mode) -> Shown:
-        result = interpolate(pipeline, first, second, steps, mode)
+    def interpolated(first: str, second: str, steps: int, mode: Mode) -> Shown:
+        result = interpolate(pipeline, open_picture(Path(first)), open_picture(Path(second)), steps, mode)
         return [(tile.picture, tile.caption) for tile in result.sections()[1].rows[0]]
 
     return interpolated

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from featinv_pl.data.images import NoImageError, open_image
+from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 
 HEAT = colormaps["magma"]
