@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from featinv_pl.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from featinv_pl.data.corruptions import CORRUPTIONS, corrupt
 from featinv_pl.data.images import ImageData, ImageSample, ImageSource
+from featinv_pl.data.severities import SEVERITIES
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8, key_hash, to_uint8
 
