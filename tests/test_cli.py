@@ -24,7 +24,7 @@ from featinv_pl.data.shards import ShardSet
 from featinv_pl.data.writing import ShardSetWriter
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.sampling.sampler import Sampler
-from tiny import extraction, inversion, write
+from tiny import extraction, inversion, joined, write
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +44,7 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     main(["fit", "--config", config])
     assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 2
     main(["validate", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
-    assert set(scores_of()) >= {"val/cosine", "val/cosine_floor"}
+    assert set(scores_of()) >= {"val/cosine", "val/cosine.floor"}
 
     main(["test", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
     scores = scores_of()
@@ -55,11 +55,11 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     distances = ("fd_test_resnet", "kd_test_resnet")
     for source in ("clean", "corrupted", "corrupted/contrast", "corrupted/contrast/3", "corrupted/pixelate/5"):
         for name in names:
-            assert {f"{source}/{name}{arm}" for arm in ("", "_floor", "_ceiling", "_neighbour")} <= set(scores)
+            assert {f"{source}/{name}{arm}" for arm in ("", ".floor", ".ceiling", ".neighbour")} <= set(scores)
         for name in distances:
-            assert {f"{source}/{name}{arm}" for arm in ("", "_ceiling", "_neighbour")} <= set(scores)
-            assert f"{source}/{name}_floor" not in scores
-        floor, ceiling = scores[f"{source}/cosine_floor"], scores[f"{source}/cosine_ceiling"]
+            assert {f"{source}/{name}{arm}" for arm in ("", ".ceiling", ".neighbour")} <= set(scores)
+            assert f"{source}/{name}.floor" not in scores
+        floor, ceiling = scores[f"{source}/cosine.floor"], scores[f"{source}/cosine.ceiling"]
         assert (f"{source}/cosine_calibrated" in scores) == (ceiling > floor)
         if ceiling > floor:
             calibrated = (scores[f"{source}/cosine"] - floor) / (ceiling - floor)
@@ -74,7 +74,7 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
         assert yaml.safe_load(Path(f"run/{stage}.yaml").read_text())["model"]["class_path"].endswith("FeatureInversion")
 
     main(["report", "."])
-    assert json.loads(Path("metrics.json").read_text())["run"]["scores"] == scores
+    assert joined(json.loads(Path("metrics.json").read_text())["run"]) == scores
     page = Path("report.html").read_text()
     # Two plots, three rows for each of three sources, and two rows of extremes for each of two groups.
     assert page.count("data:image/png;base64,") == 2 + 3 * 3 + 2 * 2
@@ -84,8 +84,7 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
 
 
 def scores_of(folder: str = "run") -> dict[str, float]:
-    scores: dict[str, float] = json.loads(Path(folder, "metrics.json").read_text())["scores"]
-    return scores
+    return joined(json.loads(Path(folder, "metrics.json").read_text()))
 
 
 def samples_of(source: str) -> list[dict[str, Any]]:
@@ -104,11 +103,11 @@ def test_scores_follow_from_the_samples(shards: Path, classifier_folder: Path, p
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
     main(["test", "--config", config, f"--model.judge={classifier_folder}"])
     document = json.loads(Path("run/metrics.json").read_text())
-    scores, rows = document["scores"], samples_of("clean")
+    scores, rows = joined(document), samples_of("clean")
     assert len(rows) == document["samples"]["clean"] == 60
     assert sorted({row["key"] for row in rows}) == [row["key"] for row in rows]
-    for arm, name in (("", "inversion"), ("_ceiling", "ceiling"), ("_floor", "floor"), ("_neighbour", "neighbour")):
-        agreed = [row["prediction"] == row[f"prediction_{name}"] for row in rows]
+    for arm in ("", ".ceiling", ".floor", ".neighbour"):
+        agreed = [row["predicted.original"] == row[f"predicted{arm}"] for row in rows]
         assert scores[f"clean/agreement@1{arm}"] == pytest.approx(sum(agreed) / 60)
         assert scores[f"clean/cosine{arm}"] == pytest.approx(sum(row[f"cosine{arm}"] for row in rows) / 60)
         # The judge is the backbone, so it must see what the backbone sees.
@@ -117,15 +116,15 @@ def test_scores_follow_from_the_samples(shards: Path, classifier_folder: Path, p
     mean = sum(row["psnr"] for row in both) / len(both)
     assert scores["corrupted/psnr"] == pytest.approx(mean)
     assert scores["corrupted/cosine_relative"] == pytest.approx(scores["corrupted/cosine"] / scores["clean/cosine"])
-    for name, (low, high) in document["intervals"].items():
-        assert low <= scores[name] + 1e-9, name
-        assert high >= scores[name] - 1e-9, name
+    for arms in document["scores"].values():
+        for found in (score for arm in arms.values() for score in arm.values() if "low" in score):
+            assert found["low"] - 1e-9 <= found["value"] <= found["high"] + 1e-9
     with Path("run/scores.csv").open() as file:
         cells = {(row["source"], row["score"], row["arm"]): row for row in csv.DictReader(file)}
     assert len(cells) == len(scores)
-    cell = cells["clean", "cosine", "autoencoder"]
-    assert float(cell["value"]) == scores["clean/cosine_ceiling"]
-    assert [float(cell["low"]), float(cell["high"])] == document["intervals"]["clean/cosine_ceiling"]
+    cell = cells["clean", "cosine", "ceiling"]
+    expected = document["scores"]["clean"]["ceiling"]["cosine"]
+    assert {name: float(cell[name]) for name in ("value", "low", "high")} == expected
 
 
 def test_fid_and_kid_need_the_weights_of_inception(
@@ -135,8 +134,8 @@ def test_fid_and_kid_need_the_weights_of_inception(
     few = ["--data.batch_size=8", "--trainer.limit_val_batches=2"]
     main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
     document = json.loads(Path("run/metrics.json").read_text())
-    assert "val/fd_test_resnet" in document["scores"]
-    assert not {"val/fid", "val/kid", "val/lpips"} & set(document["scores"])
+    assert "val/fd_test_resnet" in joined(document)
+    assert not {"val/fid", "val/kid", "val/lpips"} & set(joined(document))
     assert [note.split(":")[0] for note in document["notes"]] == ["there is no fid and no kid", "there is no lpips"]
 
     weights = random_inception(Path("random.pth"), monkeypatch)
@@ -146,8 +145,8 @@ def test_fid_and_kid_need_the_weights_of_inception(
     main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
     scores = scores_of()
     assert scores["val/fid"] > 0
-    assert {"val/kid", "val/kid_ceiling"} <= set(scores)
-    assert "val/fid_floor" not in scores
+    assert {"val/kid", "val/kid.ceiling"} <= set(scores)
+    assert "val/fid.floor" not in scores
 
 
 def test_plan_estimates_and_writes_nothing(
@@ -185,7 +184,7 @@ def test_sources_without_labels_are_scored_without_them(
     settings["data"]["init_args"]["test"] = {"ood": "ood"}
     main(["test", "--config", write(Path("inversion.yaml"), settings)])
     scores = scores_of()
-    assert {"ood/cosine", "ood/agreement@1", "ood/cosine_floor"} <= set(scores)
+    assert {"ood/cosine", "ood/agreement@1", "ood/cosine.floor"} <= set(scores)
     assert not [name for name in scores if "label@1" in name]
 
 
@@ -195,7 +194,7 @@ def test_samples_of_a_map_are_compared(shards: Path, classifier_folder: Path, pr
     main(["test", "--config", config])
     alone = scores_of()
     main(["test", "--config", config, "--model.num_samples=3", "--trainer.default_root_dir=several"])
-    several = json.loads(Path("several/metrics.json").read_text())["scores"]
+    several = scores_of("several")
     assert {name: several[name] for name in alone} == pytest.approx(alone, abs=1e-6)  # the first sample is the same
     assert {name for name in several if "diversity" in name} == {
         f"{source}/diversity_{what}"
@@ -212,7 +211,7 @@ def test_other_samplers_are_scored_beside(shards: Path, classifier_folder: Path,
     settings["model"]["init_args"] |= {
         "judge": str(classifier_folder),
         "arms": {
-            "same": {"steps": 2},
+            "pooled": {"steps": 2},  # as a score of the maps ends
             "free": {"steps": 3, "guidance_scale": 1.0, "control_scale": 0.0, "refine": {"interval": [0, 1]}},
             "best": {"steps": 2, "best_of": 3},
         },
@@ -220,20 +219,23 @@ def test_other_samplers_are_scored_beside(shards: Path, classifier_folder: Path,
     main(["test", "--config", write(Path("inversion.yaml"), settings)])
     scores = scores_of()
     for source in ("clean", "corrupted", "corrupted/contrast"):
-        assert scores[f"{source}/cosine_same"] == pytest.approx(scores[f"{source}/cosine"], abs=1e-9)
-        assert scores[f"{source}/psnr_same"] == pytest.approx(scores[f"{source}/psnr"], abs=1e-9)
-        assert scores[f"{source}/cosine_best"] > scores[f"{source}/cosine"]
-        assert scores[f"{source}/cosine_free"] > scores[f"{source}/cosine"]
-        assert f"{source}/judge_cosine_free" in scores
-    assert "prediction_free" in parquet.read_table("run/samples/clean.parquet").column_names
+        assert scores[f"{source}/cosine.pooled"] == pytest.approx(scores[f"{source}/cosine"], abs=1e-9)
+        assert scores[f"{source}/psnr.pooled"] == pytest.approx(scores[f"{source}/psnr"], abs=1e-9)
+        assert scores[f"{source}/cosine.best"] > scores[f"{source}/cosine"]
+        assert scores[f"{source}/cosine.free"] > scores[f"{source}/cosine"]
+        assert f"{source}/judge_cosine.free" in scores
+    assert "predicted.free" in parquet.read_table("run/samples/clean.parquet").column_names
     folder = Path("run/pictures/clean/first")
-    assert folder.joinpath("same.png").read_bytes() == folder.joinpath("reconstruction.png").read_bytes()
+    assert folder.joinpath("pooled.png").read_bytes() == folder.joinpath("reconstruction.png").read_bytes()
     assert folder.joinpath("free.png").read_bytes() != folder.joinpath("reconstruction.png").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("a/b", r"--model\.arms: 'a/b' cannot be part"), ("floor", r"--model\.arms: 'floor' is what another arm")],
+    [
+        ("a/b", r"--model\.arms: 'a/b' cannot be part"),
+        ("autoencoder", r"--model\.arms: 'autoencoder' is what another arm"),
+    ],
 )
 def test_names_of_samplers_must_be_their_own(
     name: str, message: str, shards: Path, classifier_folder: Path, prior_folder: Path, capsys: Any
@@ -258,10 +260,10 @@ def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prio
     assert "foreign: 4 labels are none of the classifier's 10 classes" in notes
     assert "fd_test_resnet is biased upwards" in notes
     assert "such as in foreign and 1 others" in notes  # with 4 samples and 1, of 8 features
-    scores = document["scores"]
+    scores = joined(document)
     assert "foreign/label@1" not in scores
     assert {"single/cosine", "foreign/cosine", "clean/fd_test_resnet", "clean/label@1"} <= set(scores)
-    assert "single/cosine_floor" not in scores  # there is no other image
+    assert "single/cosine.floor" not in scores  # there is no other image
 
 
 class Interruption(Callback):
@@ -329,7 +331,7 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     document = json.loads(Path("run/metrics.json").read_text())
     printed = capsys.readouterr().out
     assert document["samples"] == {"clean": 56}  # the first of each batch of 16 is left out
-    assert 0 < document["scores"]["clean/cosine"] <= 1
+    assert 0 < joined(document)["clean/cosine"] <= 1
     for fragment in ("empty: left out", "clean: left out 4 samples, not finite", "no nearest neighbour"):
         assert any(fragment in note for note in document["notes"])
         assert fragment in printed

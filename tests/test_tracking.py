@@ -191,7 +191,8 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     [validation] = [other for other in online.runs.values() if other is not run]
     start = validation.starts[0]
     assert (start["jobType"], start["groupName"]) == ("validate", "tiny/spatial")
-    assert validation.summary["val/cosine"] == pytest.approx(run.values("val/cosine")[0], abs=1e-4)
+    for name in ("val/cosine", "val/cosine.floor"):
+        assert validation.summary[name] == pytest.approx(run.values(name)[0], abs=1e-4)
     shown = validation.summary["scores/validate"]
     [path] = Path("runs/wandb").glob(f"run-*/files/{shown['path']}")
     table = json.loads(path.read_text())
@@ -379,7 +380,8 @@ def test_other_loggers_take_what_they_can(settings: dict[str, Any]) -> None:
     main(["fit", "--config", config])
     main(["validate", "--config", config])
     training, validation = (EventAccumulator(f"runs/TensorBoard/version_{number}").Reload() for number in range(2))
-    assert {"train/loss", "train/samples_per_second", "val/cosine"} <= set(training.Tags()["scalars"])
+    tags = {"train/loss", "train/samples_per_second", "val/cosine", "val/cosine.floor"}
+    assert tags <= set(training.Tags()["scalars"])
     assert [event.step for event in training.Scalars("train/loss")] == [0, 1]
     assert "reconstructions/val/first" in training.Tags()["images"]
     [picture] = training.Images("reconstructions/val/first")

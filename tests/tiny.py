@@ -80,6 +80,16 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
     }
 
 
+def joined(document: dict[str, Any]) -> dict[str, float]:
+    """The scores of a `metrics.json` under the names that loggers know them by."""
+    return {
+        f"{source}/{score}" if arm == "inversion" else f"{source}/{score}.{arm}": found["value"]
+        for source, arms in document["scores"].items()
+        for arm, scores in arms.items()
+        for score, found in scores.items()
+    }
+
+
 def make_classifier(root: Path) -> Path:
     """The folder of a backbone."""
     torch.manual_seed(1)

@@ -1,6 +1,5 @@
 """The method: p(image | feature map), learned by steering a frozen latent diffusion prior."""
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -14,6 +13,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
+from featinv_pl.arms import check_names
 from featinv_pl.clipping import Clipped
 from featinv_pl.compatibility import check_control, check_shards
 from featinv_pl.errors import UserError
@@ -31,7 +31,6 @@ from featinv_pl.sampling.refinement import refined
 from featinv_pl.sampling.sampler import Sampler, sample
 from featinv_pl.types import Batch, Inversion, Views, from_uint8, key_hash
 
-ARM_NAME = re.compile(r"[A-Za-z0-9-]+")
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -167,9 +166,7 @@ class FeatureInversion(Clipped):
         self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
         self.num_samples = num_samples
         self.arms = arms or {}
-        for name in self.arms:
-            if not ARM_NAME.fullmatch(name):
-                raise UserError(f"--model.arms: '{name}' cannot be part of a score's name. Use letters, digits and -.")
+        check_names(self.arms)
 
     # The method
 

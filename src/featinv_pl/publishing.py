@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from lightning.pytorch.cli import LightningArgumentParser
 
-from featinv_pl.callbacks.results import METRICS, read_document
+from featinv_pl.callbacks.results import METRICS, Name, Score, by_name, read_document
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
@@ -47,7 +47,7 @@ def export(run: Path, folder: Path) -> None:
         inversion.load_state_dict(state["state_dict"])
     except UserError as error:
         raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
-    scores = read_document(home / METRICS, "RUN")["scores"] if (home / METRICS).is_file() else {}
+    scores = by_name(read_document(home / METRICS, "RUN")) if (home / METRICS).is_file() else {}
     _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), scores)
 
 
@@ -155,14 +155,15 @@ def _optimizer(settings: str | dict[str, Any]) -> str:
     return ", ".join([settings["class_path"], *(f"{name} {arguments[name]}" for name in SHOWN if name in arguments)])
 
 
-def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], scores: dict[str, float]) -> None:
+def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], scores: dict[Name, Score]) -> None:
     """Write beside, then rename, so that a folder under its final name is whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
-        sources = sorted({name.split("/")[0] for name in scores})
-        table = {source: [scores.get(f"{source}/{score}") for score in SHOWN_SCORES] for source in sources}
+        sources = sorted({name.source for name in scores if "/" not in name.source})
+        found = {source: [scores.get(Name(source, score)) for score in SHOWN_SCORES] for source in sources}
+        table = {source: [score and score["value"] for score in row] for source, row in found.items()}
         template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(
             files("featinv_pl").joinpath("model_card.md").read_text()
         )

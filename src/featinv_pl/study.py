@@ -18,13 +18,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
+from featinv_pl.arms import ARMS, INVERSION
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.reconstruction_grid import FIRST, PICTURES
-from featinv_pl.callbacks.results import ARMS, METRICS, aligned
+from featinv_pl.callbacks.results import METRICS, Name, aligned, by_name, read_document
 from featinv_pl.cli import merge
 from featinv_pl.errors import UserError, user_error
 from featinv_pl.publishing import export
-from featinv_pl.reading import read_json, read_yaml
+from featinv_pl.reading import read_yaml
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
 from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown, strips
 
@@ -228,19 +229,14 @@ def _rows(plan: Plan) -> list[Row]:
     rows = []
     for name in plan.runs:
         paths = [plan.folder / name / str(seed) / METRICS for seed in plan.seeds]
-        advice = "Remove it, so that the run is tested again."
-        found: list[dict[str, float]] = [
-            read_json(path, "PLAN", advice).get("scores", {}) for path in paths if path.is_file()
-        ]
-        # What every arm has, also where floor and ceiling leave nothing to calibrate.
-        prefix = f"{plan.source}/agreement@1_"
-        names = dict.fromkeys(key.removeprefix(prefix) for run in found for key in run if key.startswith(prefix))
-        for suffix in ("", *(f"_{arm}" for arm in names if f"_{arm}" not in ARMS and arm != "relative")):
+        found = [by_name(read_document(path, "PLAN")) for path in paths if path.is_file()]
+        arms = dict.fromkeys(key.arm for run in found for key in run if key.source == plan.source)
+        for arm in (INVERSION, *(arm for arm in arms if arm not in ARMS)):
             values = {
-                score: [run[key] for run in found if (key := f"{plan.source}/{score}{suffix}") in run]
+                score: [run[key]["value"] for run in found if (key := Name(plan.source, score, arm)) in run]
                 for score in SCORES
             }
-            rows.append(Row(name, suffix.removeprefix("_") or OWN, values))
+            rows.append(Row(name, OWN if arm == INVERSION else arm, values))
     return rows
 
 

@@ -757,6 +757,7 @@ def _link_in_place_of_output(name: str) -> Spoil:
 
 
 TILES = "pictures/clean/first/tiles.json"
+COSINE = ("scores", "clean", "inversion", "cosine")
 STRIP = "pictures/clean/first/original.png"
 REPORTS: dict[str, Spoil] = {
     **{f"scores: {name}": scored("metrics.json", spoil) for name, spoil in JSONS.items()},
@@ -766,11 +767,12 @@ REPORTS: dict[str, Spoil] = {
     **{f"picture: {name}": scored(STRIP, content(data)) for name, data in PICTURES.items()},
     **{f"samples: {spoil.__name__}": scored("samples/clean.parquet", spoil) for spoil in ANY},
     **{f"stages: {name}": within("stages.json", spoil) for name, spoil in JSONS.items()},
-    "score of NaN": document("scores", "clean/cosine", value=float("nan")),
-    "score of a word": document("scores", "clean/cosine", value="word"),
-    "score of 400 digits": document("scores", "clean/cosine", value=10**400),
-    "interval of one": document("intervals", "clean/cosine", value=[1]),
-    "no interval": document("intervals", value={}),
+    "score of NaN": document(*COSINE, "value", value=float("nan")),
+    "score of a word": document(*COSINE, "value", value="word"),
+    "score of 400 digits": document(*COSINE, "value", value=10**400),
+    "half an interval": document(*COSINE, value={"value": 0.5, "low": 0.4}),
+    "no interval": document(*COSINE, value={"value": 0.5}),
+    "scores of an earlier version": document("scores", value={"clean/cosine": 0.5}),
     "source of a path": document("samples", value={"../../outside": 1}),
     "samples of a word": document("samples", "clean", value="word"),
     "notes of markup": document("notes", value=["<script>alert(1)</script>"]),

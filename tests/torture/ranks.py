@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tiny import joined
 from torture.kills import stages, workplace
 from torture.observers import ROWS, SEEN, lines
 from torture.processes import PATIENCE_S, TWO, ended, kill, run, start_as_users_do
@@ -39,7 +40,7 @@ def compare_ranks(root: Path) -> Iterator[Figure]:
         folder = workplace(root, test, f"parity-{ranks}")
         run([*test.args, *more, "--data.test.val=shards/val"], folder)
         seen = sorted(key for rank in range(ranks) for *_, keys in lines(folder / SEEN.format(rank)) for key in keys)
-        found.append((json.loads((folder / "run/metrics.json").read_text())["scores"], seen))
+        found.append((joined(json.loads((folder / "run/metrics.json").read_text())), seen))
     (scores, seen), (others, same) = found
     apart = {name: abs(value - others[name]) for name, value in scores.items()}
     wrong = sum(difference > SCORES for difference in apart.values())

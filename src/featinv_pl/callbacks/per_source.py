@@ -1,6 +1,7 @@
 """Scores for each source, with floor, ceiling and baselines beside every figure."""
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics import Metric
 
+from featinv_pl.arms import ARMS, CEILING, FLOOR, INVERSION, NEIGHBOUR, ORIGINAL, label
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.references import Floor, Neighbours
-from featinv_pl.callbacks.results import ARMS, METRICS, Name, Results, aligned, samples_file, samples_path
+from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, column, samples_file, samples_path
 from featinv_pl.errors import UserError
 from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
 from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
@@ -87,11 +89,11 @@ class PerSource(EvaluationCallback):
 
     Beside each score of the inversion stand those of other arms, by the same metrics on the same images:
 
-    * `<score>_floor`: another image of the source, chosen by key (not for distances between sets).
-    * `<score>_ceiling`: the original through the prior's autoencoder alone.
-    * `label@1_original`: the original itself, that is, the accuracy of the backbone.
-    * `<score>_neighbour`: in `test`, the training image with the most similar map.
-    * `<score>_<name>`: in `test`, what the sampler of that name has drawn (`--model.arms`).
+    * `<score>.floor`: another image of the source, chosen by key (not for distances between sets).
+    * `<score>.ceiling`: the original through the prior's autoencoder alone.
+    * `label@1.original`: the original itself, that is, the accuracy of the backbone.
+    * `<score>.neighbour`: in `test`, the training image with the most similar map.
+    * `<score>.<name>`: in `test`, what the sampler of that name has drawn (`--model.arms`).
 
     A source `a/b/c` also counts for `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
     `scores.csv` with all scores and their 95 % intervals, and `samples/<source>.parquet` with every
@@ -126,9 +128,7 @@ class PerSource(EvaluationCallback):
         datamodule = cast(Any, trainer).datamodule
         self.results = Results()
         self.diverse = stage == "test" and cast(Any, pl_module).num_samples > 1
-        self.drawn = ["", *(f"_{name}" for name in cast(Any, pl_module).arms if stage == "test")]
-        for arm in ARMS.keys() & set(self.drawn[1:]):
-            raise UserError(f"--model.arms: '{arm[1:]}' is what another arm is called. Choose another name.")
+        self.drawn = [INVERSION, *(cast(Any, pl_module).arms if stage == "test" else [])]
         self.pending = list(datamodule.sources(stage))
         self.open, self.groups, self.neighbours = None, {}, None
         self.device = pl_module.device
@@ -151,19 +151,18 @@ class PerSource(EvaluationCallback):
         while self.open is None or self.open.source != batch["source"][0]:
             self._next()
         tally = self.open
-        arms = {"": cast(Views, outputs), "_ceiling": outputs["ceiling"], "_original": cast(Views, batch)}
-        arms |= {f"_{name}": views for name, views in outputs.get("arms", {}).items()}
+        arms = {INVERSION: cast(Views, outputs), CEILING: outputs["ceiling"], ORIGINAL: cast(Views, batch)}
+        arms |= outputs.get("arms", {})
         if tally.floor is not None:
-            arms["_floor"] = tally.floor(batch)
+            arms[FLOOR] = tally.floor(batch)
         if self.neighbours is not None:
-            arms["_neighbour"] = self.neighbours(batch)
+            arms[NEIGHBOUR] = self.neighbours(batch)
         arms, batch = self._finite(tally, arms, batch)
         if not batch["key"]:
             return
         columns = {
             "key": batch["key"],
             "label": batch["labels"].tolist(),
-            "prediction": batch["logits"].argmax(1).tolist(),
         }
         for number, eye in enumerate(self.eyes):
             target = {**batch, **eye.look(batch["images"])} if eye.look else batch
@@ -171,13 +170,13 @@ class PerSource(EvaluationCallback):
                 if (number, arm) not in tally.metrics:
                     continue
                 preds = eye.look(views["images"]) if eye.look else views
-                if arm != "_original" and "logits" in preds:
-                    columns[f"{eye.prefix}prediction{arm or '_inversion'}"] = preds["logits"].argmax(1).tolist()
+                if "logits" in preds:
+                    columns[column(f"{eye.prefix}predicted", arm)] = preds["logits"].argmax(1).tolist()
                 for metric in tally.metrics[number, arm]:
                     ours, theirs = cast(Any, metric).reads
                     metric.update(cast(Any, preds)[ours], cast(Any, target)[theirs], batch["key"])
                     if isinstance(metric, SampleMetric):
-                        names = (f"{eye.prefix}{name}{arm}" for name in metric.names)
+                        names = (column(f"{eye.prefix}{name}", arm) for name in metric.names)
                         columns.update(zip(names, metric.latest.T.tolist(), strict=True))
         for name, values in columns.items():
             tally.columns.setdefault(name, []).extend(values)
@@ -192,13 +191,14 @@ class PerSource(EvaluationCallback):
                 + f" and {len(sources) - 1} others" * (len(sources) > 1)
             )
         self.results.derive(self.clean)
+        scores = {str(name): score["value"] for name, score in self.results.scores.items()}
         if trainer.state.fn == "fit":
-            pl_module.log_dict(self.results.scores)  # for ModelCheckpoint to monitor
+            pl_module.log_dict(scores)  # for ModelCheckpoint to monitor
         else:
             # Not through Lightning, which would print all of them, and with forked processes waits for ever to
             # hand so many back.
             for logger in trainer.loggers:
-                logger.log_metrics(self.results.scores, self.step)
+                logger.log_metrics(scores, self.step)
 
     def end(self) -> None:
         """Write the files, and show what matters most."""
@@ -213,10 +213,10 @@ class PerSource(EvaluationCallback):
 
     def _picture(self) -> None:
         """Write the plots, and hand them to the loggers, beside the table."""
-        runs, whole = {"inversion": self.results.document}, [name for name in self.results.counts if "/" not in name]
-        plots = {"severity": severity_curves(runs, self.clean)}
+        title, whole = label(INVERSION), [name for name in self.results.counts if "/" not in name]
+        plots = {"severity": severity_curves({title: self.results.document}, self.clean)}
         if whole:
-            plots["histograms"] = cosine_histograms({"inversion": self.root}, whole, self.results.counts)
+            plots["histograms"] = cosine_histograms({title: self.root}, whole, self.results.counts)
         for name, png in plots.items():
             if png is not None:
                 write_bytes(self.root / "plots" / f"{name}.png", png)
@@ -297,9 +297,9 @@ class PerSource(EvaluationCallback):
                 tally.floor = Floor(samples)
             except UserError as error:
                 self._note(f"{source}: there is no floor: {error}")
-        arms = [*self.drawn, "_ceiling", "_original"]
-        arms += ["_floor"] if tally.floor is not None else []
-        arms += ["_neighbour"] if self.neighbours is not None else []
+        arms = [*self.drawn, CEILING, ORIGINAL]
+        arms += [FLOOR] if tally.floor is not None else []
+        arms += [NEIGHBOUR] if self.neighbours is not None else []
         tally.metrics = self._metrics(arms)
         return tally
 
@@ -307,13 +307,13 @@ class PerSource(EvaluationCallback):
         """New metrics by number of the eye and by arm."""
         made = {(number, arm): eye.metrics() for number, eye in enumerate(self.eyes) for arm in arms}
         for (_, arm), metrics in made.items():
-            if arm == "_floor":
+            if arm == FLOOR:
                 # Another image of a set is an image of that set: as a distance between sets, it says nothing.
                 metrics[:] = [metric for metric in metrics if isinstance(metric, SampleMetric)]
-            if arm == "_original":  # which agrees with itself, but not always with its label
+            if arm == ORIGINAL:  # which agrees with itself, but not always with its label
                 metrics[:] = [metric for metric in metrics if isinstance(metric, LabelAccuracy)]
-        if self.diverse and (0, "") in made:
-            made[0, ""] += [PixelDiversity(self.replicates), MapDiversity(self.replicates)]
+        if self.diverse and (0, INVERSION) in made:
+            made[0, INVERSION] += [PixelDiversity(self.replicates), MapDiversity(self.replicates)]
         return {key: [metric.to(self.device) for metric in metrics] for key, metrics in made.items() if metrics}
 
     def _finite(self, tally: Tally, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
@@ -346,7 +346,7 @@ class PerSource(EvaluationCallback):
             write_bytes(samples_path(self.root, tally.source), samples_file(columns))
         for level in _groups(tally.source):
             if level not in self.groups:
-                self.groups[level] = Tally(level, self._metrics((*self.drawn, *list(ARMS)[1:])))
+                self.groups[level] = Tally(level, self._metrics(dict.fromkeys((*self.drawn, *ARMS))))
             self.groups[level].add(tally)
             if not any(source.startswith(f"{level}/") for source in self.pending):
                 self._score(self.groups.pop(level))
@@ -361,10 +361,10 @@ class PerSource(EvaluationCallback):
                 with warnings.catch_warnings():  # a rank without samples has updated nothing, and a group only merges
                     warnings.filterwarnings("ignore", "The ``compute`` method")
                     values = metric.compute()
-                if isinstance(metric, FrechetDistance) and not arm and tally.count <= metric.num_features:
+                if isinstance(metric, FrechetDistance) and arm == INVERSION and tally.count <= metric.num_features:
                     self.biased.setdefault(metric.name, []).append(tally.source)
                 for name, value in values.items():
-                    if value.isnan().all() and not arm and not isinstance(metric, SampleMetric):
+                    if value.isnan().all() and arm == INVERSION and not isinstance(metric, SampleMetric):
                         self._note(f"{tally.source}: {tally.count} samples are too few for {name}, which needs 2")
                     key = Name(tally.source, f"{self.eyes[number].prefix}{name}", arm)
                     self.results.values[key] = value.reshape(-1).cpu().numpy()
@@ -399,7 +399,7 @@ def _gather(item: Any) -> list[Any]:
 
 
 def network_name(backbone: Any) -> str:
-    """What timm calls the architecture, and the weights if they are its own."""
+    """What timm calls the architecture, and the weights if they are its own, as part of a score's name."""
     config = backbone.model.pretrained_cfg
     parts = [config["architecture"], "" if Path(backbone.name).is_dir() else config.get("tag")]
-    return ".".join(part for part in parts if part)
+    return re.sub(r"[^\w-]", "-", "-".join(part for part in parts if part))

@@ -8,7 +8,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from featinv_pl.callbacks.results import ARMS, Document, read_samples
+from featinv_pl.arms import ARMS, INVERSION, label
+from featinv_pl.callbacks.results import Document, Name, by_name, column, read_samples
 
 LINE_STYLES = ("-", "--", ":", "-.")
 CURVES = {"cosine": "cosine of the feature maps", "agreement@1": "agreement of the predicted class"}
@@ -31,23 +32,24 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
     if not sources:
         return None
     figure = Figure(figsize=(12, 5), layout="constrained")
-    names = sorted({name for name, _ in sources.values()})
-    colours = {name: colormaps["tab20" if len(names) > 10 else "tab10"](number) for number, name in enumerate(names)}
+    corruptions = sorted({corruption for corruption, _ in sources.values()})
+    palette = colormaps["tab20" if len(corruptions) > 10 else "tab10"]
+    colours = {corruption: palette(number) for number, corruption in enumerate(corruptions)}
     panels = figure.subplots(1, len(CURVES))
-    for axes, (score, label) in zip(panels, CURVES.items(), strict=True):
+    for axes, (score, title) in zip(panels, CURVES.items(), strict=True):
         for style, (run, document) in zip(LINE_STYLES * len(runs), runs.items(), strict=False):
+            scores = by_name(document)
             for corruption, colour in colours.items():
-                points = {found[1]: f"{source}/{score}" for source, found in sources.items() if found[0] == corruption}
-                points = {0: f"{clean}/{score}", **points}
-                shown = sorted((level, name) for level, name in points.items() if name in document["scores"])
-                values = [document["scores"][name] for _, name in shown]
-                levels = [level for level, _ in shown]
+                names = {found[1]: Name(source, score) for source, found in sources.items() if found[0] == corruption}
+                points = sorted((level, name) for level, name in {0: Name(clean, score), **names}.items())
+                shown = {level: scores[name] for level, name in points if name in scores}
+                values = [point["value"] for point in shown.values()]
                 name = f"{run}, {corruption.replace('_', ' ')}"
-                axes.plot(levels, values, style, color=colour, marker=".", label=name)
-                if all(name in document["intervals"] for _, name in shown):
-                    bounds = zip(*(document["intervals"][name] for _, name in shown), strict=True)
-                    axes.fill_between(levels, *bounds, color=colour, alpha=0.1, linewidth=0)
-        axes.set(xlabel="severity of the corruption (0: clean)", ylabel=label)
+                axes.plot(list(shown), values, style, color=colour, marker=".", label=name)
+                bounds = [(point["low"], point["high"]) for point in shown.values() if {"low", "high"} <= point.keys()]
+                if shown and len(bounds) == len(shown):
+                    axes.fill_between(list(shown), *zip(*bounds, strict=True), color=colour, alpha=0.1, linewidth=0)
+        axes.set(xlabel="severity of the corruption (0: clean)", ylabel=title)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize="small", loc="outside right upper")
     return png(figure)
@@ -65,11 +67,11 @@ def cosine_histograms(runs: Mapping[str, Path], sources: list[str], known: Itera
     for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
         for number, (run, folder) in enumerate(runs.items()):
             table = read_samples(folder, source, known)
-            arms = {"": run} if number else {**ARMS, "": run}
-            for arm, label in arms.items():
-                if f"cosine{arm}" in table.column_names:
-                    values = table[f"cosine{arm}"].drop_null().to_numpy()
-                    axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=label)
+            for arm in (INVERSION,) if number else ARMS:
+                if (name := column("cosine", arm)) in table.column_names:
+                    values = table[name].drop_null().to_numpy()
+                    title = run if arm == INVERSION else label(arm)
+                    axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=title)
         axes.set(xlabel="cosine of the feature maps", title=source, yticks=[])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
     return png(figure)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from featinv_pl.arms import CEILING, INVERSION, ORIGINAL, label
 from featinv_pl.callbacks.evaluation import EvaluationCallback
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import Pixels, last_step, log_picture
@@ -73,9 +74,9 @@ class ReconstructionGrid(EvaluationCallback):
             self.source = batch["source"][0]
         rows = range(min(len(batch["key"]), POOL - len(self.tiles)))
         cosines = cosine_similarity(outputs["features"], batch["features"]).mean((1, 2)).tolist()
-        arms = {name: views["images"] for name, views in outputs.get("arms", {}).items()}
-        images = {"original": batch["images"], "autoencoder": outputs["ceiling"]["images"]}
-        images |= {"reconstruction": outputs["images"], **arms}
+        images = {label(ORIGINAL): batch["images"], label(CEILING): outputs["ceiling"]["images"]}
+        images[label(INVERSION)] = outputs["images"]
+        images |= {name: views["images"] for name, views in outputs.get("arms", {}).items()}
         strips = {name: to_uint8(item[: len(rows)]).cpu() for name, item in images.items()}
         classes = [item.argmax(1).tolist() for item in (batch["logits"], outputs["logits"])]
         labels = batch["labels"].tolist()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired
 
 import numpy as np
 import pyarrow
@@ -15,6 +15,7 @@ from pyarrow import parquet
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
+from featinv_pl.arms import CEILING, FLOOR, INVERSION, label, ordered
 from featinv_pl.errors import UserError
 from featinv_pl.reading import read_json
 
@@ -22,13 +23,6 @@ METRICS = "metrics.json"
 SCORES = "scores.csv"
 SAMPLES = "samples"
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1", "psnr")
-ARMS = {
-    "": "inversion",
-    "_ceiling": "autoencoder",
-    "_neighbour": "neighbour",
-    "_floor": "floor",
-    "_original": "original",
-}
 RELATIVE = ("cosine", "agreement@1", "agreement@5", "label@1")
 
 Values = NDArray[np.float64]
@@ -36,29 +30,55 @@ Values = NDArray[np.float64]
 
 
 class Name(NamedTuple):
-    """Which score of what: written `<source>/<score><arm>`."""
+    """Which score, of which test set or group of them, and of which arm.
+
+    It stays a structure, in memory and in `metrics.json`, and becomes text here alone, for loggers and
+    `ModelCheckpoint`: `<test set>/<score>` for the inversion itself, `<test set>/<score>.<arm>` for the others.
+    """
 
     source: str
     score: str
-    arm: str = ""
+    arm: str = INVERSION
 
     def __str__(self) -> str:
-        return f"{self.source}/{self.score}{self.arm}"
+        return f"{self.source}/{column(self.score, self.arm)}"
+
+
+def column(score: str, arm: str) -> str:
+    """What a score of an arm is called within its test set. Neither a score's name nor an arm's has a dot."""
+    return score if arm == INVERSION else f"{score}.{arm}"
+
+
+class Score(TypedDict):
+    """A score and, if it is a mean, its 95 % confidence interval."""
+
+    value: float
+    low: NotRequired[float]
+    high: NotRequired[float]
 
 
 class Document(TypedDict):
     """The content of `metrics.json`."""
 
     samples: dict[str, int]
-    """By source, how many count."""
-    scores: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    """95 % confidence intervals of those scores that are means."""
+    """By test set or group, how many images count."""
+    scores: dict[str, dict[str, dict[str, Score]]]
+    """By test set or group, arm and score."""
     notes: list[str]
     """What is missing, and why."""
 
 
 DOCUMENT = TypeAdapter(Document)
+
+
+def by_name(document: Document) -> dict[Name, Score]:
+    """The scores of a document under their whole names."""
+    return {
+        Name(source, score, arm): found
+        for source, arms in document["scores"].items()
+        for arm, scores in arms.items()
+        for score, found in scores.items()
+    }
 
 
 @dataclass
@@ -67,7 +87,7 @@ class Results:
 
     Attributes:
         values: Scores with their replicates.
-        counts: Samples that count, by source.
+        counts: Images that count, by test set or group.
         notes: What users should know of these scores: what is missing, and why.
     """
 
@@ -80,18 +100,18 @@ class Results:
 
         `cosine_calibrated`, of every arm, is where its cosine lies between floor and ceiling, if these are
         in order.
-        `<score>_relative`, of a group of sources such as a corruption at all its severities, is its ratio
+        `<score>_relative`, of a group of test sets such as a corruption at all its severities, is its ratio
         to that of `clean`.
         """
         for source in self.counts:
             for prefix in ("", "judge_"):
                 cosine = f"{prefix}cosine"
-                floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in ("_floor", "_ceiling"))
+                floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in (FLOOR, CEILING))
                 if floor is None or ceiling is None or ceiling[0] <= floor[0]:
                     continue
-                for arm in self.arms.keys() - {"_floor", "_ceiling"}:
+                for arm in self.arms:
                     own = self.values.get(Name(source, cosine, arm))
-                    if own is not None:
+                    if own is not None and arm not in (FLOOR, CEILING):
                         self.values[Name(source, f"{cosine}_calibrated", arm)] = _ratio(own - floor, ceiling - floor)
             if any(other.startswith(f"{source}/") for other in self.counts):
                 for score in RELATIVE:
@@ -100,63 +120,57 @@ class Results:
                         self.values[Name(source, f"{score}_relative")] = _ratio(own, reference)
 
     @property
-    def arms(self) -> dict[str, str]:
-        """The names of all arms by their suffix: those that there always are, and those of further samplers."""
-        return {**ARMS, **{name.arm: name.arm.removeprefix("_") for name in self.values if name.arm not in ARMS}}
+    def arms(self) -> list[str]:
+        """Names of all arms that have scores, in the order of tables."""
+        return ordered(dict.fromkeys(name.arm for name in self.values))
 
     @property
-    def scores(self) -> dict[str, float]:
-        """Every score that there is, by its written name."""
-        return {str(name): float(values[0]) for name, values in sorted(self.values.items()) if np.isfinite(values[0])}
+    def scores(self) -> dict[Name, Score]:
+        """Every score that there is, ordered by test set as it was evaluated, and by arm as in tables."""
+        sources, arms = list(self.counts), self.arms
+        names = sorted(self.values, key=lambda name: (sources.index(name.source), arms.index(name.arm)))
+        return {name: _score(self.values[name]) for name in names if np.isfinite(self.values[name][0])}
 
     @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % confidence intervals, as percentiles of the bootstrap, by the name of the score."""
-        intervals = {}
-        for name, values in sorted(self.values.items()):
-            if len(values) > 1 and np.isfinite(values[0]):
-                # A replicate of few samples can lack all that count, or the difference that a ratio divides by.
-                low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
-                intervals[str(name)] = (float(low), float(high))
-        return intervals
-
-    @property
-    def document(self) -> "Document":
+    def document(self) -> Document:
         """What `metrics.json` holds."""
-        return {
-            "samples": self.counts,
-            "scores": self.scores,
-            "intervals": self.intervals,
-            "notes": self.notes,
-        }
+        scores: dict[str, dict[str, dict[str, Score]]] = {}
+        for name, found in self.scores.items():
+            scores.setdefault(name.source, {}).setdefault(name.arm, {})[name.score] = found
+        return {"samples": self.counts, "scores": scores, "notes": self.notes}
 
     def files(self) -> dict[str, bytes]:
         """`metrics.json` and `scores.csv`."""
-        document = self.document
-        scores, intervals = document["scores"], document["intervals"]
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["source", "score", "arm", "value", "low", "high", "samples"])
-        for name in sorted(self.values):
-            if str(name) in scores:
-                low, high = intervals.get(str(name), ("", ""))
-                arm = self.arms[name.arm]
-                writer.writerow([name.source, name.score, arm, scores[str(name)], low, high, self.counts[name.source]])
-        return {METRICS: (json.dumps(document, indent=2) + "\n").encode(), SCORES: rows.getvalue().encode()}
+        writer.writerow(["source", "arm", "score", "value", "low", "high", "samples"])
+        for name, found in self.scores.items():
+            interval = (found.get("low", ""), found.get("high", ""))
+            writer.writerow([name.source, name.arm, name.score, found["value"], *interval, self.counts[name.source]])
+        return {METRICS: (json.dumps(self.document, indent=2) + "\n").encode(), SCORES: rows.getvalue().encode()}
 
     def table(self) -> list[list[str]]:
         """Headline scores with their intervals: a head, then a row for each whole data set and arm."""
-        scores, intervals = self.scores, self.intervals
+        scores = self.scores
         extra = sorted({name.score for name in self.values if name.score.startswith(("fd_", "fid"))})
         columns = [name for name in (*HEADLINES, *extra) if any(key.score == name for key in self.values)]
         table = [["source", "n", "arm", *columns]]
         for source in (name for name in self.counts if "/" not in name):
-            for suffix, arm in self.arms.items():
-                names = [str(Name(source, column, suffix)) for column in columns]
-                if any(name in scores for name in names):
-                    cells = [cell(scores.get(name), intervals.get(name)) for name in names]
-                    table.append([source, str(self.counts[source]), arm, *cells])
+            for arm in self.arms:
+                cells = [cell(scores.get(Name(source, score, arm))) for score in columns]
+                if any(cells):
+                    table.append([source, str(self.counts[source]), label(arm), *cells])
         return table
+
+
+def _score(values: Values) -> Score:
+    """A score with its interval, as percentiles of the bootstrap."""
+    score: Score = {"value": float(values[0])}
+    if len(values) > 1:
+        # A replicate of few samples can lack all that count, or the difference that a ratio divides by.
+        low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
+        score |= {"low": float(low), "high": float(high)}
+    return score
 
 
 def _ratio(numerator: Values, denominator: Values) -> Values:
@@ -164,14 +178,13 @@ def _ratio(numerator: Values, denominator: Values) -> Values:
         return np.asarray(numerator / denominator)
 
 
-def cell(score: float | None, interval: tuple[float, float] | None) -> str:
+def cell(score: Score | None) -> str:
     """A score with its interval, for a table."""
     if score is None:
         return ""
-    digits = 1 if abs(score) >= 10 else 3
-    if interval is None:
-        return f"{score:.{digits}f}"
-    return f"{score:.{digits}f} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
+    digits = 1 if abs(score["value"]) >= 10 else 3
+    interval = f" [{score['low']:.{digits}f}, {score['high']:.{digits}f}]" if "low" in score and "high" in score else ""
+    return f"{score['value']:.{digits}f}{interval}"
 
 
 def aligned(table: list[list[str]]) -> str:
@@ -193,8 +206,10 @@ def read_document(path: Path, option: str) -> Document:
     try:
         return DOCUMENT.validate_python(contents)
     except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{str(step)[:50]!r}]" for step in first["loc"])
         raise UserError(
-            f"{option}: '{path}' holds no scores ({' '.join(str(error).split())[:300]}). {advice}"
+            f"{option}: '{path}' holds no scores, or those of an earlier version ({place}: {first['msg']}). {advice}"
         ) from error
 
 

@@ -11,10 +11,11 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
+from featinv_pl.arms import ARMS, INVERSION, label
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.plots import cosine_histograms, png, severity_curves
 from featinv_pl.callbacks.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
-from featinv_pl.callbacks.results import ARMS, METRICS, Document, Name, cell, read_document
+from featinv_pl.callbacks.results import METRICS, Document, Name, Score, by_name, cell, read_document
 from featinv_pl.errors import UserError
 from featinv_pl.reading import read_json
 from featinv_pl.viz.page import data_uri, picture_uri, render
@@ -56,6 +57,11 @@ class Inverter:
     name: str
     folder: Path
     document: Document
+
+    @property
+    def scores(self) -> dict[Name, Score]:
+        """All scores."""
+        return by_name(self.document)
 
     def tiles(self, source: str, kind: str) -> Tiles:
         """Predictions of the pictured images."""
@@ -100,7 +106,7 @@ def report(folder: Path) -> None:
             for inverter in inverters
             for group, source in _last_of(groups, sources).items()
         ],
-        all_scores=sorted({name for document in documents.values() for name in document["scores"]}),
+        all_scores=_all_scores(inverters),
         stages=_stages(folder / STAGES),
     )
     metrics = json.dumps(documents, indent=2) + "\n"
@@ -133,8 +139,8 @@ def _inverters(folder: Path) -> list[Inverter]:
         )
 
     def fidelity(inverter: Inverter) -> float:
-        scores = inverter.document["scores"]
-        cosines = [value for name, value in scores.items() if name.endswith("/cosine")]
+        found = inverter.scores.items()
+        cosines = [score["value"] for name, score in found if (name.score, name.arm) == ("cosine", INVERSION)]
         return sum(cosines) / max(len(cosines), 1)
 
     return sorted(found, key=fidelity, reverse=True)
@@ -142,17 +148,22 @@ def _inverters(folder: Path) -> list[Inverter]:
 
 def _table(inverters: list[Inverter], groups: list[str]) -> list[tuple[str, int, str, list[str]]]:
     """Source, number of samples, arm and headline scores: each inverter, then what they are measured against."""
-    arms = [(inverter, "", inverter.name) for inverter in inverters]
-    arms += [(inverters[0], suffix, name) for suffix, name in ARMS.items() if suffix]
+    arms = [(inverter, INVERSION, inverter.name) for inverter in inverters]
+    arms += [(inverters[0], arm, label(arm)) for arm in ARMS if arm != INVERSION]
     rows = []
     for group in groups:
-        for inverter, suffix, name in arms:
-            document = inverter.document
-            names = [str(Name(group, score, suffix)) for score in HEADLINES]
-            if any(name in document["scores"] for name in names):
-                cells = [cell(document["scores"].get(name), document["intervals"].get(name)) for name in names]
-                rows.append((group, document["samples"][group], name, cells))
+        for inverter, arm, title in arms:
+            cells = [cell(inverter.scores.get(Name(group, score, arm))) for score in HEADLINES]
+            if any(cells):
+                rows.append((group, inverter.document["samples"][group], title, cells))
     return rows
+
+
+def _all_scores(inverters: list[Inverter]) -> list[tuple[str, list[float | None]]]:
+    """Every score under its whole name, with its value for each inverter."""
+    found = [inverter.scores for inverter in inverters]
+    names = sorted({name for scores in found for name in scores})
+    return [(str(name), [scores[name]["value"] if name in scores else None for scores in found]) for name in names]
 
 
 def _sources(inverters: list[Inverter]) -> list[str]:
