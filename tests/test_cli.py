@@ -234,7 +234,7 @@ def test_other_samplers_are_scored_beside(shards: Path, classifier_folder: Path,
     ("name", "message"),
     [
         ("a/b", r"--model\.arms: 'a/b' cannot be part"),
-        ("autoencoder", r"--model\.arms: 'autoencoder' is what another arm"),
+        ("reconstruction", r"--model\.arms: 'reconstruction' is what another arm"),
     ],
 )
 def test_names_of_samplers_must_be_their_own(

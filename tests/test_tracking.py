@@ -388,7 +388,7 @@ def test_other_loggers_take_what_they_can(settings: dict[str, Any]) -> None:
     assert (picture.step, picture.width, picture.height) == (1, 3 * 32, 3 * 32)
     assert "plots/histograms" in validation.Tags()["images"]
     [table] = validation.Tensors("scores/validate/text_summary")
-    assert "| val | 60 | inversion |" in table.tensor_proto.string_val[0].decode()
+    assert "| val | 60 | reconstruction |" in table.tensor_proto.string_val[0].decode()
 
     with Path("runs/CSV/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
