@@ -1,6 +1,7 @@
 """Frozen parts of one's own, from folders of images, through the public command."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.digits import DigitImages
-from featinv_pl.data.folders import FolderImages
+from featinv_pl.data.feature_shards import FeatureShards
+from featinv_pl.data.folders import FolderData, FolderImages
 from featinv_pl.data.images import collate_images
+from featinv_pl.data.manifests import read_manifest
+from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
 from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
 
+WNIDS = ("n01440764", "n02102040", "n03028079")
 AUTOENCODER = {
     "block_out_channels": [8, 8],
     "down_block_types": ["DownEncoderBlock2D"] * 2,
@@ -41,10 +47,10 @@ UNET = {
 
 @pytest.fixture
 def images() -> Path:
-    """Two classes: dark and light."""
+    """Three classes of Imagenette, of which validation lacks the first: dark, grey and light."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
-        for name, mean in (("dark", 60), ("light", 190)):
+        for name, mean in list(zip(WNIDS, (40, 125, 210), strict=True))[split == "val" :]:
             folder = Path("images") / split / name
             folder.mkdir(parents=True)
             for number in range(8):
@@ -80,6 +86,30 @@ def fit(name: str, images: Path, steps: int = 4, **init_args: Any) -> None:
     main(["fit", "--config", f"{name}.yaml"])
 
 
+def extract(name: str, images: Path) -> None:
+    """`featinv-pl predict` of the validation images, to a folder of the model's name."""
+    settings: dict[str, Any] = {
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": name,
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": name}}],
+        },
+        "model": {
+            "class_path": name,
+            "init_args": {"backbone": "classifier", "autoencoder": "autoencoder", "image_size": 16},
+        },
+        "data": {
+            "class_path": "FolderData",
+            "init_args": {"predict": {"val": str(images / "val")}, "image_size": 16, "batch_size": 16},
+        },
+    }
+    if name == "AdversarialExtraction":
+        settings["model"]["init_args"]["attack"] = {"epsilon": 90, "step": 10, "steps": 10}
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    main(["predict", "--config", f"{name}.yaml"])
+
+
 def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.003}}
     fit(
@@ -87,7 +117,7 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
         images,
         steps=240,
         model="test_resnet",
-        num_classes=2,
+        num_classes=3,
         image_size=16,
         model_args={"output_stride": 8, "channels": [8, 8, 8, 8]},
         optimizer=adam,
@@ -95,11 +125,23 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     backbone = Backbone("classifier")
     assert backbone.feature_shape == (8, 2, 2)
     assert backbone.input_size == (16, 16)
-    found = FolderImages(images / "val", "val", 16)
+    assert backbone.classes.labels == {name: label for label, name in enumerate(WNIDS)}
+    found = FolderImages(images / "val", "val", 16, classes=WNIDS)
     seen = collate_images([found[index] for index in range(len(found))])
     assert torch.equal(backbone(seen["images"])[1].argmax(1), seen["labels"])
+    assert set(seen["labels"].tolist()) == {1, 2}
 
     fit("Autoencoder", images, config=AUTOENCODER)
+    for name in ("FeatureExtraction", "AdversarialExtraction"):
+        extract(name, images)
+        manifest = read_manifest(Path(name, "val"), "")
+        assert manifest["settings"]["classes"] == {WNIDS[1]: 1, WNIDS[2]: 2}
+        ((batch,),) = FeatureShards(val=Path(name, "val")).val_dataloader()
+        assert [WNIDS[label] for label in batch["labels"].tolist()] == [key.split("/")[0] for key in batch["key"]]
+        # Attacked, all are missed; had they been attacked from labels of their own, as many would be kept.
+        kept = (batch["logits"].argmax(1) == batch["labels"]).float().mean()
+        assert kept == (1 if name == "FeatureExtraction" else pytest.approx(0, abs=0.5))
+
     fit("NoisePredictor", images, autoencoder="autoencoder", config=UNET, prediction_type="v_prediction")
     assert sorted(path.name for path in Path("noisepredictor").iterdir()) == [
         "prompts.safetensors",
@@ -111,6 +153,23 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     assert prior.schedule.config.prediction_type == "v_prediction"
     assert prior.autoencoder.latent_channels == 4
     assert not list(Path().rglob("*.bin"))
+
+
+def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(**changes: Any) -> str:
+        with pytest.raises(SystemExit):
+            fit("Classifier", images, 1, **{"model": "test_resnet", "num_classes": 3, "image_size": 16, **changes})
+        return capsys.readouterr().err
+
+    assert "num_classes is 10, and the images to train on have 3 classes (n01440764, " in refused(num_classes=10)
+    (images / "val" / WNIDS[1]).rename(images / "val/n99999999")
+    assert re.search(r"--data\.val: 'n99999999/\d\.png' belongs to none of the classes of training", refused())
+    model = Classifier("test_resnet", 3, 16)
+    model.on_load_checkpoint({"classes": list(WNIDS[::-1])})
+    trainer: Any = Trainer(accelerator="cpu", logger=False)
+    trainer.datamodule, model.trainer = FolderData(images / "train"), trainer
+    with pytest.raises(UserError, match=r"--data\.train: the images have the classes n01440764, .* and the checkpoint"):
+        model.on_fit_start()
 
 
 def test_saving_again_replaces_the_folder_whole(images: Path) -> None:

@@ -1,5 +1,6 @@
 """Feature extraction: images in, feature maps, logits and latents out, by `featinv-pl predict`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,12 +52,20 @@ class FeatureExtraction(LightningModule):
             "features": features,
             "logits": logits,
             "latents": self.autoencoder.encode(images),
-            "labels": batch["labels"],
+            "labels": self._labels(batch),
             "source": batch["source"],
             "key": batch["key"],
             "view": batch["view"],
             "unreadable": batch["unreadable"],
         }
+
+    def labels(self, classes: Sequence[str]) -> dict[str, int]:
+        """The classifier's labels of classes, by name; -1 for a class that is not among the classifier's."""
+        return {name: self.backbone.classes.label(name) for name in classes}
+
+    def _labels(self, batch: ImageBatch) -> Tensor:
+        """(B,) labels as the classifier counts them: those of the data module are numbered by its own classes."""
+        return torch.tensor([self.backbone.classes.label(name) for name in batch["class_name"]]).to(batch["labels"])
 
     def _resize(self, images: Tensor) -> Tensor:
         size = [self.image_size, self.image_size]
@@ -83,7 +92,7 @@ class FeatureExtraction(LightningModule):
 class AdversarialExtraction(FeatureExtraction):
     """Turns images into adversarial ones against the backbone itself, then into feature shards.
 
-    An image without a label, or whose label is no class of the backbone, is attacked from what the
+    An image without a class, or of a class that is not among the backbone's, is attacked from what the
     backbone sees in it.
 
     Args:
@@ -97,9 +106,8 @@ class AdversarialExtraction(FeatureExtraction):
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """Attack a batch, then see it."""
-        images, labels = batch["images"], batch["labels"]
-        known = (labels >= 0) & (labels < self.backbone.num_classes)
-        labels = torch.where(known, labels, self.backbone(images)[1].argmax(1))
+        images, labels = batch["images"], self._labels(batch)
+        labels = torch.where(labels >= 0, labels, self.backbone(images)[1].argmax(1))
         start = torch.stack([torch.rand(images.shape[1:], generator=generator("attack", key)) for key in batch["key"]])
         attacked = attack(self._classify, images, labels, (2 * start - 1).to(images), self.attack)
         return super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)

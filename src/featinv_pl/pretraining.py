@@ -5,6 +5,7 @@ load. The callback `SavePretrained` calls for that at the end of `fit`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
 from featinv_pl.clipping import Clipped
+from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
@@ -77,11 +79,11 @@ class Pretraining(Clipped, ABC):
 
 
 class Classifier(Pretraining):
-    """Trains a timm model to classify; saved, it serves as a backbone.
+    """Trains a timm model to classify; saved, it serves as a backbone that knows its classes by name.
 
     Args:
         model: A timm model name.
-        num_classes: Number of classes.
+        num_classes: Number of classes, which must be that of the training images.
         image_size: Side of the (square) images it is trained on.
         model_args: Further arguments of the timm model, such as `output_stride: 8` for a finer map.
         optimizer: Factory of the optimizer.
@@ -98,8 +100,47 @@ class Classifier(Pretraining):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(("loss", "accuracy"), optimizer, lr_scheduler)
-        self.image_size = image_size
+        self.image_size, self.num_classes = image_size, num_classes
+        self.classes: tuple[str, ...] = ()
         self.model = timm.create_model(model, num_classes=num_classes, **(model_args or {}))
+
+    def on_fit_start(self) -> None:
+        """Take over the names of the classes."""
+        self._read_classes()
+
+    def on_validation_start(self) -> None:
+        """The same, of `validate` alone."""
+        if self.trainer.state.fn == "validate":
+            self._read_classes()
+
+    def _read_classes(self) -> None:
+        """Refuse images that the classes say nothing of, and other classes than those of a checkpoint."""
+        data = cast(Any, self.trainer).datamodule
+        if not hasattr(data, "classes"):  # such as loaders in a notebook
+            return
+        if self.classes and self.classes != data.classes:
+            raise UserError(
+                f"--data.train: the images have the classes {_listed(data.classes)}, and the checkpoint was trained on "
+                f"{_listed(self.classes)}. Give the folder that it was trained on."
+            )
+        if len(data.classes) != self.num_classes:
+            raise UserError(
+                f"--model.num_classes is {self.num_classes}, and the images to train on have {len(data.classes)} "
+                f"classes ({_listed(data.classes)}). Give that number, or a folder of as many class folders."
+            )
+        for option, images in (("train", data.training_images()), ("val", data.validation_images())):
+            for key, name in images.names() if images else ():
+                if name not in data.classes:
+                    raise UserError(f"--data.{option}: '{key}' belongs to none of the classes of training. Remove it.")
+        self.classes = data.classes
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the classes, whose order is that of the logits."""
+        checkpoint["classes"] = list(self.classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them over; older checkpoints have none."""
+        self.classes = tuple(checkpoint.get("classes", ()))
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         """Cross-entropy and accuracy."""
@@ -108,11 +149,16 @@ class Classifier(Pretraining):
         return {"loss": functional.cross_entropy(logits, labels), "accuracy": accuracy}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` in timm's layout."""
+        """Write `config.json`, with the names of the classes, and `model.safetensors` in timm's layout."""
         half = (0.5, 0.5, 0.5)  # what maps [0, 1] to the [-1, 1] that training saw
         size = (3, self.image_size, self.image_size)
         transform = {"input_size": size, "mean": half, "std": half, "crop_pct": 1.0}
-        save_for_hf(self.model, str(folder), safe_serialization=True, data_config=transform)
+        names = {"label_names": list(self.classes)}
+        save_for_hf(self.model, str(folder), names, safe_serialization=True, data_config=transform)
+
+
+def _listed(classes: Sequence[str], most: int = 5) -> str:
+    return ", ".join(classes[:most]) + (", ..." if len(classes) > most else "")
 
 
 class Autoencoder(Pretraining):

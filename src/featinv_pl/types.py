@@ -39,7 +39,9 @@ class ImageBatch(TypedDict):
     images: Tensor
     """(B, 3, H, W) in [-1, 1]."""
     labels: Tensor
-    """(B,) class indices."""
+    """(B,) places of the classes among those of the data module; -1 where there is none."""
+    class_name: list[str]
+    """The classes by name, which say what a label means to a classifier; empty where there is none."""
     source: list[str]
     """Where each image comes from, such as `imagenet-a` or `corrupted/fog/3`."""
     key: list[str]

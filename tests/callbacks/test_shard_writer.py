@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ SIZE = 21
 
 @pytest.fixture
 def config(classifier_folder: Path, prior_folder: Path) -> str:
-    """Seven images of each of three classes, in shards of eight."""
+    """Seven images of each of three classes, in shards of eight, and a classifier that knows two of them."""
+    shutil.copytree(classifier_folder, "classifier")
+    names = json.loads(Path("classifier/config.json").read_text())
+    names["label_names"] = ["owl", WNIDS[2], "ant", *"abcdef", WNIDS[0]]
+    Path("classifier/config.json").write_text(json.dumps(names))
     for number in range(SIZE):
         path = Path("images") / WNIDS[number % 3] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,7 +42,7 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
         "model": {
             "class_path": "FeatureExtraction",
             "init_args": {
-                "backbone": str(classifier_folder),
+                "backbone": "classifier",
                 "autoencoder": str(prior_folder / "vae"),
                 "image_size": 32,
             },
@@ -67,7 +72,7 @@ def files(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (Path(folder) / "mine").iterdir()}
 
 
-def test_labels_views_and_storage(config: str) -> None:
+def test_labels_views_and_storage(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     extract(config, "--data.views=3", "--trainer.callbacks.storage=int8", "--trainer.callbacks.image_format=jpg")
     manifest = read_manifest(Path("shards/mine"), "")
     assert manifest["samples"] == 3 * SIZE
@@ -75,7 +80,9 @@ def test_labels_views_and_storage(config: str) -> None:
     assert "3 views of seed 0" in manifest["settings"]["preparation"]
     (loader,) = FeatureShards(val=Path("shards/mine"), batch_size=100).val_dataloader()
     (batch,) = loader
-    classes = {"n01440764": 0, "n01443537": 1, "n02123045": 281}
+    classes = {"n01440764": 9, "n01443537": -1, "n02123045": 1}
+    assert manifest["settings"]["classes"] == classes
+    assert "Note: mine: 1 of 3 classes, such as 'n01443537', are not among" in capsys.readouterr().out
     assert [classes[key.split("/")[0]] for key in batch["key"]] == batch["labels"].tolist()
     assert {key.split("#")[1] for key in batch["key"][:SIZE]} == {"0"}
     assert len(set(batch["key"])) == 3 * SIZE
@@ -165,9 +172,8 @@ def test_refuses_what_cannot_be_extracted(config: str, capsys: pytest.CaptureFix
     assert "--plan: only test, and predict with a ShardWriter" in refused(
         capsys, config, "--plan", "--trainer.callbacks=null"
     )
-    stranger = Path("images/n99999999")
-    stranger.mkdir()
-    assert "is no class of ImageNet's 1000" in refused(capsys, config)
+    Image.new("RGB", (8, 8)).save("images/stray.png")
+    assert "'images' holds images, such as 'stray.png', beside folders" in refused(capsys, config)
 
 
 def test_a_limit_makes_a_smaller_set(config: str) -> None:

@@ -138,5 +138,5 @@ def test_training_shuffles_whole_batches_and_validation_does_not() -> None:
     assert len(epochs[0]) == 1300
     assert epochs[0] != epochs[1]
     assert len(set(epochs[0])) == 1300
-    (val,) = data.val_dataloader()
+    ((val,),) = data.val_dataloader()
     assert val["key"] == [f"{index:04d}" for index in split_indices()["val"]]

@@ -133,7 +133,7 @@ def test_the_page_reads_pictures_as_the_command_does(pipeline: FeatInvPipeline) 
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)).save("a.png", exif=turned)
     uploaded = app._upload("Picture").preprocess(gradio.image_utils.ImageData(path="a.png"))
     shown, _ = app._reconstruct(pipeline)(uploaded, 1, 0)[0]
-    assert np.array_equal(shown, open_picture(Path("a.png")))
+    assert np.array_equal(np.asarray(shown), np.asarray(open_picture(Path("a.png"))))
 
 
 def test_a_port_that_is_taken(inverter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

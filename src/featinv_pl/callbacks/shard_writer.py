@@ -68,12 +68,13 @@ class ShardWriter(Callback):
                 "--data: there is nothing to extract features of. Give DigitsData with sources, or FolderData with "
                 "folders to predict, such as --data.predict.mine=FOLDER."
             )
-        provenance = cast(Provenance, cast(Any, pl_module).provenance)
+        model = cast(Any, pl_module)
+        provenance = cast(Provenance, model.provenance)
         self.writers = {
             images.source: ShardSetWriter(
                 self.folder / images.source,
                 images.source,
-                self._settings(images, data.batch_size, trainer.limit_predict_batches),
+                self._settings(images, model.labels(images.classes), data.batch_size, trainer.limit_predict_batches),
                 provenance,
                 trainer.global_rank,
                 trainer.world_size,
@@ -90,6 +91,7 @@ class ShardWriter(Callback):
         elif trainer.is_global_zero:
             for source, writer in self.writers.items():
                 writer.begin()
+                _note_classes(source, writer.settings)
                 if writer.finished:
                     print(f"'{self.folder / source}' already holds the finished shard set, which is left as it is.")
         trainer.strategy.barrier()  # what an interrupted run has left is removed before any rank writes
@@ -102,10 +104,13 @@ class ShardWriter(Callback):
             self.trial = Trial(source, writer.settings, writer.provenance)
             data.batches = {source: cut(self.trial.writer.share, data.batch_size)[:TRIAL_BATCHES]}
 
-    def _settings(self, images: ImageSource, batch_size: int, limit: int | float | None) -> Settings:
+    def _settings(
+        self, images: ImageSource, classes: dict[str, int], batch_size: int, limit: int | float | None
+    ) -> Settings:
         settings: Settings = {
             "images": images.num_images,
             "images_sha256": images.digest(),
+            "classes": classes,
             "preparation": images.preparation,
             "samples": len(images),
             "shard_size": self.shard_size,
@@ -229,6 +234,20 @@ class Trial:
             return 0.0, 1.0
         counted = sum(self._samples[1:]) or self._samples[0]
         return self.writer.bytes_per_sample, counted / (end - self._times[0])
+
+
+def _note_classes(source: str, settings: Settings) -> None:
+    """Say of which images the labels are not known, so that no accuracy comes as a surprise."""
+    classes = settings.get("classes", {})
+    unknown = [name for name, label in classes.items() if label < 0]
+    if unknown:
+        print(
+            f"Note: {source}: {len(unknown)} of {len(classes)} classes, such as '{unknown[0]}', are not among the "
+            "classifier's, as far as its label_names or the order of ImageNet tell. Their images get the label -1, "
+            "and label@1 leaves them out."
+        )
+    elif not classes:
+        print(f"Note: {source}: the images lie in no class folders, so they get the label -1, and there is no label@1.")
 
 
 def check_space(folder: Path, needed: float) -> None:

@@ -27,14 +27,14 @@ class CorruptedImages(ImageSource):
     def __init__(self, images: ImageSource, corruption: str, severity: int) -> None:
         self.images, self.corruption, self.severity = images, corruption, severity
         self.source = f"{images.source}-corrupted/{corruption}/{severity}"
-        self.views = images.views
+        self.views, self.classes = images.views, images.classes
 
     @property
     def num_images(self) -> int:
         """As many as the other source has."""
         return self.images.num_images
 
-    def names(self) -> Iterator[tuple[str, int]]:
+    def names(self) -> Iterator[tuple[str, str]]:
         """Those of the other source."""
         return self.images.names()
 

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from featinv_pl.data.corruptions import CORRUPTIONS, corrupt
 from featinv_pl.data.images import ImageData, ImageSample, ImageSource
 from featinv_pl.errors import UserError
-from featinv_pl.types import ImageBatch, from_uint8
+from featinv_pl.types import from_uint8
 
 IMAGE_SIZE = 32
 TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
@@ -29,6 +28,8 @@ class DigitImages(ImageSource):
             to attack), or `corrupted/<corruption>/<severity>`.
         limit: At most so many images, the first of a fixed random order.
     """
+
+    classes = tuple(map(str, range(10)))
 
     def __init__(self, source: str, limit: int | None = None) -> None:
         kind, *corruption = source.split("/")
@@ -50,9 +51,9 @@ class DigitImages(ImageSource):
         """Number of digits."""
         return len(self.indices)
 
-    def names(self) -> Iterator[tuple[str, int]]:
+    def names(self) -> Iterator[tuple[str, str]]:
         """Index among all digits, and digit."""
-        return ((f"{index:04d}", int(digits().target[index])) for index in self.indices)
+        return ((f"{index:04d}", str(digits().target[index])) for index in self.indices)
 
     @property
     def preparation(self) -> str:
@@ -67,6 +68,7 @@ class DigitImages(ImageSource):
         return {
             "images": from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)),
             "labels": int(digits().target[index]),
+            "class_name": str(digits().target[index]),
             "source": self.source,
             "key": f"{index:04d}",
             "view": None,
@@ -87,13 +89,13 @@ class DigitsData(ImageData):
         predicted = [DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []]
         super().__init__(predicted, batch_size)
 
-    def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """The training split, in a new order each epoch."""
-        return self.training_loader(DigitImages("train"))
+    def training_images(self) -> DigitImages:
+        """The training split."""
+        return DigitImages("train")
 
-    def val_dataloader(self) -> DataLoader[ImageBatch]:
+    def validation_images(self) -> DigitImages:
         """The validation split."""
-        return self.evaluation_loader(DigitImages("val"))
+        return DigitImages("val")
 
 
 @functools.cache

@@ -1,28 +1,27 @@
 """Folders of images: ImageNet, its variants, and users' own."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import floor
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.data import create_transform
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.data.images import ImageData, ImageSample, ImageSource
-from featinv_pl.data.layouts import find_sources, first_per_class, labelled_images
+from featinv_pl.data.layouts import NO_CLASS, find_sources, first_per_class, in_order, labelled_images
 from featinv_pl.data.views import RATIO, SCALE, draw_view, take_view
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
-from featinv_pl.types import ImageBatch, from_uint8
+from featinv_pl.types import from_uint8
 
 ORDER_SEED = 0
 
 
 class FolderImages(ImageSource):
-    """Images of one source, in a fixed random order; `layouts` says how they are found and labelled.
+    """Images of one source, in a fixed random order; `layouts` says how they are found and what their classes are.
 
     The order is random so that any stretch of a shard set is a fair sample of its source, and fixed
     so that two runs agree.
@@ -37,6 +36,8 @@ class FolderImages(ImageSource):
         vertical_flip: Flip half of the views upside down.
         per_class: Only so many images of each class, the first by file name.
         tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
+        classes: Names of the classes that number the labels, if not those of the folder itself: a validation folder
+            may lack some of training's. An image of any other class has the label -1.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class FolderImages(ImageSource):
         vertical_flip: bool = False,
         per_class: int | None = None,
         tolerant: bool = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         if not root.is_dir():
             raise UserError(f"--data: there is no folder '{root}' for the source '{source}'. Check the path.")
@@ -59,7 +61,12 @@ class FolderImages(ImageSource):
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
         # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
         self._names = np.array([os.fsencode(images[index][0]) for index in order])
-        self._labels = np.array([images[index][1] for index in order])
+        self._class_names = in_order({name for _, name in images})
+        places = {name: place for place, name in enumerate(self._class_names)}
+        self._places = np.array([places[images[index][1]] for index in order])
+        named = [name for name in self._class_names if name != NO_CLASS]
+        self.classes = tuple(named if classes is None else classes)
+        self._labels = {name: label for label, name in enumerate(self.classes)}
         self.root, self.source, self.image_size, self.crop_pct = root, source, image_size, crop_pct
         self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
         # That of `Backbone.crop` too: what a classifier is shown is what its published accuracy was measured on.
@@ -71,9 +78,10 @@ class FolderImages(ImageSource):
         """Number of files."""
         return len(self._names)
 
-    def names(self) -> Iterator[tuple[str, int]]:
-        """Path below the root, and label, of each file."""
-        return ((os.fsdecode(name), int(label)) for name, label in zip(self._names, self._labels, strict=True))
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Path below the root, and class, of each file."""
+        for name, place in zip(self._names, self._places, strict=True):
+            yield os.fsdecode(name), self._class_names[place]
 
     @property
     def preparation(self) -> str:
@@ -89,10 +97,11 @@ class FolderImages(ImageSource):
 
     def __getitem__(self, item: int) -> ImageSample:
         number, index = divmod(item, self.num_images)
-        name = os.fsdecode(self._names[index])
+        name, class_name = os.fsdecode(self._names[index]), self._class_names[self._places[index]]
         sample: ImageSample = {
             "images": torch.full((3, self.image_size, self.image_size), -1.0),
-            "labels": int(self._labels[index]),
+            "labels": self._labels.get(class_name, -1),
+            "class_name": class_name,
             "source": self.source,
             "key": f"{name}#{number}" if self.views else name,
             "view": None,
@@ -120,11 +129,11 @@ class FolderData(ImageData):
     """Folders of images, as batches.
 
     Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/`
-    (ImageNet-V2), in `<class>/`, or in the folder itself if they have no labels.
+    (ImageNet-V2) or in `<class>/`, at any depth, or in the folder itself if they have no labels.
 
     Args:
-        train: A folder to train on.
-        val: One for validation.
+        train: A folder to train on. Its classes, in the order of their names, number the labels.
+        val: One for validation, which may lack some of those classes.
         predict: Folders by name of source, for extraction. A folder of several sources, such as
             ImageNet-C's `<corruption>/<severity>/<wnid>/`, gives `<name>/<corruption>/<severity>`.
         image_size: Side of the square crop.
@@ -166,14 +175,13 @@ class FolderData(ImageData):
         ]
         super().__init__(predicted, batch_size, num_workers)
         self.train = FolderImages(train, "train", image_size, crop_pct) if train else None
-        self.val = FolderImages(val, "val", image_size, crop_pct) if val else None
+        classes = self.train.classes if self.train else None
+        self.val = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
 
-    def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """The training images, in a new order each epoch."""
-        if self.train is None:
-            raise UserError("--data.train: fit needs a folder of training images.")
-        return self.training_loader(self.train)
+    def training_images(self) -> FolderImages | None:
+        """The folder to train on."""
+        return self.train
 
-    def val_dataloader(self) -> list[DataLoader[ImageBatch]]:
-        """The validation images, if any."""
-        return [] if self.val is None else [self.evaluation_loader(self.val)]
+    def validation_images(self) -> FolderImages | None:
+        """That for validation."""
+        return self.val

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from featinv_pl.data.batches import Batches, cut
 from featinv_pl.data.resumable import ResumableData
+from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, View
 
 
@@ -20,7 +21,8 @@ class ImageSample(TypedDict):
     images: Tensor
     """(3, H, W) in [-1, 1]."""
     labels: int
-    """-1 where there is none."""
+    """The place of the class among the source's `classes`; -1 where there is none."""
+    class_name: str
     source: str
     key: str
     view: View | None
@@ -32,16 +34,18 @@ class ImageSource(Dataset[ImageSample], ABC):
 
     Attributes:
         source: Its name.
+        classes: Names of the classes that number the labels.
         views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes
             first, then view 1 of all, so that any stretch is a fair sample.
     """
 
     source: str
+    classes: tuple[str, ...] = ()
     views: int = 0
 
     @abstractmethod
-    def names(self) -> Iterator[tuple[str, int]]:
-        """Key and label of each image."""
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Key of each image and name of its class, empty where there is none."""
 
     @property
     @abstractmethod
@@ -57,10 +61,10 @@ class ImageSource(Dataset[ImageSample], ABC):
         return self.num_images * max(self.views, 1)
 
     def digest(self) -> str:
-        """SHA-256 of names and labels: two sources of the same digest hold the same samples in the same order."""
+        """SHA-256 of keys and classes: two sources of the same digest hold the same samples in the same order."""
         sha256 = hashlib.sha256()
-        for key, label in self.names():
-            sha256.update(f"{key}\0{label}\n".encode())
+        for key, class_name in self.names():
+            sha256.update(f"{key}\0{class_name}\n".encode())
         return sha256.hexdigest()
 
 
@@ -69,6 +73,7 @@ def collate_images(samples: list[ImageSample]) -> ImageBatch:
     return {
         "images": torch.stack([sample["images"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),
+        "class_name": [sample["class_name"] for sample in samples],
         "source": [sample["source"] for sample in samples],
         "key": [sample["key"] for sample in samples],
         "view": [sample["view"] for sample in samples],
@@ -113,6 +118,32 @@ class ImageData(ResumableData):
             for images in self.predicted
             if images.source in self.batches
         ]
+
+    def training_images(self) -> ImageSource | None:
+        """What `fit` trains on, if anything."""
+        return None
+
+    def validation_images(self) -> ImageSource | None:
+        """What `fit` validates on, if anything."""
+        return None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes that number the labels of both: those of training, where there is some."""
+        images = self.training_images() or self.validation_images()
+        return () if images is None else images.classes
+
+    def train_dataloader(self) -> DataLoader[ImageBatch]:
+        """The training images, in a new order each epoch."""
+        images = self.training_images()
+        if images is None:
+            raise UserError("--data.train: fit needs a folder of training images.")
+        return self.training_loader(images)
+
+    def val_dataloader(self) -> list[DataLoader[ImageBatch]]:
+        """The validation images, if any."""
+        images = self.validation_images()
+        return [] if images is None else [self.evaluation_loader(images)]
 
     def training_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
         """Shuffled anew each epoch, in whole batches; of fewer images than a batch all are one."""

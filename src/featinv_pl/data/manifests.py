@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
@@ -52,7 +52,11 @@ class Settings(TypedDict):
 
     images: int
     images_sha256: str
-    """Of the keys and labels of all images in their order."""
+    """Of the keys and classes of all images in their order."""
+    classes: NotRequired[dict[str, int]]
+    """The classes that the set's images belong to, by name (such as the wnids of ImageNet-A), with their labels as
+    the classifier counts them; -1 for a class that is not among the classifier's. Accuracy over the classes of the
+    set is taken over these labels. Empty for images without classes; older sets do not have it."""
     preparation: str
     """How images became samples: crop, views, seed."""
     samples: int

@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.decoding import NoImageError, to_rgb
 from featinv_pl.errors import UserError
+from featinv_pl.nets.classes import Classes
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import no_larger, size_below
 from featinv_pl.reading import read_json
@@ -46,6 +47,7 @@ class Backbone(Frozen):
         feature_shape: (C, h, w) of the map at the input size, whatever the layout in the model.
         input_size: (H, W) that the classifier wants.
         num_classes: Number of logits.
+        classes: What they are called.
     """
 
     mean: Tensor
@@ -71,6 +73,7 @@ class Backbone(Frozen):
             features, logits = self(torch.zeros(1, 3, *self.input_size))
         self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
         self.num_classes: int = logits.shape[1]
+        self.classes = Classes.of(self.model, self.num_classes)
 
     def _prepare(self, config: dict[str, Any]) -> None:
         """Take over how timm prepares images."""
