@@ -3,9 +3,12 @@
 import contextlib
 import csv
 import gc
+import hashlib
+import html
 import json
 import re
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +46,17 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
     main(["fit", "--config", config])
     assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 2
-    main(["validate", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
-    assert set(scores_of()) >= {"val/cosine", "val/cosine.floor"}
-
     main(["test", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
+    left = files(Path("run"))
+    main(["validate", "--config", config, "--ckpt_path", "run/inversion.ckpt"])
+    assert set(scores_of("run/validate")) >= {"val/cosine", "val/cosine.floor"}
+    after = files(Path("run"))
+    assert {name: after[name] for name in left} == left  # what test wrote is as it was
+    assert {Path(name).parts[0] for name in after.keys() - left} == {"validate", "validate.yaml"}
+
     scores = scores_of()
+    check_provenance(json.loads(Path("run/metrics.json").read_text())["provenance"], "test", prior_folder)
+    check_provenance(json.loads(Path("run/validate/metrics.json").read_text())["provenance"], "validate", prior_folder)
     names = (
         *("cosine", "cosine_median", "cosine_flat", "cosine_pooled", "cosine_q05"),
         *("agreement@1", "agreement@5", "overlap@5", "label@1", "psnr", "ssim"),
@@ -81,6 +90,58 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     for arm in ("run", "autoencoder", "neighbour", "floor"):
         assert f"<td>{arm}</td>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
+
+
+def check_provenance(provenance: dict[str, Any], command: str, prior: Path) -> None:
+    """Compare with what the files themselves say."""
+    sha = hashlib.sha256()
+    checkpoint = torch.load("run/inversion.ckpt", weights_only=True)
+    for name, value in sorted(checkpoint["state_dict"].items()):
+        sha.update(f"{name.removeprefix('control.')} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    assert provenance["checkpoint"] == {"path": "run/inversion.ckpt", "step": 2, "digest": sha.hexdigest()}
+    assert provenance["command"] == command
+    assert abs(datetime.now(UTC) - datetime.fromisoformat(provenance["date"])).days < 1
+    schedule = json.loads((prior / "scheduler/scheduler_config.json").read_text())
+    assert provenance["model"]["schedule"]["beta_end"] == schedule["beta_end"]
+    assert provenance["model"] == json.loads(json.dumps(checkpoint["inversion"]))
+    assert provenance["sampling"]["samplers"]["inversion"]["steps"] == 2
+    assert (provenance["sampling"]["precision"], provenance["sampling"]["seed"]) == ("32-true", 0)
+
+
+def test_a_report_says_whose_scores_it_was_given(
+    shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    settings["data"]["init_args"]["test"] = {"clean": str(shards / "clean")}
+    config, checkpoint = write(Path("inversion.yaml"), settings), "run/inversion.ckpt"
+    main(["fit", "--config", config])
+    main(["test", "--config", config, "--ckpt_path", checkpoint])
+    main(["report", "."])
+    assert re.search(r"<li>run: tested on .*: step 2 of .*run/inversion.ckpt.* \(weights \w{8}\)", report := page())
+    assert "has changed since" not in report
+    document = json.loads(Path("run/metrics.json").read_text())
+
+    state = torch.load(checkpoint, weights_only=True)
+    next(iter(state["state_dict"].values())).add_(1)
+    torch.save({**state, "global_step": 7}, checkpoint)  # as another training leaves it
+    main(["report", "."])
+    assert "has changed since: it holds step 7 now. Test again." in page()
+
+    Path(checkpoint).unlink()  # a report does without
+    tiles = Path("run/pictures/clean/first/tiles.json")
+    facts = json.loads(tiles.read_text())
+    tiles.write_text(json.dumps({**facts, "checkpoint": "0" * 64}))
+    refused(["report", "."], capsys, "run/pictures/clean/first' are of other weights (00000000) than the scores in")
+    tiles.write_text(json.dumps(facts))
+    Path("run/metrics.json").write_text(json.dumps({**document, "samples": {"other": 60}}))
+    refused(["report", "."], capsys, "every inverter: 'run' has scores of other and pictures of clean, val. Test")
+    document["provenance"]["command"] = "validate"
+    Path("run/metrics.json").write_text(json.dumps(document))
+    refused(["report", "."], capsys, "the scores in 'run/metrics.json' are those of `validate`, and a report shows")
+
+
+def page() -> str:
+    return html.unescape(Path("report.html").read_text())
 
 
 def scores_of(folder: str = "run") -> dict[str, float]:
@@ -133,7 +194,7 @@ def test_fid_and_kid_need_the_weights_of_inception(
     settings = inversion(classifier_folder, prior_folder, shards)
     few = ["--data.batch_size=8", "--trainer.limit_val_batches=2"]
     main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
-    document = json.loads(Path("run/metrics.json").read_text())
+    document = json.loads(Path("run/validate/metrics.json").read_text())
     assert "val/fd_test_resnet" in joined(document)
     assert not {"val/fid", "val/kid", "val/lpips"} & set(joined(document))
     assert [note.split(":")[0] for note in document["notes"]] == ["there is no fid and no kid", "there is no lpips"]
@@ -143,7 +204,7 @@ def test_fid_and_kid_need_the_weights_of_inception(
         monkeypatch.setattr(f"featinv_pl.{module}.INCEPTION_FEATURES", 64)
     settings["trainer"]["callbacks"] = [{"class_path": "PerSource", "init_args": {"inception": str(weights)}}]
     main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
-    scores = scores_of()
+    scores = scores_of("run/validate")
     assert scores["val/fid"] > 0
     assert {"val/kid", "val/kid.ceiling"} <= set(scores)
     assert "val/fid.floor" not in scores

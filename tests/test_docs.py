@@ -88,3 +88,9 @@ def test_commands_of_reliability_are_understood(monkeypatch: pytest.MonkeyPatch)
     assert len(commands) == 3
     for command in commands:
         effective_config(shlex.split(command.replace("FILE", "experiments/digits/spatial.yaml")))
+
+
+def test_the_walk_through_exports_what_it_tests() -> None:
+    """The scores of the model card are those of the checkpoint that was tested."""
+    text = (ROOT / "experiments/imagenet/README.md").read_text()
+    assert len(set(re.findall(r"runs/imagenet/convnext/spatial/\S+\.ckpt", text))) == 1

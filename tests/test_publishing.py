@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
+from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.sources import SUMS
 from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.types import to_uint8
@@ -138,6 +141,45 @@ def test_training_can_go_on_from_a_published_control(run: Path, exported: Path) 
     again = type(model)(**options, control=exported)
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
+
+
+def test_scores_of_other_weights_are_left_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = Path(shutil.copytree(run, Path("other run").absolute()))
+    state = torch.load(home / "inversion.ckpt", weights_only=True)
+    next(iter(state["state_dict"].values())).add_(1)
+    torch.save({**state, "global_step": 9}, home / "inversion.ckpt")
+    main(["export", str(home), "out"])
+    assert "Steps | 9" in (card := Path("out/README.md").read_text())
+    assert "None were measured with these weights." in card
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "no scores" in line]
+    assert "other run' has the scores of other weights (step 2, " in line
+    [command] = re.findall("`featinv-pl (.*)` and export again", line)
+    # The very command is run, but on fewer samples.
+    with contextlib.chdir(run.parents[2]):
+        main([*shlex.split(command), "--trainer.limit_test_batches=1"])
+    main(["export", str(home), "again"])
+    scores = json.loads((home / "metrics.json").read_text())["scores"]
+    assert f"| clean | {scores['clean']['inversion']['cosine']['value']:.4f} |" in Path("again/README.md").read_text()
+    assert "no scores" not in capsys.readouterr().out
+
+
+def test_a_classifier_with_random_weights_is_exported(
+    run: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frozen = ["--model.backbone=test_resnet", "--model.weights=random", "--model.prior", str(prior_folder)]
+    with contextlib.chdir(run.parents[2]):
+        extract = ["--config", f"{DIGITS}/extract.yaml", "--config", DEBUG, "--data.sources", "[train]"]
+        extract += ["--model.autoencoder", str(prior_folder / "vae"), "--trainer.callbacks.folder=random"]
+        main(["predict", *extract, *frozen[:2], "--trainer.default_root_dir=random"])
+        config = ["--config", f"{DIGITS}/spatial.yaml", "--config", DEBUG, "--config", "callbacks.yaml", *frozen]
+        config += ["--model.hidden_channels=8", "--data.train=random/train", "--data.val=null", "--data.test={}"]
+        config += ["--trainer.default_root_dir=random/run", "--trainer.callbacks.dirpath=random/run"]
+        main(["fit", *config])
+        torch.rand(5)  # a state of its own
+        main(["export", "random/run", "random/model"])
+        model = FeatInvPipeline.from_pretrained("random/model").inversion
+        state = torch.load("random/run/inversion.ckpt", weights_only=True)
+    assert digest(model.backbone.model) == state["inversion"]["backbone"]
 
 
 def test_export_of_several_checkpoints_wants_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

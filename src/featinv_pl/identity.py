@@ -3,6 +3,7 @@
 Checkpoints, model folders, scores and stored reconstructions are told apart by it. `inversion` is a `FeatureInversion`.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -59,14 +60,13 @@ def identity(inversion: Any) -> dict[str, Any]:
 
 def sampling(inversion: Any) -> dict[str, Any]:
     """All else that decides, with a sampler, which image is sampled from a feature map and a key."""
-    prior = inversion.prior
-    networks = {"unet": prior.unet, "vae": prior.autoencoder.vae, "controlnet": inversion.control.controlnet}
+    networks = (inversion.prior.unet, inversion.prior.autoencoder.vae, inversion.control.controlnet)
     return {
         "control": digest(inversion.control),
         "precision": str(inversion.trainer.precision),
         "seed": torch.initial_seed(),
         "version": version("featinv-pl"),
-        "networks": {name: _plain(network.config) for name, network in networks.items()},
+        "configurations": hashed([_plain(network.config) for network in networks]),
     }
 
 
@@ -87,6 +87,11 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
         elif other != value:
             found.append(f"{name}: {str(other)[:60]} there, {str(value)[:60]} here")
     return found
+
+
+def hashed(contents: Any) -> str:
+    """A hexadecimal digest of values that JSON can hold."""
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _plain(config: Mapping[str, Any]) -> Any:

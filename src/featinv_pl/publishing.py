@@ -1,5 +1,6 @@
 """Model folders from trained runs, and from the authors' checkpoints."""
 
+import shlex
 import shutil
 from argparse import ArgumentError
 from collections import Counter
@@ -8,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
 from featinv_pl.callbacks.results import METRICS, Name, Score, by_name, read_document
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
+from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.sources import read_checkpoint, read_weights
 from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.reading import read_yaml
@@ -21,6 +24,7 @@ from featinv_pl.sampling.sampler import AUTHORS
 
 CARD = "README.md"
 CONFIGURATION = "fit.yaml"
+TESTS = ("test.yaml", CONFIGURATION)  # what `test` is configured by: as it was the last time, or else as `fit` was
 HALF_PRECISION = 1e-3  # relative; what storing weights in fp16 or bf16 costs
 SHOWN = ("lr", "betas", "weight_decay")
 SHOWN_SCORES = ("cosine", "agreement@1", "agreement@5", "fid")
@@ -41,13 +45,16 @@ def export(run: Path, folder: Path) -> None:
         raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
     state = read_checkpoint(checkpoint, "RUN")
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
+    seed = settings.get("seed_everything") if isinstance(settings, dict) else None
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seed_everything(seed, workers=True, verbose=False)  # as `fit` did: networks with random weights are made again
     inversion = _inversion(settings, home)
     try:
         inversion.on_load_checkpoint(state)
         inversion.load_state_dict(state["state_dict"])
     except UserError as error:
         raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
-    scores = by_name(read_document(home / METRICS, "RUN")) if (home / METRICS).is_file() else {}
+    scores = _scores(home, checkpoint, digest(inversion.control))
     _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), scores)
 
 
@@ -126,6 +133,31 @@ def _inversion(settings: Any, home: Path) -> FeatureInversion:
         raise UserError(f"RUN: the model of '{home / CONFIGURATION}' is no FeatureInversion ({reason}).") from error
     inversion: FeatureInversion = parser.instantiate_classes(parsed).model
     return inversion
+
+
+def _scores(home: Path, checkpoint: Path, weights: str) -> dict[Name, Score]:
+    """The scores of the weights that are exported; of others none, which is said.
+
+    Args:
+        home: The folder of the run.
+        checkpoint: What is exported.
+        weights: Its digest.
+    """
+    reason = "has no scores"
+    if (home / METRICS).is_file():
+        document = read_document(home / METRICS, "RUN")
+        tested = document["provenance"]["checkpoint"]
+        if tested["digest"] == weights:
+            return by_name(document)
+        reason = f"has the scores of other weights (step {tested['step']}, {tested['digest'][:8]})"
+    configuration = next(path for name in TESTS if (path := home / name).is_file())
+    command = ["featinv-pl", "test", "--config", configuration, "--trainer.default_root_dir", home]
+    command += ["--ckpt_path", checkpoint]
+    print(
+        f"The model card has no scores: '{home}' {reason}, and '{checkpoint}' holds {weights[:8]}. To measure them, "
+        f"run `{shlex.join(map(str, command))}` and export again."
+    )
+    return {}
 
 
 def _prefix(name: str) -> str:

@@ -77,7 +77,7 @@ def test_an_arm_may_be_called_as_a_score_ends(arm: str) -> None:
 def test_what_is_not_a_number_is_left_out() -> None:
     document = json.loads(results().files()[METRICS])
     assert "fd_tiny" not in document["scores"]["clean"]["inversion"]
-    assert set(document) == {"samples", "scores", "notes"}
+    assert set(document) == {"samples", "scores", "notes", "provenance"}
     assert list(document["scores"]["clean"]) == [arm for arm in ARMS if arm in ("inversion", "ceiling", "floor")]
 
 

@@ -1,5 +1,6 @@
 """SIGKILL at any moment, and the same command again: what it comes to must be what it would have come to."""
 
+import json
 import random
 import shutil
 import sys
@@ -167,9 +168,12 @@ def drawn(folder: Path) -> int:
     return len(list(folder.glob("run/drawn/*.safetensors")))
 
 
-def scores(folder: Path) -> dict[str, bytes]:
-    """What a test writes. How its images are shared out among files depends on where it was interrupted."""
-    return {name: data for name, data in files(folder / "run").items() if not name.startswith("drawn/")}
+def scores(folder: Path) -> dict[str, Any]:
+    """What a test writes, but its date. How its images are shared out among files depends on where it was stopped."""
+    found: dict[str, Any] = {n: data for n, data in files(folder / "run").items() if not n.startswith("drawn/")}
+    found["metrics.json"] = json.loads(found["metrics.json"])
+    del found["metrics.json"]["provenance"]["date"]
+    return found
 
 
 def trained(folder: Path) -> dict[str, Any]:

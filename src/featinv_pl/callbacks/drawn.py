@@ -1,7 +1,6 @@
 """Keeps what has been drawn, so that an interrupted test goes on with the same command."""
 
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.identity import identity, sampling
+from featinv_pl.identity import hashed, identity, sampling
 from featinv_pl.types import Batch, Inversion, to_uint8
 
 DRAWN = "drawn"
@@ -41,7 +40,7 @@ class DrawnImages(Callback):
         self.folder = Path(trainer.default_root_dir) / DRAWN
         samplers = {"": module.sampler, **module.arms}
         model = {**identity(module), **sampling(module)}
-        self.models = {arm: _hash({**model, "sampler": asdict(sampler)}) for arm, sampler in samplers.items()}
+        self.models = {arm: hashed({**model, "sampler": asdict(sampler)}) for arm, sampler in samplers.items()}
         self.files = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
@@ -92,7 +91,3 @@ class DrawnImages(Callback):
             hashlib.blake2b(f"{self.models[arm]} {key}".encode() + maps[row].tobytes(), digest_size=16).hexdigest()
             for row, key in enumerate(batch["key"])
         ]
-
-
-def _hash(contents: Any) -> str:
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()

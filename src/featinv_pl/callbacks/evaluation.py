@@ -1,11 +1,18 @@
 """What validation and testing have in common for a callback."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.types import Batch, Inversion
+
+
+def results_root(trainer: Trainer) -> Path:
+    """The folder that an evaluation writes below: `validate` has its own, so that it leaves what `test` wrote."""
+    root = Path(trainer.default_root_dir)
+    return root / "validate" if trainer.state.fn == "validate" else root
 
 
 class EvaluationCallback(Callback, ABC):

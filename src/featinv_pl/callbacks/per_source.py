@@ -16,10 +16,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.arms import ARMS, CEILING, FLOOR, INVERSION, NEIGHBOUR, ORIGINAL, label
-from featinv_pl.callbacks.evaluation import EvaluationCallback
+from featinv_pl.callbacks.evaluation import EvaluationCallback, results_root
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
+from featinv_pl.callbacks.provenance import evaluation
 from featinv_pl.callbacks.references import Floor, Neighbours
 from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, column, samples_file, samples_path
 from featinv_pl.errors import UserError
@@ -134,9 +135,10 @@ class PerSource(EvaluationCallback):
         self.device = pl_module.device
         self.num_classes = cast(Any, pl_module).backbone.num_classes
         self.biased: dict[str, list[str]] = {}
-        self.root = Path(trainer.default_root_dir)
+        self.root = results_root(trainer)
         self.loggers, self.stage, self.step = trainer.loggers, stage, last_step(trainer)
         self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
+        self.results.provenance = evaluation(trainer, pl_module) if self.writes else None
         self.samples = datamodule.test if stage == "test" else {"val": datamodule.val}
         # In the middle of training an interval is not worth its time, and nothing is written.
         self.replicates = 0 if trainer.state.fn == "fit" else REPLICATES

@@ -4,7 +4,7 @@ import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.arms import CEILING, INVERSION, ORIGINAL, label
-from featinv_pl.callbacks.evaluation import EvaluationCallback
+from featinv_pl.callbacks.evaluation import EvaluationCallback, results_root
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import Pixels, last_step, log_picture
 from featinv_pl.errors import UserError
+from featinv_pl.nets.frozen import digest
 from featinv_pl.types import Batch, Inversion, to_uint8
 
 PICTURES = "pictures"
@@ -42,7 +43,8 @@ class ReconstructionGrid(EvaluationCallback):
 
     `<default_root_dir>/pictures/<source>/first/` gets one strip of tiles per row (`original.png`,
     `autoencoder.png`, `reconstruction.png`, and one for each further sampler) with the first images,
-    which are the same for every inverter, and `tiles.json` with labels, predicted classes and cosines.
+    which are the same for every inverter, and `tiles.json` with labels, predicted classes, cosines, and the
+    digest of the weights that were tested.
     `extremes/` gets the same of the best, the median and the worst images by cosine among the first
     128. Sources are stored in random order, so the first are a fair sample. Loggers that take pictures
     get the strips as one.
@@ -60,10 +62,12 @@ class ReconstructionGrid(EvaluationCallback):
         self.source: str | None = None
         self.loggers: list[Logger] = []
         self.step = 0
+        self.checkpoint: str | None = None
 
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the images of the last evaluation."""
-        self.folder = Path(trainer.default_root_dir) / PICTURES
+        self.folder = results_root(trainer) / PICTURES
+        self.checkpoint = digest(cast(Any, pl_module).control) if trainer.state.fn != "fit" else None
         self.loggers, self.step = trainer.loggers, last_step(trainer)
         self.tiles, self.source = [], None
 
@@ -105,7 +109,7 @@ class ReconstructionGrid(EvaluationCallback):
             for row, strip in strips.items():
                 write_bytes(folder / f"{row}.png", _png(strip))
             facts = {fact: [tile.facts[fact] for tile in tiles] for fact in FACTS}
-            write_bytes(folder / FACTS_FILE, json.dumps(facts).encode())
+            write_bytes(folder / FACTS_FILE, json.dumps({"checkpoint": self.checkpoint, **facts}).encode())
             picture = np.concatenate(list(strips.values()))
             caption = f"{self.source}, {name}, from top to bottom: {', '.join(strips)}"
             for logger in self.loggers:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired
+from typing import Any, NamedTuple, NotRequired, cast
 
 import numpy as np
 import pyarrow
@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.arms import CEILING, FLOOR, INVERSION, label, ordered
+from featinv_pl.callbacks.provenance import Evaluation
 from featinv_pl.errors import UserError
 from featinv_pl.reading import read_json
 
@@ -66,6 +67,7 @@ class Document(TypedDict):
     """By test set or group, arm and score."""
     notes: list[str]
     """What is missing, and why."""
+    provenance: Evaluation
 
 
 DOCUMENT = TypeAdapter(Document)
@@ -89,11 +91,13 @@ class Results:
         values: Scores with their replicates.
         counts: Images that count, by test set or group.
         notes: What users should know of these scores: what is missing, and why.
+        provenance: What was scored, of scores that are written.
     """
 
     values: dict[Name, Values] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    provenance: Evaluation | None = None
 
     def derive(self, clean: str) -> None:
         """Add scores that follow from others, replicate by replicate, so that they have intervals too.
@@ -137,7 +141,12 @@ class Results:
         scores: dict[str, dict[str, dict[str, Score]]] = {}
         for name, found in self.scores.items():
             scores.setdefault(name.source, {}).setdefault(name.arm, {})[name.score] = found
-        return {"samples": self.counts, "scores": scores, "notes": self.notes}
+        return {
+            "samples": self.counts,
+            "scores": scores,
+            "notes": self.notes,
+            "provenance": cast(Evaluation, self.provenance),
+        }
 
     def files(self) -> dict[str, bytes]:
         """`metrics.json` and `scores.csv`."""

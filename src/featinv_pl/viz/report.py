@@ -17,6 +17,8 @@ from featinv_pl.callbacks.plots import cosine_histograms, png, severity_curves
 from featinv_pl.callbacks.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
 from featinv_pl.callbacks.results import METRICS, Document, Name, Score, by_name, cell, read_document
 from featinv_pl.errors import UserError
+from featinv_pl.nets.frozen import weights_digest
+from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.reading import read_json
 from featinv_pl.viz.page import data_uri, picture_uri, render
 from featinv_pl.viz.pictures import open_picture
@@ -29,6 +31,8 @@ HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label
 class Tiles(TypedDict):
     """What the page shows below pictures."""
 
+    checkpoint: str | None
+    """Digest of the weights that were tested."""
     prediction: list[str | int]
     reconstruction_prediction: list[str | int]
 
@@ -67,10 +71,23 @@ class Inverter:
         """Predictions of the pictured images."""
         path = self.folder / PICTURES / source / kind / FACTS_FILE
         try:
-            return TILES.validate_python(read_json(path, "report", ADVICE))
+            tiles = TILES.validate_python(read_json(path, "report", ADVICE))
         except ValidationError as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"report: '{path}' describes no pictures ({reason}). {ADVICE}") from error
+        scored, pictured = self.document["provenance"]["checkpoint"]["digest"], str(tiles["checkpoint"])
+        if pictured != scored:
+            raise UserError(
+                f"report: the pictures in '{path.parent}' are of other weights ({pictured[:8]}) than the scores in "
+                f"'{self.folder / METRICS}' ({scored[:8]}). Test again with PerSource and ReconstructionGrid."
+            )
+        return tiles
+
+    @property
+    def pictured(self) -> set[str]:
+        """The sources of which there are pictures."""
+        root = self.folder / PICTURES
+        return {path.parent.parent.relative_to(root).as_posix() for path in root.rglob(FACTS_FILE)}
 
     def strip(self, source: str, kind: str, row: str) -> Image.Image:
         """The picture of one row of tiles."""
@@ -87,7 +104,8 @@ def report(folder: Path) -> None:
     documents = {inverter.name: inverter.document for inverter in inverters}
     sources = _sources(inverters)
     if not sources:
-        raise UserError(f"report: the inverters below '{folder}' have no source with pictures in common. {ADVICE}")
+        found = "; ".join(map(_found, inverters))
+        raise UserError(f"report: there is no source with scores and pictures of every inverter: {found}. {ADVICE}")
     groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
     curves = severity_curves(documents)
     page = render(
@@ -95,7 +113,11 @@ def report(folder: Path) -> None:
         inverters=inverters,
         head=HEADLINES,
         table=_table(inverters, groups),
-        notes=[(inverter.name, note) for inverter in inverters for note in inverter.document["notes"]],
+        notes=[
+            (inverter.name, note)
+            for inverter in inverters
+            for note in (*_origin(inverter.document), *inverter.document["notes"])
+        ],
         curves=curves and data_uri(curves),
         histograms=data_uri(
             cosine_histograms({inverter.name: inverter.folder for inverter in inverters}, groups, sources)
@@ -138,6 +160,14 @@ def _inverters(folder: Path) -> list[Inverter]:
             "Run `featinv-pl test` with the PerSource callback and a default_root_dir below that folder first."
         )
 
+    for inverter in found:
+        command = inverter.document["provenance"]["command"]
+        if command != "test":
+            raise UserError(
+                f"report: the scores in '{inverter.folder / METRICS}' are those of `{command}`, and a report shows "
+                "those of `test`. Run `featinv-pl test`, or give the folder above that of the run."
+            )
+
     def fidelity(inverter: Inverter) -> float:
         found = inverter.scores.items()
         cosines = [score["value"] for name, score in found if (name.score, name.arm) == ("cosine", INVERSION)]
@@ -168,15 +198,31 @@ def _all_scores(inverters: list[Inverter]) -> list[tuple[str, list[float | None]
 
 def _sources(inverters: list[Inverter]) -> list[str]:
     """Sources scored and pictured by every inverter: data sets first, then corruptions by name and severity."""
-    pictured = [
-        {
-            path.parent.parent.relative_to(inverter.folder / PICTURES).as_posix()
-            for path in inverter.folder.rglob(FACTS_FILE)
-        }
-        for inverter in inverters
-    ]
-    scored = [set(inverter.document["samples"]) for inverter in inverters]
-    return sorted(set.intersection(*scored, *pictured), key=lambda source: (source.count("/"), source))
+    known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
+    return sorted(set.intersection(*known), key=lambda source: (source.count("/"), source))
+
+
+def _found(inverter: Inverter) -> str:
+    """What there is of an inverter, in an error's words."""
+    scored, pictured = (
+        ", ".join(dict.fromkeys(source.split("/")[0] for source in sorted(sources))) or "nothing"
+        for sources in (inverter.document["samples"], inverter.pictured)
+    )
+    return f"'{inverter.name}' has scores of {scored} and pictures of {pictured}"
+
+
+def _origin(document: Document) -> list[str]:
+    """Which weights were scored, and whether their checkpoint holds others by now."""
+    provenance = document["provenance"]
+    checkpoint = provenance["checkpoint"]
+    digest, path = checkpoint["digest"], Path(checkpoint["path"] or "")
+    notes = [f"tested on {provenance['date']}: step {checkpoint['step']} of '{path}' (weights {digest[:8]})"]
+    if path.is_file():
+        state = read_checkpoint(path, "report")
+        weights = {name.removeprefix("control."): value for name, value in state["state_dict"].items()}
+        if weights_digest(weights) != digest:
+            notes.append(f"'{path}' has changed since: it holds step {state['global_step']} now. Test again.")
+    return notes if checkpoint["path"] else [f"tested on {provenance['date']} without a checkpoint"]
 
 
 def _last_of(groups: list[str], sources: list[str]) -> dict[str, str]:
