@@ -18,8 +18,10 @@ from torch import Tensor
 
 from conftest import MakeBatch
 from featinv_pl.data.entries import collate_samples
+from featinv_pl.data.feature_shards import FeatureShards
 from featinv_pl.data.manifests import MANIFEST, find_sets, index_path, read_manifest, write_manifest
 from featinv_pl.data.shards import ShardSet
+from featinv_pl.data.verification import verify
 from featinv_pl.errors import UserError
 
 
@@ -136,7 +138,7 @@ def short_shard(folder: Path) -> None:
     ("damage", "message"),
     [
         (without_folder, "there is no folder '.*set'"),
-        (without_manifest, f"has no {MANIFEST}, so it is no finished shard set"),
+        (without_manifest, f"has no {MANIFEST}, so it is not a finished shard set"),
         (damaged_manifest, f"{MANIFEST}' is damaged"),
         (manifest_of_nothing, f"{MANIFEST}' is damaged"),
         (manifest_without_sizes, f"{MANIFEST}' is damaged"),
@@ -280,6 +282,25 @@ def test_finds_a_set_or_the_sets_below(make_batch: MakeBatch, tmp_path: Path) ->
         (f"imagenet-c/{name}", tmp_path / "c" / name) for name in ("fog/1", "fog/3", "snow/1")
     ]
     assert find_sets("one", tmp_path / "c/fog/3") == {"one": tmp_path / "c/fog/3"}
+
+
+@pytest.mark.parametrize("traces", [["extraction.json"], ["extraction.json", "a-00000.tar"], ["a-00000.tar"]])
+def test_an_unfinished_set_is_refused_with_the_command_that_finishes_it(
+    traces: list[str], make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    """It used to be left out of the scores of its folder."""
+    write_set(tmp_path / "shards/c/fog/3", make_batch(1))
+    unfinished = tmp_path / "shards/c/fog/1"
+    unfinished.mkdir()
+    for name in traces:
+        (unfinished / name).touch()
+    message = f"--data.test.c: '{unfinished}' has no manifest.json, so it is not a finished shard set. Finish it with"
+    with pytest.raises(UserError, match=f"{message} the command that began it .featinv-pl predict., or"):
+        FeatureShards(test={"c": tmp_path / "shards/c"})
+    (tmp_path / "shards/predict.yaml").touch()
+    with pytest.raises(UserError, match=f"{message}.*.featinv-pl predict --config {tmp_path}/shards/predict.yaml., or"):
+        FeatureShards(test={"c": tmp_path / "shards/c"})
+    assert not verify(tmp_path / "shards/c")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])

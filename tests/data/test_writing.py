@@ -55,7 +55,7 @@ def test_goes_on_after_the_last_whole_shard(make_batch: MakeBatch, tmp_path: Pat
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("clean-*")}
     assert len(kept) == 4
     (folder / "clean-00002.tar.partial").write_bytes(b"half")
-    with pytest.raises(UserError, match="no finished shard set"):
+    with pytest.raises(UserError, match="not a finished shard set"):
         read_manifest(folder, OPTION)
     write(folder, batch)
     assert files(folder) == files(tmp_path / "whole")

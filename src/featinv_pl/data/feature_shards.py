@@ -44,7 +44,8 @@ class FeatureShards(ResumableData):
     Args:
         train: A shard set to train on.
         val: A shard set for validation.
-        test: Shard sets by name of source. A folder of sets gives one source for each set below it.
+        test: Shard sets by name of source. A folder of sets gives one source for each set below it, and is
+            refused while one is unfinished.
         batch_size: Samples per batch and process.
         num_workers: Processes that read, per rank.
         seed: Seed of the training order.

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, cast
@@ -26,6 +27,8 @@ from featinv_pl.types import Provenance
 MANIFEST = "manifest.json"
 SEAL = "manifest_sha256"
 FORMAT_VERSION = 2
+BEGUN = "extraction.json"  # lies in a set until its manifest is written
+CONFIGURATION = "predict.yaml"  # of the extraction, saved in its root folder
 PARTIAL = ".partial"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,199}")  # no folders, so that no shard lies outside its set
 
@@ -171,9 +174,11 @@ def read_manifest(folder: Path, option: str) -> Manifest:
     if not folder.is_dir():
         raise UserError(f"{option}: there is no folder '{folder}'. Check the path, or extract features first.")
     if not (folder / MANIFEST).is_file():
+        saved = next((path for parent in folder.parents if (path := parent / CONFIGURATION).is_file()), None)
+        command = "featinv-pl predict" + (f" --config {shlex.quote(str(saved))}" if saved else "")
         raise UserError(
-            f"{option}: '{folder}' has no {MANIFEST}, so it is no finished shard set. "
-            "Run the extraction (featinv-pl predict) to its end."
+            f"{option}: '{folder}' has no {MANIFEST}, so it is not a finished shard set. "
+            f"Finish it with the command that began it ({command}), or give finished sets alone."
         )
     data = read_bytes(folder / MANIFEST, option, "Extract the features anew.")
     return parse_manifest(data, str(folder), option)
@@ -223,9 +228,12 @@ def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
 def find_sets(name: str, folder: Path) -> dict[str, Path]:
     """Shard sets at or below a folder, by name of source.
 
-    A folder of sets, such as that of a benchmark with many corruptions, gives `name/<path below>`.
+    A folder of sets, such as that of a benchmark with many corruptions, gives `name/<path below>`. Unfinished
+    sets are among them, so that they are refused instead of left out.
     """
-    if (folder / MANIFEST).is_file() or not folder.is_dir():
+    if not folder.is_dir():
         return {name: folder}
-    below = sorted(path.parent for path in folder.rglob(MANIFEST))
+    below = sorted({path.parent for mark in (MANIFEST, BEGUN, "*.tar") for path in folder.rglob(mark)})
+    if folder in below:
+        return {name: folder}
     return {f"{name}/{path.relative_to(folder).as_posix()}": path for path in below} or {name: folder}

@@ -21,6 +21,7 @@ from typing import Any
 
 from featinv_pl.data.entries import encode, prepare
 from featinv_pl.data.manifests import (
+    BEGUN,
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
@@ -41,7 +42,6 @@ from featinv_pl.data.manifests import (
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch, Provenance
 
-BEGUN = "extraction.json"
 ENCODERS = 2  # threads; compressing a picture takes about as long as a GPU takes for its features
 BATCHES_IN_FLIGHT = 2
 BLOCK = tarfile.BLOCKSIZE
