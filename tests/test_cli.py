@@ -197,7 +197,7 @@ def test_fid_and_kid_need_the_weights_of_inception(
     document = json.loads(Path("run/validate/metrics.json").read_text())
     assert "val/fd_test_resnet" in joined(document)
     assert not {"val/fid", "val/kid", "val/lpips"} & set(joined(document))
-    assert [note.split(":")[0] for note in document["notes"]] == ["there is no fid and no kid", "there is no lpips"]
+    assert [note.split(":")[0] for note in document["notes"]] == ["no fid and kid", "no lpips"]
 
     weights = random_inception(Path("random.pth"), monkeypatch)
     for module in ("metrics.weights", "callbacks.per_source"):  # fewer, for speed

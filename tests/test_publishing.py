@@ -105,6 +105,8 @@ def test_folder_is_whole_safe_and_says_what_it_is(exported: Path, classifier_fol
     for words in ("`test_resnet` at 32 pixels", "a map of 8x4x4", "Steps | 2", "lr 0.005", "| clean |", "0.15"):
         assert words in card
     assert "Min-SNR weights, cut at | 5.0" in card
+    assert "| source | cosine | agreement@1 | agreement@5 |\n" in card
+    assert "* no fid and kid: 'weights-inception" in card
     assert str(classifier_folder) not in card + json.dumps(scores)
 
 

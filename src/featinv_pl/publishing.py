@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
-from featinv_pl.callbacks.results import METRICS, Name, Score, by_name, read_document
+from featinv_pl.callbacks.results import METRICS, Document, Name, by_name, read_document
 from featinv_pl.errors import UserError
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
@@ -54,8 +54,8 @@ def export(run: Path, folder: Path) -> None:
         inversion.load_state_dict(state["state_dict"])
     except UserError as error:
         raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
-    scores = _scores(home, checkpoint, digest(inversion.control))
-    _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), scores)
+    tested = _tested(home, checkpoint, digest(inversion.control))
+    _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), tested)
 
 
 def import_official(
@@ -104,7 +104,7 @@ def import_official(
         f"{encoder.out_channels} channels: imported for '{backbone}', maps of {inversion.backbone.feature_shape}"
     )
     recipe = {"Origin": f"imported from the authors' checkpoint `{checkpoint.name}`"}
-    _write(FeatInvPipeline(inversion), folder, recipe, scores={})
+    _write(FeatInvPipeline(inversion), folder, recipe, tested=None)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -135,8 +135,8 @@ def _inversion(settings: Any, home: Path) -> FeatureInversion:
     return inversion
 
 
-def _scores(home: Path, checkpoint: Path, weights: str) -> dict[Name, Score]:
-    """The scores of the weights that are exported; of others none, which is said.
+def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
+    """The test of the weights that are exported; of others none, which is said.
 
     Args:
         home: The folder of the run.
@@ -148,7 +148,7 @@ def _scores(home: Path, checkpoint: Path, weights: str) -> dict[Name, Score]:
         document = read_document(home / METRICS, "RUN")
         tested = document["provenance"]["checkpoint"]
         if tested["digest"] == weights:
-            return by_name(document)
+            return document
         reason = f"has the scores of other weights (step {tested['step']}, {tested['digest'][:8]})"
     configuration = next(path for name in TESTS if (path := home / name).is_file())
     command = ["featinv-pl", "test", "--config", configuration, "--trainer.default_root_dir", home]
@@ -157,7 +157,7 @@ def _scores(home: Path, checkpoint: Path, weights: str) -> dict[Name, Score]:
         f"The model card has no scores: '{home}' {reason}, and '{checkpoint}' holds {weights[:8]}. To measure them, "
         f"run `{shlex.join(map(str, command))}` and export again."
     )
-    return {}
+    return None
 
 
 def _prefix(name: str) -> str:
@@ -187,21 +187,29 @@ def _optimizer(settings: str | dict[str, Any]) -> str:
     return ", ".join([settings["class_path"], *(f"{name} {arguments[name]}" for name in SHOWN if name in arguments)])
 
 
-def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], scores: dict[Name, Score]) -> None:
+def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], tested: Document | None) -> None:
     """Write beside, then rename, so that a folder under its final name is whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         pipeline.save_pretrained(partial)
+        scores = by_name(tested) if tested else {}
+        names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
         sources = sorted({name.source for name in scores if "/" not in name.source})
-        found = {source: [scores.get(Name(source, score)) for score in SHOWN_SCORES] for source in sources}
+        found = {source: [scores.get(Name(source, score)) for score in names] for source in sources}
         table = {source: [score and score["value"] for score in row] for source, row in found.items()}
         template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(
             files("featinv_pl").joinpath("model_card.md").read_text()
         )
         shape = "x".join(str(size) for size in pipeline.inversion.backbone.feature_shape)
         card = template.render(
-            name=folder.name, index=pipeline.index, shape=shape, recipe=recipe, names=SHOWN_SCORES, scores=table
+            name=folder.name,
+            index=pipeline.index,
+            shape=shape,
+            recipe=recipe,
+            names=names,
+            scores=table,
+            notes=tested["notes"] if tested else [],
         )
         (partial / CARD).write_text(card)
         partial.rename(folder)

@@ -1,54 +1,85 @@
 """Published networks: nothing else may give a score its name."""
 
 import hashlib
+import re
+import shutil
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from conftest import random_inception
 from featinv_pl.errors import UserError
 from featinv_pl.metrics import weights
-from featinv_pl.metrics.weights import Inception, cached, check, perceptual_distance
+from featinv_pl.metrics.weights import Inception, Lpips, Weights, find
+
+INCEPTION, ALEXNET = "weights-inception-2015-12-05-6726825d.pth", "alexnet-owt-7be5be79.pth"
 
 
-def test_missing_weights_say_where_they_are_published() -> None:
-    with pytest.raises(UserError, match=r"no file .*6726825d\.pth'\. It is published as https://"):
-        Inception(None)
-    with pytest.raises(UserError, match=r"no file 'mine\.pth'"):
-        Inception(Path("mine.pth"))
-    with pytest.raises(UserError, match="alexnet"):
-        perceptual_distance(torch.device("cpu"))
+def published(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Give a file a name that vouches for it, and publish it there."""
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    url = path.rename(path.with_name(f"published-{digest}.pth")).absolute().as_uri()
+    monkeypatch.setattr(weights, name, url)
+    return url
 
 
-def test_other_weights_are_refused() -> None:
-    Path("mine.pth").write_bytes(b"other weights")
-    with pytest.raises(UserError, match=r"SHA-256 starts with [0-9a-f]{8} instead of 6726825d"):
-        Inception(Path("mine.pth"))
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "'{name}' has not been downloaded yet. Set --x to `download`"),
+        ("download", "--x: the download failed (<urlopen error no network>)"),
+        (Path("mine.pth"), "--x: there is no file 'mine.pth'"),
+        (Path(__file__), "is not the published file: its SHA-256 starts with"),
+    ],
+)
+def test_without_the_published_weights_an_error_says_how_to_get_them(
+    given: Weights, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def urlopen(url: str, timeout: float) -> None:
+        assert timeout <= 10
+        raise URLError("no network")
 
-
-def test_a_download_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "INCEPTION", "file:///nowhere/weights-00000000.pth")
-    with pytest.raises(UserError, match="could not be downloaded"):
-        Inception("download")
-    assert not cached(weights.INCEPTION).exists()
+    monkeypatch.setattr(weights, "urlopen", urlopen)
+    for name, network in {INCEPTION: Inception, ALEXNET: Lpips}.items():
+        with pytest.raises(UserError) as error:
+            network(given, "--x")
+        assert said.format(name=name) in str(error.value)
+        kept = Path(torch.hub.get_dir()) / "checkpoints" / name
+        assert re.search(
+            rf"Download https://\S+/{name} and save it as '{kept}', or set --x to its path", str(error.value)
+        )
+        assert not kept.exists()
 
 
 def test_a_download_is_checked_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = b"weights"
-    for name, good in ((hashlib.sha256(data).hexdigest()[:8], True), ("00000000", False)):
-        source = Path(f"weights-{name}.pth").absolute()
-        source.write_bytes(data)
-        url = source.as_uri()
-        if good:
-            weights._download(url, cached(url))
-            check(cached(url), url)
-        else:
-            with pytest.raises(UserError, match="could not be downloaded"):
-                weights._download(url, cached(url))
-            assert not cached(url).exists()
+    Path("good").write_bytes(b"weights")
+    url = published(Path("good"), "INCEPTION", monkeypatch)
+    path = find(url, "download", "--x")
+    Path(path.name).unlink()
+    assert find(url, "download", "--x") == find(url, None, "--x") == path
+    assert path.read_bytes() == b"weights"
+    Path("bad-00000000.pth").write_bytes(b"weights")
+    with pytest.raises(UserError, match="--x: the download failed"):
+        find(Path("bad-00000000.pth").absolute().as_uri(), "download", "--x")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_perceptual_distance_is_that_of_torchmetrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    alexnet = torchvision.models.alexnet().state_dict()
+    small = {name: value[:1, :1].expand_as(value) if value.ndim == 2 else value for name, value in alexnet.items()}
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET  # where torchmetrics does not check it
+    kept.parent.mkdir(parents=True)
+    torch.save(small, kept)
+    images = torch.rand(2, 2, 3, 64, 64) * 2 - 1
+    theirs = [LearnedPerceptualImagePatchSimilarity("alex")(*pair.unsqueeze(1)).item() for pair in images.unbind(1)]
+    url = published(Path(shutil.move(kept, "mine.pth")), "ALEXNET", monkeypatch)
+    assert Lpips(Path(Path(url).name), "--x")(*images).tolist() == pytest.approx(theirs, rel=1e-5)
 
 
 def test_features_are_those_that_torchmetrics_compares(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +87,7 @@ def test_features_are_those_that_torchmetrics_compares(monkeypatch: pytest.Monke
     path = random_inception(Path("random.pth"), monkeypatch)
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
     theirs: Any = FrechetInceptionDistance(feature_extractor_weights_path=str(path), antialias=False)
-    features = Inception(path)(images / 127.5 - 1)
+    features = Inception(path, "--x")(images / 127.5 - 1)
     assert features.shape == (2, weights.INCEPTION_FEATURES)
     assert features.std() > 0
     torch.testing.assert_close(features, theirs.inception(images.to(torch.uint8)))

@@ -70,19 +70,27 @@ def test_ddim_of_stable_diffusion_ends_at_the_least_noise_of_training(steps: int
     torch.testing.assert_close(drawn, last.sqrt() * goal + (1 - last).sqrt() * true_noise, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_one_call_a_step_at_falling_times(solver: Any) -> None:
+def test_one_call_a_step_at_the_times_of_diffusers(solver: Any, spacing: Any) -> None:
     times: list[int] = []
 
     def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
         times.append(int(timestep))
         return latents
 
-    sample(denoise, torch.randn(SHAPE), make_schedule(), Sampler(solver, 10))
-    assert len(times) == 10
-    assert times == sorted(set(times), reverse=True)
-    if solver == "ddim":
+    schedule = make_schedule(timestep_spacing="trailing")  # what the prior's configuration says does not count
+    sample(denoise, torch.randn(SHAPE), schedule, Sampler(solver, 10, spacing=spacing))
+    own_default = {} if spacing is None else {"timestep_spacing": spacing}
+    theirs: Any = SCHEDULERS[solver](steps_offset=1, **own_default)
+    theirs.set_timesteps(10)
+    assert times == theirs.timesteps.tolist()
+    if solver == "ddim" and spacing is None:
         assert times == list(range(901, 0, -100))
+
+
+def test_samplers_of_folders_without_a_spacing_keep_theirs() -> None:
+    assert Sampler.from_fields({"scheduler": "dpm"}) == Sampler("dpm", spacing="leading")
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -107,7 +115,7 @@ def test_solvers_differ(denoiser: Denoiser) -> None:
 
 def test_defaults_are_ours_and_the_authors_have_a_name() -> None:
     assert Sampler() == Sampler(scheduler="dpm", steps=15, guidance_scale=1.5, guidance="features")
-    assert Sampler(scheduler="ddim", steps=50, guidance_scale=1.75, guidance="text") == AUTHORS
+    assert Sampler(scheduler="ddim", steps=50, guidance_scale=1.75, guidance="text", spacing="leading") == AUTHORS
 
 
 @pytest.mark.parametrize(

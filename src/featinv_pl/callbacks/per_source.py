@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,8 +31,10 @@ from featinv_pl.metrics.kernel import KernelDistance
 from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.metrics.similarity import MapSimilarity
-from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, perceptual_distance
+from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, Lpips, Weights
 from featinv_pl.types import Batch, Inversion, Views
+
+Network = TypeVar("Network", Inception, Lpips)
 
 REPLICATES = 1000
 CAPTIONS = {
@@ -104,19 +106,20 @@ class PerSource(EvaluationCallback):
         clean: The source that corrupted ones are compared with.
         neighbours: Training samples to search for the nearest; 0 leaves that arm out.
         inception: The Inception weights of 2015, by which `fid` and `kid` are defined: a file, or
-            `download` to fetch it once. By default it is used if torch has downloaded it before. The
-            same goes for the AlexNet weights of `lpips`.
+            `download` to fetch it once. By default it is used if torch has downloaded it before.
+        alexnet: The AlexNet weights by which `lpips` is defined, likewise.
     """
 
     def __init__(
         self,
         clean: str = "clean",
         neighbours: int = 20_000,
-        inception: Literal["download"] | Path | None = None,
+        inception: Weights = None,
+        alexnet: Weights = None,
     ) -> None:
         if neighbours < 0:
             raise UserError(f"--trainer.callbacks.neighbours must be at least 0, and is {neighbours}.")
-        self.clean, self.limit, self.inception = clean, neighbours, inception
+        self.clean, self.limit, self.inception, self.alexnet = clean, neighbours, inception, alexnet
         self.results = Results()
         self.pending: list[str] = []
         self.open: Tally | None = None
@@ -255,19 +258,32 @@ class PerSource(EvaluationCallback):
             return eyes
         if module.judge is not None:
             eyes.append(Eye("judge_", module.judge.look, judged))
-        try:
-            network = Inception(self.inception).to(self.device)
-            eyes.append(Eye("", lambda images: {"features": network(images)}, _inception_distances))
-        except UserError as error:
-            self._note(f"there is no fid and no kid: {error} (--trainer.callbacks.inception)")
-        try:
-            distance = perceptual_distance(self.device)
+        inception = self._published("fid and kid", Inception, self.inception, "inception")
+        if inception is not None:
+            eyes.append(Eye("", lambda images: {"features": inception(images)}, _inception_distances))
+        lpips = self._published("lpips", Lpips, self.alexnet, "alexnet")
+        if lpips is not None:
             eyes.append(
-                Eye("", lambda images: {"images": images}, lambda: [PerceptualDistance(distance, self.replicates)])
+                Eye("", lambda images: {"images": images}, lambda: [PerceptualDistance(lpips, self.replicates)])
             )
-        except UserError as error:
-            self._note(f"there is no lpips: {error}")
         return eyes
+
+    def _published(self, scores: str, kind: type[Network], weights: Weights, option: str) -> Network | None:
+        """A network of published weights, on all ranks or on none: some alone would wait for the others' scores."""
+        network, error = None, ""
+        try:
+            network = kind(weights, f"PerSource.{option}").to(self.device)
+        except UserError as reason:
+            if isinstance(weights, Path):
+                raise
+            error = str(reason)
+        errors = list(filter(None, _gather(error)))
+        if not errors:
+            return network
+        self._note(f"no {scores}: {errors[0]}")
+        if weights is not None and self.writes:  # asked for: a long test is not the time to wait with that
+            print(f"Note: {self.results.notes[-1]}")
+        return None
 
     def _find_training_maps(self, datamodule: Any) -> None:
         if datamodule.train is None:

@@ -1,15 +1,15 @@
 """Networks whose published weights some scores are defined by: FID's Inception, and LPIPS' AlexNet."""
 
 import hashlib
-from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal, cast
-from urllib.error import URLError
+from typing import Any, Literal
+from urllib.request import urlopen
 
 import torch
 from torch import Tensor, nn
+from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchmetrics.image.fid import NoTrainInceptionV3
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 from featinv_pl.errors import UserError
 from featinv_pl.types import to_uint8
@@ -19,6 +19,10 @@ INCEPTION = (
 )
 ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 INCEPTION_FEATURES = 2048
+PATIENCE = 10  # seconds to wait for a server's answer
+
+Weights = Path | Literal["download"] | None
+"""A file, `download` to fetch it once, or None for the file that torch has downloaded before, if any."""
 
 
 class Inception(nn.Module):
@@ -27,15 +31,16 @@ class Inception(nn.Module):
     Images are resized to 299 pixels as TensorFlow 1 did, without antialiasing, as in the original FID.
 
     Args:
-        weights: The file, `download` to fetch it once, or None to use it where torch keeps downloads.
+        weights: Where its weights are.
+        option: The option that named them, for errors.
+
+    Raises:
+        UserError: They are not there, or are not the published ones.
     """
 
-    def __init__(self, weights: Path | Literal["download"] | None) -> None:
+    def __init__(self, weights: Weights, option: str) -> None:
         super().__init__()
-        path = weights if isinstance(weights, Path) else cached(INCEPTION)
-        if weights == "download":
-            _download(INCEPTION, path)
-        check(path, INCEPTION)
+        path = find(INCEPTION, weights, option)
         self.network = NoTrainInceptionV3(
             "inception-v3-compat", [str(INCEPTION_FEATURES)], feature_extractor_weights_path=str(path), antialias=False
         ).requires_grad_(False)
@@ -47,47 +52,69 @@ class Inception(nn.Module):
         return features
 
 
-def perceptual_distance(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """LPIPS with AlexNet: from two batches of images (B, 3, H, W) in [-1, 1] to distances (B,).
+class Lpips(nn.Module):
+    """LPIPS with AlexNet (Zhang et al., arXiv 1801.03924): a distance between images.
+
+    Args:
+        weights: Where AlexNet's weights are. Those that LPIPS adds come with torchmetrics.
+        option: The option that named them, for errors.
 
     Raises:
-        UserError: The weights are not where torch keeps downloads.
+        UserError: They are not there, or are not the published ones.
     """
-    check(cached(ALEXNET), ALEXNET)
-    network: Any = LearnedPerceptualImagePatchSimilarity("alex").net.to(device)
 
-    def distance(preds: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            return cast(Tensor, network(preds, target)).reshape(-1)
+    def __init__(self, weights: Weights, option: str) -> None:
+        super().__init__()
+        alexnet = torch.load(find(ALEXNET, weights, option), map_location="cpu", weights_only=True)
+        self.network: Any = _NoTrainLpips(net="alex", pnet_rand=True)
+        # `slice2.3.weight` of the network is `features.3.weight` of the file.
+        ours = self.network.net.state_dict()
+        self.network.net.load_state_dict({name: alexnet[f"features.{name.partition('.')[2]}"] for name in ours})
 
-    return distance
+    @torch.no_grad()
+    def forward(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Distances (B,) of images (B, 3, H, W) in [-1, 1]."""
+        distances: Tensor = self.network(preds, target)
+        return distances.reshape(-1)
 
 
-def cached(url: str) -> Path:
-    """Where torch keeps a downloaded file."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+def find(url: str, weights: Weights, option: str) -> Path:
+    """The file of published weights, checked by the beginning of its SHA-256 in its name.
 
+    Args:
+        url: Where it is published.
+        weights: Where it is.
+        option: The option that says so, for errors.
 
-def check(path: Path, url: str) -> None:
-    """Refuse weights that are not the published ones, by the beginning of their SHA-256 in the published name."""
-    if not path.is_file():
-        raise UserError(f"there is no file '{path}'. It is published as {url}")
-    expected = _digest_start(url)
+    Raises:
+        UserError: It is not there, cannot be downloaded, or is not what was published.
+    """
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    shown = Path("~", kept.relative_to(Path.home())) if kept.is_relative_to(Path.home()) else kept
+    by_hand = f"Download {url} and save it as '{shown}', or set {option} to its path"
+    if isinstance(weights, Path):
+        if not weights.is_file():
+            raise UserError(f"{option}: there is no file '{weights}'. {by_hand}.")
+    elif not kept.is_file():
+        if weights is None:
+            raise UserError(
+                f"'{kept.name}' has not been downloaded yet. Set {option} to `download`. Without a network: {by_hand}."
+            )
+        try:
+            urlopen(url, timeout=PATIENCE).close()  # torch's download would wait for minutes
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(kept), hash_prefix=_digest_start(url))
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise UserError(f"{option}: the download failed ({error}). {by_hand}.") from error
+    path = weights if isinstance(weights, Path) else kept
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(expected):
+    if not digest.startswith(_digest_start(url)):
         raise UserError(
-            f"'{path}' is not what is published as {url}: its SHA-256 starts with {digest[:8]} instead of {expected}."
+            f"{option}: '{path}' is not the published file: its SHA-256 starts with {digest[:8]} instead of "
+            f"{_digest_start(url)}. {by_hand}."
         )
-
-
-def _download(url: str, path: Path) -> None:
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_digest_start(url))
-        except (URLError, RuntimeError, OSError) as error:
-            raise UserError(f"{url} could not be downloaded ({error}).") from error
+    return path
 
 
 def _digest_start(url: str) -> str:

@@ -13,6 +13,7 @@ from featinv_pl.sampling.guidance import Denoiser
 from featinv_pl.sampling.refinement import Refinement
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
+SPACINGS = {"ddim": "leading", "dpm": "linspace", "unipc": "linspace"}  # as diffusers, and measured in docs/better.md
 
 
 MOST = 1000  # candidates or gradient steps, each of which takes its time
@@ -25,6 +26,9 @@ class Sampler:
     Args:
         scheduler: `ddim`, `dpm` (DPM-Solver++) or `unipc`, all from diffusers.
         steps: Number of denoising steps.
+        spacing: How the steps are placed in the noise schedule (Lin et al., arXiv 2305.08891, table 2): `leading`
+            never visits its noisiest end, `trailing` starts there, `linspace` visits both ends. None is `leading`
+            for `ddim` and `linspace` for the others.
         guidance_scale: Of the guidance; 1 switches it off and halves the cost. In `both`, that of the map.
         guidance: What the unconditional branch lacks: `text` drops the prompt and keeps the map, as
             the authors do; `features` drops both, which is the pair that training has seen; `both` guides by
@@ -49,6 +53,7 @@ class Sampler:
     control_scale: float = 1.0
     refine: Refinement | None = None
     best_of: int = 1
+    spacing: Literal["leading", "trailing", "linspace"] | None = None
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -71,7 +76,7 @@ class Sampler:
         Raises:
             ValidationError: A field is unknown, or has a value that it cannot have.
         """
-        return TypeAdapter(cls).validate_python(fields)
+        return TypeAdapter(cls).validate_python({"spacing": "leading", **fields})  # that of folders without the field
 
     @property
     def guidance_weights(self) -> tuple[float, ...]:
@@ -86,7 +91,7 @@ class Sampler:
         return any(self.guidance_weights[:-1])
 
 
-AUTHORS = Sampler("ddim", steps=50, guidance_scale=1.75, guidance="text")
+AUTHORS = Sampler("ddim", steps=50, guidance_scale=1.75, guidance="text", spacing="leading")
 _RANGES = {
     "steps": "Give at least 1.",
     "guidance_scale": "Give a number; 1 is no guidance.",
@@ -113,8 +118,9 @@ def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: 
     longest = schedule.config.num_train_timesteps - 2  # with its offset, more would leave the schedule
     if sampler.steps > longest:
         raise UserError(f"--model.sampler.steps must be at most {longest} for this prior, and is {sampler.steps}.")
-    # A solver has state, so each call makes its own. Spacing is explicit: solvers differ in its default.
-    solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing="leading")
+    # A solver has state, so each call makes its own. Spacing is explicit: the prior's configuration may say anything.
+    spacing = sampler.spacing or SPACINGS[sampler.scheduler]
+    solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing=spacing)
     solver.set_timesteps(sampler.steps, device=noise.device)
     latents: Tensor = noise * solver.init_noise_sigma
     for timestep in solver.timesteps:
