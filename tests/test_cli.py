@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -224,12 +225,12 @@ def test_plan_estimates_and_writes_nothing(
     refused(["fit", "--config", config, "--plan"], capsys, "--plan: only test, and predict with a ShardWriter")
 
 
-def write_like(original: Path, folder: Path, labels: list[int]) -> None:
+def write_like(original: Path, folder: Path, labels: list[int], attack: str = "", **more: Any) -> None:
     """Write the first samples of a set under other labels."""
     samples = ShardSet(original, folder.name, "")
-    settings = samples.manifest["settings"].copy()
+    settings: Any = {**samples.manifest["settings"], **more}
     settings["samples"] = settings["images"] = settings["batch_size"] = len(labels)
-    writer = ShardSetWriter(folder, folder.name, settings, samples.manifest["provenance"])
+    writer = ShardSetWriter(folder, folder.name, settings, {**samples.manifest["provenance"], "attack": attack})
     writer.begin()
     writer.add(collate_samples([{**samples[index], "labels": label} for index, label in enumerate(labels)]))
     writer.flush()
@@ -325,6 +326,44 @@ def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prio
     assert "foreign/label@1" not in scores
     assert {"single/cosine", "foreign/cosine", "clean/fd_test_resnet", "clean/label@1"} <= set(scores)
     assert "single/cosine.floor" not in scores  # there is no other image
+
+
+def test_scores_of_part_of_the_classes_the_images_and_an_attack(
+    shards: Path, classifier_folder: Path, prior_folder: Path
+) -> None:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    predicted = int(ShardSet(shards / "clean", "", "")[0]["logits"].argmax())  # for every image, by this classifier
+    chosen = [predicted, *(label for label in range(1, 4) if label != predicted)][:3]
+    labels = [chosen[row % 3] for row in range(20)]
+    classes = {str(label): label for label in chosen} | {"unknown": -1}
+    write_like(shards / "clean", Path("hard/one"), labels, "Attack()", classes=classes)
+    settings["data"]["init_args"]["test"] = {"hard": "hard", "clean": str(shards / "clean")}
+    main(["test", "--config", write(Path("inversion.yaml"), settings)])
+    document = json.loads(Path("run/metrics.json").read_text())
+    assert any("label@1 is taken over the 3 classes of the set" in note for note in document["notes"])
+    scores, rows = joined(document), {row["key"]: row for row in samples_of("clean")}
+    part = samples_of("hard/one")
+
+    assert scores["hard/one/label@1_all"] == pytest.approx(np.mean([row["predicted"] == row["label"] for row in part]))
+    assert scores["hard/label@1"] == scores["hard/one/label@1"]
+    assert "clean/label@1_all" not in scores
+
+    wrong = [row for row in part if row["predicted.original"] != row["label"]]
+    for arm in ("", ".floor"):
+        kept = [row[f"predicted{arm}"] == row["predicted.original"] for row in wrong]
+        hits = [row[f"predicted{arm}"] == row["label"] for row in wrong]
+        for given in ("wrong", "fooled"):
+            assert scores[f"hard/one/agreement@1_{given}{arm}"] == pytest.approx(np.mean(kept))
+            assert scores[f"hard/one/label@1_{given}{arm}"] == pytest.approx(np.mean(hits))
+    assert document["scores"]["hard/one"]["inversion"]["agreement@1_wrong"]["n"] == len(wrong) < len(part)
+    assert scores["hard/attack_success.original"] == pytest.approx(len(wrong) / len(part))
+    assert not [name for name in scores if name.startswith("clean/") and ("fooled" in name or "attack" in name)]
+
+    clean = np.mean([rows[row["key"]]["cosine"] for row in part])
+    assert scores["hard/cosine_relative"] == pytest.approx(scores["hard/cosine"] / clean)
+    assert scores["hard/cosine_relative"] != pytest.approx(scores["hard/cosine"] / scores["clean/cosine"], abs=1e-6)
+    gain = np.mean([row["cosine"] - row["cosine.neighbour"] for row in part])
+    assert scores["hard/cosine_difference.neighbour"] == pytest.approx(gain)
 
 
 class Interruption(Callback):

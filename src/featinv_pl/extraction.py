@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.attacks import Attack, attack
+from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.frozen import digest
@@ -102,6 +103,11 @@ class AdversarialExtraction(FeatureExtraction):
 
     def __init__(self, attack: Attack = Attack(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
         super().__init__(**kwargs)
+        if not self.backbone.classifies:
+            raise UserError(
+                f"--model.backbone: '{self.backbone.name}' has no classes, so that there is nothing to attack. Give a "
+                "classifier."
+            )
         self.attack = attack
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:

@@ -20,6 +20,8 @@ class Views(TypedDict):
     """(B, C, h, w), the penultimate feature map."""
     logits: Tensor
     """(B, K)."""
+    partners: NotRequired[list[str]]
+    """Keys of the images, where these are other images of the same test set."""
 
 
 class View(TypedDict):

@@ -1,18 +1,12 @@
 """Scores for each source, with floor, ceiling and baselines beside every figure."""
 
 import io
-import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
-from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.arms import ARMS, CEILING, FLOOR, INVERSION, NEIGHBOUR, ORIGINAL, label
@@ -22,19 +16,15 @@ from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.provenance import evaluation
 from featinv_pl.callbacks.references import Floor, Neighbours
-from featinv_pl.callbacks.results import METRICS, Name, Results, aligned, column, samples_file, samples_path
+from featinv_pl.callbacks.relative import Relative
+from featinv_pl.callbacks.results import METRICS, Results, aligned, samples_file, samples_path
+from featinv_pl.callbacks.scorers import Classes, Scorer, scorers
+from featinv_pl.callbacks.tally import Tally
 from featinv_pl.errors import UserError
-from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
-from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
 from featinv_pl.metrics.frechet import FrechetDistance
-from featinv_pl.metrics.kernel import KernelDistance
-from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
 from featinv_pl.metrics.sample_metric import SampleMetric
-from featinv_pl.metrics.similarity import MapSimilarity
-from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, Lpips, Weights
+from featinv_pl.metrics.weights import Weights
 from featinv_pl.types import Batch, Inversion, Views
-
-Network = TypeVar("Network", Inception, Lpips)
 
 REPLICATES = 1000
 CAPTIONS = {
@@ -42,49 +32,6 @@ CAPTIONS = {
     "severity": "scores against the severity of corruptions, with 95 % intervals",
     "histograms": "how the cosine is distributed over the samples of each source",
 }
-
-
-@dataclass(frozen=True)
-class Eye:
-    """A network that looks at images, and the metrics that compare what it sees.
-
-    Attributes:
-        prefix: Of the names of its scores.
-        look: From images to views; None for the backbone, whose views travel with the batch.
-        metrics: Makes new metrics: those of each sample, and those of whole sets.
-    """
-
-    prefix: str
-    look: Callable[[Tensor], Mapping[str, Any]] | None
-    metrics: Callable[[], list[Metric]]
-
-
-@dataclass
-class Tally:
-    """What is known so far of one source, or of a group of sources.
-
-    Attributes:
-        source: Its name.
-        metrics: By number of the eye and by arm.
-        columns: The table of samples.
-        left_out: Keys of samples that cannot be scored.
-        floor: Partners for the floor; None where there are none.
-        count: Samples that count, on all ranks.
-    """
-
-    source: str
-    metrics: dict[tuple[int, str], list[Metric]] = field(default_factory=dict)
-    columns: dict[str, list[Any]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
-    floor: Floor | None = None
-    count: int = 0
-
-    def add(self, part: "Tally") -> None:
-        """Add a source to a group."""
-        for key, metrics in part.metrics.items():
-            for metric, other in zip(self.metrics[key], metrics, strict=True):
-                metric.merge_state(other)
-        self.count += part.count
 
 
 class PerSource(EvaluationCallback):
@@ -119,22 +66,23 @@ class PerSource(EvaluationCallback):
     ) -> None:
         if neighbours < 0:
             raise UserError(f"--trainer.callbacks.neighbours must be at least 0, and is {neighbours}.")
-        self.clean, self.limit, self.inception, self.alexnet = clean, neighbours, inception, alexnet
+        self.clean, self.limit = clean, neighbours
+        self.weights = {"inception": inception, "alexnet": alexnet}
         self.results = Results()
         self.pending: list[str] = []
         self.open: Tally | None = None
         self.groups: dict[str, Tally] = {}
-        self.neighbours: Neighbours | None = None
-        self.eyes: list[Eye] = []
+        self.relative = Relative(clean)
+        self.scorers: list[Scorer] = []
+        self.baselines: dict[str, Callable[[Batch], Views]] = {}
 
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make everything new."""
         datamodule = cast(Any, trainer).datamodule
         self.results = Results()
-        self.diverse = stage == "test" and cast(Any, pl_module).num_samples > 1
         self.drawn = [INVERSION, *(cast(Any, pl_module).arms if stage == "test" else [])]
         self.pending = list(datamodule.sources(stage))
-        self.open, self.groups, self.neighbours = None, {}, None
+        self.open, self.groups, self.relative = None, {}, Relative(self.clean)
         self.device = pl_module.device
         self.num_classes = cast(Any, pl_module).backbone.num_classes
         self.biased: dict[str, list[str]] = {}
@@ -145,46 +93,23 @@ class PerSource(EvaluationCallback):
         self.samples = datamodule.test if stage == "test" else {"val": datamodule.val}
         # In the middle of training an interval is not worth its time, and nothing is written.
         self.replicates = 0 if trainer.state.fn == "fit" else REPLICATES
-        self.eyes = self._eyes(pl_module)
+        diverse = stage == "test" and cast(Any, pl_module).num_samples > 1
+        self.scorers, notes = scorers(pl_module, self.replicates, diverse, **self.weights)
+        self.results.notes += notes
         for source in self.skipped if stage == "test" else []:
             self._note(f"{source}: left out, for it has fewer samples than there are processes")
-        if stage == "test" and self.limit:
-            self._find_training_maps(datamodule)
+        self.baselines = self._baselines(datamodule) if stage == "test" else {}
 
     def see(self, batch: Batch, outputs: Inversion) -> None:
         """Add a batch, all of one source."""
         while self.open is None or self.open.source != batch["source"][0]:
             self._next()
-        tally = self.open
         arms = {INVERSION: cast(Views, outputs), CEILING: outputs["ceiling"], ORIGINAL: cast(Views, batch)}
         arms |= outputs.get("arms", {})
-        if tally.floor is not None:
-            arms[FLOOR] = tally.floor(batch)
-        if self.neighbours is not None:
-            arms[NEIGHBOUR] = self.neighbours(batch)
-        arms, batch = self._finite(tally, arms, batch)
-        if not batch["key"]:
-            return
-        columns = {
-            "key": batch["key"],
-            "label": batch["labels"].tolist(),
-        }
-        for number, eye in enumerate(self.eyes):
-            target = {**batch, **eye.look(batch["images"])} if eye.look else batch
-            for arm, views in arms.items():
-                if (number, arm) not in tally.metrics:
-                    continue
-                preds = eye.look(views["images"]) if eye.look else views
-                if "logits" in preds:
-                    columns[column(f"{eye.prefix}predicted", arm)] = preds["logits"].argmax(1).tolist()
-                for metric in tally.metrics[number, arm]:
-                    ours, theirs = cast(Any, metric).reads
-                    metric.update(cast(Any, preds)[ours], cast(Any, target)[theirs], batch["key"])
-                    if isinstance(metric, SampleMetric):
-                        names = (column(f"{eye.prefix}{name}", arm) for name in metric.names)
-                        columns.update(zip(names, metric.latest.T.tolist(), strict=True))
-        for name, values in columns.items():
-            tally.columns.setdefault(name, []).extend(values)
+        arms |= {arm: baseline(batch) for arm, baseline in self.baselines.items()}
+        if self.open.floor is not None:
+            arms[FLOOR] = self.open.floor(batch)
+        self.open.see(batch, arms)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the last sources and log all scores."""
@@ -195,7 +120,10 @@ class PerSource(EvaluationCallback):
                 f"{name} is biased upwards where there are no more samples than features, such as in {sources[0]}"
                 + f" and {len(sources) - 1} others" * (len(sources) > 1)
             )
-        self.results.derive(self.clean)
+        self.results.derive()
+        estimates, notes = self.relative.estimates(self.replicates)
+        self.results.values |= estimates
+        self.results.notes += notes
         scores = {str(name): score["value"] for name, score in self.results.scores.items()}
         if trainer.state.fn == "fit":
             pl_module.log_dict(scores)  # for ModelCheckpoint to monitor
@@ -240,59 +168,18 @@ class PerSource(EvaluationCallback):
         for name in self.skipped:
             del cast(Any, test)[name]
 
-    def _eyes(self, module: Any) -> list[Eye]:
-        channels, name = module.backbone.feature_shape[0], network_name(module.backbone)
-
-        def own() -> list[Metric]:
-            return [
-                *(kind(self.replicates) for kind in (MapSimilarity, Agreement, LabelAccuracy, PixelSimilarity)),
-                FrechetDistance(channels, f"fd_{name}"),
-                KernelDistance(channels, f"kd_{name}"),
-            ]
-
-        def judged() -> list[Metric]:
-            return [MapSimilarity(self.replicates), Agreement(self.replicates)]
-
-        eyes = [Eye("", None, own)]
-        if self.replicates == 0:
-            return eyes
-        if module.judge is not None:
-            eyes.append(Eye("judge_", module.judge.look, judged))
-        inception = self._published("fid and kid", Inception, self.inception, "inception")
-        if inception is not None:
-            eyes.append(Eye("", lambda images: {"features": inception(images)}, _inception_distances))
-        lpips = self._published("lpips", Lpips, self.alexnet, "alexnet")
-        if lpips is not None:
-            eyes.append(
-                Eye("", lambda images: {"images": images}, lambda: [PerceptualDistance(lpips, self.replicates)])
-            )
-        return eyes
-
-    def _published(self, scores: str, kind: type[Network], weights: Weights, option: str) -> Network | None:
-        """A network of published weights, on all ranks or on none: some alone would wait for the others' scores."""
-        network, error = None, ""
-        try:
-            network = kind(weights, f"PerSource.{option}").to(self.device)
-        except UserError as reason:
-            if isinstance(weights, Path):
-                raise
-            error = str(reason)
-        errors = list(filter(None, _gather(error)))
-        if not errors:
-            return network
-        self._note(f"no {scores}: {errors[0]}")
-        if weights is not None and self.writes:  # asked for: a long test is not the time to wait with that
-            print(f"Note: {self.results.notes[-1]}")
-        return None
-
-    def _find_training_maps(self, datamodule: Any) -> None:
+    def _baselines(self, datamodule: Any) -> dict[str, Callable[[Batch], Views]]:
+        """What is reconstructed without the inverter, by arm."""
+        if not self.limit:
+            return {}
         if datamodule.train is None:
             self._note("there is no nearest neighbour without training shards: give --data.train")
-            return
+            return {}
         try:
-            self.neighbours = Neighbours(datamodule.train, self.limit, self.device)
+            return {NEIGHBOUR: Neighbours(datamodule.train, self.limit, self.device)}
         except UserError as error:
             self._note(f"there is no nearest neighbour: {error}")
+            return {}
 
     def _note(self, text: str) -> None:
         self.results.notes.append(text)
@@ -308,63 +195,55 @@ class PerSource(EvaluationCallback):
             self.open = self._opened(self.pending.pop(0))
 
     def _opened(self, source: str) -> Tally:
-        tally = Tally(source)
-        samples = self.samples[source]
+        samples, floor = self.samples[source], None
         if len(samples) > 1:
             try:
-                tally.floor = Floor(samples)
+                floor = Floor(samples)
             except UserError as error:
                 self._note(f"{source}: there is no floor: {error}")
-        arms = [*self.drawn, CEILING, ORIGINAL]
-        arms += [FLOOR] if tally.floor is not None else []
-        arms += [NEIGHBOUR] if self.neighbours is not None else []
-        tally.metrics = self._metrics(arms)
-        return tally
+        classes = self._classes(source, samples.manifest["settings"].get("classes", {}))
+        arms = [*self.drawn, CEILING, ORIGINAL, *self.baselines, *([] if floor is None else [FLOOR])]
+        attacked = bool(samples.manifest["provenance"]["attack"])
+        return Tally(source, self.scorers, self._metrics(arms, classes), floor, classes, attacked)
 
-    def _metrics(self, arms: Iterable[str]) -> dict[tuple[int, str], list[Metric]]:
-        """New metrics by number of the eye and by arm."""
-        made = {(number, arm): eye.metrics() for number, eye in enumerate(self.eyes) for arm in arms}
-        for (_, arm), metrics in made.items():
-            if arm == FLOOR:
-                # Another image of a set is an image of that set: as a distance between sets, it says nothing.
-                metrics[:] = [metric for metric in metrics if isinstance(metric, SampleMetric)]
-            if arm == ORIGINAL:  # which agrees with itself, but not always with its label
-                metrics[:] = [metric for metric in metrics if isinstance(metric, LabelAccuracy)]
-        if self.diverse and (0, INVERSION) in made:
-            made[0, INVERSION] += [PixelDiversity(self.replicates), MapDiversity(self.replicates)]
+    def _classes(self, source: str, labels: Mapping[str, int]) -> list[int] | None:
+        """The classes of a source, if they are a part of the classifier's."""
+        classes = sorted({label for label in labels.values() if 0 <= label < self.num_classes})
+        if not 0 < len(classes) < self.num_classes:
+            return None
+        self._note(
+            f"{source}: label@1 is taken over the {len(classes)} classes of the set, as is usual for ImageNet-A and "
+            f"-R, and label@1_all over all {self.num_classes} of the classifier"
+        )
+        return classes
+
+    def _metrics(self, arms: Iterable[str], classes: Classes = None) -> dict[tuple[int, str], list[Metric]]:
+        """New metrics by number of the scorer and by arm."""
+        made = {
+            (number, arm): scorer.metrics(arm, classes) for arm in arms for number, scorer in enumerate(self.scorers)
+        }
         return {key: [metric.to(self.device) for metric in metrics] for key, metrics in made.items() if metrics}
-
-    def _finite(self, tally: Tally, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
-        """Leave out samples with a value that is not finite, from all arms, and remember their keys."""
-        tensors = [item[key] for item in (batch, *arms.values()) for key in ("features", "logits")]
-        good = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
-        if good.all():
-            return arms, batch
-        rows = good.nonzero().flatten().tolist()
-        tally.left_out += [key for row, key in enumerate(batch["key"]) if row not in rows]
-        return {arm: cast(Views, _rows(views, rows)) for arm, views in arms.items()}, cast(Batch, _rows(batch, rows))
 
     def _close(self, tally: Tally) -> None:
         """Compute the scores of a source, write its samples, and add it to its groups."""
-        ranks = _gather((tally.columns, tally.left_out))
-        names = dict.fromkeys(name for columns, _ in ranks for name in columns)
-        columns = {name: [value for part, _ in ranks for value in part.get(name, [])] for name in names}
-        left_out = sorted(key for _, keys in ranks for key in keys)
-        if left_out:
-            self._note(f"{tally.source}: left out {len(left_out)} samples, not finite, such as '{left_out[0]}'")
-        foreign = sum(label >= self.num_classes for label in columns.get("label", []))
-        if foreign:
+        tally.gather()
+        if tally.left_out:
+            example = tally.left_out[0]
+            self._note(f"{tally.source}: left out {len(tally.left_out)} samples, not finite, such as '{example}'")
+        foreign = sum(label >= self.num_classes for label in tally.columns.get("label", []))
+        if foreign and self.scorers[0].classifies:
             self._note(
                 f"{tally.source}: {foreign} labels are none of the classifier's {self.num_classes} classes, and do not "
                 "count. Are they those of another data set?"
             )
-        tally.count = len(columns.get("key", []))
         self._score(tally)
         if tally.count and self.writes:
-            write_bytes(samples_path(self.root, tally.source), samples_file(columns))
+            write_bytes(samples_path(self.root, tally.source), samples_file(tally.columns))
+        self.relative.add(tally.source, _groups(tally.source), tally.columns)
         for level in _groups(tally.source):
             if level not in self.groups:
-                self.groups[level] = Tally(level, self._metrics(dict.fromkeys((*self.drawn, *ARMS))))
+                metrics = self._metrics(dict.fromkeys((*self.drawn, *ARMS)))
+                self.groups[level] = Tally(level, self.scorers, metrics, parts=0)
             self.groups[level].add(tally)
             if not any(source.startswith(f"{level}/") for source in self.pending):
                 self._score(self.groups.pop(level))
@@ -374,50 +253,17 @@ class PerSource(EvaluationCallback):
             self._note(f"{tally.source}: no sample could be scored")
             return
         self.results.counts[tally.source] = tally.count
-        for (number, arm), metrics in tally.metrics.items():
-            for metric in metrics:
-                with warnings.catch_warnings():  # a rank without samples has updated nothing, and a group only merges
-                    warnings.filterwarnings("ignore", "The ``compute`` method")
-                    values = metric.compute()
-                if isinstance(metric, FrechetDistance) and arm == INVERSION and tally.count <= metric.num_features:
-                    self.biased.setdefault(metric.name, []).append(tally.source)
-                for name, value in values.items():
-                    if value.isnan().all() and arm == INVERSION and not isinstance(metric, SampleMetric):
-                        self._note(f"{tally.source}: {tally.count} samples are too few for {name}, which needs 2")
-                    key = Name(tally.source, f"{self.eyes[number].prefix}{name}", arm)
-                    self.results.values[key] = value.reshape(-1).cpu().numpy()
-
-
-def _inception_distances() -> list[Metric]:
-    return [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")]
+        for name, estimate, metric in tally.estimates():
+            self.results.values[name] = estimate
+            if name.arm != INVERSION or isinstance(metric, SampleMetric):
+                continue
+            if isinstance(metric, FrechetDistance) and tally.count <= metric.num_features:
+                self.biased.setdefault(name.score, []).append(tally.source)
+            if np.isnan(estimate.values[0]):
+                self._note(f"{tally.source}: {tally.count} samples are too few for {name.score}, which needs 2")
 
 
 def _groups(source: str) -> list[str]:
     """The groups that a source belongs to: `a/b` and `a` for `a/b/c`."""
     parts = source.split("/")
     return ["/".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
-
-
-def _rows(item: Any, rows: list[int]) -> dict[str, Any]:
-    """Some rows of a batch or of views."""
-    return {
-        name: [value[row] for row in rows] if isinstance(value, list) else value[rows]
-        for name, value in item.items()
-        if isinstance(value, list | Tensor)
-    }
-
-
-def _gather(item: Any) -> list[Any]:
-    """What each rank has."""
-    if not torch.distributed.is_initialized():
-        return [item]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, item)
-    return gathered
-
-
-def network_name(backbone: Any) -> str:
-    """What timm calls the architecture, and the weights if they are its own, as part of a score's name."""
-    config = backbone.model.pretrained_cfg
-    parts = [config["architecture"], "" if Path(backbone.name).is_dir() else config.get("tag")]
-    return re.sub(r"[^\w-]", "-", "-".join(part for part in parts if part))

@@ -34,7 +34,8 @@ class Floor:
     def __call__(self, batch: Batch) -> Views:
         """The partners of a batch. Of a set with one image, it is its own."""
         rows = [self._partner(key) for key in batch["key"]]
-        return _views(self.others, rows, batch["features"].device)
+        views = _views(self.others, rows, batch["features"].device)
+        return {**views, "partners": [self.others["key"][row] for row in rows]}
 
     def _partner(self, key: str) -> int:
         total = len(self.indices)

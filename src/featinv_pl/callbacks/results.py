@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, NotRequired, cast
 
 import numpy as np
 import pyarrow
-from numpy.typing import NDArray
 from pyarrow import parquet
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
@@ -18,16 +17,15 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 from featinv_pl.arms import CEILING, FLOOR, INVERSION, label, ordered
 from featinv_pl.callbacks.provenance import Evaluation
 from featinv_pl.errors import UserError
+from featinv_pl.metrics.estimates import Estimate
 from featinv_pl.reading import read_json
 
 METRICS = "metrics.json"
 SCORES = "scores.csv"
 SAMPLES = "samples"
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1", "psnr")
-RELATIVE = ("cosine", "agreement@1", "agreement@5", "label@1")
-
-Values = NDArray[np.float64]
-"""(1,) or (1 + replicates,): a score, and what it is in each replicate of the bootstrap."""
+COMPARED = ("cosine", "agreement@1")
+PREFIXES = ("", "judge_")
 
 
 class Name(NamedTuple):
@@ -56,6 +54,8 @@ class Score(TypedDict):
     value: float
     low: NotRequired[float]
     high: NotRequired[float]
+    n: NotRequired[int]
+    """How many images count, if not all of the test set."""
 
 
 class Document(TypedDict):
@@ -88,40 +88,45 @@ class Results:
     """All scores of an evaluation.
 
     Attributes:
-        values: Scores with their replicates.
+        values: Scores with their uncertainty.
         counts: Images that count, by test set or group.
         notes: What users should know of these scores: what is missing, and why.
         provenance: What was scored, of scores that are written.
     """
 
-    values: dict[Name, Values] = field(default_factory=dict)
+    values: dict[Name, Estimate] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     provenance: Evaluation | None = None
 
-    def derive(self, clean: str) -> None:
-        """Add scores that follow from others, replicate by replicate, so that they have intervals too.
+    def derive(self) -> None:
+        """Add scores that follow from others.
 
         `cosine_calibrated`, of every arm, is where its cosine lies between floor and ceiling, if these are
-        in order.
-        `<score>_relative`, of a group of test sets such as a corruption at all its severities, is its ratio
-        to that of `clean`.
+        in order. `cosine_difference` and `agreement@1_difference`, of every other arm, are what the inversion has
+        more than it.
         """
         for source in self.counts:
-            for prefix in ("", "judge_"):
-                cosine = f"{prefix}cosine"
-                floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in (FLOOR, CEILING))
-                if floor is None or ceiling is None or ceiling[0] <= floor[0]:
-                    continue
-                for arm in self.arms:
-                    own = self.values.get(Name(source, cosine, arm))
-                    if own is not None and arm not in (FLOOR, CEILING):
-                        self.values[Name(source, f"{cosine}_calibrated", arm)] = _ratio(own - floor, ceiling - floor)
-            if any(other.startswith(f"{source}/") for other in self.counts):
-                for score in RELATIVE:
-                    own, reference = self.values.get(Name(source, score)), self.values.get(Name(clean, score))
-                    if own is not None and reference is not None:
-                        self.values[Name(source, f"{score}_relative")] = _ratio(own, reference)
+            for prefix in PREFIXES:
+                self._calibrate(source, f"{prefix}cosine")
+                for score in COMPARED:
+                    self._compare(source, f"{prefix}{score}")
+
+    def _calibrate(self, source: str, cosine: str) -> None:
+        floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in (FLOOR, CEILING))
+        if floor is None or ceiling is None or not ceiling.values[0] > floor.values[0]:
+            return
+        for arm in self.arms:
+            own = self.values.get(Name(source, cosine, arm))
+            if own is not None and arm not in (FLOOR, CEILING):
+                self.values[Name(source, f"{cosine}_calibrated", arm)] = (own - floor) / (ceiling - floor)
+
+    def _compare(self, source: str, score: str) -> None:
+        own = self.values.get(Name(source, score))
+        for arm in self.arms:
+            other = self.values.get(Name(source, score, arm))
+            if own is not None and other is not None and arm != INVERSION:
+                self.values[Name(source, f"{score}_difference", arm)] = own - other
 
     @property
     def arms(self) -> list[str]:
@@ -133,7 +138,8 @@ class Results:
         """Every score that there is, ordered by test set as it was evaluated, and by arm as in tables."""
         sources, arms = list(self.counts), self.arms
         names = sorted(self.values, key=lambda name: (sources.index(name.source), arms.index(name.arm)))
-        return {name: _score(self.values[name]) for name in names if np.isfinite(self.values[name][0])}
+        found = {name: self.values[name] for name in names if np.isfinite(self.values[name].values[0])}
+        return {name: _score(estimate, self.counts[name.source]) for name, estimate in found.items()}
 
     @property
     def document(self) -> Document:
@@ -152,10 +158,11 @@ class Results:
         """`metrics.json` and `scores.csv`."""
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["source", "arm", "score", "value", "low", "high", "samples"])
+        writer.writerow(["source", "arm", "score", "value", "low", "high", "n"])
         for name, found in self.scores.items():
             interval = (found.get("low", ""), found.get("high", ""))
-            writer.writerow([name.source, name.arm, name.score, found["value"], *interval, self.counts[name.source]])
+            size = found.get("n", self.counts[name.source])
+            writer.writerow([name.source, name.arm, name.score, found["value"], *interval, size])
         return {METRICS: (json.dumps(self.document, indent=2) + "\n").encode(), SCORES: rows.getvalue().encode()}
 
     def table(self) -> list[list[str]]:
@@ -172,19 +179,14 @@ class Results:
         return table
 
 
-def _score(values: Values) -> Score:
-    """A score with its interval, as percentiles of the bootstrap."""
-    score: Score = {"value": float(values[0])}
-    if len(values) > 1:
-        # A replicate of few samples can lack all that count, or the difference that a ratio divides by.
-        low, high = np.percentile(values[np.isfinite(values)], [2.5, 97.5])
-        score |= {"low": float(low), "high": float(high)}
+def _score(estimate: Estimate, count: int) -> Score:
+    """A score as it is written, of a test set of so many images."""
+    score: Score = {"value": float(estimate.values[0])}
+    if estimate.interval is not None:
+        score |= {"low": estimate.interval[0], "high": estimate.interval[1]}
+    if estimate.count is not None and estimate.count != count:
+        score["n"] = estimate.count
     return score
-
-
-def _ratio(numerator: Values, denominator: Values) -> Values:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(numerator / denominator)
 
 
 def cell(score: Score | None) -> str:

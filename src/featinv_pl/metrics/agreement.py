@@ -1,4 +1,6 @@
-"""Whether a classifier sees the same in a reconstruction as in the original."""
+"""Whether a classifier predicts the same for a reconstruction as for the original."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ class Agreement(SampleMetric):
 
     higher_is_better = True
     names = ("agreement@1", "agreement@5", "overlap@5")
+    shares = ("agreement@1", "agreement@5")
     reads = ("logits", "logits")
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
@@ -33,19 +36,95 @@ class Agreement(SampleMetric):
 
 
 class LabelAccuracy(SampleMetric):
-    """The share of samples whose reconstruction is classified as its label says: `label@1`.
+    """The share of samples whose reconstruction is classified as its label says.
 
-    Samples without a label (-1), or whose label is no class of the classifier, do not count.
+    `label@1` is taken over the classes of the test set, as it is published of ImageNet-A and -R, which have 200 of a
+    classifier's 1000; `label@1_all` over all classes of the classifier. Samples without a label (-1), or whose label
+    is no class of the classifier, do not count.
+
+    Args:
+        replicates: See `SampleMetric`.
+        classes: Labels of the classes of the test set, if these are a part of the classifier's.
+    """
+
+    higher_is_better = True
+    names = ("label@1", "label@1_all")
+    shares = names
+    reads = ("logits", "labels")
+
+    def __init__(self, replicates: int = 0, classes: Sequence[int] | None = None) -> None:
+        super().__init__(replicates)
+        self.classes = classes
+
+    def score(self, preds: Tensor, target: Tensor) -> Tensor:
+        """Compare logits (B, K) with labels (B,)."""
+        known = (target >= 0) & (target < preds.shape[1])
+        hits = torch.stack([within(preds, self.classes).argmax(1), preds.argmax(1)], dim=1) == target.unsqueeze(1)
+        return hits.double().where(known.unsqueeze(1), torch.nan)
+
+
+class ConditionalAgreement(SampleMetric):
+    """Agreement of predictions where the classifier is right about the original, and where it is wrong.
+
+    `agreement@1_right` and `agreement@1_wrong`: the share of reconstructions with the original's top-1 class among
+    originals that are classified as labelled, and among those that are not: is a wrong class kept? `label@1_wrong`:
+    the share classified as labelled among the latter. All are taken over all classes. Samples without a label that
+    the classifier knows do not count.
+
+    `agreement@1_fooled`, `label@1_fooled` and `agreement@1_resisted` are the same of adversarial images with which
+    the attack succeeded, and of those with which it did not.
 
     Args:
         replicates: See `SampleMetric`.
     """
 
     higher_is_better = True
-    names = ("label@1",)
-    reads = ("logits", "labels")
+    names = (
+        *("agreement@1_right", "agreement@1_wrong", "label@1_wrong"),
+        *("agreement@1_resisted", "agreement@1_fooled", "label@1_fooled"),
+    )
+    shares = names
+    listed = False
+    reads = ("logits", ("logits", "labels", "fooled"))
+
+    def score(self, preds: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Compare logits (B, K) with the original's logits, labels (B,), and whether it is fooled: 1, 0 or NaN."""
+        logits, labels, fooled = target
+        known = (labels >= 0) & (labels < logits.shape[1])
+        wrong = (logits.argmax(1) != labels).double().where(known, torch.nan)
+        agrees, hits = ((preds.argmax(1) == wanted).double() for wanted in (logits.argmax(1), labels))
+        return torch.stack(
+            [
+                value.where(condition == given, torch.nan)
+                for condition in (wrong, fooled)
+                for value, given in ((agrees, 0), (agrees, 1), (hits, 1))
+            ],
+            dim=1,
+        )
+
+
+class AttackSuccess(SampleMetric):
+    """`attack_success`: the share of adversarial images with which the attack succeeded.
+
+    Args:
+        replicates: See `SampleMetric`.
+    """
+
+    higher_is_better = True
+    names = ("attack_success",)
+    shares = names
+    listed = False
+    reads = ("logits", "fooled")
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
-        """Compare logits (B, K) with labels (B,)."""
-        known = (target >= 0) & (target < preds.shape[1])
-        return (preds.argmax(1) == target).double().where(known, torch.nan).unsqueeze(1)
+        """Whether each original was fooled: 1, 0 or NaN, (B,); its logits do not matter."""
+        return target.double().unsqueeze(1)
+
+
+def within(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """Logits (B, K) of some classes alone; the others are made impossible."""
+    if classes is None:
+        return logits
+    chosen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    chosen[list(classes)] = True
+    return logits.where(chosen, -torch.inf)

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,13 +31,18 @@ class SampleMetric(Metric):
 
     Attributes:
         latest: (B, number of scores), the values of the last batch.
+        sizes: Since `compute`, how many samples count for each score.
     """
 
     full_state_update = False
     names: ClassVar[tuple[str, ...]]
     """What the scores are called."""
-    reads: ClassVar[tuple[str, str]]
-    """Which entry of the reconstruction, and which of the original, the metric compares."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Those that are 0 or 1 for every sample, so that their means are shares."""
+    listed: ClassVar[bool] = True
+    """Whether the table of samples has the values: those that follow from others it need not have."""
+    reads: ClassVar[tuple[str, str | tuple[str, ...]]]
+    """Which entry of the reconstruction, and which one or ones of the original, the metric compares."""
     sums: Tensor
     counts: Tensor
     latest: Tensor
@@ -45,29 +50,38 @@ class SampleMetric(Metric):
     def __init__(self, replicates: int = 0) -> None:
         super().__init__()
         self.replicates = replicates
+        self.sizes: dict[str, int] = {}
         for name in ("sums", "counts"):
             shape = (1 + replicates, len(self.names))
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     @abstractmethod
-    def score(self, preds: Tensor, target: Tensor) -> Tensor:
+    def score(self, preds: Tensor, target: Any) -> Tensor:
         """Score each sample.
 
         Args:
             preds: Of reconstructions, (B, ...).
-            target: Of originals, (B, ...).
+            target: Of originals, (B, ...), one or several as `reads` says.
 
         Returns:
             (B, number of scores), float64.
         """
 
-    def update(self, preds: Tensor, target: Tensor, keys: Sequence[str] | None = None) -> None:
+    def update(
+        self,
+        preds: Tensor,
+        target: Any,
+        keys: Sequence[str] | None = None,
+        partners: Sequence[str] | None = None,
+    ) -> None:
         """Add a batch.
 
         Args:
             preds: Of reconstructions, (B, ...).
-            target: Of originals, (B, ...).
+            target: Of originals, as for `score`.
             keys: Names of the samples. They seed the bootstrap, which needs them.
+            partners: Names of the images that `preds` are of, where these are other images of the set, shared by
+                samples: a replicate draws them too (the pigeonhole bootstrap of Owen, 2007).
         """
         self.latest = self.score(preds, target)
         finite = self.latest.isfinite()
@@ -75,21 +89,24 @@ class SampleMetric(Metric):
         if self.replicates:
             assert keys is not None
             weights[:, 1:] = poisson_weights(tuple(keys), self.replicates)
+            if partners is not None:
+                weights[:, 1:] *= poisson_weights(tuple(partners), self.replicates)
         weights = weights.to(self.latest.device)
         self.sums += weights.T @ self.latest.where(finite, 0)
         self.counts += weights.T @ finite.double()
 
     def compute(self) -> dict[str, Tensor]:
         """Means by name, NaN before any sample: scalars, or with replicates (1 + replicates,), the mean first."""
+        self.sizes = dict(zip(self.names, self.counts[0].long().tolist(), strict=True))
         means = (self.sums / self.counts).T
         return dict(zip(self.names, means if self.replicates else means[:, 0], strict=True))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def poisson_weights(keys: tuple[str, ...], replicates: int) -> Tensor:
     """How often each sample counts in each replicate: (len(keys), replicates), float64.
 
-    Each row is a function of its key alone. Kept for the last batch, whose metrics share it.
+    Each row is a function of its key alone. Kept for the last batch and its partners, whose metrics share it.
     """
     return torch.from_numpy(np.stack([_poisson(key, replicates) for key in keys])).double()
 

@@ -41,9 +41,15 @@ class MapSimilarity(SampleMetric):
         pooled = cosine_similarity(preds.mean((2, 3)), target.mean((2, 3)))
         return torch.stack([local.mean(1), local.quantile(0.5, dim=1), flat, pooled], dim=1)
 
-    def update(self, preds: Tensor, target: Tensor, keys: Sequence[str] | None = None) -> None:
+    def update(
+        self,
+        preds: Tensor,
+        target: Tensor,
+        keys: Sequence[str] | None = None,
+        partners: Sequence[str] | None = None,
+    ) -> None:
         """Add a batch of feature maps (B, C, h, w); see `SampleMetric`."""
-        super().update(preds, target, keys)
+        super().update(preds, target, keys, partners)
         bins = ((self.latest[:, 0] + 1) / 2 * BINS).long().clamp(0, BINS - 1)
         self.histogram += torch.bincount(bins, minlength=BINS)
 

@@ -24,6 +24,7 @@ from featinv_pl.reading import read_json
 from featinv_pl.types import Views, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
+EMBEDDINGS = {384, 512, 640, 768, 1024, 1152, 1280}  # widths of those that CLIP's kind projects to
 LARGEST_INPUT = 4096  # pixels of a side; the largest of a timm model is about a thousand
 PENULTIMATE = "forward_features"
 
@@ -46,7 +47,8 @@ class Backbone(Frozen):
     Attributes:
         feature_shape: (C, h, w) of the map at the input size, whatever the layout in the model.
         input_size: (H, W) that the classifier wants.
-        num_classes: Number of logits.
+        num_classes: Number of logits; 0 for a backbone whose output is an embedding, such as DINOv2 and CLIP's towers.
+        classifies: Whether there are classes.
         classes: What they are called.
     """
 
@@ -59,6 +61,7 @@ class Backbone(Frozen):
         super().__init__()
         self.name, self.weights, self.layer = name, weights, layer
         self.model: Any = _create(name, weights, input_size)
+        self.classifies = _classifies(self.model)
         try:
             self._prepare(_data_config(self.model, input_size))
         except (TypeError, ValueError, RuntimeError, LookupError) as error:
@@ -109,7 +112,7 @@ class Backbone(Frozen):
                 f"{option}: {what} is not a spatial map, so there is nothing to invert. Choose a model, or a layer "
                 "with --model.layer, that returns one map or one grid of tokens, such as the end of a stage."
             )
-        return features, logits
+        return features, logits if self.classifies else logits[:, :0]
 
     def _run(self, images: Tensor) -> tuple[Any, Tensor]:
         """The output of the layer, in whatever layout, and the logits."""
@@ -211,6 +214,14 @@ def _data_config(model: Any, input_size: int | None) -> dict[str, Any]:
     tested = resolve_model_data_config(model, use_test_size=True)
     config = tested if tested["input_size"][1:] == (input_size, input_size) else resolve_model_data_config(model)
     return {**config, "input_size": (3, input_size, input_size)}
+
+
+def _classifies(model: Any) -> bool:
+    """Whether a timm model has classes. The head of a tower of CLIP's kind is a projection, unless it was tuned."""
+    config = model.pretrained_cfg
+    name = f"{config.get('architecture')}.{config.get('tag')}"
+    tower = ("clip" in name or "_pe_core_" in name) and "_ft_in" not in name
+    return bool(model.num_classes) and not (tower and model.num_classes in EMBEDDINGS)
 
 
 def _from_file(weights: str) -> dict[str, Any]:
