@@ -201,7 +201,7 @@ def test_fid_and_kid_need_the_weights_of_inception(
     assert [note.split(":")[0] for note in document["notes"]] == ["no fid and kid", "no lpips"]
 
     weights = random_inception(Path("random.pth"), monkeypatch)
-    for module in ("metrics.weights", "callbacks.per_source"):  # fewer, for speed
+    for module in ("metrics.weights", "callbacks.scorers"):  # fewer, for speed
         monkeypatch.setattr(f"featinv_pl.{module}.INCEPTION_FEATURES", 64)
     settings["trainer"]["callbacks"] = [{"class_path": "PerSource", "init_args": {"inception": str(weights)}}]
     main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
