@@ -1,12 +1,17 @@
 """Training that loses no work: every end is saved, and the same command goes on as if nothing had been."""
 
+import contextlib
 import csv
+import multiprocessing
 import os
+import pty
 import re
 import resource
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +23,8 @@ from torch import Tensor
 from featinv_pl.__main__ import main
 from test_cli import refused
 from tiny import extraction, inversion, write
+from torture.processes import start
+from torture.ranks import group
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5  # of epochs of three
@@ -45,6 +52,22 @@ class Interrupt(Callback):
 
     def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
         os.kill(os.getpid(), self.number)
+
+
+class InterruptGroup(Callback):
+    """Has another process send this one's group a signal after step 3, as a terminal, `timeout` or a scheduler does.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            assert multiprocessing.active_children(), "the loader has no workers"
+            subprocess.run(["kill", f"-{self.number}", "--", f"-{os.getpgrp()}"], check=False)
 
 
 class Validated(Callback):
@@ -190,6 +213,67 @@ def test_goes_on_after_a_signal(
     # A validation that was to come, or under way, is held from its first sample on.
     assert Validated.keys == {key: value for key, value in validated.items() if key >= step}
     assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+
+
+def eventually(check: Callable[[], bool]) -> bool:
+    for _ in range(3000):
+        if check():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_workers_leave_a_signal_for_the_group_to_the_run(number: signal.Signals, settings: dict[str, Any]) -> None:
+    settings["data"]["init_args"]["num_workers"] = 2
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), *added("InterruptGroup", number=int(number))]
+    child = start(args, Path())
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + number, Path("output.txt").read_text()
+    assert f"stopped by {number.name}; step 3 is saved." in Path("output.txt").read_text()
+    assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == 3
+    assert eventually(lambda: not group(child))
+
+
+def test_workers_end_with_a_run_that_is_killed(settings: dict[str, Any]) -> None:
+    settings["data"]["init_args"]["num_workers"] = 2
+    settings["trainer"]["max_steps"] = 100_000
+    child = start(["fit", "--config", write(Path("fit.yaml"), settings)], Path())
+    assert eventually(lambda: Path("run/inversion.ckpt").is_file())
+    assert len(group(child)) == 5  # the run, its server, what tracks their resources, and two workers
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert eventually(lambda: not group(child))
+
+
+def test_a_lost_terminal_saves_and_ends(settings: dict[str, Any]) -> None:
+    settings["trainer"] |= {"max_steps": 100_000, "enable_progress_bar": True}
+    settings["data"]["init_args"]["num_workers"] = 2
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    child, terminal = pty.fork()
+    if not child:
+        code: Any = 1
+        try:
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
+            main(args)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    os.set_blocking(terminal, False)
+
+    def saved() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 100_000)  # or the run would wait for its reader
+        return Path("run/inversion.ckpt").is_file()
+
+    assert eventually(saved)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert (
+        torch.load("run/inversion.ckpt", weights_only=True)["global_step"] > 2
+    )  # that of the end, not of the interval
 
 
 class Scontrol:

@@ -1,17 +1,15 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
 import logging
-import os
-import re
 import warnings
 from contextvars import copy_context
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 import yaml
-from jsonargparse import capture_parser, get_loader, set_loader, set_parsing_settings
+from jsonargparse import capture_parser, get_loader, set_loader
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -40,23 +38,13 @@ from featinv_pl.callbacks.ranks import join_ranks, ranks_together
 from featinv_pl.callbacks.resuming import Resume
 from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
+from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.reading import parse_yaml, read_text
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
+from featinv_pl.trust import Parser, allow_imports
 
-IMPORTS = "FEATINV_IMPORTS"
-IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
-    "featinv_pl",
-    "lightning",
-    "pytorch_lightning",
-    "timm.optim",
-    "timm.scheduler",
-    "torch.Tensor",
-    "torch.nn",
-    "torch.optim",
-    "torchmetrics",
-)
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
     r".*does not have many workers",  # small data sets are read faster by the main process
@@ -66,20 +54,6 @@ EXPECTED_WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
 )
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's parser, which says how to trust a class that is not."""
-
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """End with the error, which for a class that may not be imported is one line."""
-        # The second is our own message, which the parser around that of a class wraps.
-        if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
-            raise UserError(
-                f"not trusted: '{denied[1]}' would be imported and run, and may be anybody's code. If you trust it, "
-                f"say so in the environment: {IMPORTS}={denied[1].rpartition('.')[0] or denied[1]} (several by commas)."
-            )
-        super().error(message, *args, **kwargs)
 
 
 class FeatinvCLI(LightningCLI):
@@ -257,7 +231,7 @@ def train(args: list[str]) -> None:
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
     allow_imports()
-    with session(), ranks_together():
+    with session(), ranks_together(), workers_explained():
         copy_context().run(  # jsonargparse leaves the parser in a context variable, and with it model and trainer
             FeatinvCLI,
             args=args,
@@ -269,22 +243,6 @@ def train(args: list[str]) -> None:
             parser_class=Parser,
             parser_kwargs={"parser_mode": "yaml with base"},
         )
-
-
-def allow_imports() -> None:
-    """Let configurations and checkpoints name classes of a few packages only, and of those the user trusts.
-
-    A class path is imported and called, so without this whoever writes a file decides what runs.
-    """
-    trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
-    wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
-    if wrong:
-        raise UserError(f"{IMPORTS}: '{wrong[0]}' is no package or module. Separate several by commas.")
-    set_parsing_settings(
-        import_path_denylist=["*"],
-        import_path_allowlist=[*IMPORTABLE, *trusted],
-        config_read_mode_fsspec_enabled=False,  # which Lightning turns on: a configuration is a file, no address
-    )
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

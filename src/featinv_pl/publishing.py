@@ -10,7 +10,6 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from lightning.pytorch import seed_everything
-from lightning.pytorch.cli import LightningArgumentParser
 
 from featinv_pl.callbacks.results import METRICS, Document, Name, by_name, read_document
 from featinv_pl.errors import UserError
@@ -21,6 +20,7 @@ from featinv_pl.nets.sources import read_checkpoint, read_weights
 from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.reading import read_yaml
 from featinv_pl.sampling.sampler import AUTHORS
+from featinv_pl.trust import Parser, allow_imports
 
 CARD = "README.md"
 CONFIGURATION = "fit.yaml"
@@ -122,7 +122,8 @@ def _only_checkpoint(run: Path) -> Path:
 
 def _inversion(settings: Any, home: Path) -> FeatureInversion:
     """Build the model of a saved configuration, and nothing else of it."""
-    parser = LightningArgumentParser(exit_on_error=False)
+    allow_imports()
+    parser = Parser(exit_on_error=False)
     parser.add_lightning_class_args(FeatureInversion, "model", subclass_mode=True)
     if not isinstance(settings, dict) or "model" not in settings:
         raise UserError(f"RUN: '{home / CONFIGURATION}' configures no model. Give a run of `featinv-pl fit`.")

@@ -18,7 +18,8 @@ import torch
 import yaml
 
 from bench import digits, machine, sampling, startup, training
-from featinv_pl.cli import allow_imports, effective_config
+from featinv_pl.cli import effective_config
+from featinv_pl.trust import allow_imports
 from full_size import write_prior
 
 PARTS = ("startup", "digits", "training", "sampling")

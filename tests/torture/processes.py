@@ -21,7 +21,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from featinv_pl.__main__ import main
 
-IMPORTS = "torture.observers"
+IMPORTS = "torture.observers,test_reliability"
 PATIENCE_S = 180.0
 POLL_S = 0.002
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")

@@ -15,8 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.callbacks.ranks import first_rank, let_ranks_end
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from featinv_pl.data.workers import SIGNALS
 
 
 class Stopped(SIGTERMException):
@@ -46,7 +45,7 @@ class SaveLast(Callback):
 
 
 class Stop(Callback):
-    """Lets SIGTERM and Ctrl-C end a run after the batch at hand, and saves training, whose ranks end together.
+    """Lets SIGTERM, SIGHUP and Ctrl-C end a run after the batch at hand, and saves training, whose ranks end together.
 
     Lightning's own handling of SIGTERM saves nothing, and with several ranks they wait for each other for ever. A
     second Ctrl-C ends the run at once, without saving. The signal with which SLURM announces the end of a job, if
@@ -58,6 +57,7 @@ class Stop(Callback):
         self.signal = self.requeue = 0
         self.saved = False
         self.launcher: Any = None
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
         self.hint = "the same command goes on with what is not done yet."
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,16 +84,24 @@ class Stop(Callback):
             self.requeue = int(environment.requeue_signal or signal.SIGUSR1)
         if threading.current_thread() is threading.main_thread():  # no other may
             for number in (*SIGNALS, self.requeue):
-                if number:
+                if number and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                     signal.signal(number, self._note)  # Lightning puts back what was there before it
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            self._leave_terminals()
         if not self.signal and number != signal.SIGINT:  # which a terminal sends to all
             self._pass_on(number)
         if not self.signal or number == self.requeue:  # SLURM may send SIGTERM after it
             self.signal = number
+
+    def _leave_terminals(self) -> None:
+        """Write to nowhere instead of to a terminal that is gone, which would be an error at the next line."""
+        with open(os.devnull, "w") as nowhere:
+            for number in self.terminals:
+                os.dup2(nowhere.fileno(), number)
 
     def _pass_on(self, number: int) -> None:
         """From the first rank to all others, or from another to the first."""

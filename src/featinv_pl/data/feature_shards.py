@@ -1,38 +1,20 @@
 """Feature shards as a LightningDataModule: shuffled for training, exactly once for evaluation."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from featinv_pl.data.batches import Batches
 from featinv_pl.data.entries import widen
 from featinv_pl.data.manifests import Manifest, find_sets
 from featinv_pl.data.remote import RemoteSet, is_remote
 from featinv_pl.data.resumable import ResumableData
-from featinv_pl.data.shards import OnError, ShardSet
+from featinv_pl.data.shards import BatchReader, OnError, ShardSet
+from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
 
 NAMED = 10  # damaged samples in the summary; of more there is only the number
-
-
-class BatchReader(Dataset[Batch]):
-    """A shard set read a batch at a time: its index is the list of samples in a batch.
-
-    Args:
-        shards: The set.
-        half: Leave batches in half precision.
-    """
-
-    def __init__(self, shards: ShardSet, half: bool) -> None:
-        self.shards, self.half = shards, half
-
-    def __getitem__(self, numbers: Sequence[int]) -> Batch:
-        batch = self.shards.batch(numbers)
-        return batch if self.half else widen(batch)
 
 
 class FeatureShards(ResumableData):
@@ -69,6 +51,8 @@ class FeatureShards(ResumableData):
         allow_pipe: bool = False,
     ) -> None:
         super().__init__(batch_size)
+        if num_workers:
+            start_server(BatchReader.__module__)
         self.num_workers, self.seed = num_workers, seed
         self.on_error, self.cache, self.allow_pipe = on_error, cache, allow_pipe
         self.train = self._set(train, "train", "--data.train", with_images=False) if train else None
@@ -107,34 +91,30 @@ class FeatureShards(ResumableData):
         """The training set, in an order that depends on seed and epoch alone."""
         if self.train is None:
             raise UserError("--data.train: fit needs a shard set to train on.")
-        return self._loader(self.train, self.training_batches(self.train.shard_sizes, self.seed), half=True)
+        return loader(
+            BatchReader(self.train, half=True),
+            self.training_batches(self.train.shard_sizes, self.seed),
+            self.num_workers,
+            again=True,
+        )
 
     # Evaluation
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """The validation set, if any."""
-        return [] if self.val is None else [self._evaluation_loader(self.val)]
+        return [] if self.val is None else [self._evaluation_loader(self.val, again=True)]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader for each source."""
         if not self.test:
             raise UserError("--data.test: test needs shard sets, such as --data.test.clean=FOLDER.")
-        return [self._evaluation_loader(shards) for shards in self.test.values()]
+        return [self._evaluation_loader(shards, again=False) for shards in self.test.values()]
 
-    def _evaluation_loader(self, shards: ShardSet) -> DataLoader[Batch]:
-        return self._loader(shards, self.evaluation_batches(len(shards), str(shards.folder)))
+    def _evaluation_loader(self, shards: ShardSet, again: bool) -> DataLoader[Batch]:
+        batches = self.evaluation_batches(len(shards), str(shards.folder))
+        return loader(BatchReader(shards, half=False), batches, self.num_workers, again)
 
     # Both
-
-    def _loader(self, shards: ShardSet, batches: Batches, half: bool = False) -> DataLoader[Batch]:
-        return DataLoader(
-            BatchReader(shards, half),
-            batch_size=None,  # the sampler's items are batches
-            sampler=batches,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Count what the workers have left out of a batch."""

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from featinv_pl.data.batches import Batches, cut
 from featinv_pl.data.resumable import ResumableData
+from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, View
 
@@ -106,6 +107,8 @@ class ImageData(ResumableData):
 
     def __init__(self, predicted: Sequence[ImageSource], batch_size: int, num_workers: int = 0) -> None:
         super().__init__(batch_size)
+        if num_workers:
+            start_server(type(self).__module__)
         # A process may have nothing left to extract of a source while others have.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.predicted, self.num_workers = predicted, num_workers
@@ -114,7 +117,7 @@ class ImageData(ResumableData):
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
         """One loader for each source of which something is left to do."""
         return [
-            self._loader(images, Batches(self.batches[images.source]))
+            loader(ImageBatches(images), Batches(self.batches[images.source]), self.num_workers, again=False)
             for images in self.predicted
             if images.source in self.batches
         ]
@@ -148,17 +151,10 @@ class ImageData(ResumableData):
     def training_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
         """Shuffled anew each epoch, in whole batches; of fewer images than a batch all are one."""
         self.batch_size = min(self.batch_size, max(len(images) // self._rank[1], 1))
-        return self._loader(images, self.training_batches([len(images)], torch.initial_seed()))
+        batches = self.training_batches([len(images)], torch.initial_seed())
+        return loader(ImageBatches(images), batches, self.num_workers, again=True)
 
     def evaluation_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
         """In order."""
-        return self._loader(images, self.evaluation_batches(len(images), images.source))
-
-    def _loader(self, images: ImageSource, batches: Batches) -> DataLoader[ImageBatch]:
-        return DataLoader(
-            ImageBatches(images),
-            batch_size=None,  # the sampler's items are batches
-            sampler=batches,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        batches = self.evaluation_batches(len(images), images.source)
+        return loader(ImageBatches(images), batches, self.num_workers, again=True)

@@ -9,12 +9,12 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -84,7 +84,6 @@ class ShardSet(Dataset[Sample]):
                 if on_error == "raise":
                     raise
                 self.skipped += [f"{error} (a whole shard)"] * shard["samples"]
-        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._latent_shape: tuple[int, ...] | None = None
 
     @property
@@ -95,6 +94,14 @@ class ShardSet(Dataset[Sample]):
     @cached_property
     def _ends(self) -> list[int]:
         return list(accumulate(self.shard_sizes))
+
+    @cached_property
+    def _open(self) -> Callable[[int], OpenShard]:
+        return lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker, which opens shards itself: a cache cannot be pickled."""
+        return {name: value for name, value in vars(self).items() if name != "_open"}
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
@@ -192,6 +199,22 @@ class ShardSet(Dataset[Sample]):
         ):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} of shape {tuple(tensor.shape)} instead of {shape}")
+
+
+class BatchReader(Dataset[Batch]):
+    """A shard set read a batch at a time: its index is the list of samples in a batch.
+
+    Args:
+        shards: The set.
+        half: Leave batches in half precision.
+    """
+
+    def __init__(self, shards: ShardSet, half: bool) -> None:
+        self.shards, self.half = shards, half
+
+    def __getitem__(self, numbers: Sequence[int]) -> Batch:
+        batch = self.shards.batch(numbers)
+        return batch if self.half else widen(batch)
 
 
 def check_size(path: Path, shard: Shard, option: str) -> None:

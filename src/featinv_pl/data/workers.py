@@ -1,0 +1,120 @@
+"""Loader workers: forked from a server that has no threads, deaf to signals, and gone when the run is.
+
+A fork of a process with threads may inherit a lock that nobody releases. `forkserver` starts one clean process, which
+imports torch once and forks each worker in some 30 ms.
+"""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver, resource_tracker
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from featinv_pl.data.batches import Batches
+from featinv_pl.errors import UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FOLLOWED_S = 1.0  # how often a worker looks whether its run is there
+SHARED = "/dev/shm"  # where workers put their batches
+DIED = re.compile(r"DataLoader worker \(pid|unable to \w+ (shared memory|file)")
+
+Item = TypeVar("Item")
+
+
+def start_server(module: str) -> None:
+    """Start this process's server, unless it runs: it imports what workers need while the run is still preparing.
+
+    Args:
+        module: Where the dataset's class is defined.
+
+    Raises:
+        UserError: This process is itself one that imports the user's script in order to be a worker.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(
+            "--data.num_workers: each worker imports the script that starts it, which must not start the run again. "
+            "Put the script's commands below `if __name__ == '__main__':`, or set num_workers to 0."
+        )
+    forkserver.set_forkserver_preload([module])
+    # Ctrl-C, and SIGTERM from a scheduler, reach the whole group. It is the run's to answer: it saves at the end of a
+    # step, for which it still needs its workers. Blocked signals stay blocked in processes that are started now.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the tracker has unblocked some
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def loader(dataset: Dataset[Item], batches: Batches, num_workers: int, again: bool) -> DataLoader[Item]:
+    """A loader whose dataset is indexed by the list of samples in a batch.
+
+    Args:
+        dataset: Gives a batch; it must be picklable.
+        batches: The lists of samples.
+        num_workers: Processes that read; 0 reads in this one.
+        again: The loader is iterated more than once, so that its workers stay.
+    """
+    if num_workers:
+        start_server(type(dataset).__module__)
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler's items are batches
+        sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=again and num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="forkserver" if num_workers else None,
+        worker_init_fn=_end_with_run,
+    )
+
+
+@contextmanager
+def workers_explained() -> Iterator[None]:
+    """Say in one line why a worker has died, where torch has a traceback.
+
+    Raises:
+        UserError: A worker has died, or its batch did not fit into shared memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]  # the first are the worker's traceback
+        if not DIED.search(reason):
+            raise
+        raise UserError(
+            f"--data.num_workers: a worker has died ({reason}). If it has not said why, memory was short: "
+            f"{SHARED} has {shutil.disk_usage(SHARED).free >> 20} MB left. Lower num_workers, set it to 0, or enlarge "
+            f"{SHARED} (docker run --shm-size=8g)."
+        ) from error
+
+
+def _end_with_run(worker: int) -> None:
+    """End when the run says so, or is gone: torch watches the parent process, which here is the server."""
+    run: Any = multiprocessing.parent_process()
+
+    def follow() -> None:
+        while run.is_alive():
+            asked = signal.sigtimedwait([signal.SIGTERM], FOLLOWED_S)
+            if asked is not None and asked.si_pid == run.pid:
+                break
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _forget_server() -> None:
+    """A fork of this process, such as a rank of `ddp_fork`, cannot use a server that is not its child."""
+    forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
+
+
+os.register_at_fork(after_in_child=_forget_server)

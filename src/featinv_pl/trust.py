@@ -1,0 +1,55 @@
+"""Which classes a configuration may name. A guard against accidents, not a sandbox: a configuration is code."""
+
+import os
+import re
+from typing import Any, NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+
+from featinv_pl.errors import UserError
+
+IMPORTS = "FEATINV_IMPORTS"
+IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
+    "featinv_pl",
+    "lightning",
+    "pytorch_lightning",
+    "timm.optim",
+    "timm.scheduler",
+    "torch.Tensor",
+    "torch.nn",
+    "torch.optim",
+    "torchmetrics",
+)
+CALLERS = ("lightning.pytorch.cli", "pytorch_lightning.cli")  # their `instantiate_class` calls any path it is given
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, which says how to trust a class that is not trusted."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        """End with the error, which for a class that may not be imported is one line."""
+        # The second is our own message, which the parser around that of a class wraps.
+        if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
+            raise UserError(
+                f"not trusted: '{denied[1]}' would be imported and run, and may be anybody's code. If you trust it, "
+                f"say so in the environment: {IMPORTS}={denied[1].rpartition('.')[0] or denied[1]} (several by commas)."
+            )
+        super().error(message, *args, **kwargs)
+
+
+def allow_imports() -> None:
+    """Let configurations name classes of a few packages only, and of those the user trusts.
+
+    A class path is imported and called, so without this whoever writes a file decides what runs.
+    """
+    trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
+    wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
+    if wrong:
+        raise UserError(f"{IMPORTS}: '{wrong[0]}' is no package or module. Separate several by commas.")
+    set_parsing_settings(
+        import_path_denylist=["*", *CALLERS],
+        import_path_allowlist=[*IMPORTABLE, *trusted],
+        instantiate_subclass_spec_in_any=False,  # or any class would be made where a signature says `Any`
+        config_read_mode_fsspec_enabled=False,  # which Lightning turns on: a configuration is a file, no address
+    )
