@@ -1,6 +1,6 @@
 """The method: p(image | feature map), learned by steering a frozen latent diffusion prior."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.frozen import digest, keep_products_in, weights_digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.sources import fill, no_larger, size_below
-from featinv_pl.optimisation import optimise
+from featinv_pl.optimisation import optimise, plain
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
 from featinv_pl.sampling.guidance import Denoiser, weighted, within
 from featinv_pl.sampling.noise import generator, keyed_noise
@@ -160,8 +160,7 @@ class FeatureInversion(Clipped):
         self.consistency = consistency
         self.consistency_below = consistency_below
         self.sampler = sampler
-        # Within a function, which copies of this module share: the command line's factories hold all of that.
-        self.factories: Callable[[], tuple[Any, Any]] = lambda: (optimizer, lr_scheduler)
+        self.optimizer_factory, self.lr_scheduler_factory = plain(optimizer), plain(lr_scheduler)
         self.judge = Backbone(judge) if judge else None
         self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
         self.num_samples = num_samples
@@ -405,7 +404,7 @@ class FeatureInversion(Clipped):
     def configure_optimizers(self) -> Any:
         """Optimise the control, or its encoder alone."""
         trained = [parameter for parameter in self.control.parameters() if parameter.requires_grad]
-        return optimise(trained, *self.factories())
+        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Give gradients back once they are used: Lightning would hold them through the next forward pass."""

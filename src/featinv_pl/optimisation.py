@@ -1,7 +1,8 @@
 """How the LightningModules are optimised: factories from the configuration, applied to what trains."""
 
 from collections.abc import Callable, Iterable
-from typing import TypedDict
+from functools import partial
+from typing import Any, TypedDict
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -31,3 +32,10 @@ def optimise(
     if lr_scheduler is None:
         return {"optimizer": built}
     return {"optimizer": built, "lr_scheduler": {"scheduler": lr_scheduler(built), "interval": "step"}}
+
+
+def plain(factory: Any) -> Any:
+    """A factory that the command line has made, without the rest of that: it can be copied and pickled then."""
+    if isinstance(factory, partial) and factory.args and isinstance(made := factory.args[-1], type):
+        return partial(made, **factory.keywords)
+    return factory

@@ -24,7 +24,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
-from featinv_pl.optimisation import optimise
+from featinv_pl.optimisation import optimise, plain
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.types import ImageBatch
@@ -48,8 +48,7 @@ class Pretraining(Clipped, ABC):
         super().__init__()
         # Exact where ranks have unlike numbers of samples, as Lightning's mean is not.
         self.means = ModuleDict({name: MeanMetric() for name in scalars})
-        self.optimizer_factory = optimizer
-        self.lr_scheduler_factory = lr_scheduler
+        self.optimizer_factory, self.lr_scheduler_factory = plain(optimizer), plain(lr_scheduler)
 
     @abstractmethod
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:

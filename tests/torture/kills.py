@@ -97,7 +97,7 @@ class Stage:
 def stages() -> list[Stage]:
     """All that are killed."""
     fit = ("fit", "--config", "fit.yaml", "--ckpt_path", "last")
-    two = (*fit, *TWO, "--data.batch_size=8", "--data.num_workers=0")
+    two = (*fit, *TWO, "--data.batch_size=8", "--data.num_workers=1")
     predict = ("predict", "--config", "extract.yaml")
     return [
         Stage("fit", fit, lambda folder: len(samples(folder)), trained),

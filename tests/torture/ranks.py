@@ -95,8 +95,7 @@ def end_one(args: list[str], folder: Path, number: int, rng: random.Random) -> t
             raise RuntimeError(f"{args} has ended:\n{(folder / 'output.txt').read_text()[-3000:]}")
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.5))
-    ranks = group(first)
-    os.kill(rng.choice(ranks), number)
+    os.kill(rng.choice(ranks(first)), number)
     begun, status = time.monotonic(), None
     while time.monotonic() - begun < LIMIT_S + 5:
         status = ended(first) if status is None else status
@@ -109,7 +108,7 @@ def end_one(args: list[str], folder: Path, number: int, rng: random.Random) -> t
 
 
 def group(first: int) -> list[int]:
-    """The processes of a group that are alive, without those that only read data."""
+    """The processes of a group that are alive."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -119,3 +118,8 @@ def group(first: int) -> list[int]:
         if int(fields[2]) == first and fields[0] != "Z":
             found.append(int(path.parent.name))
     return sorted(found)
+
+
+def ranks(first: int) -> list[int]:
+    """The processes of a group, without loaders' workers and what starts them."""
+    return [one for one in group(first) if b"multiprocessing" not in Path(f"/proc/{one}/cmdline").read_bytes()]

@@ -1,5 +1,6 @@
 """A moving average of what is trained."""
 
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -23,13 +24,7 @@ class MovingAverage(WeightAveraging):
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 < decay < 1:
             raise UserError(f"--trainer.callbacks.decay must lie between 0 and 1, and is {decay}.")
-
-        def average(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
-            for old, new in zip(averages, weights, strict=True):
-                if old.data_ptr() != new.data_ptr():  # what is shared is frozen
-                    old.lerp_(new, 1 - decay)
-
-        super().__init__(use_buffers=False, multi_avg_fn=average)
+        super().__init__(use_buffers=False, multi_avg_fn=partial(_average, decay))
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,3 +56,9 @@ class MovingAverage(WeightAveraging):
         if "averaging_state" in checkpoint:
             self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
             pl_module.load_state_dict(checkpoint["current_model_state"])
+
+
+def _average(decay: float, averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+    for old, new in zip(averages, weights, strict=True):
+        if old.data_ptr() != new.data_ptr():  # what is shared is frozen
+            old.lerp_(new, 1 - decay)
