@@ -12,7 +12,7 @@ LAYERS = (
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"clipping", "compatibility", "identity"},
     {"inversion", "extraction", "pretraining", "callbacks"},
-    {"pipeline", "tracking"},
+    {"pipeline", "tracking", "trust"},
     {"publishing", "viz"},
     {"cli"},
     {"stages"},

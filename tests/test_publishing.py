@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse._common import parsing_settings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -195,8 +196,10 @@ def test_export_of_several_checkpoints_wants_one(run: Path, capsys: pytest.Captu
     assert "OUT: 'out' exists, and is left as it is" in refused(["export", "twice/last.ckpt", "out"], capsys)
 
 
-@pytest.mark.parametrize("fault", ["nothing", "no configuration", "no inverter", "truncated", "half"])
-def test_refuses_a_run(fault: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("fault", ["nothing", "no configuration", "no inverter", "not trusted", "truncated", "half"])
+def test_refuses_a_run(
+    fault: str, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = Path(shutil.copytree(run, "broken"))
     checkpoint, configuration = home / "inversion.ckpt", home / "fit.yaml"
     if fault == "nothing":
@@ -210,6 +213,12 @@ def test_refuses_a_run(fault: str, run: Path, capsys: pytest.CaptureFixture[str]
         settings["model"] = {"class_path": "featinv_pl.pretraining.Classifier", "init_args": {}}
         configuration.write_text(yaml.safe_dump(settings))
         message = "RUN: the model of 'broken/fit.yaml' is no FeatureInversion"
+    elif fault == "not trusted":
+        monkeypatch.setitem(parsing_settings, "import_path_verdicts", {})  # as in a process that has not trained
+        settings = yaml.safe_load(configuration.read_text())
+        settings["model"]["init_args"]["optimizer"] = {"class_path": "evil.Evil"}
+        configuration.write_text(yaml.safe_dump(settings))
+        message = "not trusted: 'evil.Evil' would be imported and run"
     elif fault == "truncated":
         checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
         message = "RUN: 'broken/inversion.ckpt' is damaged"

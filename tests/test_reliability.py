@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import multiprocessing
 import os
 import pty
@@ -69,6 +70,14 @@ class InterruptGroup(Callback):
         if trainer.global_step == 3:
             assert multiprocessing.active_children(), "the loader has no workers"
             subprocess.run(["kill", f"-{self.number}", "--", f"-{os.getpgrp()}"], check=False)
+
+
+class LoseWorker(Callback):
+    """Kills a worker, as the kernel does where memory is short."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            multiprocessing.active_children()[0].kill()
 
 
 class Sent(Callback):
@@ -254,6 +263,22 @@ def test_workers_end_with_a_run_that_is_killed(settings: dict[str, Any]) -> None
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert eventually(lambda: not group(child))
+
+
+def test_a_worker_that_dies_is_one_line(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    settings["data"]["init_args"]["num_workers"] = 1
+    code, line = stopped(["fit", "--config", write(Path("fit.yaml"), settings), *added("LoseWorker")], capsys)
+    assert code == 1
+    assert line.startswith("featinv-pl: error: --data.num_workers: a worker has died (DataLoader worker (pid")
+    assert "or enlarge /dev/shm" in line
+
+
+def test_a_script_that_a_worker_would_run_again_is_told_so(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["data"]["init_args"]["num_workers"] = 1
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)  # as a new worker says
+    refused(["fit", "--config", write(Path("fit.yaml"), settings)], capsys, "below `if __name__ == '__main__':`")
 
 
 def test_a_lost_terminal_saves_and_ends(settings: dict[str, Any]) -> None:
@@ -527,6 +552,23 @@ def test_the_module_that_loads_code_is_not_trusted_with_torch(
 ) -> None:
     args = ["fit", "--config", write(Path("fit.yaml"), settings), "--model.optimizer=torch.hub.load"]
     refused(args, capsys, "not trusted: 'torch.hub.load'", "FEATINV_IMPORTS=torch.hub (")
+
+
+CALL: dict[str, Any] = {"class_path": "lightning.pytorch.cli.instantiate_class"}
+CALL["init_args"] = {"args": "touch ran", "init": {"class_path": "os.system"}}
+
+
+def test_nothing_is_made_where_anything_may_stand(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"model": "test_resnet", "num_classes": 10, "image_size": 32, "model_args": {"name": CALL}}
+    settings = {
+        "trainer": {"accelerator": "cpu", "logger": False},
+        "model": {"class_path": "Classifier", "init_args": arguments},
+        "data": {"class_path": "DigitsData"},
+    }
+    with pytest.raises(ValueError, match="unexpected keyword argument 'name'"):
+        main(["fit", "--config", write(Path("fit.yaml"), settings)])
+    assert not Path("ran").exists()
+    refused(["fit", f"--model={json.dumps(CALL)}"], capsys, "not trusted: 'lightning.pytorch.cli.instantiate_class'")
 
 
 def test_a_checkpoint_does_not_decide_what_is_made(settings: dict[str, Any], tmp_path: Path) -> None:

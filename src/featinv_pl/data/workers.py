@@ -114,7 +114,7 @@ def _end_with_run(worker: int) -> None:
 
 def _forget_server() -> None:
     """A fork of this process, such as a rank of `ddp_fork`, cannot use a server that is not its child."""
-    forkserver._forkserver.__init__()  # type: ignore[attr-defined, misc]
+    forkserver._forkserver.__init__()  # type: ignore[misc]
 
 
 os.register_at_fork(after_in_child=_forget_server)
