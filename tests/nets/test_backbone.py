@@ -1,10 +1,13 @@
 """A backbone shows timm's own penultimate map and logits, whatever the layout of the model."""
 
 import copy
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -245,16 +248,105 @@ def test_refuses_a_layer(layer: str, message: str) -> None:
         Backbone("test_resnet", "random", layer)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_weights_from_a_file(suffix: str, tmp_path: Path) -> None:
-    model = timm.create_model("test_vit").eval()
-    file = tmp_path / f"weights{suffix}"
-    if suffix == ".pth":
-        torch.save({"state_dict": model.state_dict(), "epoch": 3}, file)
+State = dict[str, Any]
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def robust(state: State) -> State:
+    """As the robustness library saves: the network twice, and a normalisation with each."""
+    both = {**prefixed("module.model.", state), **prefixed("module.attacker.model.", state)}
+    return {"model": {"module.normalizer.new_mean": torch.zeros(3, 1, 1), **both}, "epoch": 90}
+
+
+def as_arrays(state: State) -> State:
+    """Stored by columns; what has no dimension as numbers."""
+    arrays = {name: value.numpy() for name, value in state.items()}
+    return {name: np.asfortranarray(value) if value.ndim else value[()] for name, value in arrays.items()}
+
+
+def swapped(state: State) -> State:
+    """Of the other byte order, as some machines write."""
+    return {name: value.numpy().astype(value.numpy().dtype.newbyteorder(">")) for name, value in state.items()}
+
+
+LAYOUTS: dict[str, Callable[[State], State]] = {
+    "plain.bin": lambda state: state,
+    "parallel.pth.tar": lambda state: {
+        **{"state_dict": prefixed("module.", state), "best_acc1": np.float64(71.3), "arch": "test_resnet"},
+        **{"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}},
+    },
+    "lightning.ckpt": lambda state: {
+        "state_dict": {**prefixed("model.", state), "loss.weight": torch.ones(10)},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0), "scores": np.ones(3)}},
+    },
+    "robust.pt": robust,
+    "tutorial.pth": lambda state: {"epoch": 1, "model_state_dict": prefixed("_orig_mod.", state), "loss": 0.1},
+    "cifar.pth": lambda state: {"net": prefixed("module.", state), "acc": 95.0, "epoch": 200},
+    "averaged.pth": lambda state: {"model": {name: value + 1 for name, value in state.items()}, "model_ema": state},
+    "arrays.pth": as_arrays,
+    "swapped.pt": swapped,
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("file", [*LAYOUTS, "plain.safetensors"])
+def test_weights_from_a_file(file: str, legacy: bool) -> None:
+    state = timm.create_model("test_resnet").state_dict()
+    if file in LAYOUTS:
+        torch.save(LAYOUTS[file](state), file, _use_new_zipfile_serialization=not legacy)
     else:
-        save_file(model.state_dict(), file)
-    backbone = Backbone("test_vit", str(file))
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in backbone.model.state_dict().items())
+        save_file(state, file)
+    model = Backbone("test_resnet", file).model
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert "state_dict" not in model.pretrained_cfg
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda: timm.create_model("test_resnet", num_classes=10).state_dict(), "it has 10 classes, and 'test_resnet'"),
+        (lambda: timm.create_model("test_resnet", in_chans=1).state_dict(), r"it reads images with 1 channel\(s\)"),
+        (lambda: {"vit.encoder.layer.0.output.dense.weight": torch.ones(1)}, "its names are those of .* transformers"),
+        (
+            lambda: {"model.a": torch.ones(1), "net.a": torch.zeros(1)},
+            "two networks of the same names and other values",
+        ),
+    ],
+)
+def test_says_why_weights_do_not_fit(state: Callable[[], State], message: str) -> None:
+    torch.save(state(), "weights.pth")
+    with pytest.raises(UserError, match=f"--model.weights: 'weights.pth' .*{message}"):
+        Backbone("test_resnet", "weights.pth")
+
+
+def test_a_folder_says_how_many_classes_a_file_has() -> None:
+    state = timm.create_model("test_resnet", num_classes=10).state_dict()
+    torch.save(state, "weights.pth")
+    with pytest.raises(UserError) as refusal:
+        Backbone("test_resnet", "weights.pth")
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text(re.findall(r"such as (\{.*\}), and", str(refusal.value))[0])
+    backbone = Backbone("folder", "weights.pth")
+    assert (backbone.num_classes, backbone.input_size) == (10, (160, 160))
+    assert all(torch.equal(value, state[name]) for name, value in backbone.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, "names no architecture of timm"),
+        ({"architecture": "test_resnet", "model_args": {"in_chans": 1}, "pretrained_cfg": {}}, "with 1 channel"),
+    ],
+)
+def test_refuses_a_folder_of_another_kind(config: dict[str, Any], message: str) -> None:
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"--model.backbone: .*'folder' .*{message}"):
+        Backbone("folder", "random")
 
 
 def another_architecture(file: Path) -> None:
@@ -266,10 +358,12 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-@pytest.mark.parametrize("damage", [another_architecture, cut])
-def test_refuses_weights(damage: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"), [(another_architecture, "does not hold .* 'test_resnet'"), (cut, "is damaged or")]
+)
+def test_refuses_weights(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
     damage(tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match=r"--model.weights: '.*weights.safetensors' does not hold .* 'test_resnet'"):
+    with pytest.raises(UserError, match=f"--model.weights: '.*weights.safetensors' {message}"):
         Backbone("test_resnet", str(tmp_path / "weights.safetensors"))
 
 
@@ -280,10 +374,10 @@ def test_refuses_weights_that_run_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("weights", ["missing.pth", "config.json"])
-def test_refuses_what_is_no_file_of_weights(weights: str) -> None:
+@pytest.mark.parametrize(("weights", "message"), [("missing.pth", "is not a file"), ("config.json", "is damaged or")])
+def test_refuses_what_is_no_file_of_weights(weights: str, message: str) -> None:
     Path("config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"--model.weights: '{weights}' is not a file that ends in .safetensors"):
+    with pytest.raises(UserError, match=f"--model.weights: '{weights}' {message}"):
         Backbone("test_resnet", weights)
 
 

@@ -1,13 +1,15 @@
 """Weights from elsewhere are read without running anything, or refused with one message."""
 
+import contextlib
 import shutil
 import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -53,6 +55,35 @@ def test_objects_of_lightning_and_numpy_are_left_out(lightnings_object: Any) -> 
     del sys.modules[type(lightnings_object).__module__]
     sys.modules[type(lightnings_object).__module__] = types.ModuleType("empty")
     assert read_weights(Path("weights.ckpt"), "CKPT").keys() == WEIGHTS.keys()
+
+
+class Claims:
+    """A pickle of an array that claims to be larger than its bytes, of another shape, or of objects."""
+
+    def __init__(self, *state: Any) -> None:
+        self.state = (1, *state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, arguments, _ = cast(Any, np.zeros(1).__reduce__())
+        return make, arguments, self.state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        ((10**9,), np.dtype("f8"), False, bytes(8)),
+        ((-1, -1), np.dtype("f8"), False, bytes(8)),
+        ((1,), np.dtype("O"), False, [1]),
+        ((1,), np.dtype("U2"), False, bytes(8)),
+        ((1,), "f8", False, bytes(8)),
+        (("x",), np.dtype("f8"), False, bytes(8)),
+        (1,),
+    ],
+)
+def test_an_array_is_its_bytes_or_nothing(state: tuple[Any, ...]) -> None:
+    torch.save({**WEIGHTS, "x": Claims(*state)}, "weights.pth")
+    with contextlib.suppress(UserError):
+        assert read_weights(Path("weights.pth"), "CKPT").keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("legacy", [False, True])

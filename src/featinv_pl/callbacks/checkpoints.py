@@ -13,7 +13,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.sources import check_archive, read_checkpoint
+from featinv_pl.nets.pickles import check_archive
+from featinv_pl.nets.sources import read_checkpoint
 
 OPTION = "--ckpt_path"
 PARTIAL = ".partial"

@@ -1,7 +1,7 @@
 """The classifier whose features are inverted: any timm model, frozen."""
 
 import difflib
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as transforms
 from featinv_pl.decoding import NoImageError, to_rgb
 from featinv_pl.errors import UserError
 from featinv_pl.nets.classes import Classes
+from featinv_pl.nets.classifier_files import misfit, read_classifier
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import no_larger, size_below
 from featinv_pl.reading import read_json
@@ -38,7 +39,7 @@ class Backbone(Frozen):
         name: A timm model name (`resnet50.a1_in1k`), a hub name (`hf-hub:org/name`), or a folder
             in timm's layout (`config.json` and `model.safetensors`), as `Classifier` writes it.
         weights: `pretrained` loads those that belong to the name, `random` none, which serves tests; else
-            a file of weights for that architecture, `.safetensors` or `.pth`.
+            a file of weights for that architecture: `.safetensors`, or whatever torch has saved.
         layer: The module whose output is the map, by its name in the model (`layer3`, `stages.2`,
             `blocks.5`). `forward_features` stands for the penultimate layer: timm's function of that
             name, whose output is what the classifier's head reads.
@@ -61,6 +62,11 @@ class Backbone(Frozen):
         super().__init__()
         self.name, self.weights, self.layer = name, weights, layer
         self.model: Any = _create(name, weights, input_size)
+        if (channels := getattr(self.model, "in_chans", 3)) != 3:
+            raise UserError(
+                f"--model.backbone: '{name}' reads images with {channels} channel(s), and those that are inverted "
+                "have 3. Give a classifier of RGB images."
+            )
         self.classifies = _classifies(self.model)
         try:
             self._prepare(_data_config(self.model, input_size))
@@ -190,7 +196,7 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
             f"--model.backbone: '{name}' is neither a folder nor a timm model. {hint}"
             "`timm.list_models()` lists all names; a folder must have been written by fitting a Classifier."
         )
-    overlay = _from_file(weights) if weights not in ("pretrained", "random") else None
+    overlay = _from_file(weights) if weights not in ("pretrained", "random") else {}
     try:
         whole = weights == "pretrained" and folder.is_dir()
         with no_larger(size_below(folder), f"'{folder}'", "--model.backbone") if whole else nullcontext():
@@ -200,11 +206,12 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
             model = timm.create_model(
                 name, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
             )
+        model.pretrained_cfg.pop("state_dict", None)
         return model
     except UserError:
         raise
     except Exception as error:  # a hostile configuration can raise anything
-        raise UserError(_cannot_load(name, weights, error)) from error
+        raise UserError(_cannot_load(name, weights, overlay, error)) from error
 
 
 def _data_config(model: Any, input_size: int | None) -> dict[str, Any]:
@@ -225,26 +232,31 @@ def _classifies(model: Any) -> bool:
 
 
 def _from_file(weights: str) -> dict[str, Any]:
-    """What tells timm to read a file, with the care that it takes of a model's older weights."""
-    path = Path(weights)
-    if not path.is_file() or path.suffix not in (".safetensors", ".pth"):
+    """What tells timm to take the weights of a file, with the care that it takes of a model's older weights."""
+    if not Path(weights).is_file():
         raise UserError(
-            f"--model.weights: '{weights}' is not a file that ends in .safetensors or .pth. "
-            "Give such a file, `pretrained` for the weights that belong to the model's name, or `random`."
+            f"--model.weights: '{weights}' is not a file. "
+            "Give one, `pretrained` for the weights that belong to the model's name, or `random`."
         )
-    return {"file": weights, "custom_load": False, "source": None}
+    return {"state_dict": read_classifier(Path(weights)), "custom_load": False, "source": None}
 
 
-def _cannot_load(name: str, weights: str, error: Exception) -> str:
+def _cannot_load(name: str, weights: str, overlay: dict[str, Any], error: Exception) -> str:
     reason = (str(error).strip() or type(error).__name__).splitlines()
-    if weights not in ("pretrained", "random"):
+    title = name.removeprefix("local-dir:")
+    if overlay:
+        why = f"{' '.join(line.strip() for line in reason[:2])[:300]}. Give the file of that architecture, undamaged."
+        with suppress(Exception):  # of a configuration that timm cannot build at all
+            why = misfit(overlay["state_dict"], timm.create_model(name), title) or why
+        return f"--model.weights: '{weights}' does not hold the weights of '{title}': {why}"
+    if isinstance(error, KeyError) and error.args == ("architecture",):
         return (
-            f"--model.weights: '{weights}' does not hold the weights of '{name}' "
-            f"({' '.join(line.strip() for line in reason[:2])[:300]}). Give the file of that architecture, undamaged."
+            f"--model.backbone: the config.json of '{title}' names no architecture of timm, as those of the library "
+            "transformers do not. Give the same model under timm's name (`timm.list_pretrained()` lists all)."
         )
     if name.startswith("local-dir:"):
         return (
-            f"--model.backbone: the classifier in '{name.removeprefix('local-dir:')}' could not be loaded "
+            f"--model.backbone: the classifier in '{title}' could not be loaded "
             f"({reason[0]}). Its files are damaged or do not belong together: fit the Classifier anew."
         )
     return (

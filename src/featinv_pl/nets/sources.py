@@ -2,13 +2,10 @@
 
 import hashlib
 import inspect
-import re
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featinv_pl.errors import UserError
+from featinv_pl.nets.pickles import check_archive, is_plain, load_pickle, state_dict
 from featinv_pl.reading import LARGEST, read_bytes, read_json
 
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
@@ -28,8 +26,6 @@ DROPPED = 1 << 21  # values that diffusers makes for a ControlNet's pictures, wh
 SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
 SPAWNED = ".temp.ckpt"  # bare weights, by which Lightning's spawned processes hand over what they have trained
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
-# Old checkpoints of Lightning keep such objects beside their weights.
-INERT_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf", "numpy")
 
 
 def find_folder(source: str, files: list[str], option: str) -> Path:
@@ -165,7 +161,7 @@ def fill(network: Any, weights: dict[str, Tensor], what: str, option: str) -> An
     wrong = [
         name
         for name in dict.fromkeys([*expected, *weights])
-        if name not in expected or not _is_plain(weights.get(name)) or weights[name].shape != expected[name].shape
+        if name not in expected or not is_plain(weights.get(name)) or weights[name].shape != expected[name].shape
     ]
     if wrong:
         raise UserError(
@@ -230,23 +226,23 @@ def _sums(folder: Path) -> dict[str, str]:
 
 
 def read_weights(path: Path, option: str) -> dict[str, Tensor]:
-    """Read a state dict from `.safetensors`, or from a file of torch (`.ckpt`, `.pth`, `.bin`).
+    """Read a state dict from `.safetensors`, or from a file of torch of any other name (`.ckpt`, `.pth.tar`, `.bin`).
 
     A file of torch is a pickle, which may call any function. Torch's `weights_only` refuses all but
-    tensors; objects of Lightning, OmegaConf and NumPy, which checkpoints often carry, are replaced by
-    nothing. Anything else is refused.
+    tensors; arrays and numbers of NumPy are read as tensors; objects of Lightning, OmegaConf and NumPy, which
+    checkpoints often carry, are replaced by nothing. Anything else is refused.
 
     Args:
         path: The file.
         option: The option that named it, for errors.
 
     Returns:
-        Tensors by name, of the entry `state_dict` if there is one.
+        Tensors by name, of the entry that training scripts keep them in, such as `state_dict`, if there is one.
     """
     if not path.is_file():
         raise UserError(f"{option}: there is no file '{path}'. Check the path.")
     try:
-        contents = load_file(path) if path.suffix == ".safetensors" else _load_pickle(path, option)
+        weights = state_dict(load_file(path) if path.suffix == ".safetensors" else load_pickle(path, option))
     except UserError:
         raise
     except Exception as error:  # a hostile file can raise anything
@@ -254,9 +250,6 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
         raise UserError(
             f"{option}: '{path}' is damaged or is no file of weights ({reason}). Download or copy it again."
         ) from error
-    state: Any = contents.get("state_dict", contents) if isinstance(contents, dict) else {}
-    named = state.items() if isinstance(state, dict) else ()
-    weights = {name: value for name, value in named if isinstance(name, str) and _is_plain(value)}
     if not weights:
         raise UserError(f"{option}: '{path}' holds no tensors. Give a file with a state dict.")
     return weights
@@ -290,66 +283,3 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     if not isinstance(checkpoint.get("global_step"), int):
         raise UserError(f"{option}: '{path}' is no checkpoint, for it knows no step. Give another one.")
     return found
-
-
-def check_archive(path: Path) -> None:
-    """Compare all that a file of torch holds with the checksums in it, which torch itself does not.
-
-    Raises:
-        BadZipFile: They differ, or an entry is compressed, which torch's never are and may hide any size.
-        Exception: Of other kinds, for other damages of an archive.
-    """
-    with zipfile.ZipFile(path) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-        damaged = archive.testzip() if not packed else packed[0]
-    if damaged is not None:
-        raise zipfile.BadZipFile(f"its entry {damaged} is not as it was written")
-
-
-def _load_pickle(path: Path, option: str) -> Any:
-    if _is_zip(path):
-        check_archive(path)
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # the format before 1.6, which has no list; its loading is as strict
-        names = []
-    inert = [name for name in names if name.split(".")[0] in INERT_PACKAGES]
-    try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in inert]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise
-        raise UserError(
-            f"{option}: '{path}' wants to call {refused[1]}, which no weights need, so it is not opened. "
-            "Get the file from a source that you trust, best as .safetensors."
-        ) from error
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a tensor that has a value for each of its places."""
-    return (
-        isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and not value.is_quantized
-        and not value.is_complex()
-        and value.device.type == "cpu"
-        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    )
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether the file is of torch's present format, which alone can be mapped into memory."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-class _Inert:
-    """Stands for any object that is not a tensor, and does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Take what the object took."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Forget what the object knew."""
