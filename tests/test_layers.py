@@ -8,7 +8,7 @@ import featinv_pl
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors", "optimisation"},
-    {"reading", "decoding"},
+    {"reading", "decoding", "masking"},
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"clipping", "compatibility", "identity"},
     {"inversion", "extraction", "pretraining", "callbacks"},

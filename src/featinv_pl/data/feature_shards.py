@@ -21,7 +21,7 @@ class FeatureShards(ResumableData):
     """Streams shard sets.
 
     A set is a folder, or an address (`https://...`, `s3://...`) from which whole shards are fetched
-    into a cache when they are needed.
+    into a cache when they are needed, or `pipe:COMMAND`, where the environment allows commands.
 
     Args:
         train: A shard set to train on.
@@ -34,8 +34,6 @@ class FeatureShards(ResumableData):
         on_error: What to do about damaged shards and samples: `raise` an error that names the first,
             or `skip` and count them.
         cache: Where shards from elsewhere are kept.
-        allow_pipe: Allow sets of the form `pipe:COMMAND`, which run a command on this machine; it
-            prints the file whose name takes the place of `{}`.
     """
 
     def __init__(
@@ -48,13 +46,12 @@ class FeatureShards(ResumableData):
         seed: int = 0,
         on_error: OnError = "raise",
         cache: Path = Path("~/.cache/featinv-pl"),
-        allow_pipe: bool = False,
     ) -> None:
         super().__init__(batch_size)
         if num_workers:
             start_server(BatchReader.__module__)
         self.num_workers, self.seed = num_workers, seed
-        self.on_error, self.cache, self.allow_pipe = on_error, cache, allow_pipe
+        self.on_error, self.cache = on_error, cache
         self.train = self._set(train, "train", "--data.train", with_images=False) if train else None
         self.val = self._set(val, "val", "--data.val") if val else None
         self.test = {
@@ -66,7 +63,7 @@ class FeatureShards(ResumableData):
 
     def _set(self, place: Path | str, source: str, option: str, with_images: bool = True) -> ShardSet:
         if is_remote(str(place)):
-            remote = RemoteSet(str(place), self.cache, option, self.allow_pipe)
+            remote = RemoteSet(str(place), self.cache, option)
             return ShardSet(remote.folder, source, option, with_images, self.on_error, remote)
         return ShardSet(Path(place), source, option, with_images, self.on_error)
 

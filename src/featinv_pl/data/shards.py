@@ -177,7 +177,7 @@ class ShardSet(Dataset[Sample]):
         path = self.folder / shard["name"]
         if self.remote is not None:
             self.remote.fetch(index_path(path), shard["index_sha256"])
-            self.remote.fetch(path, shard["sha256"])
+            self.remote.fetch(path, shard["sha256"], shard["bytes"])
             check_size(path, shard, self.option)
         entries = read_index(path, shard)
         if len(entries) != shard["samples"]:
