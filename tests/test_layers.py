@@ -8,12 +8,12 @@ import featinv_pl
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors", "optimisation"},
-    {"reading", "decoding", "masking"},
+    {"arms", "reading", "decoding", "masking"},
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"clipping", "compatibility", "identity"},
     {"inversion", "extraction", "pretraining", "callbacks"},
     {"pipeline", "tracking", "trust"},
-    {"publishing", "viz"},
+    {"config", "publishing", "viz"},
     {"cli"},
     {"stages"},
     {"demo", "study"},

@@ -4,6 +4,7 @@ import atexit
 import errno
 import gc
 import os
+import re
 import sys
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import version
@@ -74,6 +75,7 @@ def run(args: list[str]) -> None:
 
     Libraries are imported by the command that needs them: help and errors should not wait for torch.
     """
+    args = [re.sub(r"^(--[\w.+-]+=)?~(?=/)", rf"\g<1>{Path.home()}", arg) for arg in args]  # as shells do not after `=`
     command = args[0] if args else "--help"
     if command in TRAINER_COMMANDS or command in ("-c", "--config"):
         _import_training()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
-from jsonargparse import capture_parser, get_loader, set_loader
+from jsonargparse import capture_parser
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -38,12 +37,12 @@ from featinv_pl.callbacks.ranks import join_ranks, ranks_together
 from featinv_pl.callbacks.resuming import Resume
 from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
+from featinv_pl.config import MODE, ConfigParser, prepared
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
-from featinv_pl.reading import parse_yaml, read_text
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
-from featinv_pl.trust import Parser, allow_imports
+from featinv_pl.trust import allow_imports
 
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
@@ -64,9 +63,13 @@ class FeatinvCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
-        _check_configurations(cast(list[str], args))
-        self.config = parser.parse_args(cast(list[str], args))
+        self.config = parser.parse_args(prepared(cast(list[str], args)))
         settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
+        if settings.trainer.overfit_batches:
+            raise UserError(
+                "--trainer.overfit_batches: each epoch takes other batches here, so it would not take the same few. "
+                "Extract a small set (predict with --trainer.limit_predict_batches=N) and train on that."
+            )
         given = settings.get("ckpt_path")
         if given is None or given == "hpc":  # which Lightning finds where SLURM's plugin has left it
             return
@@ -156,67 +159,12 @@ class FeatinvCLI(LightningCLI):
         trainer.logger, self.save_config_callback = False, None
 
 
-def _check_configurations(args: list[str]) -> None:
-    """Refuse what jsonargparse would read without end, or fail on."""
-    for option, value in zip(args, [*args[1:], ""], strict=False):
-        name, joined, given = option.partition("=")
-        path = Path(given if joined else value)
-        if name in ("-c", "--config") and path.exists():  # of one that does not, jsonargparse says so
-            read_text(path, "--config", "Give a YAML file.")
-
-
 def _checkpoint_places(trainer: Any) -> set[Path]:
     """Where a configuration keeps its checkpoints: folders, and files of jobs that SLURM has requeued."""
     root = Path(trainer.default_root_dir or ".")
     savers = [one for one in trainer.callbacks or [] if one.class_path.endswith(".ModelCheckpoint")]
     folders = {Path(saver.init_args.dirpath or root) for saver in savers} or {root}
     return folders | set(root.glob("hpc_ckpt_*.ckpt"))
-
-
-def load_yaml(text: str) -> Any:
-    """Read YAML in which `base: FILE` puts the settings of another file beneath those of this one.
-
-    Of several, `base: [FILE, FILE]`, each lies over the one before it.
-
-    Paths are relative to the including file, into whose folder jsonargparse changes while it reads.
-    """
-    return _on_base(parse_yaml(text, get_loader("yaml")), Path(), ())
-
-
-def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
-    if not isinstance(settings, dict) or "base" not in settings:
-        return settings
-    bases = settings.pop("base")
-    merged: dict[str, Any] = {}
-    for base in bases if isinstance(bases, list) else [bases]:
-        path = folder / str(base)
-        advice = "The path is relative to the including file, and no file may be a base of its own."
-        if path.resolve() in above:
-            raise UserError(f"base: '{path.absolute()}' lies beneath itself. {advice}")
-        text = read_text(path.absolute(), "base", advice)
-        try:
-            contents = parse_yaml(text, get_loader("yaml"))
-        except yaml.YAMLError as error:
-            raise UserError(f"base: '{path.absolute()}' is no YAML ({' '.join(str(error).split())[:300]}).") from error
-        merged = merge(merged, _on_base(contents, path.parent, (*above, path.resolve())))
-    return merge(merged, settings)
-
-
-def merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """`settings` over `base`: dictionaries are merged, `key+` appends to a list, all else is replaced."""
-    merged = dict(base)
-    for key, value in settings.items():
-        appended = key.removesuffix("+")
-        if key != appended and appended in merged:
-            merged[appended] = [*merged[appended], *value]
-        elif isinstance(merged.get(key), dict) and isinstance(value, dict):
-            merged[key] = merge(merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-set_loader("yaml with base", load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def train(args: list[str]) -> None:
@@ -240,8 +188,8 @@ def train(args: list[str]) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            parser_class=Parser,
-            parser_kwargs={"parser_mode": "yaml with base"},
+            parser_class=ConfigParser,
+            parser_kwargs={"parser_mode": MODE},
         )
 
 

@@ -1,6 +1,7 @@
 """Small files that anybody may have made, read whole: of bounded size, and with one clear error."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,18 @@ def read_bytes(path: Path, option: str, advice: str) -> bytes:
         raise _damaged(path, option, advice, error) from error
 
 
+def read_pipe(path: Path, option: str, advice: str) -> str:
+    """Read a text that another command writes into a pipe, such as that of `<(...)`; see `read_bytes`."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise OSError(f"it has more than {LARGEST >> 20} MB")
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damaged(path, option, advice, error) from error
+
+
 def read_text(path: Path, option: str, advice: str) -> str:
     """Read a text in UTF-8; see `read_bytes`."""
     data = read_bytes(path, option, advice)
@@ -70,7 +83,7 @@ def read_json(path: Path, option: str, advice: str) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, option: str, advice: str) -> Any:
-    """Read a YAML file, which makes nothing but plain values.
+    """Read a YAML file, which makes nothing but plain values; `~/` is the home folder.
 
     Args:
         path: See `read_bytes`, as the rest.
@@ -82,7 +95,7 @@ def read_yaml(path: Path, option: str, advice: str) -> Any:
     """
     text = read_text(path, option, advice)
     try:
-        return parse_yaml(text, yaml.safe_load)
+        return expand_home(parse_yaml(text, yaml.safe_load))
     except yaml.YAMLError as error:
         raise _damaged(path, option, advice, error) from error
 
@@ -108,6 +121,15 @@ def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
         return contents
     except (ValueError, TypeError, RecursionError) as error:  # such as of a day that no calendar has
         raise yaml.YAMLError(str(error)) from error
+
+
+def expand_home(value: Any) -> Any:
+    """Values in which texts that begin with `~/` begin with the home folder instead."""
+    if isinstance(value, dict):
+        return {key: expand_home(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [expand_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _check_values(contents: Any) -> None:

@@ -22,7 +22,7 @@ from featinv_pl.arms import ARMS, INVERSION
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.reconstruction_grid import FIRST, PICTURES
 from featinv_pl.callbacks.results import METRICS, Name, aligned, by_name, read_document
-from featinv_pl.cli import merge
+from featinv_pl.config import merge
 from featinv_pl.errors import UserError, user_error
 from featinv_pl.publishing import export
 from featinv_pl.reading import read_yaml

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from featinv_pl.data.corruptions import CORRUPTIONS, SEVERITIES
+from featinv_pl.data.severities import SEVERITIES
 from featinv_pl.decoding import SUFFIXES
 from featinv_pl.errors import UserError
 from featinv_pl.reading import read_text
@@ -187,13 +187,13 @@ def _holds_sources(folder: Folder) -> bool:
         return False
     splits = {name for name in names if name.lower() in SPLITS}
     deep = [one for one in folder.folders if not one.images]
-    if splits == names or any(map(_has_wnids, folder.folders)) or (folder.name in CORRUPTIONS and names <= LEVELS):
+    if splits == names or any(map(_has_wnids, folder.folders)) or (folder.name in SEVERITIES and names <= LEVELS):
         return True
     if not deep or (len(deep) < len(names) and not splits & {one.name for one in deep}):
         return False
     if len(deep) == len(names) and not splits and len({one.name for outer in deep for one in outer.folders}) == 1:
         return False  # such as `<class>/images/`
-    if len(names) == 1 or names <= set(CORRUPTIONS):
+    if len(names) == 1 or names <= set(SEVERITIES):
         return True
     raise _ambiguous(folder, deep[0])
 

@@ -1,0 +1,84 @@
+"""Configurations as people and sweeps write them, through the public command."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from featinv_pl.__main__ import main
+from tiny import write
+
+MODEL: dict[str, Any] = {"class_path": "FeatureInversion", "init_args": {"backbone": "resnet18", "prior": "prior"}}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    """The configuration that a command line amounts to."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *args, "--print_config"])
+    captured = capsys.readouterr()
+    assert stop.value.code == 0, captured.err
+    config: dict[str, Any] = yaml.safe_load(captured.out)
+    return config
+
+
+@pytest.mark.parametrize("null", ["None", "null"])
+def test_null_of_a_sweep_is_null_where_there_is_one(null: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(Path("model.yaml"), {"model": MODEL})
+    names = ("judge", "min_snr_gamma", "input_size", "backbone")
+    model = printed(capsys, "--config", config, *(f"--model.{name}={null}" for name in names))["model"]["init_args"]
+    assert [model[name] for name in names] == [None, None, None, "None"]  # the last is text, which has no null
+    config = write(Path("none.yaml"), {"model": {**MODEL, "init_args": {**MODEL["init_args"], "judge": "None"}}})
+    model = printed(capsys, "--config", config, "--model.min_snr_gamma=None", "--trainer.max_time=None")["model"]
+    assert [model["init_args"][name] for name in names[:2]] == [None, None]
+
+
+def test_the_home_folder_is_expanded_wherever_a_path_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(Path("base.yaml"), {"trainer": {"default_root_dir": "~/run"}})
+    write(Path("top.yaml"), {"base": "~/base.yaml", "model": MODEL, "data": {"class_path": "FolderData"}})
+    config = printed(
+        capsys, "--config=~/top.yaml", "--model.backbone=~/b", "--data.train=~/t", '--data.predict={"a": "~/p"}'
+    )
+    assert config["trainer"]["default_root_dir"] == f"{tmp_path}/run"
+    assert config["model"]["init_args"]["backbone"] == f"{tmp_path}/b"
+    assert config["data"]["init_args"]["train"] == f"{tmp_path}/t"
+    assert config["data"]["init_args"]["predict"] == {"a": f"{tmp_path}/p"}
+    with pytest.raises(SystemExit):
+        main(["verify", "~/shards"])
+    assert f"no folder '{tmp_path}/shards'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--config", "{}"], ["--config={}"]])
+def test_a_configuration_from_a_pipe(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w") as file:
+        file.write(yaml.safe_dump({"model": MODEL, "trainer": {"max_steps": 7}}))
+    config = printed(capsys, *(word.format(f"/dev/fd/{reading}") for word in option), "--trainer.precision=32")
+    os.close(reading)
+    assert config["trainer"]["max_steps"] == 7
+    assert config["model"]["init_args"]["backbone"] == "resnet18"
+
+
+def test_bases_are_relative_to_their_file_wherever_the_parser_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of jsonargparse's coming versions, which no longer change into the folder of what they read."""
+    Path("far/away").mkdir(parents=True)
+    write(Path("far/root.yaml"), {"trainer": {"max_steps": 5}})
+    write(Path("far/away/top.yaml"), {"base": "../root.yaml", "model": MODEL})
+    for change in (os.chdir, lambda _: None):
+        monkeypatch.setattr(os, "chdir", change)
+        assert printed(capsys, "--config", "far/away/top.yaml")["trainer"]["max_steps"] == 5
+
+
+def test_overfitting_a_few_batches_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(Path("model.yaml"), {"model": MODEL, "data": {"class_path": "FeatureShards"}})
+    with contextlib.suppress(SystemExit):
+        main(["fit", "--config", config, "--trainer.overfit_batches=2"])
+    assert "error: --trainer.overfit_batches: each epoch takes other batches" in capsys.readouterr().err
