@@ -22,13 +22,15 @@ from torch import Tensor
 
 from conftest import random_inception
 from featinv_pl.__main__ import main
+from featinv_pl.callbacks.per_source import PerSource
 from featinv_pl.data.entries import collate_samples
+from featinv_pl.data.feature_shards import FeatureShards
 from featinv_pl.data.manifests import read_manifest, write_manifest
 from featinv_pl.data.shards import ShardSet
 from featinv_pl.data.writing import ShardSetWriter
 from featinv_pl.inversion import FeatureInversion
 from featinv_pl.sampling.sampler import Sampler
-from tiny import extraction, inversion, joined, write
+from tiny import TRAINER, extraction, inversion, joined, write
 
 
 @pytest.fixture(scope="session")
@@ -455,6 +457,18 @@ def test_two_processes_score_as_one(shards: Path, classifier_folder: Path, prior
         main(["test", "--config", config, *processes])
         results.append((scores_of(), samples_of("clean")))
     assert_same(*results)
+
+
+def test_scores_reach_who_calls_the_trainer(
+    shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(**TRAINER, default_root_dir="run", callbacks=[PerSource(neighbours=0)])
+    sampler = Sampler(steps=2)
+    module = FeatureInversion(str(classifier_folder), str(prior_folder), 32, hidden_channels=8, sampler=sampler)
+    [returned] = trainer.test(module, datamodule=FeatureShards(test={"clean": shards / "clean"}))
+    assert returned == pytest.approx(scores_of(), rel=1e-6)
+    assert {name: value.item() for name, value in trainer.callback_metrics.items()} == returned
+    assert "Test metric" not in capsys.readouterr().out  # a line for each of them
 
 
 def test_short_names_overrides_and_print_config(

@@ -40,7 +40,7 @@ class EvaluationCallback(Callback, ABC):
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All batches of all sources have been seen."""
 
-    def end(self) -> None:
+    def end(self, trainer: Trainer) -> None:
         """The stage is over, and its progress line is closed."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,8 +73,8 @@ class EvaluationCallback(Callback, ABC):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End."""
-        self.end()
+        self.end(trainer)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End."""
-        self.end()
+        self.end(trainer)

@@ -15,9 +15,10 @@ from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.provenance import evaluation
+from featinv_pl.callbacks.ranks import hands_back_little
 from featinv_pl.callbacks.references import Floor, Neighbours
 from featinv_pl.callbacks.relative import Relative
-from featinv_pl.callbacks.results import METRICS, Results, aligned, samples_file, samples_path
+from featinv_pl.callbacks.results import HEADLINES, METRICS, Results, aligned, samples_file, samples_path
 from featinv_pl.callbacks.scorers import Classes, Scorer, scorers
 from featinv_pl.callbacks.tally import Tally
 from featinv_pl.errors import UserError
@@ -87,6 +88,8 @@ class PerSource(EvaluationCallback):
         self.num_classes = cast(Any, pl_module).backbone.num_classes
         self.biased: dict[str, list[str]] = {}
         self.root = results_root(trainer)
+        # Which would print a line for each score; a table of those that matter most stands for it.
+        trainer.validate_loop.verbose = trainer.test_loop.verbose = False
         self.loggers, self.stage, self.step = trainer.loggers, stage, last_step(trainer)
         self.writes = trainer.state.fn != "fit" and trainer.is_global_zero
         self.results.provenance = evaluation(trainer, pl_module) if self.writes else None
@@ -124,18 +127,24 @@ class PerSource(EvaluationCallback):
         estimates, notes = self.relative.estimates(self.replicates)
         self.results.values |= estimates
         self.results.notes += notes
-        scores = {str(name): score["value"] for name, score in self.results.scores.items()}
-        if trainer.state.fn == "fit":
-            pl_module.log_dict(scores)  # for ModelCheckpoint to monitor
-        else:
-            # Not through Lightning, which would print all of them, and with forked processes waits for ever to
-            # hand so many back.
+        self._log(trainer, pl_module)
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        """Hand the scores to the loggers, to callbacks that monitor one, and to who called `validate` or `test`."""
+        found, training = self.results.scores, trainer.state.fn == "fit"
+        scores = {str(name): score["value"] for name, score in found.items()}
+        if hands_back_little(trainer):
             for logger in trainer.loggers:
                 logger.log_metrics(scores, self.step)
+            own = (name for name in found if name.arm == INVERSION and "/" not in name.source)
+            scores = {str(name): found[name]["value"] for name in own if training or name.score in HEADLINES}
+        module.log_dict(scores, sync_dist=True)  # the same on all ranks, but without this Lightning warns of each
 
-    def end(self) -> None:
+    def end(self, trainer: Trainer) -> None:
         """Write the files, and show what matters most."""
         if self.writes:
+            if "val/loss" in trainer.callback_metrics:
+                print(f"val/loss {trainer.callback_metrics['val/loss']:.4f}")
             for name, data in self.results.files().items():
                 write_bytes(self.root / name, data)
             print("\n" + aligned(self.results.table()))

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from featinv_pl.errors import UserError
 
@@ -57,6 +59,15 @@ def let_ranks_end() -> None:
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
             thread._child_processes = []
+
+
+def hands_back_little(trainer: Trainer) -> bool:
+    """Whether the trainer runs in processes that Lightning has forked or spawned.
+
+    It waits for their end before it reads what they hand back, and they do not end before it reads if that is more
+    than a pipe holds, which some 200 scores are.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def _follow(first: int) -> None:
