@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow import parquet
+from timm.models import save_for_hf
 from torch import Tensor
 
 from conftest import random_inception
@@ -366,6 +368,32 @@ def test_scores_of_part_of_the_classes_the_images_and_an_attack(
     assert scores["hard/cosine_relative"] != pytest.approx(scores["hard/cosine"] / scores["clean/cosine"], abs=1e-6)
     gain = np.mean([row["cosine"] - row["cosine.neighbour"] for row in part])
     assert scores["hard/cosine_difference.neighbour"] == pytest.approx(gain)
+
+
+def test_a_backbone_without_classes_is_scored_by_its_maps(
+    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    headless = timm.create_model(f"local-dir:{classifier_folder}", pretrained=True, num_classes=0)
+    save_for_hf(headless, "headless", safe_serialization=True)
+    settings = extraction(Path("headless"), prior_folder, ["clean"])
+    main(["predict", "--config", write(Path("extract.yaml"), settings), "--trainer.limit_predict_batches=1"])
+    settings = inversion(Path("headless"), prior_folder)
+    settings["data"]["init_args"] |= {"train": None, "val": None, "test": {"clean": "shards/clean"}}
+    main(["test", "--config", write(Path("inversion.yaml"), settings), "--model.judge=headless"])
+    document = json.loads(Path("run/metrics.json").read_text())
+    assert {"cosine", "cosine_pooled", "psnr", "judge_cosine"} <= document["scores"]["clean"]["inversion"].keys()
+    assert not [name for name in joined(document) if "agreement" in name or "overlap" in name or "label" in name]
+    assert [note for note in document["notes"] if "has no classes" in note]
+    assert not [name for name in parquet.read_table("run/samples/clean.parquet").column_names if "predicted" in name]
+    assert json.loads(Path("run/pictures/clean/first/tiles.json").read_text())["prediction"] == ["none"] * 3
+    main(["report", "."])
+    assert "<td>autoencoder</td>" in Path("report.html").read_text()
+    settings["model"] = {"class_path": "AdversarialExtraction", "init_args": {"backbone": "headless"}}
+    settings["model"]["init_args"]["autoencoder"] = str(prior_folder / "vae")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["predict", "--config", write(Path("attack.yaml"), {"model": settings["model"]})])
+    assert "nothing to attack" in capsys.readouterr().err
 
 
 class Interruption(Callback):

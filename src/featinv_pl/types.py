@@ -109,6 +109,11 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def predicted(logits: Tensor) -> Tensor:
+    """The most likely class of logits (..., K); -1 where there are no classes."""
+    return logits.argmax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -1, dtype=torch.long)
+
+
 def key_hash(key: str) -> int:
     """A number of 48 bits, which float64 holds exactly, that looks random and depends on the key alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=6).digest(), "big")

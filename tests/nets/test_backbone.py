@@ -405,6 +405,24 @@ def test_crops_pictures_as_timm_does_for_evaluation(name: str, input_size: int |
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "classes"),
+    [
+        ("test_resnet", {"num_classes": 0}, 0),
+        ("test_resnet", {"num_classes": 512}, 512),
+        ("fastvit_mci0.apple_mclip", {}, 0),  # 512 channels to compare with those of texts
+    ],
+)
+def test_an_embedding_is_no_classes(name: str, settings: dict[str, Any], classes: int, tmp_path: Path) -> None:
+    if settings:
+        save_for_hf(timm.create_model(name, **settings), str(tmp_path), safe_serialization=True)
+        backbone = Backbone(str(tmp_path))
+    else:
+        backbone = Backbone(name, "random", input_size=64)
+    assert backbone.num_classes == backbone(some_images(64, 64))[1].shape[1] == classes
+    assert backbone.classifies == bool(classes)
+
+
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_saved_backbone_is_the_same(source: str, tmp_path: Path) -> None:
     if source == "folder":

@@ -21,7 +21,7 @@ from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import Pixels, last_step, log_picture
 from featinv_pl.errors import UserError
 from featinv_pl.nets.frozen import digest
-from featinv_pl.types import Batch, Inversion, to_uint8
+from featinv_pl.types import Batch, Inversion, predicted, to_uint8
 
 PICTURES = "pictures"
 FACTS_FILE = "tiles.json"
@@ -82,7 +82,10 @@ class ReconstructionGrid(EvaluationCallback):
         images[label(INVERSION)] = outputs["images"]
         images |= {name: views["images"] for name, views in outputs.get("arms", {}).items()}
         strips = {name: to_uint8(item[: len(rows)]).cpu() for name, item in images.items()}
-        classes = [item.argmax(1).tolist() for item in (batch["logits"], outputs["logits"])]
+        classes = [
+            ["none" if index < 0 else index for index in predicted(item).tolist()]
+            for item in (batch["logits"], outputs["logits"])
+        ]
         labels = batch["labels"].tolist()
         self.tiles += [
             Tile(

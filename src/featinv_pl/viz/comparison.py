@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.types import predicted
 from featinv_pl.viz.drawing import draw_all
 from featinv_pl.viz.page import Report, Section, Tile
 from featinv_pl.viz.pictures import prediction, top_classes
@@ -75,7 +76,7 @@ class Comparison(Report):
                         as_picture(drawn.images[number]),
                         f"{drawn.model}\ncosine {drawn.cosines[number]:.3f}\n"
                         f"{prediction(drawn.before[number])} → {prediction(drawn.after[number])}",
-                        int(drawn.before[number].argmax()) != int(drawn.after[number].argmax()),
+                        int(predicted(drawn.before[number])) != int(predicted(drawn.after[number])),
                     )
                     for drawn in self.drawn
                 ),

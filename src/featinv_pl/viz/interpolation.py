@@ -111,7 +111,7 @@ class Interpolation(Report):
 
     def _plot_classes(self, axes: Axes) -> None:
         probabilities = self.logits.float().softmax(1)
-        for logits in self.original_logits:
+        for logits in self.original_logits if self.logits.shape[1] else []:
             axes.plot(self.shares, probabilities[:, logits.argmax()].numpy(), marker=".", label=prediction(logits))
         axes.set(xlabel="share of the second map", ylabel="probability", ylim=(-0.02, 1.02))
         axes.legend(fontsize="small", title="class")

@@ -53,8 +53,8 @@ def class_name(index: int, num_classes: int) -> str:
 
 
 def prediction(logits: Tensor) -> str:
-    """The class that logits (K,) make most likely."""
-    return class_name(int(logits.argmax()), len(logits))
+    """The class that logits (K,) make most likely; `none` of a network without classes."""
+    return class_name(int(logits.argmax()), len(logits)) if len(logits) else "none"
 
 
 def top_classes(logits: Tensor, count: int = 5) -> dict[str, float]:

@@ -57,9 +57,11 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
     _sheet(rows).save(folder / SHEET)
     write_bytes(folder / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
     cosine = sum(cosine for cosine, _ in scored) / len(scored)
+    same = f", {sum(same for _, same in scored)} classified as their original"
+    classified = same if pipeline.inversion.backbone.classifies else ""
     print(
-        f"{len(scored)} reconstructions of {len(paths)} pictures in {folder}: mean cosine {cosine:.3f}, "
-        f"{sum(kept for _, kept in scored)} classified as their original; see {folder / SHEET}"
+        f"{len(scored)} reconstructions of {len(paths)} pictures in {folder}: mean cosine {cosine:.3f}{classified}; "
+        f"see {folder / SHEET}"
     )
 
 

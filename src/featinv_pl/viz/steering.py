@@ -12,6 +12,7 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.types import predicted
 from featinv_pl.viz.concepts import Concepts
 from featinv_pl.viz.drawing import draw_all
 from featinv_pl.viz.edits import add, location_weights, refuse_overflow, scale
@@ -93,7 +94,7 @@ class Steering(Report):
                 Tile(
                     as_picture(image),
                     f"{strength:+g}\nscore {score:.2f}\nclass {prediction(logits)}",
-                    int(logits.argmax()) != int(self.original_logits.argmax()),
+                    int(predicted(logits)) != int(predicted(self.original_logits)),
                 )
                 for strength, image, score, logits in zip(self.strengths, images, scores, all_logits, strict=True)
             ]
@@ -195,8 +196,8 @@ def steer(
     ]
     refuse_overflow(torch.stack(maps), "--strengths")
     drawn = draw_all(pipeline, maps, num_samples, seed)
-    predicted = [int(original["logits"].argmax()), *drawn["logits"].argmax(-1).flatten().tolist()]
-    shown = list(dict.fromkeys([*classes, *predicted]))[: max(SHOWN_CLASSES, len(classes))]
+    likely = torch.cat([predicted(original["logits"]).cpu(), predicted(drawn["logits"]).flatten().cpu()]).tolist()
+    shown = list(dict.fromkeys([*classes, *likely] if num_classes else []))[: max(SHOWN_CLASSES, len(classes))]
     return Steering(
         concepts.names[concept],
         edit,
