@@ -29,7 +29,8 @@ EVERYWHERE = torch.ones(3, 3)
 
 def samples_of(features: torch.Tensor, labels: torch.Tensor | None = None) -> Samples:
     labels = torch.zeros(len(features), dtype=torch.long) if labels is None else labels
-    return Samples(features.half(), labels, ORIGIN, [], [0] * len(features), list(range(len(features))))
+    keys = [f"class {label}/{number}.png" for number, label in enumerate(labels.tolist())]
+    return Samples(features.half(), labels, keys, ORIGIN, [], [0] * len(features), list(range(len(features))))
 
 
 def two_groups(size: int = 40) -> tuple[Samples, torch.Tensor]:
@@ -89,6 +90,8 @@ def test_difference_goes_from_one_mean_to_the_other() -> None:
     assert found.names == ["0-1", "1-0"]
     torch.testing.assert_close(found.directions[0], shift, atol=0.15, rtol=0)
     torch.testing.assert_close(found.directions[0], -found.directions[1])
+    by_folder = difference_concepts(samples, pairs_of_labels(samples, [("class 0", "class 1")]), pooled=False)
+    assert torch.equal(by_folder.directions[0], found.directions[0])
     means = [samples.features[samples.labels == label].float().mean(0, keepdim=True) for label in (0, 1)]
     scores = [found.score(mean, EVERYWHERE)[0, 0].item() for mean in means]
     assert scores == pytest.approx([0, 1], abs=1e-4)

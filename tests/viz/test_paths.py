@@ -49,7 +49,7 @@ def test_modes_differ_in_between(pipeline: FeatInvPipeline, opened: Pictures) ->
 def real_images(features: torch.Tensor) -> Samples:
     origin = Origin(backbone="", backbone_digest="", layer="", feature_shape=[])
     size = len(features)
-    return Samples(features.half(), torch.zeros(size), origin, [], [0] * size, list(range(size)))
+    return Samples(features.half(), torch.zeros(size), [""] * size, origin, [], [0] * size, list(range(size)))
 
 
 def test_flags_what_is_further_from_all_real_images_than_they_are_from_each_other(

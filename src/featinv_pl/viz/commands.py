@@ -25,8 +25,8 @@ def _concepts(args: list[str]) -> None:
     parser.add_argument("--out", required=True, type=folder, help="the folder for concepts and examples")
     parser.add_argument("--num_concepts", type=positive, default=8, help="components of nmf (%(default)s)")
     parser.add_argument(
-        "--between", metavar=("A", "B"), type=int, nargs=2, action="append", default=[],
-        help="difference and cav: from label A to label B; may be repeated. Without it, between two shard sets",
+        "--between", metavar=("A", "B"), nargs=2, action="append", default=[],
+        help="difference and cav: from class A to B, by label or folder; may be repeated. Without it, between two sets",
     )  # fmt: skip
     parser.add_argument("--pooled", action="store_true", help="difference and cav: the same direction at all locations")
     parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="of each set at most (%(default)s)")

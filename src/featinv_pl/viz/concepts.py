@@ -313,17 +313,15 @@ def _maps(samples: Samples, pooled: bool) -> Tensor:
     return maps.mean((2, 3), keepdim=True) if pooled else maps
 
 
-def pairs_of_labels(samples: Samples, labels: Sequence[tuple[int, int]]) -> list[tuple[str, Tensor, Tensor]]:
-    """Groups by label, for pairs of labels.
+def pairs_of_labels(
+    samples: Samples, labels: Sequence[tuple[int | str, int | str]]
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Groups by class, for pairs of labels or of names of class folders.
 
     Raises:
-        UserError: No sample has a label.
+        UserError: No sample is of a class.
     """
-    known = sorted(set(samples.labels.tolist()))
-    for label in {label for pair in labels for label in pair}:
-        if label not in known:
-            raise UserError(f"--between: no sample has the label {label}. There are {_range(known)}.")
-    return [(f"{first}-{second}", samples.labels == first, samples.labels == second) for first, second in labels]
+    return [(f"{first}-{second}", samples.of_class(first), samples.of_class(second)) for first, second in labels]
 
 
 def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
@@ -339,9 +337,3 @@ def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
         )
     groups = torch.tensor(samples.groups)
     return [("-".join(shards.source for shards in samples.sets), groups == 0, groups == 1)]
-
-
-def _range(labels: list[int]) -> str:
-    return (
-        ", ".join(map(str, labels)) if len(labels) <= 20 else f"{len(labels)} labels from {labels[0]} to {labels[-1]}"
-    )

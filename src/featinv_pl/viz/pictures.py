@@ -3,12 +3,13 @@
 import io
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
 
 from featinv_pl.decoding import NoImageError, open_image
@@ -47,9 +48,15 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def class_name(index: int, num_classes: int) -> str:
-    """A class's number, and its words where it is one of ImageNet's thousand."""
-    words = ImageNetInfo().index_to_description(index).split(",")[0] if num_classes == 1000 else ""
+    """A class's number, and its words where the head is one of ImageNet's: 1k, 12k, 21k or 22k."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    words = _info(subset).index_to_description(index).split(",")[0] if subset else ""
     return f"{index} {words}".strip()
+
+
+@cache
+def _info(subset: str) -> ImageNetInfo:
+    return ImageNetInfo(subset)
 
 
 def prediction(logits: Tensor) -> str:

@@ -34,7 +34,8 @@ class Samples:
 
     Attributes:
         features: (n, C, h, w), in half precision as they are stored.
-        labels: (n,).
+        labels: (n,), as the classifier counts them; -1 where it has no such class.
+        keys: Names, which begin with that of the class's folder where there is one.
         origin: What made them.
         sets: The shard sets.
         groups: For each sample the number of its set.
@@ -43,6 +44,7 @@ class Samples:
 
     features: Tensor
     labels: Tensor
+    keys: list[str]
     origin: Origin
     sets: list[ShardSet]
     groups: list[int]
@@ -51,6 +53,23 @@ class Samples:
     def picture(self, index: int) -> Image.Image:
         """The image that a map was taken from."""
         return as_picture(self.sets[self.groups[index]][self.numbers[index]]["images"])
+
+    def of_class(self, label: int | str) -> Tensor:
+        """Which samples (n,) have a label, or lie in the class folder of that name.
+
+        Raises:
+            UserError: None of them.
+        """
+        known = sorted(set(self.labels.tolist()))
+        if str(label).removeprefix("-").isdecimal() and int(label) in known:
+            return self.labels == int(label)
+        chosen = torch.tensor([key.startswith(f"{label}/") for key in self.keys])
+        if not chosen.any():
+            raise UserError(
+                f"--between: no sample has the label {label}. There are {_range(known)}. "
+                "Names of class folders serve, too."
+            )
+        return chosen
 
 
 def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Samples:
@@ -74,16 +93,17 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
             )
         if not len(shards):
             raise UserError(f"{option}: the shard set '{folder}' has no samples. Extract features first.")
-    features, labels, groups, numbers = [], [], [], []
+    features, labels, keys, groups, numbers = [], [], [], [], []
     for group, folder in enumerate(folders):
         reader = ShardSet(folder, folder.name, option, with_images=False)
         chosen = np.linspace(0, len(reader) - 1, min(num_images, len(reader))).round().astype(int).tolist()
         for sample in map(reader.stored, chosen):
             features.append(sample["features"])
             labels.append(sample["labels"])
+            keys.append(sample["key"])
         groups += [group] * len(chosen)
         numbers += chosen
-    return Samples(torch.stack(features), torch.tensor(labels), origins[0], sets, groups, numbers)
+    return Samples(torch.stack(features), torch.tensor(labels), keys, origins[0], sets, groups, numbers)
 
 
 def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, what: str) -> None:
@@ -122,3 +142,9 @@ def _origin(shards: ShardSet) -> Origin:
 def _named(origin: Origin) -> str:
     shape = "x".join(map(str, origin["feature_shape"]))
     return f"'{origin['backbone']}' (weights {origin['backbone_digest'][:8]}, layer {origin['layer']}, maps {shape})"
+
+
+def _range(labels: list[int]) -> str:
+    return (
+        ", ".join(map(str, labels)) if len(labels) <= 20 else f"{len(labels)} labels from {labels[0]} to {labels[-1]}"
+    )
