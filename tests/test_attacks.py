@@ -1,16 +1,55 @@
 """Adversarial images are near, are wrong, and belong to their keys."""
 
+import io
+import json
+import tarfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from art.attacks.evasion import AutoProjectedGradientDescent
+from art.estimators.classification import PyTorchClassifier
+from PIL import Image
+from timm.data import ImageNetInfo
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from conftest import MakeBatch
+from conftest import ROOT, MakeBatch
+from featinv_pl.__main__ import main
 from featinv_pl.attacks import Attack, attack
+from featinv_pl.data.digits import DigitsData
 from featinv_pl.errors import UserError
 from featinv_pl.extraction import AdversarialExtraction
-from featinv_pl.types import ImageBatch
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.pretraining import Classifier
+from featinv_pl.types import ImageBatch, from_uint8, to_uint8
+
+SHARED = ROOT.parent / "shared"
+
+
+def digits(source: str, number: int) -> tuple[Tensor, Tensor]:
+    samples = [DigitsData([source], batch_size=number).predicted[0][index] for index in range(number)]
+    return torch.stack([sample["images"] for sample in samples]), torch.tensor([sample["labels"] for sample in samples])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a classifier that knows digits, which takes some seconds."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    classifier = Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]})
+    images, labels = digits("train", 600)
+    optimizer = torch.optim.AdamW(classifier.model.parameters(), lr=1e-2)
+    for _ in range(6):
+        for rows in torch.randperm(600).split(50):
+            optimizer.zero_grad()
+            cross_entropy(classifier.model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+    folder = tmp_path_factory.mktemp("trained")
+    classifier.save_pretrained(folder)
+    return folder
 
 
 def brighter(images: Tensor) -> Tensor:
@@ -79,3 +118,99 @@ def test_extraction_attacks_the_backbone_itself(
 def test_settings_are_checked() -> None:
     with pytest.raises(UserError, match=r"--model\.attack"):
         Attack(steps=0)
+
+
+def test_black_and_white_pixels_have_the_gradient_of_others(trained: Path) -> None:
+    backbone = Backbone(str(trained))
+    images, labels = digits("clean", 8)
+    images = images.sign().requires_grad_()  # nothing else
+    cross_entropy(backbone.classify(images), labels).backward()
+    normalised = ((images.detach() + 1) / 2 - backbone.mean) / backbone.std
+    normalised.requires_grad_()
+    cross_entropy(backbone.model(normalised), labels).backward()
+    assert images.grad is not None
+    assert normalised.grad is not None
+    torch.testing.assert_close(images.grad, normalised.grad / (2 * backbone.std))
+    assert (images.grad != 0).float().mean() > 0.9
+
+
+def losses(backbone: Backbone, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Mean loss, and how many are classified as labelled."""
+    with torch.no_grad():
+        logits = backbone.classify(images)
+    return float(cross_entropy(logits, labels)), int((logits.argmax(1) == labels).sum())
+
+
+def published_attack(backbone: Backbone, images: Tensor, labels: Tensor, settings: Attack) -> Tensor:
+    """APGD of AutoAttack (Croce and Hein, arXiv 2003.01690) by another library, without our normalisation's clamp."""
+
+    class Plain(torch.nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            logits: Tensor = backbone.model((pixels - backbone.mean) / backbone.std)
+            return logits
+
+    classifier = PyTorchClassifier(
+        Plain(), torch.nn.CrossEntropyLoss(), images.shape[1:], backbone.num_classes, clip_values=(0, 1)
+    )
+    epsilon = settings.epsilon / 255
+    apgd = AutoProjectedGradientDescent(
+        classifier, eps=epsilon, eps_step=2 * epsilon, max_iter=settings.steps, nb_random_init=1, verbose=False
+    )
+    attacked = apgd.generate(((images + 1) / 2).numpy(), labels.numpy())
+    return from_uint8(to_uint8(torch.from_numpy(attacked) * 2 - 1))
+
+
+def compare(backbone: Backbone, images: Tensor, labels: Tensor, settings: Attack) -> None:
+    start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ours = attack(backbone.classify, images, labels, start, settings)
+    assert ((ours - images) * 127.5).abs().max() <= settings.epsilon + 1e-3
+    np.random.seed(0)
+    theirs = published_attack(backbone, images, labels, settings)
+    clean_loss, clean = losses(backbone, images, labels)
+    our_loss, ours_right = losses(backbone, ours, labels)
+    their_loss, theirs_right = losses(backbone, theirs, labels)
+    assert theirs_right < clean
+    assert ours_right <= theirs_right + max(1, len(images) // 50)
+    assert our_loss - clean_loss > 0.9 * (their_loss - clean_loss)
+
+
+def test_attack_is_as_strong_as_a_published_one_on_digits(trained: Path) -> None:
+    compare(Backbone(str(trained)), *digits("clean", 60), Attack(8, 2.0, 20))
+
+
+def test_attack_is_as_strong_as_a_published_one_on_photos() -> None:
+    weights, photos = SHARED / "weights/tf_efficientnet_lite0.safetensors", SHARED / "data/photos/photos-256px.zip"
+    if not weights.is_file() or not photos.is_file():
+        pytest.skip(f"{weights} and {photos} are not on this machine")
+    backbone = Backbone("tf_efficientnet_lite0", str(weights))
+    with zipfile.ZipFile(photos) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[::50]
+        images = torch.stack([backbone.crop(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+    wnids = ImageNetInfo().label_names()
+    labels = torch.tensor([wnids.index(name.split("/")[-2]) for name in names])
+    compare(backbone, images, labels, Attack(1, 0.25, 5))
+
+
+def test_success_is_printed_and_stored(trained: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(ROOT / "experiments/digits/adversarial.yaml"), "--data.batch_size=24"]
+    config += ["--config", str(ROOT / "experiments/debug.yaml"), "--trainer.logger=false"]
+    frozen = ["--model.backbone", str(trained), "--model.autoencoder", str(prior_folder / "vae")]
+    main(["predict", *config, *frozen])
+    (tar,) = Path("runs/demo/shards/adversarial").rglob("*.tar")
+    with tarfile.open(tar) as archive:
+        members = {name: archive.extractfile(name) for name in archive.getnames()}
+        stored = {name[:-5]: json.load(file) for name, file in members.items() if name.endswith(".json") and file}
+        after = {
+            name[:-11]: int(np.load(io.BytesIO(file.read())).argmax())
+            for name, file in members.items()
+            if name.endswith("logits.npy") and file
+        }
+    images, labels = digits("adversarial", len(stored))
+    before = Backbone(str(trained)).classify(images).argmax(1)
+    assert len(stored) == 16
+    right = {key: sample for key, sample in stored.items() if "fooled" in sample}
+    assert len(right) == (before == labels).sum()
+    assert all(sample["fooled"] == (after[key] != sample["label"]) for key, sample in right.items())
+    fooled = sum(sample["fooled"] for sample in right.values())
+    assert fooled > 0
+    assert f"The attack succeeded on {fooled} of {len(right)} images" in capsys.readouterr().out

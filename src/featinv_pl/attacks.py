@@ -1,4 +1,4 @@
-"""Adversarial images: what a classifier gets wrong after a change that nobody sees."""
+"""Adversarial images: changed by a few grey levels, so that a classifier errs on many of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,10 +36,10 @@ class Attack:
 def attack(
     classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, start: Tensor, settings: Attack
 ) -> Tensor:
-    """Change images so that they are not classified as their labels say.
+    """Change images so that they are not classified as their labels say, which need not succeed.
 
     Args:
-        classify: From images (B, 3, H, W) in [-1, 1] to logits (B, K), differentiable.
+        classify: From images (B, 3, H, W) in [-1, 1] to logits (B, K), differentiable also at black and white.
         images: (B, 3, H, W) in [-1, 1].
         labels: (B,) classes to get away from.
         start: Of the shape of `images`, uniform in [-1, 1]: the random start, as a share of epsilon.

@@ -93,8 +93,8 @@ class FeatureExtraction(LightningModule):
 class AdversarialExtraction(FeatureExtraction):
     """Turns images into adversarial ones against the backbone itself, then into feature shards.
 
-    An image without a class, or of a class that is not among the backbone's, is attacked from what the
-    backbone sees in it.
+    An image without a class, or of a class that is not among the backbone's, is attacked from the class that the
+    backbone predicts. Each sample stores whether its attack succeeded, and the success rate is printed at the end.
 
     Args:
         attack: How far and in how many steps.
@@ -109,20 +109,33 @@ class AdversarialExtraction(FeatureExtraction):
                 "classifier."
             )
         self.attack = attack
+        self._outcomes: list[Tensor] = []
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """Attack a batch, then see it."""
         images, labels = batch["images"], self._labels(batch)
-        labels = torch.where(labels >= 0, labels, self.backbone(images)[1].argmax(1))
+        predicted = self.backbone(images)[1].argmax(1)
+        classes = torch.where(labels >= 0, labels, predicted)
         start = torch.stack([torch.rand(images.shape[1:], generator=generator("attack", key)) for key in batch["key"]])
-        attacked = attack(self._classify, images, labels, (2 * start - 1).to(images), self.attack)
-        return super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
+        attacked = attack(self.backbone.classify, images, classes, (2 * start - 1).to(images), self.attack)
+        seen = super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
+        fooled = (seen["logits"].argmax(1) != classes).float().where(predicted == classes, torch.nan)
+        self._outcomes.append(fooled[[not reason for reason in batch["unreadable"]]].cpu())
+        return {**seen, "fooled": fooled}
+
+    def teardown(self, stage: str) -> None:
+        """Print the success rate."""
+        outcomes = torch.cat(self._outcomes) if self._outcomes else torch.zeros(0)
+        self._outcomes = []
+        counts = torch.stack([(outcomes == 1).sum(), outcomes.isfinite().sum()]).to(self.device)
+        fooled, right = (int(count) for count in self.trainer.strategy.reduce(counts, reduce_op="sum"))
+        if self.trainer.is_global_zero and right:
+            print(
+                f"The attack succeeded on {fooled} of {right} images that were classified correctly "
+                f"({fooled / right:.0%}), {self.attack.epsilon} grey levels away at most."
+            )
 
     @property
     def provenance(self) -> Provenance:
         """With the attack."""
         return {**super().provenance, "attack": str(self.attack)}
-
-    def _classify(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.backbone.model(self.backbone.transform(images))
-        return logits

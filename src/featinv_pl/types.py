@@ -65,6 +65,9 @@ class Batch(Views):
     view: NotRequired[list[View | None]]
     """Only while features are extracted, as is the next."""
     unreadable: NotRequired[list[str]]
+    fooled: NotRequired[Tensor]
+    """(B,), of adversarial images: 1 where the attack succeeded, 0 where it did not, NaN where the classifier was wrong
+    before it."""
     skipped: NotRequired[list[str]]
     """Why samples that belong here were left out; the data module takes it away before a model sees it."""
     drawn: NotRequired[dict[str, dict[int, Tensor]]]

@@ -3,6 +3,7 @@
 import io
 import json
 from functools import lru_cache
+from math import isnan, nan
 from tokenize import TokenError
 from typing import Any, Literal, NotRequired, TypeVar
 
@@ -36,6 +37,7 @@ class Sample(TypedDict):
     labels: int
     source: str
     key: str
+    fooled: NotRequired[bool]
 
 
 class Arrays(TypedDict):
@@ -59,7 +61,8 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
         UserError: Values do not fit half precision, or bytes would change a map too much.
     """
     views = batch.get("view") or [None] * len(batch["key"])
-    named = zip(batch["labels"].tolist(), batch["source"], batch["key"], views, strict=True)
+    fooled = batch.get("fooled", torch.full_like(batch["labels"], torch.nan, dtype=torch.float)).tolist()
+    named = zip(batch["labels"].tolist(), batch["source"], batch["key"], views, fooled, strict=True)
     half = _half(batch["features"], "features", batch["key"])
     features = {"features.npy": half}
     if storage == "int8":
@@ -72,8 +75,14 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
     }
     return {
         "meta": [
-            {"label": label, "source": source, "key": key, **({} if view is None else {"view": view})}
-            for label, source, key, view in named
+            {
+                "label": label,
+                "source": source,
+                "key": key,
+                **({} if view is None else {"view": view}),
+                **({} if isnan(deceived) else {"fooled": bool(deceived)}),
+            }
+            for label, source, key, view, deceived in named
         ],
         "members": {suffix: tensor.cpu().numpy() for suffix, tensor in tensors.items()},
         "images": to_uint8(batch["images"]).permute(0, 2, 3, 1).cpu().numpy(),
@@ -122,6 +131,8 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
         "source": str(meta["source"]),
         "key": str(meta["key"]),
     }
+    if "fooled" in meta:
+        sample["fooled"] = meta["fooled"] is True
     if image_size is not None:
         image = Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"]), formats=("PNG", "JPEG"))
         if image.size != (image_size, image_size):  # before it is unpacked: a few bytes can claim any size
@@ -231,6 +242,8 @@ def collate_samples(samples: list[Sample]) -> Batch:
         "source": [sample["source"] for sample in samples],
         "key": [sample["key"] for sample in samples],
     }
+    if any("fooled" in sample for sample in samples):
+        batch["fooled"] = torch.tensor([float(sample.get("fooled", nan)) for sample in samples])
     if "images" in samples[0]:
         batch["images"] = default_collate([sample["images"] for sample in samples])
     return batch

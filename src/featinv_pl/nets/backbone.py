@@ -120,6 +120,12 @@ class Backbone(Frozen):
             )
         return features, logits if self.classifies else logits[:, :0]
 
+    def classify(self, images: Tensor) -> Tensor:
+        """The logits (B, K) alone, of images as `forward` takes them, with gradients."""
+        with torch.autocast(images.device.type, enabled=False):
+            logits: Tensor = self.model(self.transform(images.float()))
+            return logits
+
     def _run(self, images: Tensor) -> tuple[Any, Tensor]:
         """The output of the layer, in whatever layout, and the logits."""
         if self.layer == PENULTIMATE:
@@ -156,7 +162,9 @@ class Backbone(Frozen):
         """The classifier's own resize and normalisation; cropping belongs to the data side."""
         if images.shape[-2:] != self.input_size:
             images = transforms.resize(images, list(self.input_size), self.interpolation, antialias=True)
-        return ((images.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        # torch's clamp has no gradient at its bounds: black and white pixels could be neither attacked nor refined.
+        images = images + (images.clamp(-1, 1) - images).detach()
+        return ((images + 1) / 2 - self.mean) / self.std
 
     @torch.no_grad()
     def look(self, images: Tensor) -> Views:
