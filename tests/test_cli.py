@@ -95,6 +95,11 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     for arm in ("run", "autoencoder", "neighbour", "floor"):
         assert f"<td>{arm}</td>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
+    assert "<th>agreement@1 wrong</th>" in page
+
+    shutil.copytree("run", "same")
+    main(["report", "."])
+    assert re.search(r"<td>60</td><td>(run|same) - (run|same)</td>\s*<td>0.000 ", Path("report.html").read_text())
 
 
 def check_provenance(provenance: dict[str, Any], command: str, prior: Path) -> None:

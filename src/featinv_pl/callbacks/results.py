@@ -139,7 +139,7 @@ class Results:
         sources, arms = list(self.counts), self.arms
         names = sorted(self.values, key=lambda name: (sources.index(name.source), arms.index(name.arm)))
         found = {name: self.values[name] for name in names if np.isfinite(self.values[name].values[0])}
-        return {name: _score(estimate, self.counts[name.source]) for name, estimate in found.items()}
+        return {name: as_score(estimate, self.counts[name.source]) for name, estimate in found.items()}
 
     @property
     def document(self) -> Document:
@@ -179,7 +179,7 @@ class Results:
         return table
 
 
-def _score(estimate: Estimate, count: int) -> Score:
+def as_score(estimate: Estimate, count: int) -> Score:
     """A score as it is written, of a test set of so many images."""
     score: Score = {"value": float(estimate.values[0])}
     if estimate.interval is not None:

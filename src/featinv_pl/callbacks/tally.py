@@ -57,7 +57,7 @@ class Tally:
         arms, batch = self._finite(arms, batch)
         if not batch["key"]:
             return
-        given = {**batch, "fooled": self._fooled(batch)}
+        given = {**batch, "fooled": cast(Any, batch).get("fooled", self._fooled(batch))}
         columns: dict[str, list[Any]] = {"key": batch["key"], "label": batch["labels"].tolist()}
         for number, scorer in enumerate(self.scorers):
             target = {**given, **scorer.observe(batch["images"])} if scorer.observe else given
@@ -73,7 +73,10 @@ class Tally:
             self.columns.setdefault(name, []).extend(values)
 
     def _fooled(self, batch: Batch) -> Tensor:
-        """Which adversarial images succeed, (B,): 1 or 0, NaN for others and where the label is not known."""
+        """Which adversarial images succeed, (B,), of shards that do not say so: those that are misclassified.
+
+        1 or 0; NaN for other images, and where the label is not known.
+        """
         logits, labels = batch["logits"], batch["labels"]
         known = (labels >= 0) & (labels < logits.shape[1]) & self.attacked & any(one.classifies for one in self.scorers)
         if not known.any():

@@ -1,6 +1,7 @@
 """One self-contained page from scored inversions: pictures, tables, curves."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from featinv_pl.arms import ARMS, INVERSION, label
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.plots import cosine_histograms, png, severity_curves
 from featinv_pl.callbacks.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
-from featinv_pl.callbacks.results import METRICS, Document, Name, Score, by_name, cell, read_document
+from featinv_pl.callbacks.results import METRICS, Document, Name, Score, as_score, by_name, cell, read_document
 from featinv_pl.errors import UserError
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.reading import read_json
+from featinv_pl.viz import differences
 from featinv_pl.viz.page import data_uri, picture_uri, render
 from featinv_pl.viz.pictures import open_picture
 
 STAGES = "stages.json"
 ADVICE = "Test again with the ReconstructionGrid callback."
+CONDITIONS = (
+    *("agreement@1_right", "agreement@1_wrong", "label@1_wrong"),
+    *("agreement@1_resisted", "agreement@1_fooled", "label@1_fooled"),
+)
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
 
 
@@ -112,7 +118,11 @@ def report(folder: Path) -> None:
         "report.html",
         inverters=inverters,
         head=HEADLINES,
-        table=_table(inverters, groups),
+        table=_table(inverters, groups, HEADLINES),
+        conditions=CONDITIONS,
+        conditional=_table(inverters, groups, CONDITIONS),
+        compared=list(differences.SCORES),
+        differences=_differences(inverters, groups),
         notes=[
             (inverter.name, note)
             for inverter in inverters
@@ -176,16 +186,32 @@ def _inverters(folder: Path) -> list[Inverter]:
     return sorted(found, key=fidelity, reverse=True)
 
 
-def _table(inverters: list[Inverter], groups: list[str]) -> list[tuple[str, int, str, list[str]]]:
-    """Source, number of samples, arm and headline scores: each inverter, then what they are measured against."""
+def _table(
+    inverters: list[Inverter], groups: list[str], scores: Sequence[str]
+) -> list[tuple[str, int, str, list[str]]]:
+    """Source, number of samples, arm and scores: each inverter, then what they are measured against."""
     arms = [(inverter, INVERSION, inverter.name) for inverter in inverters]
     arms += [(inverters[0], arm, label(arm)) for arm in ARMS if arm != INVERSION]
     rows = []
     for group in groups:
         for inverter, arm, title in arms:
-            cells = [cell(inverter.scores.get(Name(group, score, arm))) for score in HEADLINES]
+            cells = [cell(inverter.scores.get(Name(group, score, arm))) for score in scores]
             if any(cells):
                 rows.append((group, inverter.document["samples"][group], title, cells))
+    return rows
+
+
+def _differences(inverters: list[Inverter], groups: list[str]) -> list[tuple[str, int, str, list[str]]]:
+    """Source, number of images, and what the most faithful inverter has more than each other on these."""
+    rows = []
+    for group in groups:
+        for other in inverters[1:]:
+            common = inverters[0].document["samples"].keys() & other.document["samples"].keys()
+            below = [source for source in sorted(common) if f"{source}/".startswith(f"{group}/")]
+            sources = [source for source in below if not any(more.startswith(f"{source}/") for more in below)]
+            found = differences.differences(inverters[0].folder, other.folder, sources)
+            cells = [cell(as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
+            rows.append((group, found["cosine"].count or 0, f"{inverters[0].name} - {other.name}", cells))
     return rows
 
 
