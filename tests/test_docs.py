@@ -42,7 +42,7 @@ def test_options_are_understood(tmp_path: Path) -> None:
     writer = ("--trainer.callbacks.max_bad_fraction=0.1", "--trainer.callbacks.storage=int8")
     effective_config(["predict", "--config", str(config), *images, *writer])
     shards = {"class_path": "FeatureShards"}
-    reading = ("--data.on_error=skip", "--data.allow_pipe=true", "--data.cache=here")
+    reading = ("--data.on_error=skip", "--data.cache=here")
     config.write_text(json.dumps({**settings, "data": shards}))
     effective_config(["predict", "--config", str(config), *reading])
     for option in (*images, *writer, *reading):
