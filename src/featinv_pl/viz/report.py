@@ -34,6 +34,10 @@ CONDITIONS = (
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
 
 
+TableRow = tuple[str, int, str, list[str]]
+"""Source, number of images, what is scored, and its scores."""
+
+
 class Tiles(TypedDict):
     """What the page shows below pictures."""
 
@@ -186,9 +190,7 @@ def _inverters(folder: Path) -> list[Inverter]:
     return sorted(found, key=fidelity, reverse=True)
 
 
-def _table(
-    inverters: list[Inverter], groups: list[str], scores: Sequence[str]
-) -> list[tuple[str, int, str, list[str]]]:
+def _table(inverters: list[Inverter], groups: list[str], scores: Sequence[str]) -> list[TableRow]:
     """Source, number of samples, arm and scores: each inverter, then what they are measured against."""
     arms = [(inverter, INVERSION, inverter.name) for inverter in inverters]
     arms += [(inverters[0], arm, label(arm)) for arm in ARMS if arm != INVERSION]
@@ -201,7 +203,7 @@ def _table(
     return rows
 
 
-def _differences(inverters: list[Inverter], groups: list[str]) -> list[tuple[str, int, str, list[str]]]:
+def _differences(inverters: list[Inverter], groups: list[str]) -> list[TableRow]:
     """Source, number of images, and what the most faithful inverter has more than each other on these."""
     rows = []
     for group in groups:
