@@ -20,7 +20,8 @@ from tiny import extract_digits, make_classifier, make_inverter, make_prior
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
-CALLBACKS = "bench,test_cli,test_reliability,test_resume,test_shard_writer,test_tracking"  # modules of tests with some
+# Modules of tests with some.
+CALLBACKS = "bench,test_cli,test_reliability,test_resume,test_runs,test_shard_writer,test_tracking"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -172,8 +172,7 @@ def test_every_shard_set_that_is_read_is_written(name: str) -> None:
     written = set()
     for variant in ("", "-train", "-train-authors", "-robustness", "-imagenet-c", "-adversarial"):
         extract = settings(f"extract/{name}{variant}.yaml")
-        [writer] = extract["trainer"]["callbacks"]
-        folder = writer["init_args"]["folder"]
+        folder = extract["trainer"]["default_root_dir"]
         written |= {f"{folder}/{source}" for source in extract["data"]["init_args"]["predict"]}
     for run in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
         data = settings(f"train/{name}-{run}.yaml")["data"]["init_args"]
@@ -207,6 +206,8 @@ def test_sweeps_try_options_that_there_are(name: str, overlay: str | None, monke
         args = create_sweep_command_args({"args": {option: {"value": value} for option, value in tried.items()}})
         words = [part for item in sweep["command"] for part in (args["args"] if item == "${args}" else [item])]
         assert words[:2] == ["${env}", "featinv-pl"]
+        if overlay and "guidance" in name:
+            overlay = "digits-guidance.yaml"
         line = overlaid(words[2:], overlay and f"experiments/sweeps/{overlay}")
         parsed = yaml.safe_load(effective_config(line))[line[0]]
         for option, value in tried.items():
@@ -228,6 +229,8 @@ def test_sweeps_try_options_that_there_are(name: str, overlay: str | None, monke
             assert validations >= 3 * sweep["early_terminate"]["min_iter"]
         if overlay:
             assert parsed["model"]["init_args"]["backbone"] == "runs/demo/classifier/model"
+        if overlay == "digits-guidance.yaml":
+            assert parsed["ckpt_path"] == "runs/demo/spatial/inversion.ckpt"
 
 
 def test_a_grid_has_every_backbone_with_both_conditionings() -> None:

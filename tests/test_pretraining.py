@@ -1,6 +1,7 @@
 """Frozen parts of one's own, from folders of images, through the public command."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
 from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
+from test_cli import files
 
 WNIDS = ("n01440764", "n02102040", "n03028079")
 AUTOENCODER = {
@@ -59,7 +61,7 @@ def images() -> Path:
     return Path("images")
 
 
-def fit(name: str, images: Path, steps: int = 4, **init_args: Any) -> None:
+def fit(name: str, images: Path, steps: int = 4, options: tuple[str, ...] = (), **init_args: Any) -> None:
     """`featinv-pl fit`, saving to a folder of the class's name."""
     settings = {
         "trainer": {
@@ -83,7 +85,7 @@ def fit(name: str, images: Path, steps: int = 4, **init_args: Any) -> None:
         },
     }
     Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    main(["fit", "--config", f"{name}.yaml"])
+    main(["fit", "--config", f"{name}.yaml", *options])
 
 
 def extract(name: str, images: Path) -> None:
@@ -144,6 +146,7 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
 
     fit("NoisePredictor", images, autoencoder="autoencoder", config=UNET, prediction_type="v_prediction")
     assert sorted(path.name for path in Path("noisepredictor").iterdir()) == [
+        "SHA256SUMS",
         "prompts.safetensors",
         "scheduler",
         "unet",
@@ -172,22 +175,65 @@ def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys:
         model.on_fit_start()
 
 
-def test_saving_again_replaces_the_folder_whole(images: Path) -> None:
-    Path("autoencoder").mkdir()
-    Path("autoencoder/config.json").touch()
-    Path("autoencoder/stale").touch()
-    fit("Autoencoder", images, steps=1, config=AUTOENCODER)
-    assert not Path("autoencoder/stale").exists()
-    assert not Path("autoencoder.partial").exists()
+def test_a_model_is_replaced_by_its_own_training_alone(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(message: str, *options: str) -> None:
+        with pytest.raises(SystemExit):
+            fit("Autoencoder", images, 2, options, config=AUTOENCODER)
+        assert message in capsys.readouterr().err
+
+    folder, weights = Path("autoencoder"), Path("autoencoder/diffusion_pytorch_model.safetensors")
+    folder.mkdir()
+    saving = ("--trainer.enable_checkpointing=true",)
+    fit("Autoencoder", images, 1, saving, config=AUTOENCODER)
+    first = weights.read_bytes()
+    [checkpoint] = map(str, Path().glob("*.ckpt"))
+    refused("'autoencoder' is the model of an earlier training", "--trainer.default_root_dir=other")
+    continued = (*saving, "--ckpt_path", checkpoint)
+
+    (folder / "thesis.txt").write_text("years of work")  # beside a config.json
+    refused("'autoencoder' holds what SavePretrained has not written", *continued)
+    (folder / "thesis.txt").rename("thesis.txt")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    refused("or what was changed since", *continued)
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:-1])
+    assert weights.read_bytes() == first
+
+    fit("Autoencoder", images, 2, continued, config=AUTOENCODER)
+    assert weights.read_bytes() != first
+    assert sorted(path.name for path in Path().glob("*autoencoder*")) == ["autoencoder"]
+
+
+def test_a_kill_while_a_model_is_replaced_leaves_one(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = ("--trainer.enable_checkpointing=true", "--trainer.default_root_dir=run")
+    fit("Autoencoder", images, 1, saving, config=AUTOENCODER)
+    first = files(Path("autoencoder"))
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(source).name == "autoencoder":
+            raise KeyboardInterrupt
+
+    continued = (*saving, "--ckpt_path=last")
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        fit("Autoencoder", images, 2, continued, config=AUTOENCODER)
+    monkeypatch.setattr(os, "replace", replace)
+    assert not Path("autoencoder").exists()
+    with pytest.raises(SystemExit):  # the next run puts it back, and this one has no leave to replace it
+        fit("Autoencoder", images, 1, ("--trainer.default_root_dir=other",), config=AUTOENCODER)
+    assert files(Path("autoencoder")) == first
+    fit("Autoencoder", images, 3, continued, config=AUTOENCODER)
+    assert files(Path("autoencoder")) != first
 
 
 def test_a_folder_of_something_else_is_never_replaced(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("autoencoder").mkdir()
-    Path("autoencoder/thesis.txt").write_text("years of work")
+    Path("autoencoder/config.json").write_text("{}")
     with pytest.raises(SystemExit):
         fit("Autoencoder", images, steps=1, config=AUTOENCODER)
-    assert "'autoencoder' exists and is no saved model" in capsys.readouterr().err
-    assert Path("autoencoder/thesis.txt").read_text() == "years of work"
+    assert "'autoencoder' holds what SavePretrained has not written" in capsys.readouterr().err
+    assert files(Path("autoencoder")) == {"config.json": b"{}"}
 
 
 def test_the_scaling_factor_gives_latents_unit_variance() -> None:

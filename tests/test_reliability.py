@@ -161,7 +161,7 @@ def trained_on(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path
 def settings(trained_on: Path, classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
     """Five steps, of which every second is saved and validated."""
     settings = inversion(classifier_folder, prior_folder, trained_on)
-    saver = {"dirpath": "run", "filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
+    saver = {"filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
     settings["trainer"] |= {
         "max_steps": STEPS,
         "check_val_every_n_epoch": None,
@@ -411,7 +411,7 @@ def test_a_second_ctrl_c_does_not_wait(settings: dict[str, Any]) -> None:
 def test_who_keeps_the_best_alone_gets_the_last_when_stopped(
     settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings["trainer"]["callbacks"][1]["init_args"] = {"dirpath": "run", "filename": "best", "monitor": "val/loss"}
+    settings["trainer"]["callbacks"][1]["init_args"] = {"filename": "best", "monitor": "val/loss"}
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]
     _, line = stopped([*args, *added("Interrupt", number=15, step=3)], capsys)
     assert line.endswith("step 3 is saved. Go on: the same command with --ckpt_path run/last.ckpt")
@@ -576,8 +576,8 @@ def test_a_checkpoint_does_not_decide_what_is_made(settings: dict[str, Any], tmp
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]
     main(args)
     checkpoint = torch.load("run/inversion.ckpt", weights_only=True)
-    torch.save({**checkpoint, "hyper_parameters": {"optimizer": {"class_path": "torch.hub.load"}}}, "evil.ckpt")
-    main([*args, "--ckpt_path=evil.ckpt", f"--trainer.max_steps={STEPS + 1}"])
+    torch.save({**checkpoint, "hyper_parameters": {"optimizer": {"class_path": "torch.hub.load"}}}, "run/evil.ckpt")
+    main([*args, "--ckpt_path=run/evil.ckpt", f"--trainer.max_steps={STEPS + 1}"])
     assert torch.load("run/inversion.ckpt", weights_only=True)["global_step"] == STEPS + 1
 
 

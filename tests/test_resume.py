@@ -31,7 +31,7 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
     extract["trainer"]["callbacks"][0]["init_args"]["shard_size"] = 6
     extract["data"]["init_args"]["batch_size"] = 6
     fit = inversion(classifier_folder, prior_folder)
-    checkpoint = {"dirpath": "run", "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    checkpoint = {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
     fit["trainer"] |= {
         "max_steps": STEPS,
         "limit_val_batches": 0,
@@ -72,10 +72,10 @@ def test_goes_on_from_any_step(config: str) -> None:
         assert len(keys) == len(set(keys)) == 64
     Path("run").rename("before")
     for step in (1, 3, 4, 5, 8):  # within the first epoch, at its end, and later
-        more = [f"--data.num_workers={step % 2}"]  # may be another number than before
+        more = [f"--data.num_workers={step % 2}", f"--trainer.default_root_dir=from-{step}"]  # may both be others
         main(["fit", "--config", config, "--ckpt_path", f"before/step={step}.ckpt", *more])
         assert seen() == whole[step:]
-        resumed = weights(f"run/step={STEPS}.ckpt")
+        resumed = weights(f"from-{step}/step={STEPS}.ckpt")
         assert all(torch.equal(resumed[name], value) for name, value in final.items())
 
 

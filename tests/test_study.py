@@ -21,7 +21,7 @@ def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
     extract["data"]["init_args"]["batch_size"] = 16
     inverter = inversion(classifier_folder, prior_folder)
     saver, scores, _, grid = inverter["trainer"]["callbacks"]
-    del inverter["seed_everything"], inverter["trainer"]["default_root_dir"], saver["init_args"]["dirpath"]
+    del inverter["seed_everything"], inverter["trainer"]["default_root_dir"]
     scores["init_args"] = {"clean": "val"}
     inverter["trainer"] |= {"val_check_interval": 1, "callbacks": [saver, scores, grid]}
     inverter["model"]["init_args"]["judge"] = str(classifier_folder)
@@ -84,7 +84,7 @@ def test_study_compares_reuses_and_goes_on(plan: dict[str, Any], capsys: pytest.
     assert "reused, done before" in output.out
     assert re.search(r"Failed: study/broken/3: .*nowhere.*see study/broken/3/log.txt", output.err)
     again = {path for path, time in written.items() if path.stat().st_mtime_ns != time}
-    assert again == {Path(f"study/fewer/{seed}/checkpoints/inversion.ckpt") for seed in (3, 5)}
+    assert again == {Path(f"study/fewer/{seed}/inversion.ckpt") for seed in (3, 5)}
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from tiny import extraction, inversion, write
 from wandb_server import KEY, Run, WandbServer, serve
 
 ROOT = Path(__file__).parents[1]
-LOGGER = {"class_path": "WandbLogger", "init_args": {"project": "featinv-pl", "save_dir": "runs"}}
+LOGGER = {"class_path": "WandbLogger", "init_args": {"project": "featinv-pl"}}
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,6 @@ def settings(
     experiment = inversion(classifier_folder, prior_folder, project / "shards")
     experiment["trainer"] |= {"logger": LOGGER, "default_root_dir": "runs/tiny/spatial", "log_every_n_steps": 1}
     experiment["trainer"]["check_val_every_n_epoch"] = None
-    experiment["trainer"]["callbacks"][0]["init_args"]["dirpath"] = "runs/tiny/spatial"
     del experiment["data"]["init_args"]["test"]["corrupted"]
     return experiment
 
@@ -94,7 +93,7 @@ def test_what_was_logged_offline_can_be_uploaded(settings: dict[str, Any], serve
     config = write(Path("tiny.yaml"), settings)
     main(["fit", "--config", config])
     main(["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"])
-    folders = sorted(map(str, Path("runs/wandb").glob("offline-run-*")))
+    folders = sorted(map(str, Path("runs/tiny/spatial/wandb").glob("offline-run-*")))
     print(wandb(["sync", "--yes", *folders], {**os.environ, **server.environment()}))
     run = only_run(server)
     assert run.state == "finished"
@@ -112,13 +111,13 @@ def test_the_mode_is_obeyed(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
     main(["fit", "--config", write(Path("tiny.yaml"), settings)])
-    assert len(list(Path("runs").glob("wandb/offline-run-*"))) == runs
+    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == runs
     assert "there is no key" not in capsys.readouterr().out
 
 
 def test_offline_by_configuration(settings: dict[str, Any], online: WandbServer) -> None:
     main(["fit", "--config", write(Path("tiny.yaml"), settings), "--trainer.logger.offline=true"])
-    assert len(list(Path("runs").glob("wandb/offline-run-*"))) == 1
+    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == 1
     assert not online.runs
 
 
@@ -131,7 +130,7 @@ def test_without_an_answer_a_run_is_offline(
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     main(["fit", "--config", write(Path("tiny.yaml"), settings)])
     assert f"{url} does not answer" in capsys.readouterr().out
-    assert len(list(Path("runs").glob("wandb/offline-run-*"))) == 1
+    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == 1
 
 
 def test_a_key_is_found_in_netrc(
@@ -171,7 +170,7 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     # The whole configuration, once, as it is.
     saved = yaml.safe_load(Path("runs/tiny/spatial/fit.yaml").read_text())
     told = {name: value for name, value in run.config.items() if name != "_wandb"}
-    assert set(told) == {*saved, "code", "shards"}
+    assert set(told) == {*saved, "ckpt_path", "code", "shards"}
     assert told["model"] == saved["model"]
     assert told["trainer"] == saved["trainer"]
     assert told["data"]["init_args"]["train"] == "~/project/shards/train"
@@ -185,7 +184,7 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
         assert len(run.values(metric)) == count, metric
     [picture] = run.values("reconstructions/val/first")
     assert picture["captions"] == ["val, first, from top to bottom: original, autoencoder, reconstruction"]
-    assert run.files[picture["filenames"][0]] == next(Path("runs/wandb").rglob("first_*.png")).read_bytes()
+    assert run.files[picture["filenames"][0]] == next(Path("runs/tiny/spatial/wandb").rglob("first_*.png")).read_bytes()
 
     main(["validate", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt"])
     [validation] = [other for other in online.runs.values() if other is not run]
@@ -194,7 +193,7 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     for name in ("val/cosine", "val/cosine.floor"):
         assert validation.summary[name] == pytest.approx(run.values(name)[0], abs=1e-4)
     shown = validation.summary["scores/validate"]
-    [path] = Path("runs/wandb").glob(f"run-*/files/{shown['path']}")
+    [path] = Path("runs/tiny/spatial/wandb").glob(f"run-*/files/{shown['path']}")
     table = json.loads(path.read_text())
     assert table["columns"][:3] == ["source", "n", "arm"]
     assert table["data"][0][:3] == ["val", "60", "inversion"]
@@ -327,7 +326,7 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
 
         wait_until(falls_behind, agent)
         online.stopped.add(runs[0])
-        wait_until(Path("runs/featinv-pl", runs[2], "checkpoints/inversion.ckpt").exists, agent)
+        wait_until(Path("runs/featinv-pl", runs[2], "inversion.ckpt").exists, agent)
         agent.send_signal(signal.SIGTERM)
         agent.wait(60)
 
@@ -345,7 +344,7 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
 
     # Both that were stopped go on where they were, under their ids.
     for run in (runs[0], runs[2]):
-        checkpoint = f"runs/featinv-pl/{run}/checkpoints/inversion.ckpt"
+        checkpoint = f"runs/featinv-pl/{run}/inversion.ckpt"
         steps = len(online.runs[run].values("train/loss"))
         config = f"runs/featinv-pl/{run}/fit.yaml"
         main(["fit", "--config", config, "--ckpt_path", checkpoint, f"--trainer.max_steps={steps + 2}"])

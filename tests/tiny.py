@@ -32,7 +32,7 @@ def extraction(classifier: Path, prior: Path, sources: list[str]) -> dict[str, A
         "trainer": {
             **TRAINER,
             "default_root_dir": "shards",
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 30}}],
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"shard_size": 30}}],
             "limit_predict_batches": 2,
         },
         "model": {
@@ -52,7 +52,7 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
             "max_steps": 2,
             "val_check_interval": 2,
             "callbacks": [
-                {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "run", "filename": "inversion"}},
+                {"class_path": "ModelCheckpoint", "init_args": {"filename": "inversion"}},
                 {"class_path": "PerSource"},
                 {"class_path": "DrawnImages"},
                 {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},

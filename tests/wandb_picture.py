@@ -26,7 +26,7 @@ SCALES, SCHEDULERS = (1.0, 2.0, 4.0), ("ddim", "dpm")
 
 def train() -> None:
     """A run in two parts."""
-    options = [f"--trainer.default_root_dir={FOLDER}", f"--trainer.callbacks.dirpath={FOLDER}"]
+    options = [f"--trainer.default_root_dir={FOLDER}"]
     main(["fit", *DIGITS, *options, "--trainer.max_steps=300"])
     main(["fit", *DIGITS, *options, "--trainer.max_steps=600", "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
 

@@ -1,7 +1,9 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
 import logging
+import os
 import warnings
+from contextlib import ExitStack
 from contextvars import copy_context
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from jsonargparse import capture_parser
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -28,6 +31,7 @@ import featinv_pl.data.folders
 import featinv_pl.extraction
 import featinv_pl.inversion
 import featinv_pl.pretraining  # noqa: F401
+from featinv_pl.callbacks.changes import Changes
 from featinv_pl.callbacks.checkpoints import WholeCheckpoints, find_checkpoint
 from featinv_pl.callbacks.files import SaveConfig
 from featinv_pl.callbacks.finite import FiniteGuard
@@ -35,6 +39,7 @@ from featinv_pl.callbacks.plan import BATCHES, Plan
 from featinv_pl.callbacks.progress import Progress
 from featinv_pl.callbacks.ranks import join_ranks, ranks_together
 from featinv_pl.callbacks.resuming import Resume
+from featinv_pl.callbacks.run_folder import claim, home, refuse_used, written_folders
 from featinv_pl.callbacks.speed import Speed
 from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.config import MODE, ConfigParser, prepared
@@ -44,12 +49,14 @@ from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
 from featinv_pl.trust import allow_imports
 
+SHELF = Path("runs")  # the folder of all runs, which names no group of them
 EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",  # frozen networks stay so on purpose
     r".*does not have many workers",  # small data sets are read faster by the main process
     r"The number of training batches",  # epochs of small data sets are shorter than the logging interval
     r"Total length of `\w+` across ranks is zero",  # an extraction that lacked nothing but its manifest
     r"You're resuming from a checkpoint that ended before the epoch",  # which our data modules do exactly
+    r"Checkpoint directory .* exists and is not empty",  # where it matters, the run is refused
     r".*isinstance\(treespec, LeafSpec\)",  # Lightning's own use of torch
     r"(?s).*(JsonargparseDeprecationWarning|deprecated in v4\.49\.0)",  # Lightning's own use of jsonargparse
 )
@@ -61,6 +68,10 @@ class FeatinvCLI(LightningCLI):
     run_id: str | None = None
     """The run at W&B that a checkpoint goes on with."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self.claims:  # on folders, for as long as the command runs
+            super().__init__(*args, **kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
         self.config = parser.parse_args(prepared(cast(list[str], args)))
@@ -70,6 +81,8 @@ class FeatinvCLI(LightningCLI):
                 "--trainer.overfit_batches: each epoch takes other batches here, so it would not take the same few. "
                 "Extract a small set (predict with --trainer.limit_predict_batches=N) and train on that."
             )
+        if (run := sweep_run()) is not None:  # runs of a sweep must not overwrite each other
+            settings.trainer.default_root_dir = str(Path(settings.trainer.default_root_dir or SHELF) / run)
         given = settings.get("ckpt_path")
         if given is None or given == "hpc":  # which Lightning finds where SLURM's plugin has left it
             return
@@ -102,6 +115,7 @@ class FeatinvCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
+        self.given = self.config.clone()
         join_ranks()
         if self.config[self.subcommand].plan:
             self._plan()
@@ -111,7 +125,12 @@ class FeatinvCLI(LightningCLI):
         if (num_threads := self.config[self.subcommand].num_threads) is not None:
             torch.set_num_threads(num_threads)
         trainer = self.config[self.subcommand].trainer
-        self.trainer_defaults["callbacks"] = [Speed(), KeepRunId(), Resume()]
+        self.trainer_defaults["callbacks"] = [
+            Speed(),
+            KeepRunId(),
+            Resume(),
+            Changes(self.config[self.subcommand].seed_everything),
+        ]
         if trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(Progress())
         named = [callback.class_path for callback in trainer.callbacks or []] if self.subcommand == "fit" else []
@@ -122,23 +141,37 @@ class FeatinvCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make a trainer that cannot lose what it has saved, unless a plugin says how to save."""
+        self.config = self.given  # what is saved: in another folder it must not name this one
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
+        for saver in trainer.checkpoint_callbacks:
+            if isinstance(saver, ModelCheckpoint) and saver.dirpath is None:
+                saver.dirpath = os.path.realpath(home(trainer))
+        self._enter(trainer)
         return trainer
+
+    def _enter(self, trainer: Trainer) -> None:
+        """Have the run's folder for this run alone, before anything is written there."""
+        settings = self.config[self.subcommand]
+        if trainer.is_global_zero and not settings.plan:
+            for folder in written_folders(trainer, self.datamodule, str(self.subcommand)):
+                self.claims.enter_context(claim(folder))
+        if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which saves nothing
+            refuse_used(trainer, settings.ckpt_path)
 
     def _track(self) -> None:
         """Prepare what W&B needs to know before the run begins."""
         settings = self.config[self.subcommand]
         trainer, model = settings.trainer, settings.model
-        if (run := sweep_run()) is not None:  # runs of a sweep must not overwrite each other
-            trainer.default_root_dir = str(Path(trainer.default_root_dir or "runs") / run)
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             if getattr(logger, "class_path", "").endswith(".WandbLogger"):
-                folder, shelf = Path(trainer.default_root_dir or "."), Path(logger.init_args.save_dir)
-                group = folder.relative_to(shelf) if folder.is_relative_to(shelf) else folder.absolute().name
+                folder = home(trainer)
+                if logger.init_args.save_dir == ".":  # the client's default
+                    logger.init_args.save_dir = str(folder)
+                group = folder.relative_to(SHELF) if folder.is_relative_to(SHELF) else folder.absolute().name
                 tags = [model.class_path.rpartition(".")[2], model.init_args.get("conditioning")]
                 offline = logger.init_args.offline
                 describe(str(self.subcommand), str(group), [tag for tag in tags if tag], offline, self.run_id)
@@ -160,11 +193,10 @@ class FeatinvCLI(LightningCLI):
 
 
 def _checkpoint_places(trainer: Any) -> set[Path]:
-    """Where a configuration keeps its checkpoints: folders, and files of jobs that SLURM has requeued."""
-    root = Path(trainer.default_root_dir or ".")
+    """The folders in which a configuration keeps its checkpoints."""
+    root = home(trainer)
     savers = [one for one in trainer.callbacks or [] if one.class_path.endswith(".ModelCheckpoint")]
-    folders = {Path(saver.init_args.dirpath or root) for saver in savers} or {root}
-    return folders | set(root.glob("hpc_ckpt_*.ckpt"))
+    return {root, *(Path(saver.init_args.dirpath) for saver in savers if saver.init_args.dirpath)}
 
 
 def train(args: list[str]) -> None:

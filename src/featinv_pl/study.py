@@ -29,7 +29,7 @@ from featinv_pl.reading import read_yaml
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
 from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown, strips
 
-CHECKPOINT, MODEL, LOG = "checkpoints/inversion.ckpt", "model", "log.txt"
+CHECKPOINT, MODEL, LOG = "inversion.ckpt", "model", "log.txt"
 OWN = "own"
 PLAIN_NAME = re.compile(r"[\w+(][\w .,+()=-]{0,99}")  # no path, so that no run is written outside the study's folder
 
@@ -63,7 +63,7 @@ class Plan(BaseModel):
     """What other commands have made; a change of any runs everything again."""
     prepare: list[Preparation] = []
     config: Path
-    """The configuration that all runs change. It leaves the checkpoint as `checkpoints/inversion.ckpt`."""
+    """The configuration that all runs change. It leaves the checkpoint as `inversion.ckpt`."""
     source: str
     """The test source whose scores are compared."""
     seeds: list[int] = Field(min_length=1)

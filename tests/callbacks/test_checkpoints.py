@@ -127,6 +127,12 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, capsys: pytest.CaptureFix
     assert find_checkpoint("last", folders) == find_checkpoint(str(tmp_path), list) == steps[2]
     assert find_checkpoint(str(steps[0]), list) == steps[0]
 
+    for ahead in steps:  # copied, or by a clock that is wrong: the step counts
+        times = {path: 99.0 + (path == ahead) for path in steps}
+        for path, moment in times.items():
+            os.utime(path, (moment, moment))
+        assert find_checkpoint("last", folders) == steps[2]
+
     steps[2].write_bytes(steps[2].read_bytes()[:100])
     os.utime(steps[2], (10, 10))
     capsys.readouterr()

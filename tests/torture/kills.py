@@ -34,7 +34,7 @@ def prepare(root: Path) -> Path:
     write(root / "extract.yaml", extract)
 
     fit = inversion(classifier, prior)
-    last = {"dirpath": "run", "filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
+    last = {"filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
     best = {"dirpath": "run/best", "filename": "best", "monitor": "val/loss", "enable_version_counter": False}
     fit["trainer"] |= {
         "enable_progress_bar": False,

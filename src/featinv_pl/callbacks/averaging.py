@@ -25,6 +25,7 @@ class MovingAverage(WeightAveraging):
         if not 0 < decay < 1:
             raise UserError(f"--trainer.callbacks.decay must lie between 0 and 1, and is {decay}.")
         super().__init__(use_buffers=False, multi_avg_fn=partial(_average, decay))
+        self.decay = decay
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

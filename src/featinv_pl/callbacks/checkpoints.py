@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there, and which of a folder's to go on from."""
 
+import math
 import os
 import sys
 import time
@@ -70,8 +71,8 @@ def find_checkpoint(given: str, places: Callable[[], Iterable[Path]]) -> Path | 
         places: Where the run keeps its checkpoints, for the two words: folders and files.
 
     Returns:
-        A file that is whole. For a folder and the two words it is the newest one where the right one is damaged,
-        which is said; None if there is none at all.
+        A file that is whole. Of several it is that of the latest step, whatever the times of the files; where the
+        right one is damaged, which is said, the next. None if there is none at all.
     """
     path = Path(given)
     if given not in ("last", "best") and not path.is_dir():
@@ -79,22 +80,30 @@ def find_checkpoint(given: str, places: Callable[[], Iterable[Path]]) -> Path | 
         return path
     candidates = sorted(
         {file for place in ([path] if path.is_dir() else places()) for file in _checkpoints(place)},
-        key=lambda file: file.stat().st_mtime_ns,
+        key=lambda file: (_step(file), file.stat().st_mtime_ns),
         reverse=True,
     )
     if not candidates:
         return None
     newest = _first_whole(candidates, given)
     chosen = newest if given != "best" else _first_whole([*_best(newest, candidates), newest], given)
-    _say(f"{OPTION} {given}: going on from '{chosen}'.")
+    say(f"{OPTION} {given}: going on from '{chosen}'.")
     return chosen
 
 
 def _checkpoints(place: Path) -> list[Path]:
-    """Those in a folder; those below it if it holds none itself."""
+    """Those in a folder, or where Lightning puts them below it; further below may be those of other trainings."""
     if place.is_file():
         return [place]
-    return list(place.glob("*.ckpt")) or list(place.rglob("*.ckpt"))
+    return [*place.glob("*.ckpt"), *place.glob("checkpoints/*.ckpt")]
+
+
+def _step(path: Path) -> float:
+    """The step that a checkpoint was written at; of one that cannot be read, the latest, so that it is named."""
+    try:
+        return int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # a hostile file can raise anything
+        return math.inf
 
 
 def _first_whole(candidates: list[Path], given: str) -> Path:
@@ -102,10 +111,13 @@ def _first_whole(candidates: list[Path], given: str) -> Path:
         try:
             _check(path)
         except UserError as error:
-            _say(str(error))
+            say(str(error))
         else:
             return path
-    raise UserError(f"{OPTION} {given}: none of {len(candidates)} checkpoints is whole. Begin anew without {OPTION}.")
+    raise UserError(
+        f"{OPTION} {given}: none of {len(candidates)} checkpoints is whole. Give a folder that holds a good one, or "
+        f"begin in a new folder without {OPTION}."
+    )
 
 
 def _best(newest: Path, candidates: list[Path]) -> list[Path]:
@@ -122,7 +134,8 @@ def _check(path: Path) -> None:
 
 
 @rank_zero_only
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line for the user, once however many ranks there are."""
     print(f"featinv-pl: {text}", file=sys.stderr)
 
 

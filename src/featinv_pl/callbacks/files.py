@@ -10,14 +10,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
 from featinv_pl.callbacks.provenance import provenance
+from featinv_pl.callbacks.run_folder import configuration_path, written_folders
 from featinv_pl.data.manifests import write_file
 from featinv_pl.errors import UserError
+from featinv_pl.nets.sources import SUMMED, SUMS, check_sums, write_sums
 
-SAVED = ("config.json", "prompts.safetensors")
+MODEL = "model"
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes `<default_root_dir>/<stage>.yaml`, and hands the configuration to the loggers once.
+
+    An extraction's, several of which may share that folder, is `<shard set>.yaml` beside each set that it makes. The
+    checkpoint that a run began with is left out: whoever uses the file again would train or score that one.
 
     Beside it these get what it does not say: version and git state of the code, and digests of the shards.
     Paths below the user's home are written `~/...` there, for what is logged may be seen by others.
@@ -52,43 +57,78 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file and tell the loggers."""
         if trainer.is_global_zero:
-            text = self.parser.dump(self.config, skip_none=False)
-            write_bytes(Path(trainer.default_root_dir) / f"{stage}.yaml", text.encode())
-            shown = _without_home({**yaml.safe_load(text), **provenance(trainer)})
+            kept = self.config.clone()
+            checkpoint = kept.pop("ckpt_path")
+            text = self.parser.dump(kept, skip_none=False)
+            for folder in written_folders(trainer, cast(Any, trainer).datamodule, stage):
+                write_bytes(configuration_path(trainer, folder, stage), text.encode())
+            shown = _without_home({**yaml.safe_load(text), "ckpt_path": checkpoint, **provenance(trainer)})
             for logger in trainer.loggers:
                 logger.log_hyperparams(shown)
 
 
 class SavePretrained(Callback):
-    """Saves a trained part at the end of `fit`, in the layout in which it is loaded.
+    """Saves a trained part at the end of `fit`, in the layout in which it is loaded, with `SHA256SUMS` of its files.
+
+    A model that is there is replaced by a training that continues (`--ckpt_path`) alone, and nothing else ever.
 
     Args:
-        folder: Where to. What is there is replaced when the new one is whole.
+        folder: Where to, if not `model` below the run's folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before training, a folder that holds something else: replacing it would lose that."""
-        saved = any((self.folder / name).is_file() for name in SAVED)
-        empty = self.folder.is_dir() and not any(self.folder.iterdir())
-        if self.folder.exists() and not saved and not empty:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before training, a folder that holds something; replacing it would lose that."""
+        folder, replaced = self._places(trainer)
+        if trainer.is_global_zero and replaced.exists() and not folder.exists():
+            os.replace(replaced, folder)  # a kill between the two renames at the end of an earlier training
+        trainer.strategy.barrier()
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        if not _is_saved(folder):
             raise UserError(
-                f"--trainer.callbacks.folder: '{self.folder}' exists and is no saved model, so it is left as it is. "
-                "Choose a new folder for SavePretrained."
+                f"--trainer.callbacks.folder: '{folder}' holds what SavePretrained has not written, or what was "
+                "changed since, so it is left as it is. Give another folder."
+            )
+        if trainer.ckpt_path is None:
+            raise UserError(
+                f"'{folder}' is the model of an earlier training, so it is left as it is. Remove it, give another "
+                "folder with --trainer.default_root_dir, or continue that training with --ckpt_path."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save beside, then swap."""
         if not trainer.is_global_zero:
             return
-        partial = self.folder.with_name(self.folder.name + ".partial")
+        folder, replaced = self._places(trainer)
+        partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         cast(Any, pl_module).save_pretrained(partial)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.replace(partial, self.folder)
+        write_sums(partial)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _places(self, trainer: Trainer) -> tuple[Path, Path]:
+        """Where the model goes, and where the one that it replaces is meanwhile."""
+        folder = Path(os.path.relpath(os.path.realpath(self.folder or Path(trainer.default_root_dir) / MODEL)))
+        return folder, folder.with_name(f".{folder.name}.replaced")
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder holds nothing but what SavePretrained has written there, as it was."""
+    files = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    others = [path for path in files if path.suffix not in SUMMED or any(part.startswith(".") for part in path.parts)]
+    try:
+        check_sums(folder, "")
+    except UserError:
+        return False
+    return others == [Path(SUMS)]
 
 
 def _without_home(settings: Any) -> Any:

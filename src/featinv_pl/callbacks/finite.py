@@ -65,8 +65,9 @@ class FiniteGuard(Callback):
         raise UserError(
             f"step {trainer.global_step}: loss {figures[0]:g}, norm of the gradients {figures[1]:g}. Such a step would "
             f"spoil the weights, so training has ended before it, and the last checkpoint is good. The samples were: "
-            f"{named or 'not named'}. Lower the learning rate or clip gradients (--trainer.gradient_clip_val), or skip "
-            "such steps: --trainer.callbacks+=FiniteGuard --trainer.callbacks.max_skipped=10."
+            f"{named or 'not named'}. Lower the learning rate (--ckpt_path last applies it) or clip gradients "
+            "(--trainer.gradient_clip_val), or skip such steps: --trainer.callbacks+=FiniteGuard "
+            "--trainer.callbacks.max_skipped=10."
         )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ class ShardWriter(Callback):
     manifest of a source follows when its shards are whole.
 
     Args:
-        folder: Where the shard sets go.
+        folder: Where the shard sets go, if not directly below the run's folder.
         shard_size: Samples per shard; best a multiple of the batch size, since no batch reaches
             across two shards.
         image_format: `png` keeps every bit; `jpg` suits large photographs.
@@ -37,9 +37,11 @@ class ShardWriter(Callback):
         plan: After a short trial print samples, shards, bytes and hours, and write nothing.
     """
 
+    folder: Path
+
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None = None,
         shard_size: int = 1000,
         image_format: ImageFormat = "png",
         storage: Storage = "float16",
@@ -50,13 +52,17 @@ class ShardWriter(Callback):
             raise UserError(f"--trainer.callbacks.shard_size must be at least 1, and is {shard_size}.")
         if not 0 <= max_bad_fraction <= 1:
             raise UserError(f"--trainer.callbacks.max_bad_fraction is a share of 0 to 1, and is {max_bad_fraction}.")
-        self.folder, self.shard_size, self.image_format, self.storage = folder, shard_size, image_format, storage
+        self.given, self.shard_size, self.image_format, self.storage = folder, shard_size, image_format, storage
         self.max_bad_fraction, self.plan = max_bad_fraction, plan
         self.writers: dict[str, ShardSetWriter] = {}
         self.trial: Trial | None = None
         self._space_checked = False
 
     # Before: what is left to do
+
+    def set_folders(self, root: Path, data: Any) -> list[Path]:
+        """The folders of the shard sets that are made of a data module's images."""
+        return [(self.given or root) / images.source for images in getattr(data, "predicted", [])]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out what is left to do, and tell the data module."""
@@ -68,6 +74,7 @@ class ShardWriter(Callback):
                 "--data: there is nothing to extract features of. Give DigitsData with sources, or FolderData with "
                 "folders to predict, such as --data.predict.mine=FOLDER."
             )
+        self.folder = self.given or Path(trainer.default_root_dir)
         model = cast(Any, pl_module)
         provenance = cast(Provenance, model.provenance)
         self.writers = {
