@@ -159,8 +159,9 @@ def _refuse_changes(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[s
 
 def _remembered(optimizer: Optimizer) -> set[str]:
     """What an optimizer keeps of each tensor, from a step of a copy on a single number."""
-    number = Parameter(torch.zeros(1))
-    number.grad = torch.zeros(1)
+    device = optimizer.param_groups[0]["params"][0].device
+    number = Parameter(torch.zeros(1, device=device))
+    number.grad = torch.zeros(1, device=device)
     other = copy.copy(optimizer)
     other.param_groups = [{**optimizer.param_groups[0], "params": [number]}]
     other.state = defaultdict(dict)
