@@ -322,7 +322,9 @@ def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prio
     settings = inversion(classifier_folder, prior_folder, shards)
     for name, size in (("single", 1), ("foreign", 4)):
         write_like(shards / "clean", Path(name), [10 + index for index in range(size)])
-    settings["data"]["init_args"]["test"] = {"single": "single", "foreign": "foreign", "clean": str(shards / "clean")}
+    write_like(shards / "clean", Path("alike"), [3] * 9, classes={"3": 3})
+    settings["data"]["init_args"]["test"] = {name: name for name in ("single", "foreign", "alike")}
+    settings["data"]["init_args"]["test"]["clean"] = str(shards / "clean")
     main(["test", "--config", write(Path("inversion.yaml"), settings)])
     document = json.loads(Path("run/metrics.json").read_text())
     notes = "\n".join(document["notes"])
@@ -333,6 +335,8 @@ def test_notes_on_samples_and_labels(shards: Path, classifier_folder: Path, prio
     assert "such as in foreign and 1 others" in notes  # with 4 samples and 1, of 8 features
     scores = joined(document)
     assert "foreign/label@1" not in scores
+    assert "alike: label@1" not in notes  # among one class there is nothing to choose
+    assert scores["alike/label@1"] == np.mean([row["predicted"] == 3 for row in samples_of("alike")])
     assert {"single/cosine", "foreign/cosine", "clean/fd_test_resnet", "clean/label@1"} <= set(scores)
     assert "single/cosine.floor" not in scores  # there is no other image
 

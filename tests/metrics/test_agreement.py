@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featinv_pl.metrics.agreement import Agreement, LabelAccuracy
+from featinv_pl.metrics.agreement import Agreement, ConditionalAgreement, LabelAccuracy
 
 
 def logits(size: int, classes: int = 12) -> tuple[Tensor, Tensor]:
@@ -87,3 +87,12 @@ def test_label_accuracy_of_unlabelled_samples_is_nan() -> None:
     metric = LabelAccuracy()
     metric.update(torch.eye(3), torch.full((3,), -1))
     assert metric.compute()["label@1"].isnan()
+
+
+def test_without_a_label_no_reconstruction_is_misclassified() -> None:
+    metric = ConditionalAgreement()
+    labels, fooled = torch.tensor([-1, 1, 7]), torch.tensor([1.0, 1, 0])
+    metric.update(torch.eye(3)[[0, 1, 0]], (torch.eye(3)[[0, 2, 2]], labels, fooled))
+    scores = {name: value.item() for name, value in metric.compute().items()}
+    assert (scores["label@1_fooled"], scores["agreement@1_fooled"], scores["agreement@1_resisted"]) == (1, 0.5, 0)
+    assert (scores["label@1_wrong"], scores["agreement@1_wrong"], metric.sizes["agreement@1_wrong"]) == (1, 0, 1)

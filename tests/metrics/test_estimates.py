@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from featinv_pl.callbacks.relative import Relative
 from featinv_pl.metrics.agreement import Agreement
 from featinv_pl.metrics.estimates import Estimate, wilson
 from featinv_pl.metrics.pairing import ImageSums, ratios
@@ -86,3 +87,9 @@ def test_relative_scores_are_of_common_images_alone() -> None:
     below = weights["b"] * 0.5 + weights["a"] * 2.0 + weights["c"] * 0.9
     assert np.isnan(cosine.values[1:]).sum() == (below == 0).sum()
     assert cosine.values[1:][below > 0] == pytest.approx((above / np.where(below > 0, below, 1))[below > 0])
+
+
+def test_a_clean_set_that_is_missing_is_named() -> None:
+    relative = Relative("val")
+    relative.add("hard/one", ["hard"], {"key": ["a"], "cosine": [0.5]})
+    assert "relative to 'val'" in relative.estimates(0)[1][0]

@@ -216,9 +216,9 @@ class PerSource(EvaluationCallback):
         return Tally(source, self.scorers, self._metrics(arms, classes), floor, classes, attacked)
 
     def _classes(self, source: str, labels: Mapping[str, int]) -> list[int] | None:
-        """The classes of a source, if they are a part of the classifier's."""
+        """The classes of a source, if they are a part of the classifier's: of one class all would be right."""
         classes = sorted({label for label in labels.values() if 0 <= label < self.num_classes})
-        if not 0 < len(classes) < self.num_classes:
+        if not 1 < len(classes) < self.num_classes:
             return None
         self._note(
             f"{source}: label@1 is taken over the {len(classes)} classes of the set, as is usual for ImageNet-A and "

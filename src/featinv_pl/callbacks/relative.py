@@ -47,9 +47,14 @@ class Relative:
         Args:
             replicates: See `SampleMetric`.
         """
+        if self.groups and not self.reference.rows:
+            return {}, [
+                f"there are no scores relative to '{self.clean}': no test set of that name was scored. `clean` of "
+                "PerSource names the clean one"
+            ]
         found: dict[Name, Estimate] = {}
         notes = []
-        for group, sums in self.groups.items() if self.reference.rows else []:
+        for group, sums in self.groups.items():
             missing = len(sums.rows.keys() - self.reference.rows.keys())
             if missing:
                 notes.append(

@@ -72,7 +72,8 @@ class ConditionalAgreement(SampleMetric):
     the classifier knows do not count.
 
     `agreement@1_fooled`, `label@1_fooled` and `agreement@1_resisted` are the same of adversarial images with which
-    the attack succeeded, and of those with which it did not.
+    the attack succeeded, and of those with which it did not. An attack needs no label, so agreement counts those
+    without one.
 
     Args:
         replicates: See `SampleMetric`.
@@ -93,6 +94,7 @@ class ConditionalAgreement(SampleMetric):
         known = (labels >= 0) & (labels < logits.shape[1])
         wrong = (logits.argmax(1) != labels).double().where(known, torch.nan)
         agrees, hits = ((preds.argmax(1) == wanted).double() for wanted in (logits.argmax(1), labels))
+        hits = hits.where(known, torch.nan)
         return torch.stack(
             [
                 value.where(condition == given, torch.nan)
