@@ -124,7 +124,7 @@ def keep_text(settings: Any) -> None:
     if arguments is None:
         return
     module, _, name = settings.class_path.rpartition(".")
-    for kind in getattr(import_module(module), name).__mro__:
+    for kind in getattr(getattr(import_module(module), name), "__mro__", ()):  # a function has none
         for option, annotation in getattr(kind.__init__, "__annotations__", {}).items():
             if annotation is str and option in arguments and arguments[option] is None:
                 arguments[option] = "None"

@@ -167,7 +167,7 @@ def _sources(folder: Folder) -> list[Path]:
     if folder.images and folders:
         raise UserError(
             f"--data: '{folder.path}' holds images, such as '{folder.images[0]}', beside folders of images, such as "
-            f"'{folders[0].name}'. Is it a set without classes, move the folders elsewhere; are the folders its "
+            f"'{folders[0].name}'. If it is a set without classes, move the folders elsewhere; if the folders are its "
             "classes, move the images."
         )
     if _holds_sources(folder):
@@ -181,7 +181,7 @@ def _holds_sources(folder: Folder) -> bool:
     if wnids and wnids != names:
         raise UserError(
             f"--data: '{folder.path / min(names - wnids)}' is not named by wnid, and folders beside it are, such as "
-            f"'{min(wnids)}'. Is it no class, move it elsewhere; is it one, name all classes alike."
+            f"'{min(wnids)}'. If it is not a class, move it elsewhere; if it is, name all classes by wnid."
         )
     if wnids or not names:
         return False

@@ -67,7 +67,7 @@ class Samples:
         if not chosen.any():
             raise UserError(
                 f"--between: no sample has the label {label}. There are {_range(known)}. "
-                "Names of class folders serve, too."
+                "Names of class folders work as well."
             )
         return chosen
 
