@@ -234,14 +234,15 @@ def test_plan_estimates_and_writes_nothing(
     refused(["fit", "--config", config, "--plan"], capsys, "--plan: only test, and predict with a ShardWriter")
 
 
-def write_like(original: Path, folder: Path, labels: list[int], attack: str = "", **more: Any) -> None:
+def write_like(original: Path, folder: Path, labels: list[int], fooled: list[float] | None = None, **more: Any) -> None:
     """Write the first samples of a set under other labels."""
     samples = ShardSet(original, folder.name, "")
     settings: Any = {**samples.manifest["settings"], **more}
     settings["samples"] = settings["images"] = settings["batch_size"] = len(labels)
-    writer = ShardSetWriter(folder, folder.name, settings, {**samples.manifest["provenance"], "attack": attack})
+    writer = ShardSetWriter(folder, folder.name, settings, samples.manifest["provenance"])
     writer.begin()
-    writer.add(collate_samples([{**samples[index], "labels": label} for index, label in enumerate(labels)]))
+    batch = collate_samples([{**samples[index], "labels": label} for index, label in enumerate(labels)])
+    writer.add(batch if fooled is None else {**batch, "fooled": torch.tensor(fooled)})
     writer.flush()
     writer.finish()
     writer.close()
@@ -349,13 +350,14 @@ def test_scores_of_part_of_the_classes_the_images_and_an_attack(
     chosen = [predicted, *(label for label in range(1, 4) if label != predicted)][:3]
     labels = [chosen[row % 3] for row in range(20)]
     classes = {str(label): label for label in chosen} | {"unknown": -1}
-    write_like(shards / "clean", Path("hard/one"), labels, "Attack()", classes=classes)
+    fooled = [[1.0, 0.0, float("nan")][row % 3] for row in range(20)]
+    write_like(shards / "clean", Path("hard/one"), labels, fooled, classes=classes)
     settings["data"]["init_args"]["test"] = {"hard": "hard", "clean": str(shards / "clean")}
     main(["test", "--config", write(Path("inversion.yaml"), settings)])
     document = json.loads(Path("run/metrics.json").read_text())
     assert any("label@1 is taken over the 3 classes of the set" in note for note in document["notes"])
     scores, rows = joined(document), {row["key"]: row for row in samples_of("clean")}
-    part = samples_of("hard/one")
+    part, order = samples_of("hard/one"), [ShardSet(Path("hard/one"), "", "")[row]["key"] for row in range(20)]
 
     assert scores["hard/one/label@1_all"] == pytest.approx(np.mean([row["predicted"] == row["label"] for row in part]))
     assert scores["hard/label@1"] == scores["hard/one/label@1"]
@@ -365,11 +367,12 @@ def test_scores_of_part_of_the_classes_the_images_and_an_attack(
     for arm in ("", ".floor"):
         kept = [row[f"predicted{arm}"] == row["predicted.original"] for row in wrong]
         hits = [row[f"predicted{arm}"] == row["label"] for row in wrong]
-        for given in ("wrong", "fooled"):
-            assert scores[f"hard/one/agreement@1_{given}{arm}"] == pytest.approx(np.mean(kept))
-            assert scores[f"hard/one/label@1_{given}{arm}"] == pytest.approx(np.mean(hits))
+        assert scores[f"hard/one/agreement@1_wrong{arm}"] == pytest.approx(np.mean(kept))
+        assert scores[f"hard/one/label@1_wrong{arm}"] == pytest.approx(np.mean(hits))
+        deceived = [row[f"predicted{arm}"] == row["label"] for row in part if fooled[order.index(row["key"])] == 1]
+        assert scores[f"hard/one/label@1_fooled{arm}"] == pytest.approx(np.mean(deceived))
     assert document["scores"]["hard/one"]["inversion"]["agreement@1_wrong"]["n"] == len(wrong) < len(part)
-    assert scores["hard/attack_success.original"] == pytest.approx(len(wrong) / len(part))
+    assert scores["hard/attack_success.original"] == pytest.approx(7 / 14)
     assert not [name for name in scores if name.startswith("clean/") and ("fooled" in name or "attack" in name)]
 
     clean = np.mean([rows[row["key"]]["cosine"] for row in part])

@@ -212,8 +212,7 @@ class PerSource(EvaluationCallback):
                 self._note(f"{source}: there is no floor: {error}")
         classes = self._classes(source, samples.manifest["settings"].get("classes", {}))
         arms = [*self.drawn, CEILING, ORIGINAL, *self.baselines, *([] if floor is None else [FLOOR])]
-        attacked = bool(samples.manifest["provenance"]["attack"])
-        return Tally(source, self.scorers, self._metrics(arms, classes), floor, classes, attacked)
+        return Tally(source, self.scorers, self._metrics(arms, classes), floor, classes)
 
     def _classes(self, source: str, labels: Mapping[str, int]) -> list[int] | None:
         """The classes of a source, if they are a part of the classifier's: of one class all would be right."""

@@ -31,7 +31,6 @@ class Tally:
         left_out: Keys of images that cannot be scored.
         floor: Partners for the floor; None where there are none.
         classes: Labels of its classes, where they are a part of the classifier's.
-        attacked: Whether its images are adversarial.
         count: Images that count, on all ranks.
         parts: Test sets that it is made of.
     """
@@ -41,7 +40,6 @@ class Tally:
     metrics: dict[tuple[int, str], list[Metric]]
     floor: Floor | None = None
     classes: Sequence[int] | None = None
-    attacked: bool = False
     columns: dict[str, list[Any]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     count: int = 0
@@ -57,7 +55,7 @@ class Tally:
         arms, batch = self._finite(arms, batch)
         if not batch["key"]:
             return
-        given = {**batch, "fooled": cast(Any, batch).get("fooled", self._fooled(batch))}
+        given = {"fooled": torch.full(batch["labels"].shape, torch.nan).to(batch["logits"]), **batch}
         columns: dict[str, list[Any]] = {"key": batch["key"], "label": batch["labels"].tolist()}
         for number, scorer in enumerate(self.scorers):
             target = {**given, **scorer.observe(batch["images"])} if scorer.observe else given
@@ -71,17 +69,6 @@ class Tally:
                             columns[column(f"{scorer.prefix}{name}", arm)] = values
         for name, values in columns.items():
             self.columns.setdefault(name, []).extend(values)
-
-    def _fooled(self, batch: Batch) -> Tensor:
-        """Which adversarial images succeed, (B,), of shards that do not say so: those that are misclassified.
-
-        1 or 0; NaN for other images, and where the label is not known.
-        """
-        logits, labels = batch["logits"], batch["labels"]
-        known = (labels >= 0) & (labels < logits.shape[1]) & self.attacked & any(one.classifies for one in self.scorers)
-        if not known.any():
-            return torch.full(labels.shape, torch.nan, device=labels.device)
-        return (logits.argmax(1) != labels).float().where(known, torch.nan)
 
     def _finite(self, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
         """Leave out images with a value that is not finite, from all arms, and remember their keys."""
