@@ -65,7 +65,7 @@ class Handler(SimpleHTTPRequestHandler):
             if fault == "bomb":
                 self.wfile.write(gzip.compress(ZEROS))
             for _ in range(MANY // len(ZEROS) if fault == "endless" else 1):
-                self.server.sent += self.wfile.write(ZEROS)
+                self.server.sent += self.wfile.write(ZEROS[:100] if fault == "dropped" else ZEROS)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
