@@ -6,8 +6,11 @@ import gc
 import hashlib
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -548,12 +551,27 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_version_needs_no_torch() -> None:
-    import subprocess
-    import sys
-
     code = "import sys; from featinv_pl.__main__ import main; main(['--version']); assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", result.stdout)
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, written = os.pipe()
+    os.close(read)
+    result = subprocess.run([sys.executable, "-m", "featinv_pl"], stdout=written, stderr=subprocess.PIPE, check=False)
+    os.close(written)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+def test_who_has_no_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # as in a container
+    refused(["--version"], capsys, "HOME: user 2147483641 has no entry in passwd", "Set HOME")
+
+
+def test_a_path_may_have_several_lines_but_no_message(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(["report", "a\nb"], capsys, r"below 'a\nb', that is")
 
 
 # Bad input: one message, a failing exit status, and nothing that was there is harmed.
@@ -721,9 +739,6 @@ def test_a_run_leaves_no_model_behind(classifier_folder: Path, prior_folder: Pat
 
 
 def test_every_command_runs_as_a_module() -> None:
-    import subprocess
-    import sys
-
     result = subprocess.run([sys.executable, "-m", "featinv_pl", "demo"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == (

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -209,6 +211,35 @@ def test_nothing_private_is_written_or_sent(settings: dict[str, Any], online: Wa
         # With these two a run goes on, so that they must name its folders as they are; neither is sent.
         if place not in (Path("runs/tiny/spatial/fit.yaml"), Path("runs/tiny/spatial/inversion.ckpt")):
             assert b"home-of-somebody" not in data, place
+
+
+def test_credentials_of_an_address_are_nowhere(settings: dict[str, Any], online: WandbServer) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as files:
+        Thread(target=files.serve_forever, args=(0.01,), daemon=True).start()
+        place = f"http://somebody:PASSWORD@127.0.0.1:{files.server_port}/shards/val?token=TOKEN"
+        options = [f"--data.val={place}", "--data.cache=cache"]
+        main(["fit", "--config", write(Path("tiny.yaml"), settings), *options])
+        files.shutdown()
+    written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    for place, data in [*written.items(), *enumerate(online.received)]:
+        assert b"PASSWORD" not in data, place
+        assert b"TOKEN" not in data, place
+    assert "http://***@127.0.0.1" in Path("runs/tiny/spatial/fit.yaml").read_text()
+
+
+@pytest.mark.parametrize("where", ["init_args", "dict_kwargs"])
+def test_a_configuration_cannot_send_the_key_elsewhere(
+    where: str, settings: dict[str, Any], server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = {"settings": {"base_url": server.url}}
+    settings["trainer"]["logger"] = {**LOGGER, where: {**LOGGER["init_args"], **elsewhere}}
+    refused(
+        ["fit", "--config", write(Path("tiny.yaml"), settings)],
+        capsys,
+        "send your W&B key by base_url",
+        "WANDB_BASE_URL=",
+    )
+    assert not server.received
 
 
 class Failure(Callback):

@@ -5,13 +5,16 @@ import errno
 import gc
 import os
 import re
+import select
 import sys
 from argparse import ArgumentParser, Namespace
 from importlib.metadata import version
 from pathlib import Path
+from signal import SIGPIPE
 from typing import Any
 
 from featinv_pl.errors import UserError, user_error
+from featinv_pl.masking import masked
 from featinv_pl.viz.commands import COMMANDS, folder, load_pipeline, positive
 
 USAGE = """\
@@ -49,13 +52,19 @@ def main(args: list[str] | None = None) -> None:
     """Run one command; what users can put right ends as one line on stderr and exit status 1."""
     arguments = sys.argv[1:] if args is None else args
     try:
+        _check_home()
         run(arguments)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
     except ValueError as error:
         # Out of a data loader's worker, torch returns the message with the worker's traceback before it.
         message = str(user_error(error)).rpartition(f"{UserError.__name__}: ")[2].strip()
-        print(f"featinv-pl: error: {message}", file=sys.stderr)
+        line = "\\n".join(masked(message).splitlines())  # which a path may contain
+        print(f"featinv-pl: error: {line}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain at its end
+            sys.exit(128 + SIGPIPE)
         if error.errno not in REFUSALS:
             raise
         where = f" '{error.filename}'" if error.filename else ""
@@ -68,6 +77,24 @@ def main(args: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("featinv-pl: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_home() -> None:
+    """Refuse to start where caches and settings have no place: containers give users numbers that nobody knows."""
+    try:
+        Path.home()
+    except RuntimeError as error:
+        raise UserError(
+            f"HOME: user {os.getuid()} has no entry in passwd, so it has no home folder. Set HOME to one that it "
+            "may write to."
+        ) from error
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has ended, such as `head`."""
+    output = select.poll()
+    output.register(1, 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def run(args: list[str]) -> None:

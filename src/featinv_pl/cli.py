@@ -46,7 +46,7 @@ from featinv_pl.config import MODE, ConfigParser, prepared
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
-from featinv_pl.tracking import RUN_ID, KeepRunId, describe, session, sweep_run
+from featinv_pl.tracking import RUN_ID, KeepRunId, check_route, describe, session, sweep_run
 from featinv_pl.trust import allow_imports
 
 SHELF = Path("runs")  # the folder of all runs, which names no group of them
@@ -168,6 +168,7 @@ class FeatinvCLI(LightningCLI):
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
         for logger in loggers:
             if getattr(logger, "class_path", "").endswith(".WandbLogger"):
+                check_route(logger)
                 folder = home(trainer)
                 if logger.init_args.save_dir == ".":  # the client's default
                     logger.init_args.save_dir = str(folder)

@@ -23,6 +23,7 @@ from featinv_pl.callbacks.stopping import Stopped
 from featinv_pl.errors import UserError
 
 RUN_ID = "wandb_run_id"
+ROUTE = ("base_url", "http_proxy", "https_proxy", "x_proxies", "insecure_disable_ssl")  # settings of the client
 PATIENCE = 5.0  # seconds; the client itself would wait for two minutes, and then end the run
 PRIVATE = {
     "WANDB_X_DISABLE_META": "true",  # user, command line, and paths of program and interpreter
@@ -68,6 +69,26 @@ def session() -> Iterator[None]:
 def sweep_run() -> str | None:
     """The id of this run, if an agent has started it."""
     return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+
+
+def check_route(logger: Any) -> None:
+    """Refuse a configuration that decides where the user's key is sent.
+
+    Args:
+        logger: The configuration of a WandbLogger.
+
+    Raises:
+        UserError: It sets what only the user's own environment may.
+    """
+    for place, value in logger.items():
+        name = place.rpartition(".")[2]
+        if isinstance(value, dict):
+            check_route(value)
+        elif name in ROUTE and value and os.environ.get(variable := f"WANDB_{name.upper()}") != str(value):
+            raise UserError(
+                f"--trainer.logger: its settings send your W&B key by {name} '{value}', which only your environment "
+                f"may decide. If you trust it, set {variable}={value}."
+            )
 
 
 @rank_zero_only

@@ -8,6 +8,7 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
 from featinv_pl.errors import UserError
+from featinv_pl.masking import masked
 
 IMPORTS = "FEATINV_IMPORTS"
 IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
@@ -35,7 +36,7 @@ class Parser(LightningArgumentParser):
                 f"not trusted: '{denied[1]}' would be imported and run, and may be anybody's code. If you trust it, "
                 f"say so in the environment: {IMPORTS}={denied[1].rpartition('.')[0] or denied[1]} (several by commas)."
             )
-        super().error(message, *args, **kwargs)
+        super().error(masked(message), *args, **kwargs)
 
 
 def allow_imports() -> None:

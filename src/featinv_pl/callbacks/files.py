@@ -13,6 +13,7 @@ from featinv_pl.callbacks.provenance import provenance
 from featinv_pl.callbacks.run_folder import configuration_path, written_folders
 from featinv_pl.data.manifests import write_file
 from featinv_pl.errors import UserError
+from featinv_pl.masking import masked
 from featinv_pl.nets.sources import SUMMED, SUMS, check_sums, write_sums
 
 MODEL = "model"
@@ -25,7 +26,8 @@ class SaveConfig(SaveConfigCallback):
     checkpoint that a run began with is left out: whoever uses the file again would train or score that one.
 
     Beside it these get what it does not say: version and git state of the code, and digests of the shards.
-    Paths below the user's home are written `~/...` there, for what is logged may be seen by others.
+    Others may see them: credentials in addresses are masked in both, and what is logged has `~/...` for
+    paths below the user's home.
 
     Lightning's own would write into the loggers' folder, which runs share, and before anything has
     been checked: a run that is refused must not overwrite the configuration of one that was not.
@@ -57,7 +59,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file and tell the loggers."""
         if trainer.is_global_zero:
-            kept = self.config.clone()
+            kept = masked(self.config)
             checkpoint = kept.pop("ckpt_path")
             text = self.parser.dump(kept, skip_none=False)
             for folder in written_folders(trainer, cast(Any, trainer).datamodule, stage):
