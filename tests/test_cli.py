@@ -72,9 +72,10 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     distances = ("fd_test_resnet", "kd_test_resnet")
     for source in ("clean", "corrupted", "corrupted/contrast", "corrupted/contrast/3", "corrupted/pixelate/5"):
         for name in names:
-            assert {f"{source}/{name}{arm}" for arm in ("", ".floor", ".ceiling", ".neighbour")} <= set(scores)
+            arms = ("", ".floor", ".ceiling", ".regression", ".neighbour")
+            assert {f"{source}/{name}{arm}" for arm in arms} <= set(scores)
         for name in distances:
-            assert {f"{source}/{name}{arm}" for arm in ("", ".ceiling", ".neighbour")} <= set(scores)
+            assert {f"{source}/{name}{arm}" for arm in ("", ".ceiling", ".regression", ".neighbour")} <= set(scores)
             assert f"{source}/{name}.floor" not in scores
         floor, ceiling = scores[f"{source}/cosine.floor"], scores[f"{source}/cosine.ceiling"]
         assert (f"{source}/cosine_calibrated" in scores) == (ceiling > floor)
@@ -95,7 +96,7 @@ def test_from_shards_to_scores(shards: Path, classifier_folder: Path, prior_fold
     page = Path("report.html").read_text()
     # Two plots, three rows for each of three sources, and two rows of extremes for each of two groups.
     assert page.count("data:image/png;base64,") == 2 + 3 * 3 + 2 * 2
-    for arm in ("run", "autoencoder", "neighbour", "floor"):
+    for arm in ("run", "autoencoder", "regression", "neighbour", "floor"):
         assert f"<td>{arm}</td>" in page
     assert not re.search(r'(src|href)="(?!data:)', page)  # it needs nothing but itself
     assert "<th>agreement@1 wrong</th>" in page
@@ -446,8 +447,10 @@ def test_interrupted_test_goes_on(
     assert sum(counts) == 2 * (180 - 3 * 16)  # by both samplers
     assert_same((scores_of(), samples_of("clean")), whole)
     counts.clear()
-    main(["test", "--config", config])  # nothing is left to draw
+    fitted = Path("run/regression.safetensors").stat().st_mtime_ns
+    main(["test", "--config", config])  # nothing is left to draw, and nothing to fit
     assert not counts
+    assert Path("run/regression.safetensors").stat().st_mtime_ns == fitted
     main(["test", "--config", config, "--model.sampler.steps=1"])  # but another sampler draws anew
     assert sum(counts) == 180
 
@@ -460,10 +463,12 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     settings = inversion(classifier_folder, prior_folder, shards)
-    shutil.copytree(shards / "clean", "empty")
+    for name in ("empty", "lossy"):
+        shutil.copytree(shards / "clean", name)
     manifest = read_manifest(Path("empty"), "")
     write_manifest(Path("empty"), {**manifest, "shards": [], "samples": 0})
-    settings["data"]["init_args"] |= {"train": None, "test": {"clean": str(shards / "clean"), "empty": "empty"}}
+    write_manifest(Path("lossy"), {**manifest, "settings": {**manifest["settings"], "image_format": "jpg"}})
+    settings["data"]["init_args"] |= {"train": None, "test": {"clean": "lossy", "empty": "empty"}}
     invert = FeatureInversion.invert
 
     def failing(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
@@ -477,7 +482,8 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     printed = capsys.readouterr().out
     assert document["samples"] == {"clean": 56}  # the first of each batch of 16 is left out
     assert 0 < joined(document)["clean/cosine"] <= 1
-    for fragment in ("empty: left out", "clean: left out 4 samples, not finite", "no nearest neighbour"):
+    missing = ("empty: left out", "clean: left out 4 samples, not finite", "no regression", "no neighbour")
+    for fragment in (*missing, "clean: the originals are stored as JPEGs"):
         assert any(fragment in note for note in document["notes"])
         assert fragment in printed
 
@@ -505,7 +511,7 @@ def test_two_processes_score_as_one(shards: Path, classifier_folder: Path, prior
 def test_scores_reach_who_calls_the_trainer(
     shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = Trainer(**TRAINER, default_root_dir="run", callbacks=[PerSource(neighbours=0)])
+    trainer = Trainer(**TRAINER, default_root_dir="run", callbacks=[PerSource(baselines=())])
     sampler = Sampler(steps=2)
     module = FeatureInversion(str(classifier_folder), str(prior_folder), 32, hidden_channels=8, sampler=sampler)
     [returned] = trainer.test(module, datamodule=FeatureShards(test={"clean": shards / "clean"}))

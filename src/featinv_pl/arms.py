@@ -22,11 +22,13 @@ class Arm:
     meaning: str
 
 
-INVERSION, CEILING, NEIGHBOUR, FLOOR, ORIGINAL = "inversion", "ceiling", "neighbour", "floor", "original"
+INVERSION, CEILING, FLOOR, ORIGINAL = "inversion", "ceiling", "floor", "original"
+REGRESSION, NEIGHBOUR = "regression", "neighbour"
 
 ARMS = {
     INVERSION: Arm("reconstruction", "what the inverter reconstructs from the feature map"),
     CEILING: Arm("autoencoder", "the original through the prior's autoencoder alone"),
+    REGRESSION: Arm("regression", "the image of the latents that a small network expects of the map"),
     NEIGHBOUR: Arm("neighbour", "the training image with the most similar map"),
     FLOOR: Arm("floor", "another image of the test set"),
     ORIGINAL: Arm("original", "the original itself"),

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from shard_sets import write_set
 
 from conftest import MakeBatch
 from featinv_pl.data import remote
@@ -22,6 +21,7 @@ from featinv_pl.data.feature_shards import FeatureShards
 from featinv_pl.data.manifests import MANIFEST
 from featinv_pl.errors import UserError
 from featinv_pl.masking import masked
+from shard_sets import write_set
 
 SIZE = 10
 ZEROS = bytes(1 << 16)

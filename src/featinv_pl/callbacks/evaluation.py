@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.types import Batch, Inversion
@@ -14,15 +13,6 @@ def results_root(trainer: Trainer) -> Path:
     """The folder that an evaluation writes below: `validate` has its own, so that it leaves what `test` wrote."""
     root = Path(trainer.default_root_dir)
     return root / "validate" if trainer.state.fn == "validate" else root
-
-
-def of_all_ranks(item: Any) -> list[Any]:
-    """What each rank has, on all ranks."""
-    if not torch.distributed.is_initialized():
-        return [item]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, item)
-    return gathered
 
 
 class EvaluationCallback(Callback, ABC):

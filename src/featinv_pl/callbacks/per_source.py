@@ -2,21 +2,23 @@
 
 import io
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torchmetrics import Metric
 
-from featinv_pl.arms import ARMS, CEILING, FLOOR, INVERSION, NEIGHBOUR, ORIGINAL, label
+from featinv_pl.arms import ARMS, CEILING, FLOOR, INVERSION, NEIGHBOUR, ORIGINAL, REGRESSION, label
 from featinv_pl.callbacks.evaluation import EvaluationCallback, results_root
 from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.callbacks.media import last_step, log_picture, log_table
+from featinv_pl.callbacks.neighbours import Neighbours
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.provenance import evaluation
 from featinv_pl.callbacks.ranks import hands_back_little
-from featinv_pl.callbacks.references import Floor, Neighbours
+from featinv_pl.callbacks.references import Floor
+from featinv_pl.callbacks.regression import Regression
 from featinv_pl.callbacks.relative import Relative
 from featinv_pl.callbacks.results import HEADLINES, METRICS, Results, aligned, samples_file, samples_path
 from featinv_pl.callbacks.scorers import Classes, Scorer, scorers
@@ -43,6 +45,8 @@ class PerSource(EvaluationCallback):
     * `<score>.floor`: another image of the source, chosen by key (not for distances between sets).
     * `<score>.ceiling`: the original through the prior's autoencoder alone.
     * `label@1.original`: the original itself, that is, the accuracy of the backbone.
+    * `<score>.regression`: in `test`, the image of the latents that a small network, fitted to the training shards,
+      expects of the map.
     * `<score>.neighbour`: in `test`, the training image with the most similar map.
     * `<score>.<name>`: in `test`, what the sampler of that name has drawn (`--model.arms`).
 
@@ -52,7 +56,7 @@ class PerSource(EvaluationCallback):
 
     Args:
         clean: The source that corrupted ones are compared with.
-        neighbours: Training samples to search for the nearest; 0 leaves that arm out.
+        baselines: Those that are made from the training shards when a test starts.
         inception: The Inception weights of 2015, by which `fid` and `kid` are defined: a file, or
             `download` to fetch it once. By default it is used if torch has downloaded it before.
         alexnet: The AlexNet weights by which `lpips` is defined, likewise.
@@ -61,13 +65,11 @@ class PerSource(EvaluationCallback):
     def __init__(
         self,
         clean: str = "clean",
-        neighbours: int = 20_000,
+        baselines: tuple[Literal["regression", "neighbour"], ...] = ("regression", "neighbour"),
         inception: Weights = None,
         alexnet: Weights = None,
     ) -> None:
-        if neighbours < 0:
-            raise UserError(f"--trainer.callbacks.neighbours must be at least 0, and is {neighbours}.")
-        self.clean, self.limit = clean, neighbours
+        self.clean, self.wanted = clean, baselines
         self.weights = {"inception": inception, "alexnet": alexnet}
         self.results = Results()
         self.pending: list[str] = []
@@ -101,7 +103,14 @@ class PerSource(EvaluationCallback):
         self.results.notes += notes
         for source in self.skipped if stage == "test" else []:
             self._note(f"{source}: left out, for it has fewer samples than there are processes")
-        self.baselines = self._baselines(datamodule) if stage == "test" else {}
+        lossy = [name for name in self.pending if self.samples[name].manifest["settings"]["image_format"] == "jpg"]
+        if lossy and self.writes:
+            others = f" and {len(lossy) - 1} others" * (len(lossy) > 1)
+            self._note(
+                f"{lossy[0]}{others}: the originals are stored as JPEGs, and reconstructions are not, which shows in "
+                "scores of images (psnr, ssim, lpips, fid, kid)"
+            )
+        self.baselines = self._baselines(trainer, pl_module) if stage == "test" else {}
 
     def see(self, batch: Batch, outputs: Inversion) -> None:
         """Add a batch, all of one source."""
@@ -177,18 +186,23 @@ class PerSource(EvaluationCallback):
         for name in self.skipped:
             del cast(Any, test)[name]
 
-    def _baselines(self, datamodule: Any) -> dict[str, Callable[[Batch], Views]]:
+    def _baselines(self, trainer: Trainer, module: LightningModule) -> dict[str, Callable[[Batch], Views]]:
         """What is reconstructed without the inverter, by arm."""
-        if not self.limit:
-            return {}
-        if datamodule.train is None:
-            self._note("there is no nearest neighbour without training shards: give --data.train")
-            return {}
-        try:
-            return {NEIGHBOUR: Neighbours(datamodule.train, self.limit, self.device)}
-        except UserError as error:
-            self._note(f"there is no nearest neighbour: {error}")
-            return {}
+        data = cast(Any, trainer).datamodule
+        found: dict[str, Callable[[Batch], Views]] = {}
+        makers: dict[str, Callable[[], Callable[[Batch], Views]]] = {
+            REGRESSION: lambda: Regression(trainer, module, data.train, data.num_workers),
+            NEIGHBOUR: lambda: Neighbours(trainer, data.neighbours or data.train, data.num_workers, self.device),
+        }
+        for name in self.wanted:
+            if data.train is None:
+                self._note(f"no {name}: there are no training shards. Give --data.train")
+                continue
+            try:
+                found[name] = makers[name]()
+            except UserError as error:
+                self._note(f"no {name}: {error}")
+        return found
 
     def _note(self, text: str) -> None:
         self.results.notes.append(text)

@@ -1,11 +1,14 @@
 """One progress line for a whole stage, with its rate and the time left."""
 
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 class Progress(ProgressBar):
@@ -87,10 +90,7 @@ class Progress(ProgressBar):
 
     def _open(self, name: str, unit: str, total: int | None, initial: int = 0) -> None:
         if self.enabled:
-            interval = 0.1 if sys.stderr.isatty() else 10
-            self.bar = tqdm(
-                desc=name, unit=f" {unit}", total=total, initial=initial, mininterval=interval, dynamic_ncols=True
-            )
+            self.bar = tqdm(**_look(name, unit), total=total, initial=initial)
 
     def _advance(self) -> None:
         if self.bar is not None:
@@ -100,3 +100,16 @@ class Progress(ProgressBar):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def progress(trainer: Trainer, name: str, unit: str, items: Iterable[Item]) -> Iterable[Item]:
+    """Show a line for what is done before a stage, on the first rank, if the stage has one."""
+    shown: Iterable[Item] = tqdm(
+        items, **_look(name, unit), disable=not trainer.is_global_zero or trainer.progress_bar_callback is None
+    )
+    return shown
+
+
+def _look(name: str, unit: str) -> dict[str, Any]:
+    interval = 0.1 if sys.stderr.isatty() else 10
+    return {"desc": name, "unit": f" {unit}", "mininterval": interval, "dynamic_ncols": True}

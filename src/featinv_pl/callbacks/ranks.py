@@ -7,17 +7,22 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, distributed
+from torch.nn.functional import pad
 
 from featinv_pl.errors import UserError
 
 FIRST = "FEATINV_FIRST_RANK"  # in the environment of the ranks that a process starts: its number
+Result = TypeVar("Result")
+
 GRACE = 15.0  # seconds in which the other ranks end by themselves when all is done
 
 
@@ -31,7 +36,7 @@ def ranks_together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         raise UserError(
             "another process of this run has died, so this one ends too. See what that has said, if anything; its "
@@ -68,6 +73,43 @@ def hands_back_little(trainer: Trainer) -> bool:
     than a pipe holds, which some 200 scores are.
     """
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def of_all_ranks(item: Any) -> list[Any]:
+    """What each rank has, on all ranks."""
+    if not distributed.is_initialized():
+        return [item]
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, item)
+    return gathered
+
+
+def rows_of_all_ranks(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of all ranks, each of which may have another n: those of the first rank come first."""
+    if not distributed.is_initialized():
+        return rows
+    counts = of_all_ranks(len(rows))
+    padded = pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows)))
+    gathered = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+
+
+def agree(work: Callable[[], Result]) -> Result:
+    """Do something on all ranks, which later wait for each other: where one cannot, all raise its error.
+
+    Raises:
+        UserError: As `work` has raised it, on this rank or another.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as failure:
+        error = str(failure)
+    for message in of_all_ranks(error):
+        if message is not None:
+            raise UserError(message)
+    return cast(Result, result)
 
 
 def _follow(first: int) -> None:

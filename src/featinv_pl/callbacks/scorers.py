@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from featinv_pl.arms import FLOOR, INVERSION, ORIGINAL
-from featinv_pl.callbacks.evaluation import of_all_ranks
+from featinv_pl.callbacks.ranks import agree
 from featinv_pl.errors import UserError
 from featinv_pl.metrics.agreement import Agreement, AttackSuccess, ConditionalAgreement, LabelAccuracy
 from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
@@ -106,20 +106,15 @@ def scorers(
 
 def _published(scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, notes: list[str]) -> Any:
     """A network of published weights, on all ranks or on none: some alone would wait for the others' scores."""
-    network, error = None, ""
     try:
-        network = kind(weights, f"PerSource.{option}")
-    except UserError as reason:
+        return agree(lambda: kind(weights, f"PerSource.{option}"))
+    except UserError as error:
         if isinstance(weights, Path):
             raise
-        error = str(reason)
-    errors = list(filter(None, of_all_ranks(error)))
-    if not errors:
-        return network
-    notes.append(f"no {scores}: {errors[0]}")
-    if weights is not None:  # asked for: a long test is not the time to wait with that
-        rank_zero_only(print)(f"Note: {notes[-1]}")
-    return None
+        notes.append(f"no {scores}: {error}")
+        if weights is not None:  # asked for: a long test is not the time to wait with that
+            rank_zero_only(print)(f"Note: {notes[-1]}")
+        return None
 
 
 def _classes(replicates: int, classes: Classes) -> list[Metric]:

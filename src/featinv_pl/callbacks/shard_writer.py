@@ -30,7 +30,8 @@ class ShardWriter(Callback):
         folder: Where the shard sets go, if not directly below the run's folder.
         shard_size: Samples per shard; best a multiple of the batch size, since no batch reaches
             across two shards.
-        image_format: `png` keeps every bit; `jpg` suits large photographs.
+        image_format: `png` keeps every bit; `jpg`, of quality 95, suits training sets of large photographs, whose
+            pictures are not scored.
         storage: Of feature maps: `float16`, or `int8` with a step for each channel, in half the space.
         max_bad_fraction: Give up when more than this share of a source's images cannot be read; those
             that cannot are named in the manifest.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.arms import FLOOR
-from featinv_pl.callbacks.evaluation import of_all_ranks
+from featinv_pl.callbacks.ranks import of_all_ranks
 from featinv_pl.callbacks.references import OTHERS, Floor
 from featinv_pl.callbacks.results import Name, column
 from featinv_pl.callbacks.scorers import Scorer

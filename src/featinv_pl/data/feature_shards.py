@@ -28,6 +28,8 @@ class FeatureShards(ResumableData):
         val: A shard set for validation.
         test: Shard sets by name of source. A folder of sets gives one source for each set below it, and is
             refused while one is unfinished.
+        neighbours: A shard set in which `test` searches for neighbours instead of `train`, such as central crops of
+            the images of which `train` holds random views.
         batch_size: Samples per batch and process.
         num_workers: Processes that read, per rank.
         seed: Seed of the training order.
@@ -41,6 +43,7 @@ class FeatureShards(ResumableData):
         train: Path | str | None = None,
         val: Path | str | None = None,
         test: dict[str, Path | str] | None = None,
+        neighbours: Path | str | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -59,6 +62,7 @@ class FeatureShards(ResumableData):
             for name, place in (test or {}).items()
             for source, path in ({name: place} if is_remote(str(place)) else find_sets(name, Path(place))).items()
         }
+        self.neighbours = self._set(neighbours, "neighbours", "--data.neighbours") if neighbours else None
         self.skipped: list[str] = []
 
     def _set(self, place: Path | str, source: str, option: str, with_images: bool = True) -> ShardSet:
@@ -74,7 +78,8 @@ class FeatureShards(ResumableData):
 
     @property
     def _sets(self) -> list[ShardSet]:
-        return [shards for shards in (self.train, self.val, *self.test.values()) if shards is not None]
+        sets = (self.train, self.val, *self.test.values(), self.neighbours)
+        return [shards for shards in sets if shards is not None]
 
     def sources(self, stage: str) -> list[str]:
         """Names of the sources that a stage (`fit`, `validate` or `test`) evaluates."""

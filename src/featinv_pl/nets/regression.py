@@ -1,0 +1,67 @@
+"""A regression of latents on feature maps: what inverting by the mean gives, without any diffusion."""
+
+from collections.abc import Iterable
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
+
+LEARNING_RATE, WEIGHT_DECAY, LONGEST_GRADIENT = 2e-3, 0.01, 1.0
+
+
+class LatentRegression(nn.Module):
+    """A few convolutions from a feature map to latents.
+
+    Args:
+        feature_shape: (C, h, w).
+        latent_shape: (channels, H / f, W / f).
+    """
+
+    def __init__(self, feature_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        (channels, *size), (outputs, *grid) = feature_shape, latent_shape
+        width = max(128, channels // 4)
+        finer = max(ceil(latents / places) for latents, places in zip(grid, size, strict=True))
+        self.grid = grid
+        self.standardise = nn.BatchNorm2d(channels, affine=False, momentum=None)
+        self.read = nn.Conv2d(channels, width, 3, padding=1)
+        self.before = nn.Conv2d(width, width, 3, padding=1)
+        self.refine = nn.Sequential(nn.Conv2d(width, width * finer**2, 1), nn.PixelShuffle(finer))
+        self.after = nn.Conv2d(width, width, 3, padding=1)
+        self.write = nn.Conv2d(width, outputs, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Expected latents (B, channels, H / f, W / f) of maps (B, C, h, w)."""
+        hidden = functional.silu(self.read(self.standardise(features)))
+        hidden = hidden + functional.silu(self.before(hidden))
+        hidden = functional.interpolate(self.refine(hidden), self.grid, mode="bilinear")
+        hidden = hidden + functional.silu(self.after(hidden))
+        latents: Tensor = self.write(hidden)
+        return latents
+
+
+def fit(network: LatentRegression, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
+    """Minimise the mean squared error, then leave the network in eval mode.
+
+    Args:
+        network: Is changed.
+        batches: `steps` pairs of maps (B, C, h, w) and latents (B, channels, H / f, W / f).
+        steps: How many, which the learning rate follows.
+
+    Returns:
+        The error of the last batch.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    error = torch.tensor(torch.nan)
+    for features, latents in batches:
+        error = functional.mse_loss(network(features), latents)
+        optimizer.zero_grad()
+        error.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), LONGEST_GRADIENT)
+        optimizer.step()
+        schedule.step()
+    network.eval()
+    return error.item()
