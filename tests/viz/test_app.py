@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,6 +59,7 @@ def address(
         time.sleep(0.1)
     yield f"http://127.0.0.1:{port}"
     built[0].close()
+    assert not list((tmp_path / "uploads").rglob("*.*"))
 
 
 def free_port() -> int:
@@ -123,6 +125,21 @@ def is_local(url: str, address: str) -> bool:
 def upload(panel: Locator, number: int, picture: Path) -> None:
     panel.locator("input[type=file]").nth(number).set_input_files(picture)
     expect(panel.locator(".image-frame img, .image-container img")).to_have_count(number + 1)
+
+
+def test_only_its_own_pages_are_answered_and_uploads_are_bounded(address: str, picture: Path, tmp_path: Path) -> None:
+    def status(upload: bytes | None = None, **headers: str) -> int:
+        files = None if upload is None else {"files": ("picture.png", upload)}
+        method, place = ("GET", "/config") if upload is None else ("POST", "/gradio_api/upload")
+        return httpx.request(method, address + place, files=files, headers=headers, timeout=60).status_code
+
+    port = address.rpartition(":")[2]
+    assert status() == status(Origin=address) == status(Host=f"localhost:{port}") == 200
+    assert status(Host=f"evil.example:{port}") == status(Origin="http://evil.example") == status(Origin="null") == 403
+    assert status(Host=f"evil.example:{port}", Origin=f"http://evil.example:{port}") == 403
+    assert status(picture.read_bytes()) == 200
+    assert list((tmp_path / "uploads").rglob("*.png"))
+    assert status(bytes(51 << 20)) == 413
 
 
 def test_the_page_reads_pictures_as_the_command_does(pipeline: FeatInvPipeline) -> None:

@@ -1,7 +1,10 @@
 """A page on this machine: reconstruct a picture, steer it along a concept, interpolate between two."""
 
+from ipaddress import ip_address
 from pathlib import Path
+from socket import gethostname
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -16,13 +19,53 @@ from featinv_pl.viz.steering import steer
 
 try:
     import gradio as gr
+    from starlette.datastructures import Headers
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
 except ImportError as error:
     raise UserError(
         "app: the page needs gradio, which is not installed. Install it with: pip install 'featinv-pl[app]'."
     ) from error
 
+LARGEST = "50mb"  # of a picture; how many pixels it may have is checked when it is opened
+KEPT_S = 3600  # for which uploads and what was drawn stay; nothing stays when the server ends
+
 Shown = list[tuple[Image.Image, str]]
 """Pictures with captions."""
+
+
+class OwnPages:
+    """Answers requests of pages that this server has served, under a name that is its own.
+
+    Any page in a browser can send requests to this machine, and a name that its owner lets point here (DNS rebinding)
+    would make them look like ours.
+
+    Args:
+        app: What answers.
+        host: The address that the server listens at.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app, self.names = app, {host, "localhost", gethostname()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse a request."""
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if not self._is_own(host) or (origin is not None and urlsplit(origin).netloc != host):
+                await PlainTextResponse("This page is for this machine's own address.", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            ip_address(name)  # which no name server chooses
+            return True
+        except ValueError:
+            return name in self.names
 
 
 def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port: int) -> None:
@@ -43,7 +86,15 @@ def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port:
         # Fonts of the system: gradio's own theme would fetch its from the network.
         theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         page.launch(
-            server_name=host, server_port=port, share=False, ssr_mode=False, theme=theme, footer_links=[], quiet=True
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            footer_links=[],
+            quiet=True,
+            max_file_size=LARGEST,
+            app_kwargs={"middleware": [Middleware(OwnPages, host=host)]},
         )
     except OSError as error:
         raise UserError(f"--port: cannot listen at {host}:{port} ({error}). Give another --port or --host.") from error
@@ -53,7 +104,7 @@ def build(pipeline: FeatInvPipeline, concepts: Concepts | None) -> Any:
     """The page, as gradio's `Blocks`; see `serve`."""
     if concepts is not None:
         refuse_other_backbone(concepts.origin, pipeline, "--concepts")
-    with gr.Blocks(title="featinv-pl", analytics_enabled=False) as page:
+    with gr.Blocks(title="featinv-pl", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
         with gr.Tab("Reconstruct"):
             picture = _upload("Picture")
             samples, seed = gr.Slider(1, 16, 4, step=1, label="Samples"), gr.Number(0, precision=0, label="Seed")
