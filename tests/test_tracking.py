@@ -27,7 +27,7 @@ from tiny import extraction, inversion, write
 from wandb_server import KEY, Run, WandbServer, serve
 
 ROOT = Path(__file__).parents[1]
-LOGGER = {"class_path": "WandbLogger", "init_args": {"project": "featinv-pl"}}
+LOGGER: dict[str, Any] = {"class_path": "WandbLogger", "init_args": {"project": "featinv-pl"}}
 
 
 @pytest.fixture(scope="session")
@@ -221,9 +221,9 @@ def test_credentials_of_an_address_are_nowhere(settings: dict[str, Any], online:
         main(["fit", "--config", write(Path("tiny.yaml"), settings), *options])
         files.shutdown()
     written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    for place, data in [*written.items(), *enumerate(online.received)]:
-        assert b"PASSWORD" not in data, place
-        assert b"TOKEN" not in data, place
+    for where, data in [*written.items(), *enumerate(online.received)]:
+        assert b"PASSWORD" not in data, where
+        assert b"TOKEN" not in data, where
     assert "http://***@127.0.0.1" in Path("runs/tiny/spatial/fit.yaml").read_text()
 
 
