@@ -469,6 +469,7 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     write_manifest(Path("empty"), {**manifest, "shards": [], "samples": 0})
     write_manifest(Path("lossy"), {**manifest, "settings": {**manifest["settings"], "image_format": "jpg"}})
     settings["data"]["init_args"] |= {"train": None, "test": {"clean": "lossy", "empty": "empty"}}
+    settings["data"]["init_args"]["neighbours"] = str(shards / "clean")
     invert = FeatureInversion.invert
 
     def failing(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
@@ -482,7 +483,8 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     printed = capsys.readouterr().out
     assert document["samples"] == {"clean": 56}  # the first of each batch of 16 is left out
     assert 0 < joined(document)["clean/cosine"] <= 1
-    missing = ("empty: left out", "clean: left out 4 samples, not finite", "no regression", "no neighbour")
+    assert joined(document)["clean/cosine.neighbour"] == pytest.approx(1)  # found without training shards: itself
+    missing = ("empty: left out", "clean: left out 4 samples, not finite", "no regression")
     for fragment in (*missing, "clean: the originals are stored as JPEGs"):
         assert any(fragment in note for note in document["notes"])
         assert fragment in printed

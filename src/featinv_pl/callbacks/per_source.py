@@ -16,7 +16,7 @@ from featinv_pl.callbacks.media import last_step, log_picture, log_table
 from featinv_pl.callbacks.neighbours import Neighbours
 from featinv_pl.callbacks.plots import cosine_histograms, severity_curves
 from featinv_pl.callbacks.provenance import evaluation
-from featinv_pl.callbacks.ranks import hands_back_little
+from featinv_pl.callbacks.ranks import agree, hands_back_little
 from featinv_pl.callbacks.references import Floor
 from featinv_pl.callbacks.regression import Regression
 from featinv_pl.callbacks.relative import Relative
@@ -190,12 +190,13 @@ class PerSource(EvaluationCallback):
         """What is reconstructed without the inverter, by arm."""
         data = cast(Any, trainer).datamodule
         found: dict[str, Callable[[Batch], Views]] = {}
+        shards = {REGRESSION: data.train, NEIGHBOUR: data.train if data.neighbours is None else data.neighbours}
         makers: dict[str, Callable[[], Callable[[Batch], Views]]] = {
-            REGRESSION: lambda: Regression(trainer, module, data.train, data.num_workers),
-            NEIGHBOUR: lambda: Neighbours(trainer, data.neighbours or data.train, data.num_workers, self.device),
+            REGRESSION: lambda: Regression(trainer, module, shards[REGRESSION], data.num_workers),
+            NEIGHBOUR: lambda: Neighbours(trainer, shards[NEIGHBOUR], data.num_workers, self.device),
         }
         for name in self.wanted:
-            if data.train is None:
+            if shards[name] is None:
                 self._note(f"no {name}: there are no training shards. Give --data.train")
                 continue
             try:
@@ -221,7 +222,7 @@ class PerSource(EvaluationCallback):
         samples, floor = self.samples[source], None
         if len(samples) > 1:
             try:
-                floor = Floor(samples)
+                floor = agree(lambda: Floor(samples))
             except UserError as error:
                 self._note(f"{source}: there is no floor: {error}")
         classes = self._classes(source, samples.manifest["settings"].get("classes", {}))
