@@ -196,8 +196,8 @@ class PerSource(EvaluationCallback):
             NEIGHBOUR: lambda: Neighbours(trainer, shards[NEIGHBOUR], data.num_workers, self.device),
         }
         for name in self.wanted:
-            if shards[name] is None:
-                self._note(f"no {name}: there are no training shards. Give --data.train")
+            if not shards[name]:  # none, or without samples
+                self._note(f"no {name}: there are no training samples. Give --data.train")
                 continue
             try:
                 found[name] = makers[name]()

@@ -47,7 +47,7 @@ class OwnPages:
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
-        self.app, self.names = app, {host, "localhost", gethostname()}
+        self.app, self.names = app, {host.lower(), "localhost", gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or refuse a request."""
