@@ -148,7 +148,7 @@ class FeatinvCLI(LightningCLI):
         cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, ModelCheckpoint) and saver.dirpath is None:
-                saver.dirpath = os.path.realpath(home(trainer))
+                saver.dirpath = os.path.abspath(home(trainer))
         self._enter(trainer)
         return trainer
 

@@ -118,7 +118,8 @@ class SavePretrained(Callback):
 
     def _places(self, trainer: Trainer) -> tuple[Path, Path]:
         """Where the model goes, and where the one that it replaces is meanwhile."""
-        folder = Path(os.path.relpath(os.path.realpath(self.folder or Path(trainer.default_root_dir) / MODEL)))
+        folder = self.folder or Path(os.path.relpath(trainer.default_root_dir)) / MODEL
+        folder = folder.resolve() if folder.is_symlink() else folder  # a link stays one
         return folder, folder.with_name(f".{folder.name}.replaced")
 
 

@@ -63,13 +63,13 @@ def refuse_used(trainer: Trainer, resumed: str | None) -> None:
         UserError: There is a checkpoint, and `resumed` is none of its folder.
     """
     savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    folders = {path.resolve() for path in (home(trainer), *(Path(one.dirpath) for one in savers if one.dirpath))}
+    folders = {path.absolute() for path in (home(trainer), *(Path(one.dirpath) for one in savers if one.dirpath))}
     found = [path for folder in sorted(folders) for path in sorted(folder.glob("*.ckpt"))]
     # Which Lightning resumes from by itself.
     requeued = SLURMEnvironment.detect() and any(path.name.startswith("hpc_ckpt_") for path in found)
     if not found or resumed == "hpc" or (resumed is None and requeued):
         return
-    if resumed is None or Path(resumed).resolve().parent not in folders:
+    if resumed is None or Path(resumed).resolve().parent not in {folder.resolve() for folder in folders}:
         raise UserError(
             f"'{os.path.relpath(found[0])}' is the checkpoint of an earlier training, which another one in this folder "
             "could replace. Continue that one with --ckpt_path last, or give another folder with "
