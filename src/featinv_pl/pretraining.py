@@ -24,6 +24,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
+from featinv_pl.nets.supported import check_unet
 from featinv_pl.optimisation import optimise, plain
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.noise import generator, keyed_noise
@@ -230,7 +231,9 @@ class NoisePredictor(Pretraining):
         super().__init__(("loss",), optimizer, lr_scheduler)
         self.autoencoder = LatentAutoencoder.load(autoencoder)
         channels = self.autoencoder.latent_channels
-        self.unet = UNet2DConditionModel(in_channels=channels, out_channels=channels, **config)
+        given = {"in_channels": channels, "out_channels": channels, **config}
+        check_unet(given, channels, "the configuration", "--model.config")
+        self.unet = UNet2DConditionModel(**given)
         width = self.unet.config.cross_attention_dim
         self.register_buffer("prompt", torch.randn(1, width, generator=generator("prompt", width)), persistent=False)
         # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.

@@ -20,6 +20,7 @@ from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import LENGTH, PROMPT
+from featinv_pl.nets.supported import SCHEDULE
 
 State = dict[str, Tensor]
 
@@ -152,7 +153,7 @@ def test_one_file_is_the_same_prior_as_a_folder(suffix: str, folder: Path, whole
         save_file(whole, file)
     one, other = Prior(str(file)), Prior(str(folder))
     assert digest(one) == digest(other)
-    for name, value in official.SCHEDULE.items():
+    for name, value in SCHEDULE.items():
         assert one.schedule.config[name] == value == other.schedule.config[name]
     assert digest(LatentAutoencoder.load(str(file))) == digest(LatentAutoencoder.load(str(folder)))
     assert not any("text" in name for name, _ in one.named_modules())
@@ -192,6 +193,15 @@ def test_refuses_a_file_without_a_part(prefix: str, message: str, whole: State, 
     save_file({name: value for name, value in whole.items() if not name.startswith(prefix)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=f"--model.prior:? .*{message}"):
         Prior(str(tmp_path / "x.safetensors"))
+
+
+def test_refuses_a_file_for_inpainting_also_where_the_autoencoder_is_read(whole: State, tmp_path: Path) -> None:
+    name = official.UNET + "input_blocks.0.0.weight"
+    wide = torch.cat([whole[name], whole[name], whole[name][:, :1]], dim=1)
+    save_file({**whole, name: wide}, tmp_path / "x.safetensors")
+    for load in (Prior, LatentAutoencoder.load):
+        with pytest.raises(UserError, match=r"wants 9 channels .* as for inpainting"):
+            load(str(tmp_path / "x.safetensors"))
 
 
 def test_refuses_another_family(whole: State, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from featinv_pl.nets import official
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import find_folder, load_part, read_weights
+from featinv_pl.nets.supported import check_autoencoder, check_prior
 
 DECODED_AT_ONCE = 4 * 256**2
 """Pixels. Enough to keep a GPU busy; larger batches would want half a gigabyte more for each image of 256 pixels."""
@@ -32,17 +33,25 @@ class LatentAutoencoder(Frozen):
 
     @classmethod
     def load(cls, source: str, option: str = "--model.autoencoder") -> Self:
-        """Load the autoencoder of a source.
+        """Load the autoencoder of a source, refusing one of a prior that is not supported.
 
         Args:
             source: Its own folder in diffusers' layout (`config.json` and weights), or anything that
-                `Prior` takes: only the autoencoder is fetched and read.
+                `Prior` takes: only the autoencoder, and the configurations of the rest, are fetched and read.
             option: The option that named the source, for errors.
         """
         if Path(source).is_file():
-            return cls(official.autoencoder(read_weights(Path(source), option), f"{option} '{source}'"))
-        folder = find_folder(source, ["vae/*"], option)
-        return cls(load_part(AutoencoderKL, folder / "vae" if (folder / "vae").is_dir() else folder, option))
+            state = read_weights(Path(source), option)
+            official.check_prior(state, f"{option} '{source}'")
+            return cls(official.autoencoder(state, f"{option} '{source}'"))
+        folder = find_folder(source, ["vae/*", "unet/config.json", "scheduler/*"], option)
+        if (folder / "vae").is_dir():
+            folder /= "vae"
+        if folder.name == "vae":
+            check_prior(folder.parent, option)
+        vae = load_part(AutoencoderKL, folder, option)
+        check_autoencoder(vae.config, f"'{folder}'", option)
+        return cls(vae)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from featinv_pl.errors import UserError
 from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.sources import fill, no_larger
+from featinv_pl.nets.supported import SCHEDULE, check_unet
 
 State = dict[str, Tensor]
 
@@ -27,18 +28,6 @@ HINT = "control_model.input_hint_block.block."
 NUM_HEADS: Final = 8  # of attention in Stable Diffusion 1; the one thing that shapes do not tell
 SCALING_FACTOR: Final = 0.18215
 GROUPS: Final = 32
-
-# What diffusers' scheduler takes for granted differs in three of these.
-SCHEDULE: Final = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
 
 
 def part(state: State, prefix: str) -> State:
@@ -51,6 +40,13 @@ def schedule() -> DDIMScheduler:
     return DDIMScheduler(**SCHEDULE)
 
 
+def check_prior(state: State, option: str) -> None:
+    """Refuse a file whose UNet is not supported, as far as its shapes tell; it may have none."""
+    if unet_state := part(state, UNET):
+        with _whole(state, "UNet", option):
+            _checked_unet(unet_state, state, option)
+
+
 def unet(state: State, option: str, num_heads: int = NUM_HEADS) -> UNet2DConditionModel:
     """Build the UNet of a state dict in LDM's layout.
 
@@ -60,7 +56,7 @@ def unet(state: State, option: str, num_heads: int = NUM_HEADS) -> UNet2DConditi
         num_heads: Heads of its attention.
     """
     with _whole(state, "UNet", option):
-        config = _unet_config(_needed(state, UNET, "UNet", option), option)
+        config = _checked_unet(_needed(state, UNET, "UNet", option), state, option)
         network = UNet2DConditionModel(**config, attention_head_dim=num_heads)
         fill(network, convert_ldm_unet_checkpoint(state, config), "UNet", option)
         return network
@@ -152,6 +148,13 @@ def _needed(state: State, prefix: str, what: str, option: str) -> State:
     return found
 
 
+def _checked_unet(unet_state: State, state: State, option: str) -> dict[str, Any]:
+    config = _unet_config(unet_state, option)
+    channels = _autoencoder_config(_needed(state, AUTOENCODER, "autoencoder", option))["latent_channels"]
+    check_unet(config, channels, "the file", option)
+    return config
+
+
 def _unet_config(state: State, option: str) -> dict[str, Any]:
     downsamplers = sorted(int(name.split(".")[1]) for name in state if name.endswith(".0.op.weight"))
     attention = {int(name.split(".")[1]) for name in state if name.endswith("1.norm.weight") and "input" in name}
@@ -172,6 +175,7 @@ def _unet_config(state: State, option: str) -> dict[str, Any]:
         "block_out_channels": [*widths, state["middle_block.0.out_layers.3.weight"].shape[0]],
         "layers_per_block": per_level - 1,
         "cross_attention_dim": keys[0].shape[1],
+        "class_embed_type": "projection" if any(name.startswith("label_emb.") for name in state) else None,
         "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attended],
         "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(attended)],
         "norm_num_groups": GROUPS,

@@ -1,9 +1,8 @@
 """The latent diffusion prior: what natural images look like. Frozen."""
 
 from pathlib import Path
-from typing import Any
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from featinv_pl.errors import UserError
@@ -15,11 +14,11 @@ from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import encode_prompts, read_prompts, write_prompts
 from featinv_pl.nets.sources import find_folder, load_part, read_weights
+from featinv_pl.nets.supported import check_prior, read_schedule
 from featinv_pl.reading import read_json
 
 OPTION = "--model.prior"
 FILES = ["unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*", PROMPTS]
-MOST_TIMESTEPS = 100_000  # of a schedule, whose tables have as many entries; usual are 1,000
 TOKENIZER = "openai/clip-vit-large-patch14"  # that of Stable Diffusion 1, which its original files do not hold
 
 
@@ -61,9 +60,10 @@ class Prior(Frozen):
         self.freeze()
 
     def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:
+        check_prior(folder, OPTION)
         self.autoencoder = LatentAutoencoder(load_part(AutoencoderKL, folder / "vae", OPTION))
         self.unet = load_part(UNet2DConditionModel, folder / "unet", OPTION)
-        self.schedule = _schedule(folder / "scheduler" / "scheduler_config.json")
+        self.schedule = read_schedule(_present(folder / "scheduler" / "scheduler_config.json"), OPTION)
         if (folder / PROMPTS).is_file():
             return read_prompts(folder / PROMPTS, OPTION)
         weights = sorted((folder / "text_encoder").glob("*.safetensors")) or sorted(
@@ -74,7 +74,7 @@ class Prior(Frozen):
                 f"{OPTION}: '{folder}' has neither {PROMPTS} nor both text_encoder/ and tokenizer/. "
                 "Give a prior that is whole; fitting a NoisePredictor writes one without text."
             )
-        config = _read_json(folder / "text_encoder" / "config.json")
+        config = read_json(_present(folder / "text_encoder" / "config.json"), OPTION, "Make the prior anew.")
         return encode_prompts(read_weights(weights[0], OPTION), config, str(folder / "tokenizer"), OPTION)
 
     def _load_file(self, path: Path) -> tuple[Tensor, Tensor]:
@@ -141,32 +141,10 @@ class Prior(Frozen):
         return int(self.schedule.config.num_train_timesteps)
 
 
-def _schedule(path: Path) -> DDIMScheduler:
-    """The noise schedule of a prior, whichever scheduler its configuration is of.
-
-    What a configuration leaves out is Stable Diffusion's: older ones do, and DDIM's own defaults differ.
-    """
-    config = _read_json(path)
-    try:
-        if not 3 <= config.get("num_train_timesteps", 3) <= MOST_TIMESTEPS:
-            raise ValueError(f"num_train_timesteps is {config['num_train_timesteps']:g}")
-        schedule = DDIMScheduler.from_config({**official.SCHEDULE, **config, "clip_sample": False})
-        if not schedule.alphas_cumprod.isfinite().all():
-            raise ValueError("its noise is not finite")
-        return schedule
-    except (
-        ValueError,
-        TypeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:  # the last are torch's and NotImplementedError
-        raise UserError(f"{OPTION}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _present(path: Path) -> Path:
     if not path.is_file():
         raise UserError(
             f"{OPTION}: '{path.parents[1]}' has no {path.parent.name}/{path.name}. "
             "Give a whole prior in diffusers' layout."
         )
-    return read_json(path, OPTION, "Make the prior anew.")
+    return path

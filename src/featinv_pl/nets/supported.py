@@ -1,0 +1,158 @@
+"""Which priors there is support for, told by their configurations, before hours are spent on them.
+
+Supported are latent diffusion models of Stable Diffusion's kind: a UNet whose input is the noisy latents alone and
+whose only condition is a prompt, trained to predict the noise or the velocity on a variance-preserving schedule.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from diffusers import DDIMScheduler
+
+from featinv_pl.errors import UserError
+from featinv_pl.reading import read_json
+
+MOST_TIMESTEPS = 100_000  # of a schedule, whose tables have as many entries; usual are 1,000
+PREDICTIONS = ("epsilon", "v_prediction")
+ZERO_SIGNAL = 1e-12  # of the last timestep's share of signal: with less, noise says nothing of the image
+
+# Stable Diffusion 1's. What diffusers' scheduler takes for granted differs in three of these.
+SCHEDULE: Final = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+# What a configuration may say of training and of the ends of sampling. The rest is how others sample.
+TRAINED: Final = (SCHEDULE.keys() | {"trained_betas", "rescale_betas_zero_snr"}) - {"clip_sample"}
+
+# Solvers whose priors were trained on such a schedule; others are of flow matching, of EDM, or of one-step models.
+SCHEDULERS: Final = {
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete"),
+        *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep"),
+        *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "SASolver", "UniPCMultistep"),
+    )
+}
+
+# Of a UNet: what else it wants to be given.
+CONDITIONS: Final = {
+    "class_embed_type": "classes",
+    "num_class_embeds": "classes",
+    "addition_embed_type": "added embeddings, as Stable Diffusion XL",
+    "encoder_hid_dim_type": "other embeddings than a text encoder's",
+    "time_cond_proj_dim": "the guidance scale, as distilled models",
+}
+
+
+def check_prior(folder: Path, option: str) -> None:
+    """Refuse a prior that is not supported, as far as the configurations in its folder tell.
+
+    Args:
+        folder: In diffusers' layout; parts may be missing.
+        option: The option that named it, for errors.
+    """
+    vae, unet, scheduler = (
+        folder / name for name in ("vae/config.json", "unet/config.json", "scheduler/scheduler_config.json")
+    )
+    if vae.is_file():
+        channels = check_autoencoder(_read(vae, option), f"'{vae.parent}'", option)
+        if unet.is_file():
+            check_unet(_read(unet, option), channels, f"'{unet.parent}'", option)
+    if scheduler.is_file():
+        read_schedule(scheduler, option)
+
+
+def check_autoencoder(config: Mapping[str, Any], what: str, option: str) -> int:
+    """Refuse an autoencoder whose latents are shifted or normalised by channel.
+
+    Args:
+        config: Of an AutoencoderKL.
+        what: Where it is, in the error's words.
+        option: The option that named it, for errors.
+
+    Returns:
+        The channels of its latents.
+    """
+    for name in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(name):
+            raise UserError(
+                f"{option}: the latents of {what} are not only scaled ({name} is {config[name]}), which is not "
+                "supported. Give a prior of Stable Diffusion's kind, such as lambdalabs/miniSD-diffusers."
+            )
+    return int(config.get("latent_channels", 4))
+
+
+def check_unet(config: Mapping[str, Any], channels: int, what: str, option: str) -> None:
+    """Refuse a UNet that wants more than noisy latents and a prompt.
+
+    Args:
+        config: Of a UNet2DConditionModel.
+        channels: Of the autoencoder's latents.
+        what: Where it is, in the error's words.
+        option: The option that named it, for errors.
+    """
+    given, returned = (config.get(name, 4) for name in ("in_channels", "out_channels"))
+    reason = next((wanted for name, wanted in CONDITIONS.items() if config.get(name) is not None), None)
+    if (given, returned) != (channels, channels):
+        reason = f"{given} channels and returns {returned}, but latents of its autoencoder have {channels}"
+        reason += ", as for inpainting" if given == 2 * channels + 1 else ""
+    elif not isinstance(config.get("cross_attention_dim", 1280), int):
+        reason = "prompts of several widths"
+    if reason:
+        raise UserError(
+            f"{option}: the UNet of {what} wants {reason}. Supported are UNets whose input is latents alone and whose "
+            "only condition is a prompt, such as those of Stable Diffusion 1 and 2."
+        )
+
+
+def read_schedule(path: Path, option: str) -> DDIMScheduler:
+    """The noise schedule of a prior, whichever supported scheduler its configuration is of.
+
+    What a configuration leaves out is Stable Diffusion's: older ones do, and DDIM's own defaults differ. How it would
+    have latents sampled is left out: the sampler says so.
+
+    Args:
+        path: A `scheduler_config.json`.
+        option: The option that named the prior, for errors.
+    """
+    config = _read(path, option)
+    prediction = config.get("prediction_type", "epsilon")
+    for name, value, valid in (
+        ("prediction_type", prediction, prediction in PREDICTIONS),
+        ("_class_name", config.get("_class_name"), config.get("_class_name", "DDIMScheduler") in SCHEDULERS),
+        ("use_flow_sigmas", config.get("use_flow_sigmas"), not config.get("use_flow_sigmas")),
+        ("timestep_type", config.get("timestep_type"), config.get("timestep_type") != "continuous"),
+    ):
+        if not valid:
+            raise UserError(
+                f"{option}: '{path}' is of a prior that is not supported ({name} is {value}). Supported are the "
+                f"prediction types {' and '.join(PREDICTIONS)} on the schedules of DDIM, DDPM, PNDM, Euler, DPM-Solver "
+                "and UniPC; not flow matching, EDM, distilled models, or priors that predict the sample."
+            )
+    try:
+        if not 3 <= config.get("num_train_timesteps", 3) <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is {config['num_train_timesteps']:g}")
+        if config.get("steps_offset", 0) not in (0, 1):
+            raise ValueError(f"steps_offset is {config['steps_offset']}, and can be 0 or 1")
+        schedule = DDIMScheduler.from_config(SCHEDULE | {name: config[name] for name in TRAINED & config.keys()})
+        if not schedule.alphas_cumprod.isfinite().all():
+            raise ValueError("its noise is not finite")
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the last: torch's, and NotImplementedError
+        raise UserError(f"{option}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
+    if prediction == "epsilon" and schedule.alphas_cumprod[-1] < ZERO_SIGNAL:
+        raise UserError(
+            f"{option}: '{path}' ends in pure noise (zero terminal SNR), of which a predicted noise says nothing. "
+            "Supported is v_prediction there; or set rescale_betas_zero_snr to false if the prior was trained so."
+        )
+    return schedule
+
+
+def _read(path: Path, option: str) -> dict[str, Any]:
+    return read_json(path, option, "Make the prior anew.")
