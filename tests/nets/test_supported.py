@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
@@ -37,6 +38,8 @@ def edit(file: Path, changes: dict[str, Any]) -> None:
         (SCHEDULER, {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
         (SCHEDULER, {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "timestep_type is cont"),
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "zero terminal SNR.*v_prediction"),
+        (SCHEDULER, {"_class_name": ["DDIMScheduler"]}, "_class_name is "),
+        ("vae/config.json", {"latent_channels": "4"}, "latent_channels is 4"),
         (SCHEDULER, {"steps_offset": 7}, "describes no schedule .steps_offset is 7"),
         ("vae/config.json", {"shift_factor": 0.1159}, "shift_factor is 0.1159"),
         ("vae/config.json", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean is"),
@@ -96,11 +99,12 @@ def test_a_perfect_denoiser_is_sampled_back_by_every_accepted_schedule(
     goal, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     alphas = schedule.alphas_cumprod.double()
 
-    def perfect(latents: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+    def perfect(latents: Tensor, timestep: Tensor) -> Tensor:
         signal = alphas[timestep]
         hidden = (latents.double() - signal.sqrt() * goal) / (1 - signal).sqrt()
         velocity = signal.sqrt() * hidden - (1 - signal).sqrt() * goal
-        return (velocity if "prediction_type" in described else hidden).to(latents)
+        prediction: Tensor = velocity if "prediction_type" in described else hidden
+        return prediction.to(latents)
 
     for spacing in (None, "leading", "trailing"):
         for steps in (1, 7, 30):

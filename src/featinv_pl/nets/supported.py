@@ -32,14 +32,14 @@ SCHEDULE: Final = {
 TRAINED: Final = (SCHEDULE.keys() | {"trained_betas", "rescale_betas_zero_snr"}) - {"clip_sample"}
 
 # Solvers whose priors were trained on such a schedule; others are of flow matching, of EDM, or of one-step models.
-SCHEDULERS: Final = {
+SCHEDULERS: Final = tuple(
     f"{name}Scheduler"
     for name in (
         *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete"),
         *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep"),
         *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "SASolver", "UniPCMultistep"),
     )
-}
+)
 
 # Of a UNet: what else it wants to be given.
 CONDITIONS: Final = {
@@ -86,7 +86,10 @@ def check_autoencoder(config: Mapping[str, Any], what: str, option: str) -> int:
                 f"{option}: the latents of {what} are not only scaled ({name} is {config[name]}), which is not "
                 "supported. Give a prior of Stable Diffusion's kind, such as lambdalabs/miniSD-diffusers."
             )
-    return int(config.get("latent_channels", 4))
+    channels = config.get("latent_channels", 4)
+    if not isinstance(channels, int):
+        raise UserError(f"{option}: the configuration of {what} is damaged (latent_channels is {channels}).")
+    return channels
 
 
 def check_unet(config: Mapping[str, Any], channels: int, what: str, option: str) -> None:
