@@ -147,7 +147,8 @@ def read_schedule(path: Path, option: str) -> DDIMScheduler:
         schedule = DDIMScheduler.from_config(SCHEDULE | {name: config[name] for name in TRAINED & config.keys()})
         if not schedule.alphas_cumprod.isfinite().all():
             raise ValueError("its noise is not finite")
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the last: torch's, and NotImplementedError
+    # Of a hostile configuration diffusers and torch raise any of these; an unknown schedule is a RuntimeError, too.
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"{option}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
     if prediction == "epsilon" and schedule.alphas_cumprod[-1] < ZERO_SIGNAL:
         raise UserError(
