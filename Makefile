@@ -1,13 +1,17 @@
 # Each target sets up what it needs. PYTHON chooses the interpreter; PIP_FLAGS is handed to pip; JOBS is how many runs
-# of a study share the machine.
+# of a study share the machine. SHORT=1 does what a target does on tiny parts: `make smoke` runs all of them so, in a
+# folder of its own.
 PYTHON ?= python3
 PIP_FLAGS ?=
 JOBS ?= 2
+STUDY ?= experiments/study/digits.yaml
+DEBUG := $(if $(SHORT),--config experiments/debug.yaml)
+BRIEF := $(if $(SHORT),--short)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint types format check study study-cifar10 bench bench-data torture \
+.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 bench bench-data torture \
 	parity full-size wandb-picture viz-digits clean
 
 help:  ## list the targets
@@ -23,7 +27,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: install  ## the whole job on handwritten digits; FLAGS=--fresh starts over
-	$(BIN)/featinv-pl demo $(FLAGS)
+	$(BIN)/featinv-pl demo $(DEBUG) $(FLAGS)
+
+demo-once: install # what other targets read; FLAGS are theirs
+	$(BIN)/featinv-pl demo $(DEBUG)
+
+smoke: install  ## every YAML and every target in its short form, as one table
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m smoke $(FLAGS)
 
 test: install  ## the tests, with coverage of src; those of pages want a Chromium (Debian: apt-get install chromium)
 	$(BIN)/pytest --numprocesses 2 --cov --cov-report term:skip-covered --cov-fail-under 90
@@ -41,32 +51,33 @@ format: install  ## rewrite the code in the project's style
 
 check: lint types test  ## all that CI runs
 
-study: demo  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
-	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/digits.yaml --jobs $(JOBS)
+study: demo-once  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
+	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study $(STUDY) $(DEBUG) --jobs $(JOBS)
 
+study-cifar10: STUDY = experiments/study/cifar10.yaml
 study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about an hour
-	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study experiments/study/cifar10.yaml --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study $(STUDY) $(DEBUG) --jobs $(JOBS)
 
-bench: demo  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(FLAGS)
+bench: demo-once  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BRIEF) $(FLAGS)
 
 bench-data: install  ## how fast shards are written and read on this machine, as ratios
-	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/bench_data.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/bench_data.py $(BRIEF) $(FLAGS)
 
 torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: 17 minutes
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(FLAGS)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(BRIEF) $(FLAGS)
 
 parity: install  ## differences from the authors' code, on a small model of theirs
-	cd tests && ../$(BIN)/python -m parity
+	PYTHONPATH=tests $(BIN)/python -m parity
 
 full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
-	cd tests && ../$(BIN)/python -m full_size
+	PYTHONPATH=tests $(BIN)/python -m full_size $(BRIEF)
 
-wandb-picture: demo  ## what Weights & Biases is sent by runs on digits, drawn as docs/wandb.png
-	PYTHONPATH=tests $(BIN)/python -m wandb_picture docs/wandb.png
+wandb-picture: demo-once  ## what Weights & Biases is sent by runs on digits, drawn as docs/wandb.png
+	PYTHONPATH=tests $(BIN)/python -m wandb_picture docs/wandb.png $(BRIEF)
 
-viz-digits: demo  ## whether steering and interpolation do what they claim, on digits
-	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/viz_digits.py
+viz-digits: demo-once  ## whether steering and interpolation do what they claim, on digits
+	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/viz_digits.py $(BRIEF)
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache

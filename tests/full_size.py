@@ -1,8 +1,9 @@
 """The full-size model with random weights: what it costs on this machine, and that all of it works.
 
-`python -m full_size`, from `tests/`, writes a prior of Stable Diffusion's size in diffusers' layout to a
+`make full-size` writes a prior of Stable Diffusion's size in diffusers' layout to a
 temporary folder. For each backbone of the paper, in a process of its own, it then trains one step, saves
 a checkpoint, reloads it into a new model, and draws an image in two steps. On a GPU it does so in bf16.
+`--short` does the same with a tiny prior.
 """
 
 import json
@@ -29,6 +30,7 @@ from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import LENGTH, write_prompts
 from featinv_pl.sampling.sampler import Sampler
+from tiny import make_prior
 
 BACKBONES = Path(__file__).parents[1] / "experiments" / "imagenet" / "backbones"
 GIB = 2**30
@@ -76,7 +78,7 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
     )
     features = torch.randn(model.backbone.feature_shape)
     latents = torch.randn(8, 32, 32)
-    sample = {"features": features, "latents": latents}
+    sample = {"features": features, "latents": latents, "key": "random"}
     with timed(seconds, "fit of one step"):
         trainer.fit(model, DataLoader([sample], batch_size=1))  # type: ignore[arg-type]
     with timed(seconds, "checkpoint"):
@@ -136,6 +138,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def main() -> None:
     """Print the table; `main` starts itself again for each backbone, so that peaks are each one's own."""
+    short = sys.argv[1:] == ["--short"]
     if len(sys.argv) == 3:
         print(json.dumps(run(sys.argv[1], Path(sys.argv[2]))))
         return
@@ -143,9 +146,9 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}, batch size 1")
     with TemporaryDirectory() as folder:
         print(f"writing a prior with random weights to {folder} ...", flush=True)
-        write_prior(Path(folder))
+        make_prior(Path(folder)) if short else write_prior(Path(folder) / "prior")
         for backbone in ("resnet50", "convnext", "swinv2"):
-            command = [sys.executable, "-m", "full_size", backbone, folder]
+            command = [sys.executable, "-m", "full_size", backbone, f"{folder}/prior"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)

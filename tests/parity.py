@@ -3,7 +3,7 @@
 `golden.json`, `golden_inputs` and `golden_compact` were recorded from the authors' code (CPU, fp32). Their
 weights need not be stored, because they are a function of each tensor's name and shape.
 
-`python -m parity`, from `tests/`, prints the table.
+`make parity` prints the table.
 """
 
 import json

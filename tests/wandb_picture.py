@@ -1,6 +1,7 @@
 """Draws what W&B is sent by a run on digits that is interrupted and goes on, and by a small sweep.
 
-The server is that of the tests, so that no account is needed: what is drawn is what arrived there.
+The server is that of the tests, so that no account is needed: what is drawn is what arrived there. `--short` is for
+runs of a few steps.
 """
 
 import io
@@ -20,6 +21,9 @@ from wandb_server import Run, WandbServer, serve
 
 FOLDER = Path("runs/wandb-picture")
 DIGITS = ["--config", "experiments/digits/spatial.yaml", "--config", "experiments/sweeps/digits.yaml"]
+SHORT = "--short" in sys.argv
+STEPS = 2 if SHORT else 300  # of each part
+DIGITS += ["--config", "experiments/debug.yaml"] * SHORT
 CURVES = ("train/loss", "val/cosine", "train/samples_per_second")
 SCALES, SCHEDULERS = (1.0, 2.0, 4.0), ("ddim", "dpm")
 
@@ -27,8 +31,8 @@ SCALES, SCHEDULERS = (1.0, 2.0, 4.0), ("ddim", "dpm")
 def train() -> None:
     """A run in two parts."""
     options = [f"--trainer.default_root_dir={FOLDER}"]
-    main(["fit", *DIGITS, *options, "--trainer.max_steps=300"])
-    main(["fit", *DIGITS, *options, "--trainer.max_steps=600", "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
+    main(["fit", *DIGITS, *options, f"--trainer.max_steps={STEPS}"])
+    main(["fit", *DIGITS, *options, f"--trainer.max_steps={2 * STEPS}", "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
 
 
 def sweep(server: WandbServer) -> dict[tuple[str, float], Run]:
@@ -51,7 +55,7 @@ def draw(run: Run, tried: dict[tuple[str, float], Run]) -> Figure:
     for axes, metric in zip(top.subplots(1, 3), CURVES, strict=True):
         rows = [row for row in run.history if metric in row]
         axes.plot([row["trainer/global_step"] for row in rows], [row[metric] for row in rows], marker=".")
-        axes.axvline(300, color="grey", linestyle=":")
+        axes.axvline(STEPS, color="grey", linestyle=":")
         axes.set(title=metric, xlabel="trainer/global_step")
     left, right = bottom.subplots(1, 2, width_ratios=[2, 1])
     picture = run.values("reconstructions/val/first")[-1]

@@ -168,10 +168,11 @@ def _study(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl study", description="Compare ways of training and sampling.")
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a YAML file, such as experiments/study/digits.yaml")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
+    parser.add_argument("--config", type=Path, help="an overlay for every run, such as experiments/debug.yaml")
     options = parser.parse_args(args)
     from featinv_pl.study import study
 
-    if not study(options.plan, options.jobs):
+    if not study(options.plan, options.jobs, options.config):
         sys.exit(1)
 
 

@@ -86,7 +86,7 @@ class Job:
     exports: bool
 
 
-def study(path: Path, jobs: int) -> bool:
+def study(path: Path, jobs: int, config: Path | None = None) -> bool:
     """Run a study, or what is missing of it.
 
     Its folder gets the table as `study.md` and `study.json`, all scores as `study.png`, and the first images of each
@@ -95,15 +95,17 @@ def study(path: Path, jobs: int) -> bool:
     Args:
         path: Its YAML file; see `Plan`.
         jobs: Processes that work on runs at the same time.
+        config: An overlay for every command, such as experiments/debug.yaml.
 
     Returns:
         Whether all runs have succeeded; the table shows those that have.
     """
     plan = read_plan(path)
+    overlay = () if config is None else ("--config", str(config))
     made = [_stamp(plan.needs, path)]
     for number, preparation in enumerate(plan.prepare, 1):
         print(f"[{number}/{len(plan.prepare)}] featinv-pl {preparation.command}", flush=True)
-        command = _command(preparation.command, path)
+        command = (*_command(preparation.command, path), *overlay)
         stage = Stage(f"prepare {number}", command, (preparation.makes,), fingerprint(command, *made))
         reused, seconds = run_once(stage, plan.folder)
         print(f"      {'reused, done before' if reused else 'done'} in {minutes(seconds)}", flush=True)
@@ -111,7 +113,7 @@ def study(path: Path, jobs: int) -> bool:
     failures: list[str] = []
     for adapting in (False, True):  # those that start from others come after them
         names = [name for name, run in plan.runs.items() if (run.adapts is not None) == adapting]
-        failures += _work([job(plan, name, seed, made) for seed in plan.seeds for name in names], jobs)
+        failures += _work([job(plan, name, seed, made, overlay) for seed in plan.seeds for name in names], jobs)
     rows = _rows(plan)
     write_bytes(plan.folder / "study.json", (json.dumps([asdict(row) for row in rows], indent=2) + "\n").encode())
     write_bytes(plan.folder / "study.md", markdown(rows).encode())
@@ -151,7 +153,7 @@ def _command(line: str, path: Path) -> tuple[str, ...]:
         raise UserError(f"PLAN: in '{path}' the command \"{line[:200]}\" cannot be read ({error}).") from error
 
 
-def job(plan: Plan, name: str, seed: int, made: Sequence[str]) -> Job:
+def job(plan: Plan, name: str, seed: int, made: Sequence[str], overlay: tuple[str, ...] = ()) -> Job:
     """One run with one seed, as public commands; its settings are written to its folder.
 
     Args:
@@ -159,17 +161,18 @@ def job(plan: Plan, name: str, seed: int, made: Sequence[str]) -> Job:
         name: Of the run.
         seed: Of its training and its samples.
         made: Fingerprints of what it reads.
+        overlay: Options that come after its own configuration.
     """
     run, folder = plan.runs[name], plan.folder / name / str(seed)
     settings: dict[str, Any] = {"seed_everything": seed, "trainer": {"default_root_dir": str(folder)}}
     needed = list(made)
     if run.adapts is not None:
-        origin = job(plan, run.adapts, seed, made)
+        origin = job(plan, run.adapts, seed, made, overlay)
         settings["model"] = {"init_args": {"control": str(origin.folder / MODEL)}}
         needed.append(origin.stages[0].fingerprint)
-    overlay = folder / "run.yaml"
-    write_bytes(overlay, yaml.safe_dump(merge(run.set, settings), sort_keys=False).encode())
-    config = ("--config", str(run.config or plan.config), "--config", str(overlay))
+    own = folder / "run.yaml"
+    write_bytes(own, yaml.safe_dump(merge(run.set, settings), sort_keys=False).encode())
+    config = ("--config", str(run.config or plan.config), "--config", str(own), *overlay)
     fit, test = ("fit", *config), ("test", *config, "--ckpt_path", str(folder / CHECKPOINT))
     fitted = Stage("fit", fit, (folder / CHECKPOINT,), fingerprint(fit, *needed))
     tested = Stage("test", test, (folder / METRICS,), fingerprint(test, fitted.fingerprint))

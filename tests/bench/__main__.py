@@ -21,6 +21,7 @@ from bench import digits, machine, sampling, startup, training
 from featinv_pl.cli import effective_config
 from featinv_pl.trust import allow_imports
 from full_size import write_prior
+from tiny import make_classifier, make_prior
 
 PARTS = ("startup", "digits", "training", "sampling")
 NEEDED = 19.0  # GiB
@@ -36,11 +37,15 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--long", type=int, nargs=2, default=(50, 15), help="steps of theirs and of ours, once")
     parser.add_argument("--digits_steps", type=int, default=300, help="of each curve (%(default)s)")
     parser.add_argument("--digits_config", type=Path, default=digits.CONFIG)
+    parser.add_argument("--short", action="store_true", help="of tiny networks, once each")
     parser.add_argument("--option", action="append", default=[], help="of the model at full size, to make it smaller")
     options = parser.parse_args(args)
     os.environ["FEATINV_IMPORTS"] = "bench"
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     OUT.mkdir(parents=True, exist_ok=True)
+    if options.short:
+        options.rounds, options.steps, options.long, options.digits_steps = 1, 2, (3, 2), 2
+        options.option += tiny_options(make_classifier(OUT), make_prior(OUT))
     heavy = {"training", "sampling"} & set(options.parts)
     if heavy and not options.option and machine.total_memory() < NEEDED:
         sys.exit(
@@ -61,6 +66,14 @@ def main(args: Sequence[str] | None = None) -> None:
     print(f"\nAll figures: {found}")
 
 
+def tiny_options(classifier: Path, prior: Path) -> list[str]:
+    """What makes the model at full size as small as these parts."""
+    model = {"backbone": classifier, "prior": prior, "input_size": 32, "image_size": 32}
+    model |= {"weights": "pretrained", "hidden_channels": 8}
+    options = [f"--model.{name}={value}" for name, value in model.items()]
+    return [*options, "--data.feature_shape=[8,4,4]", "--data.image_size=32"]
+
+
 def _startup(options: Any) -> dict[str, float]:
     seconds = startup.measure(options.rounds, OUT)
     base = next(iter(seconds.values()))
@@ -72,8 +85,9 @@ def _startup(options: Any) -> dict[str, float]:
 
 def _digits(options: Any) -> dict[str, Any]:
     threads = torch.get_num_threads()
-    share = digits.share(options.digits_config, [])
-    losses = digits.curves(options.digits_config, options.digits_steps, list(range(options.rounds)), [])
+    more = ["--config", "experiments/debug.yaml"] if options.short else []
+    share = digits.share(options.digits_config, more)
+    losses = digits.curves(options.digits_config, options.digits_steps, list(range(options.rounds)), more)
     torch.set_num_threads(threads)
     compared = digits.compared(losses)
     digits.plot(losses, OUT / "losses.png")
@@ -97,8 +111,12 @@ def _training(options: Any) -> dict[str, Any]:
     _print(f"training at full size, batches of {first.batch_size}", heads, rows)
     print(f"a plain product: {rates['float32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bfloat16'] / 1e9:.0f} in bf16")
     memory = training.recipe_memory(found)
-    recipes = [(name, f"{gib:.1f}") for name, gib in memory.items()]
-    _print("memory of a GPU, computed", ("experiments/imagenet/memory", "weights, moments, activations: GiB"), recipes)
+    recipes = [(name, f"{gib:.3f}") for name, gib in memory.items()]
+    _print(
+        "memory of a GPU, computed",
+        ("activations, and recipes of ImageNet", "GiB"),
+        recipes,
+    )
     return {"product": rates, "configurations": figures, "memory": memory}
 
 

@@ -1,19 +1,18 @@
 """Steps of training: from the authors' configuration to ours, one saving after the other."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import machine
+from bench.memory import Shapes, activations
 from featinv_pl.__main__ import run
+from featinv_pl.inversion import FeatureInversion
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "bench"
 SAVINGS = {
@@ -28,43 +27,18 @@ ON_GPU = {"channels-last": "channels last", "batch": "batches of 64", "compiled"
 AGAIN = {"again": "the line of bf16, activations computed again"}
 NAMES = {**SAVINGS, **(ON_GPU if machine.GPU else {}), **AGAIN}
 SMALL, LARGE = 1 << 18, 1 << 25  # blocks that glibc gives back where memory is measured, and time
-RECIPES = {"12gb": ("again", 8), "24gb": ("bf16", 16), "80gb": ("bf16", 128)}
-"""Of experiments/imagenet/memory: the configuration whose activations they keep, and samples at a time."""
-
-
-class Kept:
-    """What autograd keeps for the backward pass: bytes of activations, without the weights that it refers to.
-
-    Args:
-        model: Whose weights, or copies of them in another precision, do not count.
-    """
-
-    def __init__(self, model: LightningModule) -> None:
-        self.weights = {tuple(weight.shape) for weight in model.parameters()}
-        self.storages: dict[int, int] = {}
-        self.hooks = saved_tensors_hooks(self._note, lambda tensor: tensor)
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        shapes = {tuple(tensor.shape), tuple(tensor.t().shape) if tensor.ndim == 2 else ()}
-        if not shapes & self.weights:
-            storage = tensor.untyped_storage()
-            self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # itself would be a circle, and never be freed
-
-    @property
-    def bytes(self) -> int:
-        """Each storage once."""
-        return sum(self.storages.values())
+RECIPES = {"12gb": ("again", 8), "24gb": ("bf16", 16), "80gb": ("bf16", 128), "the authors'": ("fused", 8)}
+"""Of experiments/imagenet/memory and train: a configuration that holds as much, and samples at a time."""
 
 
 class Stopwatch(Callback):
-    """Times steps, and counts operations and activations of the first, which is not timed."""
+    """Times steps, and counts operations of the first, which is not timed."""
 
     seconds: ClassVar[list[float]] = []
     peak: ClassVar[float] = 0.0
     flops: ClassVar[int] = 0
-    activations: ClassVar[int] = 0
     state: ClassVar[int] = 0
+    shapes: ClassVar[Shapes]
     graphs: ClassVar[int] = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,10 +51,7 @@ class Stopwatch(Callback):
         """Begin."""
         self.count = batch_idx == 0 and pl_module.prior.unet._compiled_call_impl is None  # type: ignore[union-attr]
         if self.count:
-            self.counter, self.kept = FlopCounterMode(display=False), Kept(pl_module)
-            self.counting = ExitStack()
-            self.counting.enter_context(self.kept.hooks)
-            self.counting.enter_context(self.counter)
+            self.counter = FlopCounterMode(display=False).__enter__()
         self.start = machine.now()
 
     def on_train_batch_end(
@@ -89,26 +60,27 @@ class Stopwatch(Callback):
         """End."""
         taken = machine.now() - self.start
         if self.count:
-            self.counting.close()
-            Stopwatch.flops, Stopwatch.activations = self.counter.get_total_flops(), self.kept.bytes
+            self.counter.__exit__(None, None, None)
+            Stopwatch.flops = self.counter.get_total_flops()
         if batch_idx > 0:
             Stopwatch.seconds.append(taken)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the memory, and how often something was compiled."""
-        Stopwatch.peak, Stopwatch.state = machine.peak(), state(pl_module)
+        Stopwatch.peak, Stopwatch.state = machine.peak(), state(pl_module, trainer.precision != "32-true")
+        Stopwatch.shapes = Shapes.of(cast(FeatureInversion, pl_module))
         Stopwatch.graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def state(model: LightningModule) -> int:
+def state(model: LightningModule, mixed: bool) -> int:
     """Bytes that training holds besides activations.
 
-    Weights, gradients and AdamW's two moments of what trains, and for products a copy of these weights in bf16, which
-    autocast keeps for the step.
+    Weights, gradients and AdamW's two moments of what trains, and in mixed precision a copy of these weights in bf16,
+    which the graph keeps.
     """
     weights = sum(weight.nbytes for weight in model.parameters())
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    return weights + 3 * trained + trained // 2
+    return weights + 3 * trained + (trained // 2 if mixed else 0)
 
 
 @dataclass
@@ -121,7 +93,6 @@ class Configuration:
         seconds: Of steps.
         peak: GiB.
         flops: Of one sample.
-        activations: Bytes kept for the backward pass of one sample.
         state: Bytes held besides.
         graphs: Compiled ones.
     """
@@ -131,7 +102,6 @@ class Configuration:
     seconds: list[float] = field(default_factory=list)
     peak: float = 0.0
     flops: float = 0.0
-    activations: float = 0.0
     state: int = 0
     graphs: int = 0
 
@@ -170,7 +140,7 @@ def measure(model: list[str], rounds: int, steps: int) -> tuple[list[Configurati
                 one.peak = Stopwatch.peak
             one.state, one.graphs = Stopwatch.state, Stopwatch.graphs
             if one.name != "compiled":  # the counters would be compiled, too
-                one.flops, one.activations = Stopwatch.flops / one.batch_size, Stopwatch.activations / one.batch_size
+                one.flops = Stopwatch.flops / one.batch_size
             else:
                 one.flops = configurations[-3].flops
     return configurations, machine.medians(rates)
@@ -190,8 +160,15 @@ def _files(name: str) -> list[str]:
 
 def recipe_memory(configurations: list[Configuration]) -> dict[str, float]:
     """GiB that the recipes for GPUs of several sizes hold: computed, without what kernels use in between."""
-    of = {one.name: one for one in configurations}
-    return {
-        f"{recipe}: batches of {batch_size}": (of[name].state + batch_size * of[name].activations) / machine.GIB
+    state = {one.name: one.state for one in configurations}
+    of_sample = {
+        name: activations(Stopwatch.shapes, mixed=name != "fused", again=name in AGAIN) for name, _ in RECIPES.values()
+    }
+    sums = {
+        f"{recipe}: batches of {batch_size}": state[name] + batch_size * of_sample[name]
         for recipe, (name, batch_size) in RECIPES.items()
+    }
+    return {
+        **{f"a sample, as in {name}.yaml": size / machine.GIB for name, size in of_sample.items()},
+        **{recipe: size / machine.GIB for recipe, size in sums.items()},
     }

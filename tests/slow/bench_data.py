@@ -259,7 +259,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=192, help="to extract features of")
     parser.add_argument("--samples", type=int, default=2000, help="to read")
+    parser.add_argument("--short", action="store_true", help="of few images and samples")
     options = parser.parse_args()
+    if options.short:
+        options.images, options.samples = BATCH_SIZE * STORED, 2 * SHARD_SIZE
+    os.environ["FEATINV_IMPORTS"] = __name__  # the stopwatch is named in a configuration
     with tempfile.TemporaryDirectory() as folder:
         found = [*bench_reading(Path(folder), options.samples), *bench_extraction(Path(folder), options.images)]
     print("\n".join(found))

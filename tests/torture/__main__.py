@@ -39,7 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("torture", description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="of each stage")
     parser.add_argument("--mutations", type=int, default=50, help="at random, of each kind of file")
+    parser.add_argument("--short", action="store_true", help="once of everything")
     options = parser.parse_args()
+    if options.short:
+        options.kills = options.mutations = 1
     torch.set_num_threads(1)
     os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     begun, wrong = time.monotonic(), 0

@@ -1,0 +1,93 @@
+"""Tiny parts for everything that a shipped YAML names: backbones of the same families, a prior, and images.
+
+The backbones keep the input sizes and strides of the large ones, so that maps have as many locations, and those of
+SwinV2 are channels last, as there. Images lie where `experiments/` expects them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from featinv_pl.pretraining import Classifier
+from tiny import make_prior
+
+CLASSES = ("n01440764", "n02102040", "n03000684")
+NETWORKS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "resnet50": ("test_resnet", 224, {"channels": [8, 8, 8, 16]}),
+    "convnext": ("test_convnext", 288, {"dims": [8, 8, 8, 16]}),
+    "swinv2": (
+        "swinv2_tiny_window8_256",
+        384,
+        {"img_size": 384, "window_size": 24, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    ),
+}
+"""By the names of `experiments/imagenet/backbones`: a timm model, its input size and what makes it tiny."""
+
+ACCUMULATED = {"12gb": 16, "24gb": 8, "80gb": 1}
+"""Batches of a step, by the names of `experiments/imagenet/memory`."""
+
+
+def make_parts(root: Path) -> None:
+    """Write networks, images and the overlays that name them below `root`, which is where commands then run."""
+    parts = root / "parts"
+    make_prior(parts)
+    for name, (model, size, arguments) in NETWORKS.items():
+        torch.manual_seed(1)
+        Classifier(model, 1000, size, arguments).save_pretrained(parts / name)
+        networks = {"backbone": f"parts/{name}"}
+        extraction = {"model": {"init_args": {**networks, "autoencoder": "parts/prior"}}, "data": reading(8)}
+        training = {
+            "trainer": {"max_steps": 2, "val_check_interval": 2},
+            "model": {"init_args": {**networks, "prior": "parts/prior", "hidden_channels": 16}},
+            "data": reading(4),
+        }
+        (parts / f"extract-{name}.yaml").write_text(yaml.safe_dump(extraction))
+        (parts / f"train-{name}.yaml").write_text(yaml.safe_dump(training))
+    for name, accumulated in ACCUMULATED.items():
+        steps = {"trainer": {"val_check_interval": accumulated}, "data": reading(16 // accumulated)}
+        (parts / f"{name}.yaml").write_text(yaml.safe_dump(steps))
+    digits = {"base": ["../experiments/sweeps/digits.yaml", "../experiments/debug.yaml"]}
+    (parts / "sweep-digits.yaml").write_text(yaml.safe_dump(digits))
+    bench = {
+        "model": {
+            "init_args": {
+                "backbone": "parts/convnext",
+                "weights": "pretrained",
+                "prior": "parts/prior",
+                "hidden_channels": 16,
+            }
+        },
+        "data": {"init_args": {"feature_shape": [16, 9, 9], "batch_size": 2}},
+    }
+    (parts / "bench.yaml").write_text(yaml.safe_dump(bench))
+    make_images(root / "data")
+
+
+def reading(batch_size: int) -> dict[str, Any]:
+    """Settings of data that is read by the process itself."""
+    return {"init_args": {"batch_size": batch_size, "num_workers": 0}}
+
+
+def make_images(data: Path) -> None:
+    """A few images in each layout: ImageNet's, its variants', images without labels, and CIFAR-10's."""
+    folders = {f"imagenet/{split}/{wnid}": n for split, n in (("train", 6), ("val", 2)) for wnid in CLASSES}
+    folders |= {f"imagenet-{variant}/{wnid}": 1 for variant in "ar" for wnid in CLASSES}
+    folders |= {f"imagenet-c/{corruption}/3/{wnid}": 1 for corruption in ("fog", "contrast") for wnid in CLASSES}
+    folders |= {"ood": 3}
+    for folder, number in folders.items():
+        size = (224, 224) if "imagenet-c" in folder else (330, 300)
+        make_folder(data / folder, number, size, "JPEG")
+    for split in ("train", "test"):
+        for label in range(10):
+            make_folder(data / f"cifar10/{split}/class{label}", 2, (32, 32), "jpg")
+
+
+def make_folder(folder: Path, number: int, size: tuple[int, int], suffix: str) -> None:
+    """Write images with some structure, of which each is another one."""
+    folder.mkdir(parents=True)
+    for index in range(number):
+        noise = Image.effect_noise((size[0] // 8, size[1] // 8), 90).convert("RGB")
+        noise.resize(size, Image.Resampling.BICUBIC).save(folder / f"{index}.{suffix}", "jpeg")
