@@ -14,6 +14,7 @@ import yaml
 
 from featinv_pl.__main__ import run
 from featinv_pl.cli import effective_config
+from smoke.targets import make
 from smoke.watch import Watch
 
 EXPERIMENTS = Path("experiments")
@@ -81,16 +82,14 @@ def benchmark(*files: str) -> str:
     return f"fit of {Watch.last} steps"
 
 
-def study(name: str) -> str:
-    """Run a study of one seed."""
-    plan = yaml.safe_load((EXPERIMENTS / name).read_text())
-    shutil.rmtree(plan["folder"], ignore_errors=True)
-    for preparation in plan["prepare"]:  # files that have been run themselves
-        shutil.rmtree(Path(preparation["makes"]), ignore_errors=True)
-    short = Path(f"{Path(name).stem}-study.yaml")
+def study(file: str, target: str) -> str:
+    """Run a study of one seed, by its make target."""
+    plan = yaml.safe_load((EXPERIMENTS / file).read_text())
+    for made in (plan["folder"], *(preparation["makes"] for preparation in plan["prepare"])):
+        shutil.rmtree(made, ignore_errors=True)  # by these files alone, before
+    short = Path(f"{target}.yaml")
     short.write_text(yaml.safe_dump({**plan, "seeds": plan["seeds"][:1]}, sort_keys=False))
-    run(["study", str(short), "--config", "experiments/debug.yaml", "--jobs", "2"])
-    return f"study of {len(plan['runs'])} ways, one seed each"
+    return f"{make(target, STUDY=str(short))} of one seed: {len(plan['runs'])} ways"
 
 
 # What they share

@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).parents[2] / "experiments"
 DEBUG = "debug.yaml"
 EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-adversarial")
 TAKEN_ALONG = {
-    "debug.yaml": "over all files of digits/, cifar10/ and study/",
+    "debug.yaml": "over all files of digits/, cifar10/ and study/; make demo SHORT=1",
     "sweeps/run.yaml": "in the command of every sweep",
     "sweeps/digits.yaml": "over sweeps/encoder.yaml",
 }
@@ -100,8 +100,8 @@ def _benchmarks() -> Iterator[tuple[str, Job]]:
 
 
 def _studies() -> Iterator[tuple[str, Job]]:
-    for name in ("digits", "cifar10"):
-        yield _job("study", f"study/{name}.yaml", study)
+    for name, target in (("digits", "study"), ("cifar10", "study-cifar10")):
+        yield _job("study", f"study/{name}.yaml", study, target)
 
 
 def _job(kind: str, file: str, act: Callable[..., str], *over: str, **options: str) -> tuple[str, Job]:

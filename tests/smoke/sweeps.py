@@ -23,7 +23,7 @@ def trial(name: str, overlay: str) -> str:
     }
     with serve() as server:
         environment |= server.environment()
-        server.proposals = [{option: first(given) for option, given in sweep["parameters"].items()}]
+        server.proposals = [proposal(sweep)]
         _wandb(["sweep", str(EXPERIMENTS / name)], environment)
         [running] = server.sweeps
         log = _wandb(["agent", f"we/featinv-pl/{running}"], environment)
@@ -33,9 +33,10 @@ def trial(name: str, overlay: str) -> str:
     return f"wandb sweep, wandb agent: one run, {sweep['command'][2]}"
 
 
-def first(parameter: dict[str, Any]) -> Any:
-    """The first value that a sweep may try."""
-    return parameter["values"][0] if "values" in parameter else parameter["min"]
+def proposal(sweep: dict[str, Any]) -> dict[str, Any]:
+    """The first values that a sweep may try."""
+    given = sweep["parameters"]
+    return {option: one["values"][0] if "values" in one else one["min"] for option, one in given.items()}
 
 
 def _wandb(words: list[str], environment: dict[str, str]) -> str:

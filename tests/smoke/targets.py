@@ -4,28 +4,19 @@ import subprocess
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-TARGETS = (
-    "demo",
-    "study",
-    "study-cifar10",
-    "bench",
-    "bench-data",
-    "torture",
-    "parity",
-    "full-size",
-    "wandb-picture",
-    "viz-digits",
-)
+TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "wandb-picture", "viz-digits")
+"""Those that run no file of `experiments` by itself; the demo and the studies do."""
 LINKED = ("Makefile", "pyproject.toml", "constraints.txt", ".venv", "src", "tests")
 
 
-def make(target: str) -> str:
+def make(target: str, **variables: str) -> str:
     """Run `make TARGET SHORT=1`."""
     for name in LINKED:
         if not Path(name).exists():
             Path(name).symlink_to(PROJECT / name)
     Path("docs").mkdir(exist_ok=True)
     command = ["make", "--old-file=.venv/.installed", target, "SHORT=1"]
+    command += [f"{name}={value}" for name, value in variables.items()]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-300:]
