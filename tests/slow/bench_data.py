@@ -262,7 +262,7 @@ if __name__ == "__main__":
     parser.add_argument("--short", action="store_true", help="of few images and samples")
     options = parser.parse_args()
     if options.short:
-        options.images, options.samples = BATCH_SIZE * STORED, 2 * SHARD_SIZE
+        options.images, options.samples, REPEATS = BATCH_SIZE, SHARD_SIZE, 1
     os.environ["FEATINV_IMPORTS"] = __name__  # the stopwatch is named in a configuration
     with tempfile.TemporaryDirectory() as folder:
         found = [*bench_reading(Path(folder), options.samples), *bench_extraction(Path(folder), options.images)]
