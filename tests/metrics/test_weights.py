@@ -10,6 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from jsonargparse import ArgumentParser
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
@@ -27,6 +28,13 @@ def published(path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     url = path.rename(path.with_name(f"published-{digest}.pth")).absolute().as_uri()
     monkeypatch.setattr(weights, name, url)
     return url
+
+
+def test_the_word_in_a_configuration_is_no_path() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--weights", type=Weights)
+    given = [parser.parse_args([f"--weights={word}"]).weights for word in ("download", "mine.pth", "null")]
+    assert given == ["download", Path("mine.pth"), None]
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ DEMO, OUT = Path("runs/demo"), Path("runs/viz/evidence")
 SHORT = "--short" in sys.argv
 IMAGES = 1 if SHORT else 4  # of each class
 STRENGTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
-CLASSES = range(2 if SHORT else 10)
+CLASSES = (3, 6) if SHORT else range(10)
 MODES: tuple[Mode, ...] = ("linear", "slerp")
 
 
@@ -68,7 +68,7 @@ class Evidence(Report):
     def _row(self, a: int) -> list[Tile]:
         tiles = []
         for b in CLASSES:
-            moved = self.drawn[a, (a + 1) % len(CLASSES) if a == b else b]
+            moved = self.drawn[a, next(c for c in CLASSES if c != a) if a == b else b]
             image, logits = (
                 (moved.original, moved.original_logits) if a == b else (moved.images[-1, 0], moved.logits[-1, 0])
             )

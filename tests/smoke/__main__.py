@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def attempt(name: str, act: Callable[[], str]) -> Row:
         try:
             done = act()
         except (Exception, SystemExit) as error:
+            traceback.print_exc()
             result = f"FAILED: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return Row(name, done, time.monotonic() - start, result)
 

@@ -112,7 +112,7 @@ def score(words: list[str], root: Path) -> None:
     run(["test", *words, f"--ckpt_path={checkpoint_of(root)}"])
     scores = json.loads((root / "metrics.json").read_text())["scores"]
     sources = settings_of("test", words)["data"]["init_args"]["test"]
-    missing = [source for source in sources if not any(name.startswith(f"{source}/") for name in scores)]
+    missing = [source for source in sources if not any(f"{name}/".startswith(f"{source}/") for name in scores)]
     assert not missing, f"no scores of {missing}"
 
 

@@ -18,7 +18,6 @@ EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-a
 TAKEN_ALONG = {
     "debug.yaml": "over all files of digits/, cifar10/ and study/; make demo SHORT=1",
     "sweeps/run.yaml": "in the command of every sweep",
-    "sweeps/digits.yaml": "over sweeps/encoder.yaml",
 }
 
 
@@ -72,8 +71,8 @@ def _imagenet() -> Iterator[tuple[str, Job]]:
             yield _job("extraction", f"imagenet/extract/{name}{source}.yaml", extract, f"parts/extract-{name}.yaml")
         for training in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
             yield _job("training", f"imagenet/train/{name}-{training}.yaml", train, f"parts/train-{name}.yaml")
-        yield _job("test", f"imagenet/test/{name}.yaml", test, root=f"runs/imagenet/{name}/spatial")
-    yield _job("test", "imagenet/test/robustness.yaml", test, root="runs/imagenet/resnet50/pooled")
+        yield _job("test", f"imagenet/test/{name}.yaml", test, "parts/test.yaml", root=f"runs/imagenet/{name}/spatial")
+    yield _job("test", "imagenet/test/robustness.yaml", test, "parts/test.yaml", root="runs/imagenet/resnet50/spatial")
     for name in ("12gb", "24gb", "80gb"):
         file = f"imagenet/memory/{name}.yaml"
         beneath = ("imagenet/train/resnet50-spatial.yaml", "parts/train-resnet50.yaml")
@@ -82,12 +81,12 @@ def _imagenet() -> Iterator[tuple[str, Job]]:
 
 
 def _sweeps() -> Iterator[tuple[str, Job]]:
-    for name, overlay in (
-        ("backbones", "train-resnet50"),
-        ("encoder", "sweep-digits"),
-        ("guidance", "train-convnext"),
-    ):
-        yield _job("sweep", f"sweeps/{name}.yaml", trial, f"parts/{overlay}.yaml")
+    for name in ("backbones", "encoder", "guidance"):
+        overlay = "resnet50" if name == "backbones" else "convnext"  # of the first run
+        yield _job("sweep", f"sweeps/{name}.yaml", trial, f"parts/train-{overlay}.yaml")
+    for name, sweep in (("digits", "encoder"), ("digits-guidance", "guidance")):
+        act = partial(trial, f"sweeps/{sweep}.yaml", f"parts/sweep-{name}.yaml")
+        yield f"sweeps/{name}.yaml", Job("sweep", act)
 
 
 def _benchmarks() -> Iterator[tuple[str, Job]]:

@@ -49,8 +49,14 @@ def make_parts(root: Path) -> None:
     for name, accumulated in ACCUMULATED.items():
         steps = {"trainer": {"val_check_interval": accumulated}, "data": reading(16 // accumulated)}
         (parts / f"{name}.yaml").write_text(yaml.safe_dump(steps))
-    digits = {"base": ["../experiments/sweeps/digits.yaml", "../experiments/debug.yaml"]}
-    (parts / "sweep-digits.yaml").write_text(yaml.safe_dump(digits))
+    for name in ("digits", "digits-guidance"):
+        over = {"base": [f"../experiments/sweeps/{name}.yaml", "../experiments/debug.yaml"]}
+        (parts / f"sweep-{name}.yaml").write_text(yaml.safe_dump(over))
+    callbacks = yaml.safe_load((root / "experiments/imagenet/test/robustness.yaml").read_text())["trainer"]["callbacks"]
+    for callback in callbacks:  # published weights are not fetched
+        given = callback.get("init_args", {})
+        callback["init_args"] = {name: None if value == "download" else value for name, value in given.items()}
+    (parts / "test.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     bench = {
         "model": {
             "init_args": {

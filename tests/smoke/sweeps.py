@@ -30,7 +30,7 @@ def trial(name: str, overlay: str) -> str:
         [run] = server.runs.values()
     assert run.exit_code == 0, f"the run ended with {run.exit_code}: {log[-500:]}"
     assert run.values(sweep["metric"]["name"]), f"no {sweep['metric']['name']}"
-    return f"wandb sweep, wandb agent: one run, {sweep['command'][2]}"
+    return f"wandb sweep of {name}, wandb agent: one run, {sweep['command'][2]}"
 
 
 def proposal(sweep: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,11 @@ ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 INCEPTION_FEATURES = 2048
 PATIENCE = 10  # seconds to wait for a server's answer
 
-Weights = Path | Literal["download"] | None
-"""A file, `download` to fetch it once, or None for the file that torch has downloaded before, if any."""
+Weights = Literal["download"] | Path | None
+"""`download` to fetch it once, a file, or None for the file that torch has downloaded before, if any.
+
+The word comes first, as jsonargparse tries one after the other, and anything can be a path.
+"""
 
 
 class Inception(nn.Module):
