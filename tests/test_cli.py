@@ -609,6 +609,13 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
         ("--model.dropout=lots", ["dropout"]),
         ("--data.batch_size=100000", ["--data.batch_size: a batch of 100000"]),
         ("--model.sampler.steps=0", ["--model.sampler.steps cannot be 0"]),
+        (
+            "--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau",
+            ["--model.lr_scheduler: ReduceLROnPlateau waits for a metric"],
+        ),
+        ("--trainer.default_root_dir=inversion.yaml", ["'inversion.yaml' cannot be a folder (File exists)"]),
+        ("--trainer.default_root_dir=s3://bucket/run", ["--trainer.default_root_dir: 's3://bucket/run' is an address"]),
+        ("--trainer.gradient_clip_algorithm=foo", ["error: --trainer: `gradient_clip_algorithm` foo is invalid"]),
     ],
 )
 def test_bad_options_are_refused(

@@ -144,7 +144,7 @@ class Rates(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
         group = optimizer.param_groups[0]
         with Path("rates").open("a") as file:
-            file.write(f"{trainer.global_step} {group['lr']} {group['weight_decay']} {group['betas'][0]}\n")
+            file.write(f"{trainer.global_step} {group['lr']} {group['weight_decay']} {group.get('betas')}\n")
 
 
 def rates(args: list[str]) -> list[str]:
@@ -213,6 +213,20 @@ def test_the_same_settings_are_no_change(settings: dict[str, Any], capsys: pytes
     one, other = (checkpoint(f"{folder}/inversion.ckpt") for folder in ("run", "from-old"))
     assert one["lr_schedulers"] == other["lr_schedulers"]
     assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
+
+
+def test_a_checkpoint_of_before_shows_its_rates(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    adafactor = {"class_path": "torch.optim.Adafactor", "init_args": {"lr": 0.01}}  # its memory depends on shapes
+    args = ["fit", "--config", write(Path("fit.yaml"), settings), "--trainer.limit_val_batches=0"]
+    main([*args, option("optimizer", adafactor), "--trainer.max_steps=2"])
+    old = checkpoint()
+    del old["training"]
+    torch.save(old, "run/inversion.ckpt")
+    new = rates(
+        [*args, "--ckpt_path=last", "--trainer.max_steps=3", option("optimizer", with_args(adafactor, lr=0.001))]
+    )
+    assert [line.split()[1] for line in new] == ["0.001"]
+    assert "from step 2 on, settings are other than before (lr: 0.01 in the checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

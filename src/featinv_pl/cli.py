@@ -3,7 +3,8 @@
 import logging
 import os
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that a configuration can name these classes without their path.
 import featinv_pl.callbacks.averaging
@@ -212,7 +214,7 @@ def train(args: list[str]) -> None:
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
     allow_imports()
-    with session(), ranks_together(), workers_explained():
+    with session(), ranks_together(), workers_explained(), _trainer_explained():
         copy_context().run(  # jsonargparse leaves the parser in a context variable, and with it model and trainer
             FeatinvCLI,
             args=args,
@@ -224,6 +226,19 @@ def train(args: list[str]) -> None:
             parser_class=ConfigParser,
             parser_kwargs={"parser_mode": MODE},
         )
+
+
+@contextmanager
+def _trainer_explained() -> Iterator[None]:
+    """Say in one line what Lightning refuses, such as a GPU that is not there.
+
+    Raises:
+        UserError: Lightning has refused the settings.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

@@ -6,7 +6,9 @@ from typing import Any, TypedDict
 
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from featinv_pl.errors import UserError
 
 OptimizerFactory = Callable[[Iterable[Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -27,11 +29,21 @@ class Optimisation(TypedDict, total=False):
 def optimise(
     parameters: Iterable[Parameter], optimizer: OptimizerFactory, lr_scheduler: SchedulerFactory | None
 ) -> Optimisation:
-    """Build an optimizer over `parameters`, and a learning rate schedule that advances every step."""
+    """Build an optimizer over `parameters`, and a learning rate schedule that advances every step.
+
+    Raises:
+        UserError: The schedule waits for a metric.
+    """
     built = optimizer(parameters)
     if lr_scheduler is None:
         return {"optimizer": built}
-    return {"optimizer": built, "lr_scheduler": {"scheduler": lr_scheduler(built), "interval": "step"}}
+    scheduler = lr_scheduler(built)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise UserError(
+            "--model.lr_scheduler: ReduceLROnPlateau waits for a metric, and schedules advance with every step here. "
+            "Use another, such as torch.optim.lr_scheduler.OneCycleLR, and EarlyStopping for the end."
+        )
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 def plain(factory: Any) -> Any:

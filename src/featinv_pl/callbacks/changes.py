@@ -14,11 +14,13 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from featinv_pl.callbacks.checkpoints import OPTION, say
+from featinv_pl.clipping import trained
 from featinv_pl.errors import UserError
 
 KEY = "training"  # of a checkpoint
 WEIGHTS = "current_model_state"  # of one whose `state_dict` is a moving average
 DERIVED = ("initial_lr", "min_lr", "base_lrs", "last_epoch")
+SCHEDULED = ("lr", "betas", "momentum")  # what a schedule may set at each step
 
 
 class Changes(Callback):
@@ -97,8 +99,12 @@ def _settings(trainer: Trainer, seed: int | bool | None) -> dict[str, Any]:
         "schedule": [one.state_dict() for one in schedulers],
         "average": getattr(averages[0], "decay", "on") if averages else None,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(settings, default=_plain))
-    return plain
+    known: dict[str, Any] = _as_json(settings)
+    return known
+
+
+def _as_json(settings: Any) -> Any:
+    return json.loads(json.dumps(settings, default=_plain))
 
 
 def _plain(value: Any) -> Any:
@@ -111,11 +117,16 @@ def _arguments(group: dict[str, Any]) -> dict[str, Any]:
 
 def _known(checkpoint: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     """The settings of a checkpoint of before, which names none: taken for ours, but for what it shows."""
-    theirs = dict(ours)
+    theirs = copy.deepcopy(ours)
     if len(checkpoint["lr_schedulers"]) != len(ours["schedules"]):
         theirs["schedules"] = ["a schedule"] * len(checkpoint["lr_schedulers"])
     if (WEIGHTS in checkpoint) != (ours["average"] is not None):
         theirs["average"] = "on" if WEIGHTS in checkpoint else None
+    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+    moved = SCHEDULED if checkpoint["lr_schedulers"] else ()
+    for part in ("arguments", "groups"):
+        for there, shown in zip(theirs[part], _as_json(groups), strict=False):
+            there |= {name: value for name, value in shown.items() if name in there and name not in moved}
     return theirs
 
 
@@ -139,6 +150,7 @@ def _refuse_changes(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[s
                 f"{OPTION}: a training keeps its {name.removesuffix('s')} ({option}: {_shown(theirs[name])} in the "
                 f"checkpoint, {_shown(ours[name])} here). Give that of the checkpoint, or begin a new training."
             )
+    changed = theirs["arguments"] != ours["arguments"]
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         sizes = [
             [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
@@ -148,25 +160,25 @@ def _refuse_changes(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[s
                 f"{OPTION}: {sum(sizes[0])} tensors were trained in the checkpoint, and {sum(sizes[1])} are here. "
                 "Give the model's options that it was trained with (such as --model.train), or begin a new training."
             )
-        remembered = next(iter(state["state"].values()), None)
-        if remembered is not None and remembered.keys() != (needed := _remembered(optimizer)):
+        number, remembered = next(iter(state["state"].items()), (0, {}))
+        needed = _remembered(optimizer, trained(optimizer)[number]) if changed and remembered else set(remembered)
+        if needed != set(remembered):
             raise UserError(
-                f"{OPTION}: the optimizer as it is configured here remembers {', '.join(sorted(needed))} of each "
-                f"tensor, and the checkpoint has {', '.join(sorted(remembered))}. Give the --model.optimizer that it "
-                "was trained with, or begin a new training."
+                f"{OPTION}: the optimizer as it is configured here remembers {', '.join(sorted(needed)) or 'nothing'} "
+                f"of each tensor, and the checkpoint has {', '.join(sorted(remembered))}. Give the --model.optimizer "
+                "that it was trained with, or begin a new training."
             )
 
 
-def _remembered(optimizer: Optimizer) -> set[str]:
-    """What an optimizer keeps of each tensor, from a step of a copy on a single number."""
-    device = optimizer.param_groups[0]["params"][0].device
-    number = Parameter(torch.zeros(1, device=device))
-    number.grad = torch.zeros(1, device=device)
+def _remembered(optimizer: Optimizer, tensor: Tensor) -> set[str]:
+    """What an optimizer keeps of a tensor, which may depend on its shape, from a step of a copy on zeros."""
+    zeros = Parameter(torch.zeros_like(tensor))
+    zeros.grad = torch.zeros_like(tensor)
     other = copy.copy(optimizer)
-    other.param_groups = [{**optimizer.param_groups[0], "params": [number]}]
+    other.param_groups = [{**optimizer.param_groups[0], "params": [zeros]}]
     other.state = defaultdict(dict)
     other.step()
-    return set(other.state[number])
+    return set(other.state[zeros])
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -181,7 +193,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
             names = [name for name in here if name in there and not name.startswith("_")]
             shown = [name for name in names if name not in (*DERIVED, *hidden)]
             found += [_side(name, there[name], here[name]) + note for name in shown if there[name] != here[name]]
-    if not found and theirs["schedule"] != ours["schedule"]:
+    if not found and any(theirs[part] != ours[part] for part in ("groups", "schedule")):
         found.append("the schedule")
     if theirs["average"] != ours["average"]:
         found.append(_side("moving average", theirs["average"], ours["average"]))

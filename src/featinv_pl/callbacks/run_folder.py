@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from featinv_pl.callbacks.shard_writer import ShardWriter
 from featinv_pl.data.manifests import MANIFEST
 from featinv_pl.errors import UserError
+from featinv_pl.masking import masked
 
 LOCK = ".featinv-pl.lock"
 
@@ -26,8 +27,17 @@ def home(trainer: Any) -> Path:
 
     Args:
         trainer: A Trainer, or its settings.
+
+    Raises:
+        UserError: It is an address, which would become a local folder of that name.
     """
-    return Path(trainer.default_root_dir or ".").expanduser()
+    root = str(trainer.default_root_dir or ".")
+    if "://" in root:
+        raise UserError(
+            f"--trainer.default_root_dir: '{masked(root)}' is an address, and a run writes to a folder. Give one on "
+            "this machine, and copy it afterwards."
+        )
+    return Path(root).expanduser()
 
 
 def written_folders(trainer: Trainer, data: Any, command: str) -> list[Path]:
@@ -85,10 +95,15 @@ def claim(folder: Path) -> Iterator[None]:
     inherit: a worker that outlives its run does not block the next.
 
     Raises:
-        UserError: Another process has claimed it.
+        UserError: Another process has claimed it, or it is no folder and cannot become one.
     """
     new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"--trainer.default_root_dir: '{folder}' cannot be a folder ({error.strerror}). Give another one."
+        ) from error
     with _lock(folder / LOCK) as file:
         try:
             file.truncate(0)

@@ -54,17 +54,18 @@ class OwnPages:
         if scope["type"] in ("http", "websocket"):
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
-            if not self._is_own(host) or (origin is not None and urlsplit(origin).netloc != host):
+            if not self._is_own(host) or (origin is not None and origin.partition("://")[2] != host):
                 await PlainTextResponse("This page is for this machine's own address.", 403)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
     def _is_own(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = host
         try:
+            name = urlsplit(f"//{host}").hostname or ""
             ip_address(name)  # which no name server chooses
             return True
-        except ValueError:
+        except ValueError:  # no number, or a bracket too few
             return name in self.names
 
 
