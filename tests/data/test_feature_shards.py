@@ -7,7 +7,6 @@ from typing import Any, cast
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from shard_sets import write_set
 from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
@@ -15,6 +14,7 @@ from featinv_pl.data.batches import ShuffledBatches
 from featinv_pl.data.feature_shards import FeatureShards
 from featinv_pl.data.manifests import MANIFEST
 from featinv_pl.errors import UserError
+from shard_sets import write_set
 
 SIZE = 21
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from shard_sets import OPTION, replace_member, write_set
 from torch import Tensor
 
 from conftest import MakeBatch
@@ -23,6 +22,7 @@ from featinv_pl.data.manifests import MANIFEST, find_sets, index_path, read_mani
 from featinv_pl.data.shards import ShardSet
 from featinv_pl.data.verification import verify
 from featinv_pl.errors import UserError
+from shard_sets import OPTION, replace_member, write_set
 
 
 def half(tensor: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shard_sets import replace_member, write_set
 
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.manifests import MANIFEST
+from shard_sets import replace_member, write_set
 
 
 def verify(*folders: Path) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from shard_sets import OPTION, provenance_of, settings_of
 
 from conftest import MakeBatch
 from featinv_pl.data.manifests import read_manifest
@@ -13,6 +12,7 @@ from featinv_pl.data.shards import ShardSet
 from featinv_pl.data.writing import ShardSetWriter
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
+from shard_sets import OPTION, provenance_of, settings_of
 
 SIZE = 11
 
