@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from jsonargparse import capture_parser
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that a configuration can name these classes without their path.
 import featinv_pl.callbacks.averaging
