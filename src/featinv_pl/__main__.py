@@ -69,8 +69,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         where = f" '{error.filename}'" if error.filename else ""
         print(
-            f"featinv-pl: error: the file system refuses{where}: {error.strerror}. Files that were whole still are: "
-            "make room or get leave, and the same command goes on.",
+            f"featinv-pl: error: the file system refuses{where}: {error.strerror}. Complete files are intact. "
+            "Free space or fix permissions, then rerun the same command.",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -68,7 +68,7 @@ class FeatinvCLI(LightningCLI):
     """Lightning's commands, with one progress line and checkpoints that are there."""
 
     run_id: str | None = None
-    """The run at W&B that a checkpoint goes on with."""
+    """The run at W&B that a checkpoint continues."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self.claims:  # on folders, for as long as the command runs
@@ -91,7 +91,7 @@ class FeatinvCLI(LightningCLI):
         path = find_checkpoint(given, lambda: _checkpoint_places(settings.trainer))
         if path is None and not (training and given == "last"):
             raise UserError(f"--ckpt_path {given}: there is no checkpoint yet. Run fit first, or give a file.")
-        # The first run of a command that goes on after every interruption has nothing to go on from.
+        # `last` continues after every interruption; the first time there is nothing to continue from.
         settings.ckpt_path = None if path is None else str(path)
         if training and path is not None:
             self.run_id = read_checkpoint(path, "--ckpt_path", map_location="meta").get(RUN_ID)

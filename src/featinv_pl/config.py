@@ -87,7 +87,7 @@ def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
         path = folder / str(expand_home(base))
         advice = "The path is relative to the including file, and no file may be a base of its own."
         if path.resolve() in above:
-            raise UserError(f"base: '{path.absolute()}' lies beneath itself. {advice}")
+            raise UserError(f"base: '{path.absolute()}' is its own base. {advice}")
         text = read_text(path.absolute(), "base", advice)
         try:
             contents = parse_yaml(text, get_loader("yaml"))

@@ -33,7 +33,7 @@ PRIVATE = {
 
 
 class KeepRunId(Callback):
-    """Notes the run's id at W&B in its checkpoints, so that `fit --ckpt_path` goes on with the run."""
+    """Notes the run's id at W&B in its checkpoints, so that `fit --ckpt_path` continues the run."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note it."""
@@ -124,7 +124,7 @@ def _must_be_offline() -> bool:
     """Whether the run cannot be online, though nobody has said that it should be offline.
 
     Raises:
-        UserError: If the key is none, or if the user insists and there is no key.
+        UserError: If the key is invalid, or if the user insists and there is no key.
     """
     import wandb
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and which of a folder's to go on from."""
+"""Atomic checkpoint writes, and the choice of the checkpoint to continue from."""
 
 import math
 import os

@@ -146,6 +146,6 @@ def _without_home(settings: Any) -> Any:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file that is either whole or not there."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, data)

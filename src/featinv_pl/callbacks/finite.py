@@ -1,4 +1,4 @@
-"""Training that stops at the first number that is none."""
+"""Stops training at the first NaN or Inf."""
 
 from itertools import islice
 from typing import Any
@@ -83,9 +83,9 @@ class FiniteGuard(Callback):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training goes on with."""
+        """The number of steps skipped so far."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
+        """Continue counting from it."""
         self.skipped = state_dict["skipped"]

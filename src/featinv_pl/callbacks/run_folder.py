@@ -1,4 +1,4 @@
-"""The folder of a run: used by one process at a time, and by one training ever."""
+"""The folder of a run: one process at a time uses it, and a single training."""
 
 import errno
 import fcntl
@@ -70,7 +70,7 @@ def refuse_used(trainer: Trainer, resumed: str | None) -> None:
         resumed: The checkpoint to continue from, if any: `hpc`, or a file.
 
     Raises:
-        UserError: There is a checkpoint, and `resumed` is none of its folder.
+        UserError: The folder holds a checkpoint, and `resumed` does not lie beside it.
     """
     savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     folders = {path.absolute() for path in (home(trainer), *(Path(one.dirpath) for one in savers if one.dirpath))}
