@@ -4,6 +4,7 @@ make smoke
 """
 
 import argparse
+import logging
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import date
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -25,6 +27,16 @@ from smoke.targets import TARGETS, make
 
 HEAD = "| file | what was run | seconds | result |\n|---|---|--:|---|"
 LOG = Path("log.txt")
+INTRO = """# What ships runs
+
+`make smoke` runs every YAML under `experiments/` by the public command, and every make target in its short form
+(`SHORT=1`), in a temporary folder. Only what is too large for that is replaced: backbones by tiny ones of the same
+family and input size, the prior by a tiny one, images by generated ones in the same layout. Batches are smaller,
+training ends after two steps, data is read by the process itself, and the published weights of Inception and AlexNet
+are not fetched. Sweeps are started by W&B's own agent, which a server of the tests tells what to try. `make test`
+repeats one file of each kind, and fails if a YAML or a target is missing here.
+
+"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,11 @@ def main() -> None:
     parser.add_argument(
         "--only", default="*", help="files and targets whose name fits this pattern; others may need more"
     )
-    parser.add_argument("--out", type=Path, help="a file for the table")
+    parser.add_argument("--out", type=Path, help="a file for the table, such as docs/smoke.md")
     parser.add_argument("--keep", type=Path, help="the folder to work in, which is kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # whose messages are no part of the table
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
@@ -106,7 +119,7 @@ def main() -> None:
     minutes = f"{(time.monotonic() - begun) / 60:.0f} minutes, torch {torch.__version__}, {platform.machine()}"
     print(f"\n{minutes}")
     if options.out:
-        options.out.write_text("\n".join([HEAD, *map(str, rows), "", minutes, ""]))
+        options.out.write_text(INTRO + "\n".join([HEAD, *map(str, rows), "", f"{minutes}, {date.today()}.", ""]))
     sys.exit(bool(failed))
 
 

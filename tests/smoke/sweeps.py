@@ -1,6 +1,7 @@
 """One run of a sweep, started by W&B's own agent, which takes its orders from the server of the tests."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ def trial(name: str, overlay: str) -> str:
         "WANDB_SILENT": "true",
         "FEATINV_CONFIG": overlay,
     }
+    shutil.rmtree("runs/featinv-pl", ignore_errors=True)  # each server of the tests gives its first run the same name
     with serve() as server:
         environment |= server.environment()
         server.proposals = [proposal(sweep)]
