@@ -120,19 +120,21 @@ class AdversarialExtraction(FeatureExtraction):
         attacked = attack(self.backbone.classify, images, classes, (2 * start - 1).to(images), self.attack)
         seen = super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
         fooled = (seen["logits"].argmax(1) != classes).float().where(predicted == classes, torch.nan)
-        self._outcomes.append(fooled[[not reason for reason in batch["unreadable"]]].cpu())
+        readable = [not reason for reason in batch["unreadable"]]
+        self._outcomes.append(torch.stack([fooled, (labels < 0).to(fooled)], dim=1)[readable].cpu())
         return {**seen, "fooled": fooled}
 
     def teardown(self, stage: str) -> None:
         """Print the success rate."""
-        outcomes = torch.cat(self._outcomes) if self._outcomes else torch.zeros(0)
+        outcomes, unknown = torch.cat(self._outcomes).unbind(1) if self._outcomes else torch.zeros(2, 0)
         self._outcomes = []
-        counts = torch.stack([(outcomes == 1).sum(), outcomes.isfinite().sum()]).to(self.device)
-        fooled, right = (int(count) for count in self.trainer.strategy.reduce(counts, reduce_op="sum"))
+        counts = torch.stack([(outcomes == 1).sum(), outcomes.isfinite().sum(), unknown.sum()]).to(self.device)
+        fooled, right, guessed = (int(count) for count in self.trainer.strategy.reduce(counts, reduce_op="sum"))
         if self.trainer.is_global_zero and right:
             print(
                 f"The attack succeeded on {fooled} of {right} images that were classified correctly "
                 f"({fooled / right:.0%}), {self.attack.epsilon} grey levels away at most."
+                + (f" Of {guessed} without a known label, the predicted class counts as correct." if guessed else "")
             )
 
     @property
