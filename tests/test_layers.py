@@ -7,8 +7,8 @@ import featinv_pl
 
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
-    {"types", "errors", "optimisation"},
-    {"arms", "reading", "decoding", "masking"},
+    {"types", "errors"},
+    {"arms", "reading", "decoding", "masking", "optimisation"},
     {"attacks", "nets", "sampling", "data", "metrics"},
     {"clipping", "compatibility", "identity"},
     {"inversion", "extraction", "pretraining", "callbacks"},

@@ -259,7 +259,7 @@ def test_workers_end_with_a_run_that_is_killed(settings: dict[str, Any]) -> None
     settings["trainer"]["max_steps"] = 100_000
     child = start(["fit", "--config", write(Path("fit.yaml"), settings)], Path())
     assert eventually(lambda: Path("run/inversion.ckpt").is_file())
-    assert len(group(child)) == 5  # the run, its server, what tracks their resources, and two workers
+    assert eventually(lambda: len(group(child)) == 5)  # the run, its server, what tracks resources, and two workers
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert eventually(lambda: not group(child))

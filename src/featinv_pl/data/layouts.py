@@ -138,7 +138,7 @@ def _folder(path: Path, above: tuple[Path, ...]) -> Folder:
             suffix = os.path.splitext(entry.name)[1].lower()
             if entry.name.startswith(".") or entry.name in LITTER:
                 continue
-            if entry.is_dir():
+            if os.path.isdir(path / entry.name):  # which, unlike `entry`, takes a link to itself for no folder
                 folders.append(_folder(path / entry.name, (*above, resolved)))
             elif suffix in UNREAD:
                 raise UserError(
