@@ -14,7 +14,11 @@ def make(target: str, **variables: str) -> str:
     for name in LINKED:
         if not Path(name).exists():
             Path(name).symlink_to(PROJECT / name)
-    Path("docs").mkdir(exist_ok=True)
+    docs = Path("docs")
+    docs.mkdir(exist_ok=True)
+    for one in (PROJECT / docs).iterdir():
+        if one.name != "wandb.png" and not (docs / one.name).exists():  # which a target replaces
+            (docs / one.name).symlink_to(one)
     command = ["make", "--old-file=.venv/.installed", target, "SHORT=1"]
     command += [f"{name}={value}" for name, value in variables.items()]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -115,7 +115,7 @@ def report(folder: Path) -> None:
     sources = _sources(inverters)
     if not sources:
         found = "; ".join(map(_found, inverters))
-        raise UserError(f"report: there is no source with scores and pictures of every inverter: {found}. {ADVICE}")
+        raise UserError(f"report: '{folder}' has no test set with scores and pictures of every one: {found}. {ADVICE}")
     groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
     curves = severity_curves(documents)
     page = render(
