@@ -198,7 +198,7 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     [path] = Path("runs/tiny/spatial/wandb").glob(f"run-*/files/{shown['path']}")
     table = json.loads(path.read_text())
     assert table["columns"][:3] == ["source", "n", "arm"]
-    assert table["data"][0][:3] == ["val", "60", "inversion"]
+    assert table["data"][0][:3] == ["val", "60", "reconstruction"]
     assert len(table["data"]) == shown["nrows"]
 
 
