@@ -148,7 +148,7 @@ def test_a_report_says_whose_scores_it_was_given(
     refused(["report", "."], capsys, "run/pictures/clean/first' are of other weights (00000000) than the scores in")
     tiles.write_text(json.dumps(facts))
     Path("run/metrics.json").write_text(json.dumps({**document, "samples": {"other": 60}}))
-    refused(["report", "."], capsys, "every inverter: 'run' has scores of other and pictures of clean, val. Test")
+    refused(["report", "."], capsys, "of every one: 'run' has scores of other and pictures of clean, val. Test")
     document["provenance"]["command"] = "validate"
     Path("run/metrics.json").write_text(json.dumps(document))
     refused(["report", "."], capsys, "the scores in 'run/metrics.json' are those of `validate`, and a report shows")
