@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.metrics import weights
-from featinv_pl.pipeline import FeatInvPipeline
 from featinv_pl.types import Batch
 from tiny import extract_digits, make_classifier, make_inverter, make_prior
 

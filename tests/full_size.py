@@ -24,12 +24,12 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets import official
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import LENGTH, write_prompts
 from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.tasks.inversion import FeatureInversion
 from tiny import make_prior
 
 BACKBONES = Path(__file__).parents[1] / "experiments" / "imagenet" / "backbones"

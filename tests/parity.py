@@ -20,15 +20,15 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from featinv_pl.inversion import FeatureInversion
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.inverter.publishing import import_official
 from featinv_pl.nets import official
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
-from featinv_pl.pipeline import FeatInvPipeline
-from featinv_pl.publishing import import_official
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.sampler import Sampler, sample
+from featinv_pl.tasks.inversion import FeatureInversion
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = json.loads((HERE / "golden.json").read_text())

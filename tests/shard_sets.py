@@ -8,9 +8,17 @@ from pathlib import Path
 from tarfile import BLOCKSIZE, TarFile, TarInfo
 from typing import Any
 
-from featinv_pl.data.entries import ImageFormat, Storage
-from featinv_pl.data.manifests import INDEX, MANIFEST, Manifest, Settings, index_path, read_manifest, write_manifest
-from featinv_pl.data.writing import ShardSetWriter
+from featinv_pl.data.shards.manifest import (
+    INDEX,
+    MANIFEST,
+    Manifest,
+    Settings,
+    index_path,
+    read_manifest,
+    write_manifest,
+)
+from featinv_pl.data.shards.samples import ImageFormat, Storage
+from featinv_pl.data.shards.writer import ShardSetWriter
 from featinv_pl.types import Batch, Provenance
 
 OPTION = "--data.here"

@@ -27,14 +27,14 @@ from torch import Tensor
 
 from conftest import random_inception
 from featinv_pl.__main__ import main
-from featinv_pl.callbacks.per_source import PerSource
-from featinv_pl.data.entries import collate_samples
-from featinv_pl.data.feature_shards import FeatureShards
-from featinv_pl.data.manifests import read_manifest, write_manifest
-from featinv_pl.data.shards import ShardSet
-from featinv_pl.data.writing import ShardSetWriter
-from featinv_pl.inversion import FeatureInversion
+from featinv_pl.data.shards.datamodule import FeatureShards
+from featinv_pl.data.shards.manifest import read_manifest, write_manifest
+from featinv_pl.data.shards.reader import ShardSet
+from featinv_pl.data.shards.samples import collate_samples
+from featinv_pl.data.shards.writer import ShardSetWriter
+from featinv_pl.evaluation.per_source import PerSource
 from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.tasks.inversion import FeatureInversion
 from tiny import TRAINER, extraction, inversion, joined, write
 
 
@@ -655,7 +655,7 @@ def test_unknown_command_and_missing_yaml_are_refused(capsys: pytest.CaptureFixt
 def test_shards_of_another_backbone_are_refused(
     shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from featinv_pl.pretraining import Classifier
+    from featinv_pl.tasks.pretraining import Classifier
 
     torch.manual_seed(9)
     Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]}).save_pretrained(Path("other"))

@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from featinv_pl.data.folders import FolderImages
+from featinv_pl.data.images.folders import FolderImages
 from featinv_pl.decoding import LARGEST_ASPECT, NoImageError, open_image, to_rgb
 from featinv_pl.errors import UserError
-from featinv_pl.pipeline import FeatInvPipeline
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.types import to_uint8
 
 GREY16 = (np.arange(64 * 64, dtype=np.uint16) * 16 + 7).reshape(64, 64)

@@ -20,8 +20,8 @@ from PIL import Image
 
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
+from featinv_pl.files import parse_yaml
 from featinv_pl.nets.sources import no_larger
-from featinv_pl.reading import parse_yaml
 from torture.damage import OUTCOMES, WRONG, Bench, Kind, Trial, damaged, figure, kinds, make_originals, revalued
 from torture.hostile_files import ANY, LAUGHS, PICTURES, Runs, content
 

@@ -9,7 +9,7 @@ import pytest
 
 from featinv_pl.__main__ import main
 from featinv_pl.cli import effective_config
-from featinv_pl.viz.commands import COMMANDS
+from featinv_pl.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -56,7 +56,7 @@ def test_pages_show_every_command() -> None:
 
 def test_python_of_the_readme_is_that_of_the_model_card() -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    card = files("featinv_pl").joinpath("model_card.md").read_text()
+    card = files("featinv_pl.inverter").joinpath("model_card.md").read_text()
     assert block.replace("runs/digits-inverter", "{{ name }}").replace("docs/digits/4.png", "cat.jpg") in card
 
 

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
-from featinv_pl.callbacks.run_folder import claim
+from featinv_pl.runtime.run_folder import claim
 from test_cli import files, refused
 from test_reliability import settings, trained_on  # noqa: F401 (fixtures)
 from tiny import extraction, write
@@ -65,7 +65,7 @@ def test_a_folder_with_a_checkpoint_is_refused(
 
 def test_a_folder_in_use_is_refused(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]
-    code = "import sys; from pathlib import Path; from featinv_pl.callbacks.run_folder import claim\n"
+    code = "import sys; from pathlib import Path; from featinv_pl.runtime.run_folder import claim\n"
     code += "with claim(Path('run')):\n  print('claimed', flush=True); sys.stdin.read()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with subprocess.Popen(

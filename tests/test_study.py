@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown
+from featinv_pl.explore.study import SCORES, Row, cells, dots, markdown
 from tiny import extraction, inversion
 
 

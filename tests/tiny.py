@@ -8,10 +8,10 @@ import torch
 import yaml
 
 from featinv_pl.__main__ import main
-from featinv_pl.inversion import FeatureInversion
-from featinv_pl.pipeline import FeatInvPipeline
-from featinv_pl.pretraining import Autoencoder, Classifier, NoisePredictor
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.tasks.inversion import FeatureInversion
+from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
 
 ROOT = Path(__file__).parents[1]
 TRAINER: dict[str, Any] = {

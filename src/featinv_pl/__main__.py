@@ -13,9 +13,9 @@ from pathlib import Path
 from signal import SIGPIPE
 from typing import Any
 
+from featinv_pl.commands import COMMANDS, folder, load_pipeline, positive
 from featinv_pl.errors import UserError, user_error
 from featinv_pl.masking import masked
-from featinv_pl.viz.commands import COMMANDS, folder, load_pipeline, positive
 
 USAGE = """\
 usage: featinv-pl COMMAND [options]
@@ -147,7 +147,7 @@ def _verify(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl verify", description="Check feature shards against their manifest.")
     parser.add_argument("folder", type=Path, nargs="+", help="a shard set, or a folder of some")
     options = parser.parse_args(args)
-    from featinv_pl.data.verification import verify
+    from featinv_pl.data.shards.verification import verify
 
     results = [verify(folder) for folder in options.folder]
     if not all(results):
@@ -158,7 +158,7 @@ def _report(args: list[str]) -> None:
     parser = ArgumentParser("featinv-pl report", description="One page of pictures, tables and curves.")
     parser.add_argument("folder", type=Path, help="holds one folder per inverter, as `test` has left it")
     options = parser.parse_args(args)
-    from featinv_pl.viz.report import report
+    from featinv_pl.evaluation.report import report
 
     report(options.folder)
     print(f"Open {options.folder / 'report.html'}.")
@@ -191,7 +191,7 @@ def _export(args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of `fit`, or a checkpoint in it")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     options = parser.parse_args(args)
-    from featinv_pl.publishing import export
+    from featinv_pl.inverter.publishing import export
 
     export(options.run, options.out)
 
@@ -208,7 +208,7 @@ def _import(args: list[str]) -> None:
     options = vars(parser.parse_args(args))
     if options["backbone"] == parser.get_default("backbone") and options["input_size"] is None:
         options["input_size"] = 288
-    from featinv_pl.publishing import import_official
+    from featinv_pl.inverter.publishing import import_official
 
     import_official(options.pop("checkpoint"), options.pop("out"), **options)
 
@@ -223,7 +223,7 @@ def _reconstruct(args: list[str]) -> None:
     parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="bf16 is faster, and rounds")
     _add_sampler(parser)
     options = parser.parse_args(args)
-    from featinv_pl.viz.reconstruct import reconstruct
+    from featinv_pl.explore.reconstruct import reconstruct
 
     pipeline = load_pipeline(options.model, options.precision)
     pipeline.with_sampler(**_sampler_changes(options))

@@ -20,35 +20,22 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported so that a configuration can name these classes without their path.
-import featinv_pl.callbacks.averaging
-import featinv_pl.callbacks.drawn
-import featinv_pl.callbacks.finite
-import featinv_pl.callbacks.per_source
-import featinv_pl.callbacks.reconstruction_grid
-import featinv_pl.callbacks.shard_writer
-import featinv_pl.data.corrupted
-import featinv_pl.data.digits
-import featinv_pl.data.feature_shards
-import featinv_pl.data.folders
-import featinv_pl.extraction
-import featinv_pl.inversion
-import featinv_pl.pretraining  # noqa: F401
-from featinv_pl.callbacks.changes import Changes
-from featinv_pl.callbacks.checkpoints import WholeCheckpoints, find_checkpoint
-from featinv_pl.callbacks.files import SaveConfig
-from featinv_pl.callbacks.finite import FiniteGuard
-from featinv_pl.callbacks.plan import BATCHES, Plan
-from featinv_pl.callbacks.progress import Progress
-from featinv_pl.callbacks.ranks import join_ranks, ranks_together
-from featinv_pl.callbacks.resuming import Resume
-from featinv_pl.callbacks.run_folder import claim, home, refuse_used, written_folders
-from featinv_pl.callbacks.speed import Speed
-from featinv_pl.callbacks.stopping import SaveLast, Stop
 from featinv_pl.config import MODE, ConfigParser, prepared
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError
+from featinv_pl.evaluation.dry_run import BATCHES, Plan
 from featinv_pl.nets.sources import read_checkpoint
-from featinv_pl.tracking import RUN_ID, KeepRunId, check_route, describe, session, sweep_run
+from featinv_pl.runtime.changes import Changes
+from featinv_pl.runtime.checkpoints import WholeCheckpoints, find_checkpoint
+from featinv_pl.runtime.finite import FiniteGuard
+from featinv_pl.runtime.progress import Progress
+from featinv_pl.runtime.ranks import join_ranks, ranks_together
+from featinv_pl.runtime.resuming import Resume
+from featinv_pl.runtime.run_folder import claim, home, refuse_used, written_folders
+from featinv_pl.runtime.saving import SaveConfig
+from featinv_pl.runtime.speed import Speed
+from featinv_pl.runtime.stopping import SaveLast, Stop
+from featinv_pl.runtime.tracking import RUN_ID, KeepRunId, check_route, describe, session, sweep_run
 from featinv_pl.trust import allow_imports
 
 SHELF = Path("runs")  # the folder of all runs, which names no group of them

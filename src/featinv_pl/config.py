@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import Namespace, get_loader, set_loader
 
 from featinv_pl.errors import UserError
-from featinv_pl.reading import expand_home, parse_yaml, read_pipe, read_text
+from featinv_pl.files import expand_home, parse_yaml, read_pipe, read_text
 from featinv_pl.trust import Parser
 
 MODE = "yaml with base"

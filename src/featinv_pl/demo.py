@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featinv_pl.errors import UserError
+from featinv_pl.evaluation.report import report
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
-from featinv_pl.viz.report import report
 
 RUNS = Path("runs/demo")
 EXPERIMENTS = Path("experiments/digits")

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from featinv_pl.callbacks.files import write_bytes
 from featinv_pl.cli import effective_config, train
-from featinv_pl.reading import read_json
+from featinv_pl.files import read_json
+from featinv_pl.runtime.saving import write_bytes
 
 STAGES = "stages.json"
 

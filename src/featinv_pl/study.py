@@ -18,16 +18,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
-from featinv_pl.arms import ARMS, INVERSION
-from featinv_pl.callbacks.files import write_bytes
-from featinv_pl.callbacks.reconstruction_grid import FIRST, PICTURES
-from featinv_pl.callbacks.results import METRICS, Name, aligned, by_name, read_document
 from featinv_pl.config import merge
 from featinv_pl.errors import UserError, user_error
-from featinv_pl.publishing import export
-from featinv_pl.reading import read_yaml
+from featinv_pl.evaluation.arms import ARMS, INVERSION
+from featinv_pl.evaluation.reconstruction_grid import FIRST, PICTURES
+from featinv_pl.evaluation.results import METRICS, Name, aligned, by_name, read_document
+from featinv_pl.explore.study import SCORES, Row, cells, dots, markdown, strips
+from featinv_pl.files import read_yaml
+from featinv_pl.inverter.publishing import export
+from featinv_pl.runtime.saving import write_bytes
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
-from featinv_pl.viz.study import SCORES, Row, cells, dots, markdown, strips
 
 CHECKPOINT, MODEL, LOG = "inversion.ckpt", "model", "log.txt"
 OWN = "own"

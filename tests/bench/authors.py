@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from featinv_pl.inversion import FeatureInversion
+from featinv_pl.tasks.inversion import FeatureInversion
 from featinv_pl.types import Batch
 
 TOKENS = 77

@@ -19,10 +19,10 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets.attention import attend_to_projected
 from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
+from featinv_pl.tasks.inversion import FeatureInversion
 
 
 @dataclass(frozen=True)

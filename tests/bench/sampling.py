@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import machine
-from featinv_pl.inversion import FeatureInversion
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.sampling.sampler import AUTHORS, SCHEDULERS, Sampler
+from featinv_pl.tasks.inversion import FeatureInversion
 
 SCALE = AUTHORS.guidance_scale
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import machine
 from bench.memory import Shapes, activations
 from featinv_pl.__main__ import run
-from featinv_pl.inversion import FeatureInversion
+from featinv_pl.tasks.inversion import FeatureInversion
 
 CONFIGS = Path(__file__).parents[2] / "experiments" / "bench"
 SAVINGS = {

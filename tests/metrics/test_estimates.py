@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from featinv_pl.callbacks.relative import Relative
+from featinv_pl.evaluation.relative import Relative
 from featinv_pl.metrics.agreement import Agreement
 from featinv_pl.metrics.estimates import Estimate, wilson
 from featinv_pl.metrics.pairing import ImageSums, ratios

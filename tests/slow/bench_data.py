@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.__main__ import main
-from featinv_pl.data.entries import ImageFormat, Storage, quantise
-from featinv_pl.data.feature_shards import FeatureShards
-from featinv_pl.data.folders import FolderData
-from featinv_pl.data.manifests import Settings
-from featinv_pl.data.writing import ShardSetWriter
-from featinv_pl.extraction import FeatureExtraction
-from featinv_pl.pretraining import Autoencoder, Classifier
+from featinv_pl.data.images.folders import FolderData
+from featinv_pl.data.shards.datamodule import FeatureShards
+from featinv_pl.data.shards.manifest import Settings
+from featinv_pl.data.shards.samples import ImageFormat, Storage, quantise
+from featinv_pl.data.shards.writer import ShardSetWriter
+from featinv_pl.tasks.extraction import FeatureExtraction
+from featinv_pl.tasks.pretraining import Autoencoder, Classifier
 from featinv_pl.types import Batch
 
 IMAGE_SIZE, BATCH_SIZE, REPEATS = 224, 16, 3

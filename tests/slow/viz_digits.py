@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.publishing import export
+from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_labels
+from featinv_pl.explore.interpolation import Mode, interpolate
+from featinv_pl.explore.samples import Samples, read_samples
+from featinv_pl.explore.steering import Steering, steer
+from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.inverter.publishing import export
+from featinv_pl.pages.page import Report, Section, Tile
+from featinv_pl.pages.pictures import prediction
 from featinv_pl.sampling.noise import generator
-from featinv_pl.viz.concepts import Concepts, difference_concepts, pairs_of_labels
-from featinv_pl.viz.interpolation import Mode, interpolate
-from featinv_pl.viz.page import Report, Section, Tile
-from featinv_pl.viz.pictures import prediction
-from featinv_pl.viz.samples import Samples, read_samples
-from featinv_pl.viz.steering import Steering, steer
 
 DEMO, OUT = Path("runs/demo"), Path("runs/viz/evidence")
 SHORT = "--short" in sys.argv

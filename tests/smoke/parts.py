@@ -11,7 +11,7 @@ import torch
 import yaml
 from PIL import Image
 
-from featinv_pl.pretraining import Classifier
+from featinv_pl.tasks.pretraining import Classifier
 from tiny import make_prior
 
 CLASSES = ("n01440764", "n02102040", "n03000684")

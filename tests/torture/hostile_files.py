@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from featinv_pl.data.manifests import MANIFEST, index_path, to_json
+from featinv_pl.data.shards.manifest import MANIFEST, index_path, to_json
 from featinv_pl.nets.sources import SUMS, write_sums
 
 Spoil = Callable[[Path], None]
@@ -689,7 +689,7 @@ def concepts_with(spoil: Spoil) -> Spoil:
     """Other tensors, with the digest that belongs to them."""
 
     def write(folder: Path) -> None:
-        from featinv_pl.viz.concepts import FACTS, TENSORS, seal
+        from featinv_pl.explore.concepts import FACTS, TENSORS, seal
 
         spoil(folder / TENSORS)
         facts = json.loads((folder / FACTS).read_text())
@@ -701,7 +701,7 @@ def concepts_with(spoil: Spoil) -> Spoil:
 
 def fact(*where: Any, value: Any) -> Spoil:
     def write(folder: Path) -> None:
-        from featinv_pl.viz.concepts import FACTS
+        from featinv_pl.explore.concepts import FACTS
 
         replaced(folder / FACTS, where, value)
         concepts_with(lambda path: None)(folder)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
-from featinv_pl.callbacks.checkpoints import WholeCheckpoints
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.runtime.checkpoints import WholeCheckpoints
 from torture.table import Figure
 
 MEMORY = Path("/dev/shm")

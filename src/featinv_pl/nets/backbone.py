@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.decoding import NoImageError, to_rgb
 from featinv_pl.errors import UserError
+from featinv_pl.files import read_json
 from featinv_pl.nets.classes import Classes
 from featinv_pl.nets.classifier_files import misfit, read_classifier
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import no_larger, size_below
-from featinv_pl.reading import read_json
 from featinv_pl.types import Views, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more

@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from featinv_pl.errors import UserError
+from featinv_pl.files import read_json
 from featinv_pl.nets import official
 from featinv_pl.nets.attention import Projected, Prompts, attend_to_projected, project_prompts
 from featinv_pl.nets.autoencoder import LatentAutoencoder
@@ -15,7 +16,6 @@ from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import encode_prompts, read_prompts, write_prompts
 from featinv_pl.nets.sources import find_folder, load_part, read_weights
 from featinv_pl.nets.supported import check_prior, read_schedule
-from featinv_pl.reading import read_json
 
 OPTION = "--model.prior"
 FILES = ["unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*", PROMPTS]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from featinv_pl.errors import UserError
+from featinv_pl.files import LARGEST, read_bytes, read_json
 from featinv_pl.nets.pickles import check_archive, is_plain, load_pickle, state_dict
-from featinv_pl.reading import LARGEST, read_bytes, read_json
 
 Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from diffusers import DDIMScheduler
 
 from featinv_pl.errors import UserError
-from featinv_pl.reading import read_json
+from featinv_pl.files import read_json
 
 MOST_TIMESTEPS = 100_000  # of a schedule, whose tables have as many entries; usual are 1,000
 PREDICTIONS = ("epsilon", "v_prediction")

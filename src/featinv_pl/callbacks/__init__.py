@@ -1,1 +1,0 @@
-"""What happens around the steps: scores, pictures, shards, files, progress."""

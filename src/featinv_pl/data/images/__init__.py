@@ -1,0 +1,1 @@
+"""Images: folders, labels, crops, corruptions."""

@@ -1,0 +1,140 @@
+"""Handwritten digits that come with scikit-learn: 1,797 real images and no download."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from featinv_pl.data.images.corruptions import CORRUPTIONS, corrupt
+from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
+from featinv_pl.errors import UserError
+from featinv_pl.types import from_uint8
+
+IMAGE_SIZE = 32
+TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
+SPLITS = ("train", "val", "clean", "hard", "adversarial")
+
+
+class DigitImages(ImageSource):
+    """One source of digits.
+
+    Args:
+        source: `train`, `val`, `clean` (the test images), `hard` (the test images on which another
+            classifier errs or is least sure), `adversarial` (the test images, for `AdversarialExtraction`
+            to attack), or `corrupted/<corruption>/<severity>`.
+        limit: At most so many images, the first of a fixed random order.
+    """
+
+    classes = tuple(map(str, range(10)))
+
+    def __init__(self, source: str, limit: int | None = None) -> None:
+        kind, *corruption = source.split("/")
+        known = kind in SPLITS and not corruption
+        if not known and (kind != "corrupted" or len(corruption) != 2 or not corruption[1].isdecimal()):
+            raise UserError(
+                f"--data.sources: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
+                f"corrupted/<corruption>/<severity>, with a corruption among {', '.join(CORRUPTIONS)}."
+            )
+        if limit is not None and limit < 1:
+            raise UserError(f"--data.limit must be at least 1, and is {limit}.")
+        self.source = source
+        self.indices = split_indices()["clean" if corruption else kind][:limit]
+        self.corruption = (corruption[0], int(corruption[1])) if corruption else None
+        self[0]  # an unknown corruption or severity is an error now, not in the middle of a run
+
+    @property
+    def num_images(self) -> int:
+        """Number of digits."""
+        return len(self.indices)
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        """Index among all digits, and digit."""
+        return ((f"{index:04d}", str(digits().target[index])) for index in self.indices)
+
+    @property
+    def preparation(self) -> str:
+        """The resolution, and the corruption if any."""
+        return f"{IMAGE_SIZE} px, {self.source}"
+
+    def __getitem__(self, item: int) -> ImageSample:
+        index = int(self.indices[item])
+        image = digit_images()[index]
+        if self.corruption is not None:
+            image = corrupt(image, *self.corruption, seed=index)
+        return {
+            "images": from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)),
+            "labels": int(digits().target[index]),
+            "class_name": str(digits().target[index]),
+            "source": self.source,
+            "key": f"{index:04d}",
+            "view": None,
+            "unreadable": "",
+        }
+
+
+class DigitsData(ImageData):
+    """Digits, as batches of images.
+
+    Args:
+        sources: What `predict` reads, one after the other; `DigitImages` lists the names.
+        limit: At most so many images of each corrupted source.
+        batch_size: Images per batch.
+    """
+
+    def __init__(self, sources: list[str] | None = None, limit: int | None = None, batch_size: int = 64) -> None:
+        predicted = [DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []]
+        super().__init__(predicted, batch_size)
+
+    def training_images(self) -> DigitImages:
+        """The training split."""
+        return DigitImages("train")
+
+    def validation_images(self) -> DigitImages:
+        """The validation split."""
+        return DigitImages("val")
+
+
+@functools.cache
+def digits() -> Any:
+    """The data set as scikit-learn gives it: 8x8 images with values 0 to 16."""
+    # Here and below: a tenth of every other command's start would be spent on importing it.
+    from sklearn.datasets import load_digits
+
+    return load_digits()
+
+
+@functools.cache
+def digit_images() -> NDArray[np.uint8]:
+    """All digits as (1797, 32, 32, 3) bytes."""
+    grey = (digits().images * 255 / 16).round().astype(np.uint8)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
+    return np.repeat(np.stack(large)[..., None], 3, axis=-1)
+
+
+@functools.cache
+def split_indices() -> dict[str, NDArray[np.int64]]:
+    """The fixed stratified split, each part in a fixed random order."""
+    from sklearn.model_selection import train_test_split
+
+    target = digits().target
+    rest, test = train_test_split(np.arange(len(target)), test_size=TEST_SIZE, stratify=target, random_state=0)
+    train, val = train_test_split(rest, test_size=VAL_SIZE, stratify=target[rest], random_state=0)
+    return {"train": train, "val": val, "clean": test, "adversarial": test, "hard": _hardest(rest, test)}
+
+
+def _hardest(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The test images to which a discriminant analysis of raw pixels gives their label the least probability.
+
+    Adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
+    """
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    pixels, target = digits().data / 16, digits().target
+    other = LinearDiscriminantAnalysis().fit(pixels[train], target[train])
+    confidence = other.predict_proba(pixels[test])[np.arange(len(test)), target[test]]
+    return test[np.sort(np.argsort(confidence, kind="stable")[:HARD_SIZE])]

@@ -1,0 +1,212 @@
+"""How folders of images are laid out: which sources a folder holds, and which class each image belongs to.
+
+A class is a folder, and its images lie at any depth below it. Labels are not decided here: they are the places of
+the classes' names in a list, which is that of the training images or that of a classifier (`nets/classes.py`).
+
+A source holds either class folders, or images of no class. Folders that hold sources instead of images, such as
+those of ImageNet-C, are told by what they contain: folders named by wnid are classes, so what holds them is a source;
+`train`, `val`, `test` and the like are sources beside each other, as are corruptions and their severities. Where
+both readings remain possible, the folder is refused.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from featinv_pl.data.images.severities import SEVERITIES
+from featinv_pl.decoding import SUFFIXES
+from featinv_pl.errors import UserError
+from featinv_pl.files import read_text
+
+WNID = re.compile(r"n\d{8}")
+SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
+LEVELS = frozenset(str(level) for level in range(1, len(next(iter(SEVERITIES.values()))[0]) + 1))
+LITTER = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
+UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".psd", ".dng", ".cr2", ".nef", ".arw"})
+ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, whose validation images lie in one folder
+NO_CLASS = ""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder without what holds no images.
+
+    Attributes:
+        path: Where it lies.
+        images: Names of the images directly in it, sorted.
+        folders: Those below that hold images at any depth, sorted by name.
+    """
+
+    path: Path
+    images: list[str]
+    folders: list["Folder"]
+
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.name
+
+    def below(self, prefix: str = "") -> Iterator[str]:
+        """Paths of all images at any depth, relative to this folder."""
+        yield from (f"{prefix}{image}" for image in self.images)
+        for folder in self.folders:
+            yield from folder.below(f"{prefix}{folder.name}/")
+
+    @property
+    def first(self) -> Path:
+        """Some image, for errors."""
+        return self.path / next(self.below())
+
+
+def find_sources(name: str, root: Path) -> dict[str, Path]:
+    """Sources at or below a folder, by name: `<name>/<path below>` where there are several.
+
+    Raises:
+        UserError: There is no such folder, no image in it, or more than one way to read it.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data: there is no folder '{root}' for the source '{name}'. Check the path.")
+    return {
+        name if path == root else f"{name}/{path.relative_to(root).as_posix()}": path for path in _sources(_read(root))
+    }
+
+
+def labelled_images(root: Path) -> list[tuple[str, str]]:
+    """Every image of a source by its path below the root, with its class, in the order of classes and paths.
+
+    Raises:
+        UserError: As `find_sources`, or the folder holds several sources.
+    """
+    folder = _read(root)
+    sources = _sources(folder)
+    if sources != [root]:
+        named = ", ".join(f"'{path.relative_to(root)}'" for path in sources[:5])
+        raise UserError(f"--data: '{root}' holds several sets of images ({named}). Give one of them.")
+    if (root / ANNOTATIONS).is_file() and len(folder.folders) == 1:
+        return _annotated(folder)
+    if not folder.folders:
+        return [(image, NO_CLASS) for image in folder.images]
+    folders = {one.name: one for one in folder.folders}
+    return [(image, name) for name in in_order(folders) for image in sorted(folders[name].below(f"{name}/"))]
+
+
+def in_order(classes: Collection[str]) -> list[str]:
+    """Names of classes by number where all are numbers, otherwise sorted: the order in which they are numbered."""
+    return sorted(classes, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, classes)) else None)
+
+
+def first_per_class(images: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    """The first images of each class: a selection that everybody can repeat.
+
+    Of ImageNet's validation set, 10 per class give the usual 10,000 images.
+
+    Args:
+        images: Paths and classes, in the order that `labelled_images` gives them.
+        limit: Images per class; classes with fewer keep all that they have.
+    """
+    taken: Counter[str] = Counter()
+    chosen = []
+    for path, name in images:
+        taken[name] += 1
+        if taken[name] <= limit:
+            chosen.append((path, name))
+    return chosen
+
+
+# Reading
+
+
+def _read(root: Path) -> Folder:
+    folder = _folder(root, ())
+    if not folder.images and not folder.folders:
+        raise UserError(
+            f"--data: no images in '{root}' or below '{root}/<class>/'. Known suffixes: {', '.join(sorted(SUFFIXES))}."
+        )
+    return folder
+
+
+def _folder(path: Path, above: tuple[Path, ...]) -> Folder:
+    resolved = path.resolve()
+    if resolved in above:
+        raise UserError(f"--data: '{path}' is a link to a folder that contains it. Remove it.")
+    images, folders = [], []
+    with os.scandir(path) as entries:
+        for entry in sorted(entries, key=lambda one: one.name):
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith(".") or entry.name in LITTER:
+                continue
+            if os.path.isdir(path / entry.name):  # which, unlike `entry`, takes a link to itself for no folder
+                folders.append(_folder(path / entry.name, (*above, resolved)))
+            elif suffix in UNREAD:
+                raise UserError(
+                    f"--data: '{path / entry.name}' is a picture of a type that is not read. Convert or remove it. "
+                    f"Types that are: {', '.join(sorted(SUFFIXES))}."
+                )
+            elif suffix in SUFFIXES:
+                images.append(entry.name)
+    return Folder(path, images, [folder for folder in folders if folder.images or folder.folders])
+
+
+def _annotated(folder: Folder) -> list[tuple[str, str]]:
+    """Tiny ImageNet's validation images, whose classes stand in a table."""
+    lines = read_text(folder.path / ANNOTATIONS, "--data", "Copy it again.").splitlines()
+    classes = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+    images = [(path, classes.get(path.rpartition("/")[2], NO_CLASS)) for path in folder.below()]
+    return sorted(images, key=lambda image: (image[1], image[0]))
+
+
+# Telling sources from classes
+
+
+def _sources(folder: Folder) -> list[Path]:
+    """The sources at or below a folder."""
+    folders = folder.folders
+    if folder.images and folders:
+        raise UserError(
+            f"--data: '{folder.path}' holds images, such as '{folder.images[0]}', beside folders of images, such as "
+            f"'{folders[0].name}'. If it is a set without classes, move the folders elsewhere; if the folders are its "
+            "classes, move the images."
+        )
+    if _holds_sources(folder):
+        return [path for one in folders for path in _sources(one)]
+    return [folder.path]
+
+
+def _holds_sources(folder: Folder) -> bool:
+    names = {one.name for one in folder.folders}
+    wnids = {name for name in names if WNID.fullmatch(name)}
+    if wnids and wnids != names:
+        raise UserError(
+            f"--data: '{folder.path / min(names - wnids)}' is not named by wnid, and folders beside it are, such as "
+            f"'{min(wnids)}'. If it is not a class, move it elsewhere; if it is, name all classes by wnid."
+        )
+    if wnids or not names:
+        return False
+    splits = {name for name in names if name.lower() in SPLITS}
+    deep = [one for one in folder.folders if not one.images]
+    if splits == names or any(map(_has_wnids, folder.folders)) or (folder.name in SEVERITIES and names <= LEVELS):
+        return True
+    if not deep or (len(deep) < len(names) and not splits & {one.name for one in deep}):
+        return False
+    if len(deep) == len(names) and not splits and len({one.name for outer in deep for one in outer.folders}) == 1:
+        return False  # such as `<class>/images/`
+    if len(names) == 1 or names <= set(SEVERITIES):
+        return True
+    raise _ambiguous(folder, deep[0])
+
+
+def _has_wnids(folder: Folder) -> bool:
+    return any(WNID.fullmatch(one.name) or _has_wnids(one) for one in folder.folders)
+
+
+def _ambiguous(folder: Folder, deep: Folder) -> UserError:
+    inner = deep.folders[0].name
+    return UserError(
+        f"--data: '{folder.path}' can be read in two ways: '{deep.name}' is a class, with images of it in "
+        f"'{deep.name}/{inner}'; or '{deep.name}' is a set of images, of which '{inner}' is a class. For the first, "
+        f"move the images up into '{deep.name}'; for the second, give each set a name of its own, such as "
+        f"--data.predict.{deep.name}={deep.path}."
+    )

@@ -1,0 +1,1 @@
+"""Feature shards: samples, reader, writer, manifest."""

@@ -1,0 +1,334 @@
+"""Writing a shard set, so that it can be interrupted at any moment and go on where it stopped.
+
+The samples of a source are numbered, and shard n holds those from n * shard_size on, whoever computes
+it. Whole shards are the unit of work: ranks share out those that are missing, and a batch never
+reaches across two shards, so that the bytes of a shard depend neither on the number of processes nor
+on what was computed before.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tarfile
+import zlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from featinv_pl.data.shards.manifest import (
+    BEGUN,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    PARTIAL,
+    Entry,
+    Index,
+    Member,
+    Settings,
+    Shard,
+    Unreadable,
+    index_path,
+    named,
+    read_manifest,
+    to_json,
+    write_file,
+    write_manifest,
+)
+from featinv_pl.data.shards.samples import encode, prepare
+from featinv_pl.errors import UserError
+from featinv_pl.types import Batch, Provenance
+
+ENCODERS = 2  # threads; compressing a picture takes about as long as a GPU takes for its features
+BATCHES_IN_FLIGHT = 2
+BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardFile:
+    """A tar in progress, which gets its name and its index when it is whole.
+
+    The format is the standard library's; the file is written here because webdataset's writer tells
+    neither where members lie nor what they hold.
+
+    Args:
+        path: Its final name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[Entry] = []
+        self.unreadable: list[Unreadable] = []
+        self._file = self._partial.open("wb")
+        self._sha256 = hashlib.sha256()
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + PARTIAL)
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Append an entry."""
+        self.entries.append(
+            {"key": key, "members": {suffix: self._append(f"{key}.{suffix}", data) for suffix, data in members.items()}}
+        )
+
+    def _append(self, name: str, data: bytes) -> Member:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.uname, info.gname = len(data), 0o444, "featinv", "featinv"
+        block = info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+        offset = self._file.tell()
+        self._write(block)
+        return {"offset": offset, "size": len(data), "crc32": zlib.crc32(block)}
+
+    def _write(self, data: bytes) -> None:
+        with named(self.path):
+            self._file.write(data)
+        self._sha256.update(data)
+
+    def finish(self) -> None:
+        """Give the tar its name, and then write its index."""
+        self._write(bytes(2 * BLOCK))  # the end of a tar
+        index: Index = {
+            "bytes": self._file.tell(),
+            "sha256": self._sha256.hexdigest(),
+            "unreadable": self.unreadable,
+            "entries": self.entries,
+        }
+        with named(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._partial, self.path)
+        write_file(index_path(self.path), json.dumps(index).encode())
+
+    def abandon(self) -> None:
+        """Let go of an unfinished tar."""
+        with contextlib.suppress(OSError):  # of a full disk, which refuses again what was not flushed yet
+            self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class ShardSetWriter:
+    """Writes one process's share of a set, going on where an earlier run has stopped.
+
+    Args:
+        folder: Where to.
+        source: Name of the source.
+        settings: What determines the bytes; an unfinished set of other settings is refused.
+        provenance: The networks, likewise.
+        rank: This process's rank.
+        world_size: Number of processes.
+        max_bad_fraction: Give up when more than this share of the images cannot be read.
+
+    Attributes:
+        finished: The set was complete before.
+        missing: The samples of the shards that are not there yet, shard by shard, for all ranks.
+        share: Those of this rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: str,
+        settings: Settings,
+        provenance: Provenance,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_fraction: float = 0.0,
+    ) -> None:
+        self.folder, self.source, self.settings, self.provenance = folder, source, settings, provenance
+        self.max_bad_fraction = max_bad_fraction
+        self.finished = self._compare()
+        self.unreadable = 0
+        self.missing: list[range] = []
+        for number, samples in enumerate(shard_ranges(settings)):
+            index = None if self.finished else _whole(self._path(number))
+            if index is not None:
+                self.unreadable += len(index["unreadable"])
+            elif not self.finished:
+                self.missing.append(samples)
+        self.share = self.missing[rank::world_size]
+        self.bytes_written = self.samples_written = 0
+        self._numbers = iter([number for samples in self.share for number in samples])
+        self._ends = {samples[-1] for samples in self.share}
+        self._encoders = ThreadPoolExecutor(ENCODERS)
+        self._in_flight: deque[list[tuple[Unreadable, Future[dict[str, bytes]] | None]]] = deque()
+        self._shard: ShardFile | None = None
+
+    def _compare(self) -> bool:
+        """Whether a finished set is there; one with other settings is refused, as is an unfinished one."""
+        theirs: Any = None
+        finished = (self.folder / MANIFEST).is_file()
+        if finished:
+            theirs = dict(read_manifest(self.folder, "--trainer.callbacks.folder"))
+        elif (self.folder / BEGUN).is_file():
+            try:
+                theirs = json.loads((self.folder / BEGUN).read_bytes())
+            except (JSONDecodeError, UnicodeDecodeError):
+                theirs = {}
+        elif any(self.folder.glob("*.tar")):
+            raise UserError(
+                f"--trainer.callbacks.folder: '{self.folder}' holds tars, and neither {MANIFEST} nor {BEGUN} says what "
+                "they are, so they are left as they are. Choose another folder, or remove them first."
+            )
+        if theirs is not None:
+            different = _differences(theirs, self._begun)
+            state = "a finished" if finished else "part of a"
+            if different:
+                raise UserError(
+                    f"--trainer.callbacks.folder: '{self.folder}' already holds {state} shard set, made with other "
+                    f"settings ({'; '.join(different)}), which is left as it is. "
+                    "Use those settings, choose another folder, or remove it first."
+                )
+        return finished
+
+    @property
+    def _begun(self) -> dict[str, Any]:
+        return {"settings": self.settings, "provenance": self.provenance}
+
+    def begin(self) -> None:
+        """Note the settings, and remove what an interrupted run has left half-written. For one rank alone."""
+        if self.finished:
+            (self.folder / BEGUN).unlink(missing_ok=True)  # of a run that was interrupted at its very end
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for partial in self.folder.glob(f"*{PARTIAL}"):
+                partial.unlink()
+            write_file(self.folder / BEGUN, to_json(self._begun))
+
+    def add(self, batch: Batch) -> None:
+        """Take in the next batch of this rank's share, from any device.
+
+        Pictures are compressed by threads while the networks look at the next batch. They get arrays:
+        torch's operations start threads of their own, which fail in threads of a forked process.
+        """
+        arrays = prepare(batch, self.settings["storage"])
+        reasons = batch.get("unreadable") or [""] * len(batch["key"])
+        self._in_flight.append(
+            [
+                (
+                    {"key": key, "reason": reason},
+                    None if reason else self._encoders.submit(encode, arrays, index, self.settings["image_format"]),
+                )
+                for index, (key, reason) in enumerate(zip(batch["key"], reasons, strict=True))
+            ]
+        )
+        while len(self._in_flight) > BATCHES_IN_FLIGHT:
+            self._write_batch()
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Mean of those written so far."""
+        return self.bytes_written / max(self.samples_written, 1)
+
+    def flush(self) -> None:
+        """Write what has been taken in."""
+        while self._in_flight:
+            self._write_batch()
+
+    def _write_batch(self) -> None:
+        for image, entry in self._in_flight.popleft():
+            number = next(self._numbers)
+            if self._shard is None:
+                self._shard = ShardFile(self._path(number // self.settings["shard_size"]))
+            if entry is None:
+                self._note_unreadable(image, self._shard)
+            else:
+                members = entry.result()
+                self._shard.add(f"{number:09d}", members)
+                self.bytes_written += sum(BLOCK + len(data) + -len(data) % BLOCK for data in members.values())
+                self.samples_written += 1
+            if number in self._ends:
+                self._shard.finish()
+                self._shard = None
+
+    def _note_unreadable(self, image: Unreadable, shard: ShardFile) -> None:
+        shard.unreadable.append(image)
+        self.unreadable += 1
+        check_unreadable([image], self.unreadable, self.settings, self.max_bad_fraction)
+
+    def close(self) -> None:
+        """Let go of an unfinished shard."""
+        self._encoders.shutdown(wait=False, cancel_futures=True)
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
+
+    def finish(self) -> None:
+        """Write the manifest, when all ranks have written their shards. For one rank alone."""
+        shards: list[Shard] = []
+        unreadable: list[Unreadable] = []
+        for number, _ in enumerate(shard_ranges(self.settings)):
+            path = self._path(number)
+            data = index_path(path).read_bytes()
+            index = INDEX.validate_json(data)
+            unreadable += index["unreadable"]
+            shards.append(
+                {
+                    "name": path.name,
+                    "samples": len(index["entries"]),
+                    "bytes": index["bytes"],
+                    "sha256": index["sha256"],
+                    "index_sha256": hashlib.sha256(data).hexdigest(),
+                }
+            )
+        check_unreadable(unreadable, len(unreadable), self.settings, self.max_bad_fraction)
+        write_manifest(
+            self.folder,
+            {
+                "format_version": FORMAT_VERSION,
+                "package_version": version("featinv-pl"),
+                "source": self.source,
+                "provenance": self.provenance,
+                "settings": self.settings,
+                "samples": sum(shard["samples"] for shard in shards),
+                "unreadable": unreadable,
+                "shards": shards,
+            },
+        )
+        (self.folder / BEGUN).unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.source.replace('/', '-')}-{number:05d}.tar"
+
+
+def shard_ranges(settings: Settings) -> list[range]:
+    """The numbers of the samples in each shard."""
+    samples, size = settings["samples"], settings["shard_size"]
+    return [range(start, min(start + size, samples)) for start in range(0, samples, size)]
+
+
+def check_unreadable(named: list[Unreadable], count: int, settings: Settings, max_bad_fraction: float) -> None:
+    """Give up when too many images cannot be read."""
+    if count > max_bad_fraction * settings["samples"]:
+        image = named[-1]
+        raise UserError(
+            f"--trainer.callbacks.max_bad_fraction: {count} of {settings['samples']} images cannot be read, the last "
+            f"of them '{image['key']}' ({image['reason']}), and at most {max_bad_fraction:g} of all may be left out. "
+            "Repair or remove them, or allow more; whole shards are kept."
+        )
+
+
+def _whole(path: Path) -> Index | None:
+    """The index of a tar that is whole. An index follows its tar, so only what came later can have harmed it."""
+    try:
+        index = INDEX.validate_json(index_path(path).read_bytes())
+        return index if path.stat().st_size == index["bytes"] else None
+    except (OSError, ValueError):
+        return None
+
+
+def _differences(theirs: Any, ours: dict[str, Any]) -> list[str]:
+    """Where two extractions differ, for the error."""
+    found = []
+    for part, values in ours.items():
+        other = theirs.get(part) if isinstance(theirs, dict) else None
+        other = other if isinstance(other, dict) else {}
+        found += [
+            f"{name}: {str(other.get(name))[:60]} there, {str(value)[:60]} here"
+            for name, value in values.items()
+            if other.get(name) != value
+        ]
+    return found

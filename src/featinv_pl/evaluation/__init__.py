@@ -1,0 +1,1 @@
+"""What is measured: reconstructions, scores, baselines, results and their report."""

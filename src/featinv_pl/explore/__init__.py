@@ -1,0 +1,1 @@
+"""Concepts, steering, interpolation, composition, comparison."""

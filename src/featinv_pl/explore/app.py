@@ -1,0 +1,175 @@
+"""A page on this machine: reconstruct a picture, steer it along a concept, interpolate between two."""
+
+from ipaddress import ip_address
+from pathlib import Path
+from socket import gethostname
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from featinv_pl.errors import UserError
+from featinv_pl.explore.concepts import Concepts
+from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.interpolation import Mode, interpolate
+from featinv_pl.explore.samples import refuse_other_backbone
+from featinv_pl.explore.steering import steer
+from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.pages.pictures import open_picture, prediction
+
+try:
+    import gradio as gr
+    from starlette.datastructures import Headers
+    from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
+    from starlette.types import ASGIApp, Receive, Scope, Send
+except ImportError as error:
+    raise UserError(
+        "app: the page needs gradio, which is not installed. Install it with: pip install 'featinv-pl[app]'."
+    ) from error
+
+LARGEST = "50mb"  # of a picture; how many pixels it may have is checked when it is opened
+KEPT_S = 3600  # for which uploads and what was drawn stay; nothing stays when the server ends
+
+Shown = list[tuple[Image.Image, str]]
+"""Pictures with captions."""
+
+
+class OwnPages:
+    """Answers requests of pages that this server has served, under a name that is its own.
+
+    Any page in a browser can send requests to this machine, and a name that its owner lets point here (DNS rebinding)
+    would make them look like ours.
+
+    Args:
+        app: What answers.
+        host: The address that the server listens at.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        self.app, self.names = app, {host.lower(), "localhost", gethostname().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse a request."""
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            host, origin = headers.get("host", ""), headers.get("origin")
+            if not self._is_own(host) or (origin is not None and origin.partition("://")[2] != host):
+                await PlainTextResponse("This page is for this machine's own address.", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _is_own(self, host: str) -> bool:
+        name = host
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            ip_address(name)  # which no name server chooses
+            return True
+        except ValueError:  # no number, or a bracket too few
+            return name in self.names
+
+
+def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port: int) -> None:
+    """Serve the page until the process is interrupted.
+
+    Args:
+        pipeline: The inverter.
+        concepts: To steer along, if any.
+        host: The address to listen at: `127.0.0.1` is reached from this machine alone.
+        port: Of that address.
+
+    Raises:
+        UserError: The port is taken, or the concepts belong to another backbone.
+    """
+    page = build(pipeline, concepts)
+    print(f"Open http://{host}:{port}. Ctrl+C ends it.")
+    try:
+        # Fonts of the system: gradio's own theme would fetch its from the network.
+        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            theme=theme,
+            footer_links=[],
+            quiet=True,
+            max_file_size=LARGEST,
+            app_kwargs={"middleware": [Middleware(OwnPages, host=host)]},
+        )
+    except OSError as error:
+        raise UserError(f"--port: cannot listen at {host}:{port} ({error}). Give another --port or --host.") from error
+
+
+def build(pipeline: FeatInvPipeline, concepts: Concepts | None) -> Any:
+    """The page, as gradio's `Blocks`; see `serve`."""
+    if concepts is not None:
+        refuse_other_backbone(concepts.origin, pipeline, "--concepts")
+    with gr.Blocks(title="featinv-pl", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
+        with gr.Tab("Reconstruct"):
+            picture = _upload("Picture")
+            samples, seed = gr.Slider(1, 16, 4, step=1, label="Samples"), gr.Number(0, precision=0, label="Seed")
+            _on_click("Draw", _reconstruct(pipeline), [picture, samples, seed])
+        if concepts is not None:
+            with gr.Tab("Steer"):
+                picture = _upload("Picture")
+                concept = gr.Dropdown(concepts.names, value=concepts.names[0], label="Concept")
+                strength = gr.Slider(-3, 3, 1, step=0.1, label="Strength")
+                _on_click("Steer", _steer(pipeline, concepts), [picture, concept, strength])
+        with gr.Tab("Interpolate"):
+            with gr.Row():
+                ends = [_upload("First picture"), _upload("Second picture")]
+            steps = gr.Slider(2, 21, 7, step=1, label="Steps")
+            mode = gr.Radio(["linear", "slerp"], value="linear", label="Mode")
+            _on_click("Interpolate", _interpolate(pipeline), [*ends, steps, mode])
+    return page
+
+
+def _upload(label: str) -> Any:
+    # Of no mode, so that gradio hands over the file as it is, and pictures are read as everywhere.
+    return gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label)
+
+
+def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
+    """A button, and the gallery that it fills."""
+
+    def answer(*values: Any) -> Shown:
+        if any(value is None for value in values):
+            raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
+        try:
+            shown: Shown = compute(*values)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        return shown
+
+    button = gr.Button(label, variant="primary")
+    # One at a time, whatever was asked for: they share a model.
+    button.click(answer, inputs, gr.Gallery(label="Drawn", columns=2), concurrency_id="model", concurrency_limit=1)
+
+
+def _reconstruct(pipeline: FeatInvPipeline) -> Any:
+    def reconstruct(picture: str, samples: int, seed: int) -> Shown:
+        original = pipeline.look(pipeline.crop([open_picture(Path(picture))]))
+        drawn = draw_all(pipeline, original["features"], samples, seed)
+        shown = [(as_picture(original["images"][0]), f"the picture: class {prediction(original['logits'][0])}")]
+        pairs = zip(drawn["images"][0], drawn["logits"][0], strict=True)
+        return shown + [(as_picture(image), f"class {prediction(logits)}") for image, logits in pairs]
+
+    return reconstruct
+
+
+def _steer(pipeline: FeatInvPipeline, concepts: Concepts) -> Any:
+    def steered(picture: str, concept: str, strength: float) -> Shown:
+        # Strength 0 beside it: what steering changed is what differs between the two.
+        result = steer(pipeline, open_picture(Path(picture)), concepts, concepts.number(concept), [0, strength])
+        return [(tile.picture, tile.caption) for tile in result.sections()[0].rows[0]]
+
+    return steered
+
+
+def _interpolate(pipeline: FeatInvPipeline) -> Any:
+    def interpolated(first: str, second: str, steps: int, mode: Mode) -> Shown:
+        result = interpolate(pipeline, open_picture(Path(first)), open_picture(Path(second)), steps, mode)
+        return [(tile.picture, tile.caption) for tile in result.sections()[1].rows[0]]
+
+    return interpolated

@@ -1,0 +1,339 @@
+"""Concepts: directions in feature space that stand for something, found in the maps of real images."""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from scipy.optimize import nnls
+from sklearn.decomposition import NMF
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from torch import Tensor
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
+
+from featinv_pl.errors import UserError
+from featinv_pl.explore.samples import Origin, Samples
+from featinv_pl.files import read_bytes, read_json
+from featinv_pl.runtime.saving import write_bytes
+
+Method = Literal["nmf", "difference", "cav"]
+TENSORS, FACTS = "concepts.safetensors", "concepts.json"
+UNIT_QUANTILE = 0.99  # of an NMF component's activations: strength 1
+FOLDS = 5
+
+
+class Facts(TypedDict):
+    """What `concepts.json` holds."""
+
+    method: Method
+    names: list[str]
+    scores: dict[str, float]
+    """Of how well the concepts hold: by name of the concept, or of all."""
+    origin: Origin
+    sha256: str
+    """Of the tensors beside it and all else in here."""
+
+
+FACTS_TYPE = TypeAdapter(Facts)
+
+
+def seal(tensors: bytes, facts: Mapping[str, Any]) -> str:
+    """The SHA-256 that stands in `concepts.json`: of the tensors and of what is said of them."""
+    rest = {name: value for name, value in facts.items() if name != "sha256"}
+    return hashlib.sha256(tensors + json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Concepts:
+    """Directions in the feature space of one backbone and layer.
+
+    A direction is scaled so that strength 1 means something: for a difference or a concept vector, the way
+    from the first group's mean to the second's (along the vector); for an NMF component, the activation
+    that only one location in a hundred exceeds.
+
+    Attributes:
+        method: How they were found.
+        names: One name for each.
+        directions: (K, C, h, w), or (K, C, 1, 1) where a direction is the same at all locations.
+        starts: Of the shape of `directions`: the point whose score is 0, that is, the first group's mean or zero.
+        scores: Of how well the concepts hold, by name: a vector's cross-validated accuracy, or the share of
+            the maps' energy that NMF explains.
+        origin: The backbone whose maps they were found in.
+    """
+
+    method: Method
+    names: list[str]
+    directions: Tensor
+    starts: Tensor
+    scores: dict[str, float]
+    origin: Origin
+
+    def number(self, concept: str) -> int:
+        """The number of a concept, given by number or name.
+
+        Raises:
+            UserError: There is none of that name.
+        """
+        if concept in self.names:
+            return self.names.index(concept)
+        if concept.isdecimal() and int(concept) < len(self.names):
+            return int(concept)
+        known = ", ".join(f"{number} ({name})" for number, name in enumerate(self.names))
+        raise UserError(f"--concept: there is no concept '{concept}'. Give one of {known}.")
+
+    def activations(self, features: Tensor) -> Tensor:
+        """How strongly each location expresses each concept, in units of strength.
+
+        NMF: the component's coefficient in the non-negative combination of all components that comes closest.
+        Else the projection onto the direction, from its start; its mean over locations is the score.
+
+        Args:
+            features: (B, C, h, w).
+
+        Returns:
+            (B, K, h, w).
+        """
+        if self.method == "nmf":
+            return _coefficients(features, self.directions)
+        directions, starts = self.directions.to(features), self.starts.to(features)
+        energy = directions.square().sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        shape = features.shape[1:]
+        scaled = (directions / energy).expand(-1, *shape)
+        offsets = (starts * directions / energy).sum(1).expand(-1, *shape[1:])
+        return torch.einsum("bchw,kchw->bkhw", features, scaled) - offsets
+
+    def score(self, features: Tensor, weight: Tensor) -> Tensor:
+        """How strongly maps express each concept, where `weight` says: 0 is the start, 1 a strength of 1 further.
+
+        Args:
+            features: (B, C, h, w).
+            weight: (h, w) in [0, 1].
+
+        Returns:
+            (B, K).
+        """
+        weight = weight.to(features)
+        mean = (self.activations(features) * weight).sum((2, 3)) / weight.sum()
+        if self.method == "nmf":
+            return mean
+        energy = self.directions.to(features).square().sum(1).expand(-1, *weight.shape)
+        return mean * energy.mean((1, 2)) * weight.sum() / (energy * weight).sum((1, 2))
+
+    def part(self, features: Tensor, number: int) -> Tensor:
+        """What an NMF component contributes to maps (B, C, h, w), of their shape."""
+        return self.activations(features)[:, number, None] * self.directions[number].to(features)
+
+    # As files
+
+    def save(self, folder: Path) -> None:
+        """Write `concepts.safetensors` and `concepts.json`."""
+        data = save({"directions": self.directions.contiguous(), "starts": self.starts.contiguous()})
+        facts = Facts(
+            method=self.method,
+            names=self.names,
+            scores=self.scores,
+            origin=self.origin,
+            sha256="",
+        )
+        text = json.dumps({**facts, "sha256": seal(data, facts)}, indent=2) + "\n"
+        write_bytes(folder / TENSORS, data)
+        write_bytes(folder / FACTS, text.encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` has written.
+
+        Args:
+            path: The folder, or either of the two files.
+
+        Raises:
+            UserError: They are missing, or not as they were written.
+        """
+        folder = path if path.is_dir() else path.parent
+        missing = [name for name in (FACTS, TENSORS) if not (folder / name).is_file()]
+        if missing or not path.exists():
+            raise UserError(
+                f"--concepts: there is no {' and no '.join(missing) or path.name} in '{folder}'. "
+                "Give the folder that `featinv-pl concepts` has written."
+            )
+        advice = "Copy both files again, or find the concepts anew."
+        data = read_bytes(folder / TENSORS, "--concepts", advice)
+        contents = read_json(folder / FACTS, "--concepts", advice)
+        try:
+            facts = FACTS_TYPE.validate_python(contents)
+            if seal(data, contents) != facts["sha256"]:
+                raise ValueError(f"{TENSORS} and {FACTS} are not as they were written together")
+            tensors = load(data)
+            directions, starts = tensors["directions"].float(), tensors["starts"].float()
+            _check_shapes(facts, directions, starts)
+        except (ValidationError, SafetensorError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--concepts: the concepts in '{folder}' are damaged ({reason}). {advice}") from error
+        return cls(facts["method"], facts["names"], directions, starts, facts["scores"], facts["origin"])
+
+
+def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
+    shape = facts["origin"]["feature_shape"]
+    grids = ([1, 1],) if facts["method"] == "nmf" else ([1, 1], shape[1:])
+    number, channels, *grid = directions.shape or (0, 0)
+    if number != len(facts["names"]) or not number or [channels] != shape[:1] or grid not in grids:
+        raise ValueError(f"{len(facts['names'])} directions of shape {list(directions.shape)} for maps of {shape}")
+    if starts.shape != directions.shape or not (directions.isfinite().all() and starts.isfinite().all()):
+        raise ValueError("starts of another shape than directions, or values that are not finite")
+    if not directions.flatten(1).any(1).all():
+        raise ValueError("a direction that is zero")
+
+
+# Finding them
+
+
+def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts:
+    """Parts of which the feature vectors at all locations are sums, by non-negative matrix factorisation.
+
+    A layer that has negative values too is factorised as its positive and its negative part side by side; a
+    component's direction is the difference of its two halves.
+
+    Args:
+        samples: Feature maps.
+        num_concepts: How many components.
+        seed: Of the factorisation.
+    """
+    maps = samples.features.float()
+    locations = maps.movedim(1, -1).flatten(0, 2)
+    channels = locations.shape[1]
+    if not 1 <= num_concepts <= min(locations.shape):
+        raise UserError(
+            f"--num_concepts: {num_concepts} components cannot be found in {len(locations)} locations of {channels} "
+            f"channels. Give a number from 1 to {min(locations.shape)}."
+        )
+    signed = bool((locations < 0).any())
+    factorisation = NMF(num_concepts, init="nndsvda", max_iter=500, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the explained share tells how far it came
+        factorisation.fit((_halves(locations) if signed else locations).numpy())
+    components = torch.from_numpy(factorisation.components_).float()
+    if signed:
+        components = components[:, :channels] - components[:, channels:]
+    coefficients = _coefficients(maps, components[..., None, None])
+    units = np.quantile(coefficients.numpy(), UNIT_QUANTILE, axis=(0, 2, 3))
+    missing = maps - torch.einsum("bkhw,kc->bchw", coefficients, components)
+    scaled = components * torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)[:, None]
+    directions = scaled[..., None, None]
+    return Concepts(
+        "nmf",
+        [f"part {number}" for number in range(num_concepts)],
+        directions,
+        torch.zeros_like(directions),
+        {"explained": round(1 - (missing.square().sum() / maps.square().sum()).item(), 4)},
+        samples.origin,
+    )
+
+
+def _halves(vectors: Tensor) -> Tensor:
+    """The positive and the negative part of vectors (n, C) side by side, (n, 2 C)."""
+    return torch.cat([vectors, -vectors], dim=1).clamp(min=0)
+
+
+def _coefficients(features: Tensor, directions: Tensor) -> Tensor:
+    """Non-negative coefficients (B, K, h, w) of components (K, C, 1, 1), by least squares at each location of maps.
+
+    Positive and negative parts are explained side by side, as they were factorised: components do not cancel.
+    """
+    locations = _halves(features.movedim(1, -1).flatten(0, 2).cpu().double())
+    # An orthonormal basis of the components leaves problems of K unknowns in K equations.
+    basis, reduced = torch.linalg.qr(_halves(directions.flatten(1).double()).T)
+    targets = (locations @ basis).numpy()
+    solved = np.stack([nnls(reduced.numpy(), target)[0] for target in targets])
+    shape = (len(features), *features.shape[2:], len(directions))
+    return torch.from_numpy(solved).reshape(shape).movedim(-1, 1).to(features)
+
+
+def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tensor]], pooled: bool) -> Concepts:
+    """Directions from the mean map of one group of images to that of another.
+
+    Args:
+        samples: Feature maps.
+        pairs: For each concept its name, and which samples (n,) are in the first and in the second group.
+        pooled: Take the mean over locations too, so that the direction is the same at all of them.
+    """
+    maps = _maps(samples, pooled)
+    means = [(maps[first].mean(0), maps[second].mean(0)) for _, first, second in pairs]
+    directions = torch.stack([second - first for first, second in means])
+    for (name, *_), direction in zip(pairs, directions, strict=True):
+        if not 0 < direction.norm() < torch.inf:
+            raise UserError(
+                f"concepts: the two groups of '{name}' have the same mean map, or one that is not finite, so there is "
+                "no direction between them. Give other groups."
+            )
+    starts = torch.stack([first for first, _ in means])
+    return Concepts("difference", [name for name, *_ in pairs], directions, starts, {}, samples.origin)
+
+
+def activation_vectors(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tensor]], pooled: bool) -> Concepts:
+    """Concept activation vectors: normals of the planes that separate two groups of images best.
+
+    Kim et al. (Interpretability Beyond Feature Attribution, arXiv 1711.11279), with logistic regression as
+    the linear classifier.
+
+    Args:
+        samples: Feature maps.
+        pairs: As for `difference_concepts`.
+        pooled: Separate the means over locations, so that the vector is the same at all of them.
+    """
+    differences = difference_concepts(samples, pairs, pooled)
+    maps = _maps(samples, pooled)
+    directions, scores = [], {}
+    for (name, first, second), difference in zip(pairs, differences.directions, strict=True):
+        folds = min(FOLDS, int(first.sum()), int(second.sum()))
+        if folds < 2:
+            raise UserError(f"--method cav: '{name}' has a group of a single image. Give at least two of each.")
+        points = torch.cat([maps[first], maps[second]]).flatten(1)
+        points = (points - points.mean(0)) / points.std()
+        sides = np.repeat([0, 1], [int(first.sum()), int(second.sum())])
+        classifier = LogisticRegression(max_iter=1000)
+        splits = StratifiedKFold(folds, shuffle=True, random_state=0)
+        scores[name] = round(float(cross_val_score(classifier, points.numpy(), sides, cv=splits).mean()), 4)
+        normal = torch.from_numpy(classifier.fit(points.numpy(), sides).coef_[0]).float().reshape_as(difference)
+        directions.append(normal * (difference * normal).sum() / normal.square().sum())
+    return Concepts("cav", differences.names, torch.stack(directions), differences.starts, scores, samples.origin)
+
+
+def _maps(samples: Samples, pooled: bool) -> Tensor:
+    maps = samples.features.float()
+    return maps.mean((2, 3), keepdim=True) if pooled else maps
+
+
+def pairs_of_labels(
+    samples: Samples, labels: Sequence[tuple[int | str, int | str]]
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Groups by class, for pairs of labels or of names of class folders.
+
+    Raises:
+        UserError: No sample is of a class.
+    """
+    return [(f"{first}-{second}", samples.of_class(first), samples.of_class(second)) for first, second in labels]
+
+
+def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
+    """Groups by shard set, for two sets.
+
+    Raises:
+        UserError: There are not two sets.
+    """
+    if len(samples.sets) != 2:
+        raise UserError(
+            f"SHARDS: without --between, two shard sets are compared, and {len(samples.sets)} given. "
+            "Give two, or labels: --between 3 8."
+        )
+    groups = torch.tensor(samples.groups)
+    return [("-".join(shards.source for shards in samples.sets), groups == 0, groups == 1)]

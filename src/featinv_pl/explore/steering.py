@@ -1,0 +1,219 @@
+"""Steering: a feature map moved along a concept, and what is drawn from it on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from matplotlib.axes import Axes
+from PIL import Image
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from featinv_pl.errors import UserError
+from featinv_pl.explore.concepts import Concepts
+from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.edits import add, location_weights, refuse_overflow, scale
+from featinv_pl.explore.samples import refuse_other_backbone
+from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.pages.page import Report, Section, Tile
+from featinv_pl.pages.pictures import class_name, prediction
+from featinv_pl.types import predicted
+
+Edit = Literal["add", "scale", "remove"]
+SHOWN_CLASSES = 5
+
+
+@dataclass(frozen=True)
+class Steering(Report):
+    """What was drawn from a map at each strength, always from the same noise, and how it was seen.
+
+    Attributes:
+        concept: Its name.
+        edit: What was done to the map.
+        strengths: How much of it (S).
+        original: (3, H, W), the picture.
+        original_logits: (K,).
+        original_score: How strongly the picture expresses the concept.
+        images: (S, n, 3, H, W) in [-1, 1], as bytes would hold them.
+        scores: (S, n), measured on the images.
+        logits: (S, n, K), measured on the images.
+        classes: Whose probabilities are shown.
+    """
+
+    name: ClassVar[str] = "steering"
+
+    concept: str
+    edit: Edit
+    strengths: list[float]
+    original: Tensor
+    original_logits: Tensor
+    original_score: float
+    images: Tensor
+    scores: Tensor
+    logits: Tensor
+    classes: list[int]
+
+    @property
+    def spearman(self) -> float | None:
+        """Rank correlation of strength and score, averaged over samples; None where it is not defined."""
+        if len(self.strengths) < 2 or bool((self.scores == self.scores[0]).all(0).any()):
+            return None
+        ranks = [spearmanr(self.strengths, scores).statistic for scores in self.scores.T.tolist()]
+        return float(sum(ranks) / len(ranks))
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(S, n, K)."""
+        return self.logits.float().softmax(-1)
+
+    @property
+    def title(self) -> str:
+        """See `Report`."""
+        return f"Steering: {self.edit} {self.concept}"
+
+    @property
+    def lead(self) -> str:
+        """See `Report`."""
+        rank = "is not defined" if self.spearman is None else f"is {self.spearman:.2f}"
+        return (
+            f"The picture's feature map was changed ({self.edit} the concept {self.concept}) and drawn at "
+            f"{len(self.strengths)} strengths, from the same noise. Score and classes are measured on the images that "
+            f"were drawn, seen by the classifier as bytes, not on the changed map. The rank correlation (Spearman) "
+            f"of strength and score {rank}."
+        )
+
+    def sections(self) -> list[Section]:
+        """See `Report`."""
+        original = Tile(
+            as_picture(self.original),
+            f"the picture\nscore {self.original_score:.2f}\nclass {prediction(self.original_logits)}",
+        )
+        rows = [
+            [
+                Tile(
+                    as_picture(image),
+                    f"{strength:+g}\nscore {score:.2f}\nclass {prediction(logits)}",
+                    int(predicted(logits)) != int(predicted(self.original_logits)),
+                )
+                for strength, image, score, logits in zip(self.strengths, images, scores, all_logits, strict=True)
+            ]
+            for images, scores, all_logits in zip(
+                self.images.unbind(1), self.scores.T.tolist(), self.logits.unbind(1), strict=True
+            )
+        ]
+        text = "Below each image its strength, score and predicted class, in red where that is not the picture's."
+        return [
+            Section("What was drawn", text, [[original, *rows[0]], *rows[1:]]),
+            Section("Score of the concept in the images", plot=self._plot_scores),
+            Section("Probabilities of classes in the images", plot=self._plot_classes),
+        ]
+
+    def _plot_scores(self, axes: Axes) -> None:
+        axes.plot(self.strengths, self.scores.numpy(), color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(self.strengths, self.scores.mean(1).numpy(), color="tab:blue", marker=".")
+        axes.axhline(self.original_score, color="grey", linestyle=":", label="the picture")
+        axes.set(xlabel="strength", ylabel=f"score of {self.concept}")
+        axes.legend(fontsize="small")
+
+    def _plot_classes(self, axes: Axes) -> None:
+        for index in self.classes:
+            mean = self.probabilities[:, :, index].mean(1).numpy()
+            axes.plot(self.strengths, mean, marker=".", label=class_name(index, self.logits.shape[-1]))
+        axes.set(xlabel="strength", ylabel="probability", ylim=(-0.02, 1.02))
+        axes.legend(fontsize="small", title="class")
+
+    def facts(self) -> dict[str, Any]:
+        """See `Report`."""
+        num_classes = self.logits.shape[-1]
+        return {
+            "concept": self.concept,
+            "edit": self.edit,
+            "spearman": self.spearman,
+            "picture": {"score": self.original_score, "prediction": prediction(self.original_logits)},
+            "steps": [
+                {
+                    "strength": strength,
+                    "scores": self.scores[step].tolist(),
+                    "predictions": [prediction(logits) for logits in self.logits[step]],
+                    "probabilities": {
+                        class_name(index, num_classes): self.probabilities[step, :, index].tolist()
+                        for index in self.classes
+                    },
+                }
+                for step, strength in enumerate(self.strengths)
+            ],
+        }
+
+
+def steer(
+    pipeline: FeatInvPipeline,
+    picture: Image.Image,
+    concepts: Concepts,
+    concept: int,
+    strengths: Sequence[float],
+    edit: Edit = "add",
+    mask: Tensor | None = None,
+    classes: Sequence[int] = (),
+    num_samples: int = 1,
+    seed: int = 0,
+) -> Steering:
+    """Draw a picture's map as it is moved along a concept.
+
+    Args:
+        pipeline: The inverter.
+        picture: Of any size.
+        concepts: Found in maps of the inverter's backbone.
+        concept: Number of one of them.
+        strengths: For `add`, multiples of the direction; for `scale`, factors of what an NMF component
+            contributes; for `remove`, the share of it that is taken away.
+        edit: What to do.
+        mask: (H, W) in [0, 1], of the size that the classifier sees: where. None is everywhere.
+        classes: Whose probabilities to show, besides those of the classes that are predicted.
+        num_samples: Images per strength.
+        seed: Of the noise, which is the same at all strengths.
+
+    Raises:
+        UserError: Concepts of another backbone, an edit that does not suit them, strengths beyond half precision.
+    """
+    refuse_other_backbone(concepts.origin, pipeline, "--concepts")
+    if edit != "add" and concepts.method != "nmf":
+        raise UserError(
+            f"--edit {edit}: only a component of an NMF contributes a part that can be scaled or removed, and these "
+            f"concepts were found by '{concepts.method}'. Use --edit add, or concepts of --method nmf."
+        )
+    original = pipeline.look(pipeline.crop([picture]))
+    features = original["features"]
+    num_classes = original["logits"].shape[1]
+    for index in classes:
+        if not 0 <= index < num_classes:
+            raise UserError(f"--class: there is no class {index}; the classifier has {num_classes}, from 0.")
+    weight = torch.ones(features.shape[-2:])
+    if mask is not None:
+        weight = location_weights(mask, (features.shape[-2], features.shape[-1]))
+    maps = [
+        _edited(features, concepts, concept, strength, edit, weight.to(features)).squeeze(0) for strength in strengths
+    ]
+    refuse_overflow(torch.stack(maps), "--strengths")
+    drawn = draw_all(pipeline, maps, num_samples, seed)
+    likely = torch.cat([predicted(original["logits"]).cpu(), predicted(drawn["logits"]).flatten().cpu()]).tolist()
+    shown = list(dict.fromkeys([*classes, *likely] if num_classes else []))[: max(SHOWN_CLASSES, len(classes))]
+    return Steering(
+        concepts.names[concept],
+        edit,
+        list(strengths),
+        original["images"][0].cpu(),
+        original["logits"][0].cpu(),
+        concepts.score(features, weight)[0, concept].item(),
+        drawn["images"],
+        torch.stack([concepts.score(features, weight)[:, concept] for features in drawn["features"]]),
+        drawn["logits"],
+        shown,
+    )
+
+
+def _edited(features: Tensor, concepts: Concepts, concept: int, strength: float, edit: Edit, weight: Tensor) -> Tensor:
+    if edit == "add":
+        return add(features, concepts.directions[concept].to(features), strength, weight)
+    factor = strength if edit == "scale" else 1 - strength
+    return scale(features, concepts.part(features, concept), factor, weight)

@@ -1,0 +1,1 @@
+"""p(image | feature map): the trained model, its folder and its pipeline."""

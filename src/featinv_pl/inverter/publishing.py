@@ -1,0 +1,220 @@
+"""Model folders from trained runs, and from the authors' checkpoints."""
+
+import shlex
+import shutil
+from argparse import ArgumentError
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from lightning.pytorch import seed_everything
+
+from featinv_pl.errors import UserError
+from featinv_pl.evaluation.results import METRICS, Document, Name, by_name, read_document
+from featinv_pl.files import read_yaml
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.nets import official
+from featinv_pl.nets.frozen import digest
+from featinv_pl.nets.sources import read_checkpoint, read_weights
+from featinv_pl.sampling.sampler import AUTHORS
+from featinv_pl.tasks.inversion import FeatureInversion
+from featinv_pl.trust import Parser, allow_imports
+
+CARD = "README.md"
+CONFIGURATION = "fit.yaml"
+TESTS = ("test.yaml", CONFIGURATION)  # what `test` is configured by: as it was the last time, or else as `fit` was
+HALF_PRECISION = 1e-3  # relative; what storing weights in fp16 or bf16 costs
+SHOWN = ("lr", "betas", "weight_decay")
+SHOWN_SCORES = ("cosine", "agreement@1", "agreement@5", "fid")
+
+
+def export(run: Path, folder: Path) -> None:
+    """Write the inverter of a run as a model folder, with a model card.
+
+    Args:
+        run: The folder of a run of `fit`, which holds `fit.yaml`, a checkpoint and, once tested,
+            `metrics.json`; or one of several checkpoints in it.
+        folder: Must not exist.
+    """
+    _refuse_existing(folder)
+    checkpoint = run if run.is_file() else _only_checkpoint(run)
+    home = next((parent for parent in checkpoint.parents if (parent / CONFIGURATION).is_file()), None)
+    if home is None:
+        raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
+    state = read_checkpoint(checkpoint, "RUN")
+    settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
+    seed = settings.get("seed_everything") if isinstance(settings, dict) else None
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seed_everything(seed, workers=True, verbose=False)  # as `fit` did: networks with random weights are made again
+    inversion = _inversion(settings, home)
+    try:
+        inversion.on_load_checkpoint(state)
+        inversion.load_state_dict(state["state_dict"])
+    except UserError as error:
+        raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
+    tested = _tested(home, checkpoint, digest(inversion.control))
+    _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), tested)
+
+
+def import_official(
+    checkpoint: Path,
+    folder: Path,
+    backbone: str,
+    prior: str,
+    weights: str = "pretrained",
+    input_size: int | None = None,
+    image_size: int = 256,
+) -> None:
+    """Write the authors' trained half as a model folder, and say what their checkpoint holds.
+
+    Args:
+        checkpoint: Theirs: `control_model.*`, `model.diffusion_model.*` and `first_stage_model.*`.
+        folder: Must not exist.
+        backbone: See `FeatureInversion`, as the rest.
+        prior: The prior that it was trained on, which must hold the weights that the checkpoint holds.
+        weights: As above.
+        input_size: As above.
+        image_size: As above.
+    """
+    _refuse_existing(folder)
+    state = read_weights(checkpoint, "CKPT")
+    for prefix, count in sorted(Counter(_prefix(name) for name in state).items()):
+        values = sum(value.numel() for name, value in state.items() if _prefix(name) == prefix)
+        print(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
+    option = f"CKPT '{checkpoint}'"
+    inversion = FeatureInversion(backbone, prior, image_size, weights, input_size=input_size, sampler=AUTHORS)
+    heads = inversion.prior.unet.config.attention_head_dim
+    for what, ours, theirs in (
+        ("UNet", inversion.prior.unet, official.unet(state, option, heads)),
+        ("autoencoder", inversion.prior.autoencoder.vae, official.autoencoder(state, option)),
+    ):
+        difference = official.largest_difference(ours, theirs)
+        if not difference <= HALF_PRECISION:
+            raise UserError(
+                f"--model.prior: the {what} of '{prior}' is not the one in '{checkpoint}' (a tensor differs by "
+                f"{difference:.2g} of its norm). Give the prior that the checkpoint was trained on."
+            )
+        print(f"{what}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
+    official.load_control(inversion.control, state, option)
+    encoder = inversion.control.encoder.config
+    print(
+        f"ControlNet with a feature encoder of {encoder.in_channels} -> {encoder.hidden_channels} -> "
+        f"{encoder.out_channels} channels: imported for '{backbone}', maps of {inversion.backbone.feature_shape}"
+    )
+    recipe = {"Origin": f"imported from the authors' checkpoint `{checkpoint.name}`"}
+    _write(FeatInvPipeline(inversion), folder, recipe, tested=None)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists():
+        raise UserError(f"OUT: '{folder}' exists, and is left as it is. Choose a new folder.")
+
+
+def _only_checkpoint(run: Path) -> Path:
+    found = sorted(run.rglob("*.ckpt"))
+    if len(found) != 1:
+        names = f": {', '.join(str(path) for path in found)}" if found else ""
+        raise UserError(f"RUN: '{run}' holds {len(found)} checkpoints{names}. Give the one to export as RUN.")
+    return found[0]
+
+
+def _inversion(settings: Any, home: Path) -> FeatureInversion:
+    """Build the model of a saved configuration, and nothing else of it."""
+    allow_imports()
+    parser = Parser(exit_on_error=False)
+    parser.add_lightning_class_args(FeatureInversion, "model", subclass_mode=True)
+    if not isinstance(settings, dict) or "model" not in settings:
+        raise UserError(f"RUN: '{home / CONFIGURATION}' configures no model. Give a run of `featinv-pl fit`.")
+    try:
+        parsed = parser.parse_object({"model": settings["model"]})
+    except ArgumentError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"RUN: the model of '{home / CONFIGURATION}' is no FeatureInversion ({reason}).") from error
+    inversion: FeatureInversion = parser.instantiate_classes(parsed).model
+    return inversion
+
+
+def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
+    """The test of the weights that are exported; of others none, which is said.
+
+    Args:
+        home: The folder of the run.
+        checkpoint: What is exported.
+        weights: Its digest.
+    """
+    reason = "has no scores"
+    if (home / METRICS).is_file():
+        document = read_document(home / METRICS, "RUN")
+        tested = document["provenance"]["checkpoint"]
+        if tested["digest"] == weights:
+            return document
+        reason = f"has the scores of other weights (step {tested['step']}, {tested['digest'][:8]})"
+    configuration = next(path for name in TESTS if (path := home / name).is_file())
+    command = ["featinv-pl", "test", "--config", configuration, "--trainer.default_root_dir", home]
+    command += ["--ckpt_path", checkpoint]
+    print(
+        f"The model card has no scores: '{home}' {reason}, and '{checkpoint}' holds {weights[:8]}. To measure them, "
+        f"run `{shlex.join(map(str, command))}` and export again."
+    )
+    return None
+
+
+def _prefix(name: str) -> str:
+    """The part of a checkpoint that a tensor belongs to."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "model" else parts[0] if len(parts) > 1 else "(schedule)"
+
+
+def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
+    """What the model card says of the training."""
+    model, data = settings["model"]["init_args"], settings.get("data") or {}
+    return {
+        "Steps": str(steps),
+        "Batch size": str(data.get("init_args", {}).get("batch_size")),
+        "Optimizer": _optimizer(model["optimizer"]),
+        "Dropout of map and prompt": str(model["dropout"]),
+        "Min-SNR weights, cut at": str(model.get("min_snr_gamma")),
+        "Precision": str(settings["trainer"]["precision"] or "32-true"),
+    }
+
+
+def _optimizer(settings: str | dict[str, Any]) -> str:
+    """An optimizer in one line: its class, or class and the arguments that matter."""
+    if isinstance(settings, str):
+        return settings
+    arguments = settings.get("init_args", {})
+    return ", ".join([settings["class_path"], *(f"{name} {arguments[name]}" for name in SHOWN if name in arguments)])
+
+
+def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], tested: Document | None) -> None:
+    """Write beside, then rename, so that a folder under its final name is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(partial)
+        scores = by_name(tested) if tested else {}
+        names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
+        sources = sorted({name.source for name in scores if "/" not in name.source})
+        found = {source: [scores.get(Name(source, score)) for score in names] for source in sources}
+        table = {source: [score and score["value"] for score in row] for source, row in found.items()}
+        template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(
+            files("featinv_pl.inverter").joinpath("model_card.md").read_text()
+        )
+        shape = "x".join(str(size) for size in pipeline.inversion.backbone.feature_shape)
+        card = template.render(
+            name=folder.name,
+            index=pipeline.index,
+            shape=shape,
+            recipe=recipe,
+            names=names,
+            scores=table,
+            notes=tested["notes"] if tested else [],
+        )
+        (partial / CARD).write_text(card)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR")

@@ -1,0 +1,138 @@
+"""What every command leaves: one page that needs nothing else, a picture, and the facts."""
+
+import base64
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from featinv_pl.evaluation.plots import png
+from featinv_pl.pages.pictures import picture_png
+from featinv_pl.runtime.saving import write_bytes
+
+TILE, PLOT, TEXT = 1.2, 2.8, 0.17  # inches: side of a picture, height of a plot, height of a line
+RED = "#b00020"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture with a few lines of text below it, which a flag turns red."""
+
+    picture: Image.Image
+    caption: str
+    flagged: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page: a paragraph, rows of pictures, a plot, a table whose first row is its head."""
+
+    title: str
+    text: str = ""
+    rows: Sequence[Sequence[Tile]] = ()
+    plot: Callable[[Axes], Any] | None = None
+    table: Sequence[Sequence[str]] = field(default=())
+
+
+class Report(ABC):
+    """A result that can be looked at.
+
+    Attributes:
+        name: Of its files: `<name>.html`, `<name>.png`, `<name>.json`.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What the page is about."""
+
+    @property
+    @abstractmethod
+    def lead(self) -> str:
+        """What there is to see, and what was measured, in a paragraph."""
+
+    @abstractmethod
+    def sections(self) -> list[Section]:
+        """The parts of the page."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """All that was measured, for JSON."""
+
+    def figure(self) -> Figure:
+        """Pictures and plots as one figure."""
+        shown = [section for section in self.sections() if section.rows or section.plot]
+        heights = [_height(section) for section in shown]
+        columns = max((len(row) for section in shown for row in section.rows), default=0)
+        figure = Figure(figsize=(max(6.0, TILE * columns), sum(heights)), layout="constrained")
+        parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for part, section in zip(parts, shown, strict=True):
+            part.suptitle(section.title, fontsize="medium")
+            if section.plot:
+                section.plot(part.subplots())
+                continue
+            panels = part.subplots(len(section.rows), columns, squeeze=False)
+            for axes in panels.flat:
+                axes.set(xticks=[], yticks=[], frame_on=False)
+            for line, row in zip(panels, section.rows, strict=True):
+                for axes, tile in zip(line, row, strict=False):
+                    axes.imshow(tile.picture)
+                    axes.set_xlabel(tile.caption, fontsize="x-small", color=RED if tile.flagged else "black")
+        return figure
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows of a result."""
+        return png(self.figure())
+
+    def save(self, folder: Path) -> None:
+        """Write the page, the figure and the facts, each whole or not at all."""
+        facts = json.dumps(self.facts(), indent=2, allow_nan=False) + "\n"
+        page = render("page.html", title=self.title, lead=self.lead, sections=self.sections())
+        picture = self._repr_png_()
+        for suffix, data in (("json", facts.encode()), ("png", picture), ("html", page.encode())):
+            write_bytes(folder / f"{self.name}.{suffix}", data)
+
+
+def _height(section: Section) -> float:
+    """In inches."""
+    lines = sum(max(tile.caption.count("\n") + 1 for tile in row) for row in section.rows)
+    return 0.4 + TILE * len(section.rows) + TEXT * lines + (PLOT if section.plot else 0)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill one of the templates of this folder."""
+    environment = Environment(
+        loader=PackageLoader("featinv_pl.pages", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"picture_uri": picture_uri, "plot_uri": _plot_uri}
+    return environment.get_template(template).render(**values)
+
+
+def data_uri(data: bytes) -> str:
+    """A PNG within a page."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def picture_uri(picture: Image.Image) -> str:
+    """A picture within a page."""
+    return data_uri(picture_png(picture))
+
+
+def _plot_uri(section: Section) -> str:
+    assert section.plot
+    figure = Figure(figsize=(6, PLOT), dpi=150, layout="constrained")
+    section.plot(figure.subplots())
+    return data_uri(png(figure))

@@ -1,0 +1,1 @@
+"""How runs survive: checkpoints, exact resume, graceful stop. All private names of Lightning."""

@@ -1,0 +1,151 @@
+"""Files that a run leaves: its configuration, and the parts it has trained."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from featinv_pl.data.shards.manifest import write_file
+from featinv_pl.errors import UserError
+from featinv_pl.masking import masked
+from featinv_pl.nets.sources import SUMMED, SUMS, check_sums, write_sums
+from featinv_pl.runtime.provenance import provenance
+from featinv_pl.runtime.run_folder import configuration_path, written_folders
+
+MODEL = "model"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `<default_root_dir>/<stage>.yaml`, and hands the configuration to the loggers once.
+
+    An extraction's, several of which may share that folder, is `<shard set>.yaml` beside each set that it makes. The
+    checkpoint that a run began with is left out: whoever uses the file again would train or score that one.
+
+    Beside it these get what it does not say: version and git state of the code, and digests of the shards.
+    Others may see them: credentials in addresses are masked in both, and what is logged has `~/...` for
+    paths below the user's home.
+
+    Lightning's own would write into the loggers' folder, which runs share, and before anything has
+    been checked: a run that is refused must not overwrite the configuration of one that was not.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, now that model and data have been accepted."""
+        self.save_config(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless this is within `fit`."""
+        if trainer.state.fn == "validate":
+            self.save_config(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self.save_config(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self.save_config(trainer, pl_module, "predict")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file and tell the loggers."""
+        if trainer.is_global_zero:
+            kept = masked(self.config)
+            checkpoint = kept.pop("ckpt_path")
+            text = self.parser.dump(kept, skip_none=False)
+            for folder in written_folders(trainer, cast(Any, trainer).datamodule, stage):
+                write_bytes(configuration_path(trainer, folder, stage), text.encode())
+            shown = _without_home({**yaml.safe_load(text), "ckpt_path": checkpoint, **provenance(trainer)})
+            for logger in trainer.loggers:
+                logger.log_hyperparams(shown)
+
+
+class SavePretrained(Callback):
+    """Saves a trained part at the end of `fit`, in the layout in which it is loaded, with `SHA256SUMS` of its files.
+
+    A model that is there is replaced by a training that continues (`--ckpt_path`) alone, and nothing else ever.
+
+    Args:
+        folder: Where to, if not `model` below the run's folder.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before training, a folder that holds something; replacing it would lose that."""
+        folder, replaced = self._places(trainer)
+        if trainer.is_global_zero and replaced.exists() and not folder.exists():
+            os.replace(replaced, folder)  # a kill between the two renames at the end of an earlier training
+        trainer.strategy.barrier()
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return
+        if not _is_saved(folder):
+            raise UserError(
+                f"--trainer.callbacks.folder: '{folder}' holds what SavePretrained has not written, or what was "
+                "changed since, so it is left as it is. Give another folder."
+            )
+        if trainer.ckpt_path is None:
+            raise UserError(
+                f"'{folder}' is the model of an earlier training, so it is left as it is. Remove it, give another "
+                "folder with --trainer.default_root_dir, or continue that training with --ckpt_path."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save beside, then swap."""
+        if not trainer.is_global_zero:
+            return
+        folder, replaced = self._places(trainer)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        cast(Any, pl_module).save_pretrained(partial)
+        write_sums(partial)
+        shutil.rmtree(replaced, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, replaced)
+        os.replace(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _places(self, trainer: Trainer) -> tuple[Path, Path]:
+        """Where the model goes, and where the one that it replaces is meanwhile."""
+        folder = self.folder or Path(os.path.relpath(trainer.default_root_dir)) / MODEL
+        folder = folder.resolve() if folder.is_symlink() else folder  # a link stays one
+        return folder, folder.with_name(f".{folder.name}.replaced")
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether a folder holds nothing but what SavePretrained has written there, as it was."""
+    files = {path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()}
+    others = [path for path in files if path.suffix not in SUMMED or any(part.startswith(".") for part in path.parts)]
+    try:
+        check_sums(folder, "")
+    except UserError:
+        return False
+    return others == [Path(SUMS)]
+
+
+def _without_home(settings: Any) -> Any:
+    """Settings in which the user's home folder is called `~`."""
+    if isinstance(settings, dict):
+        return {_without_home(key): _without_home(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_without_home(value) for value in settings]
+    if isinstance(settings, str) and Path(settings).is_relative_to(Path.home()):
+        return str(Path("~", Path(settings).relative_to(Path.home())))
+    return settings
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data)

@@ -1,0 +1,217 @@
+"""Ends of training after which nothing is lost: the last step's, a signal's, and Ctrl-C's."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from featinv_pl.data.workers import SIGNALS
+from featinv_pl.runtime.ranks import first_rank, let_ranks_end
+
+
+class Stopped(SIGTERMException):
+    """The run was asked to end, and has done so after a whole batch.
+
+    Args:
+        signal: What asked.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal
+
+
+class SaveLast(Callback):
+    """Saves the end of training where ModelCheckpoint would not: at a step that its interval does not divide.
+
+    It must come before callbacks that replace the weights at the end. The last step that was asked for is saved by
+    `Stop`, like any other step: here its epoch would count as over.
+    """
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, unless the last step is saved already."""
+        saver = _saver(trainer)
+        if saver is not None and trainer.global_step != trainer.max_steps:
+            _save(trainer, saver)
+
+
+class Stop(Callback):
+    """Lets SIGTERM, SIGHUP and Ctrl-C end a run after the batch at hand, and saves training, whose ranks end together.
+
+    Lightning's own handling of SIGTERM saves nothing, and with several ranks they wait for each other for ever. A
+    second Ctrl-C ends the run at once, without saving. The signal with which SLURM announces the end of a job, if
+    Lightning's SLURMEnvironment is to requeue it, does the same, and has the job start again: Lightning would save in
+    the middle of a step.
+    """
+
+    def __init__(self) -> None:
+        self.signal = self.requeue = 0
+        self.saved = False
+        self.launcher: Any = None
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
+        self.hint = "the same command goes on with what is not done yet."
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen, now that Lightning has installed its own handlers."""
+        self._listen(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen, unless this is where to end."""
+        self._listen(trainer)
+        self._end(self.saved)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen."""
+        self._listen(trainer)
+
+    def _listen(self, trainer: Trainer) -> None:
+        self.launcher = trainer.strategy.launcher
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self.requeue = int(environment.requeue_signal or signal.SIGUSR1)
+        if threading.current_thread() is threading.main_thread():  # no other may
+            for number in (*SIGNALS, self.requeue):
+                if number and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
+                    signal.signal(number, self._note)  # Lightning puts back what was there before it
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        if not self.signal and number != signal.SIGINT:  # which a terminal sends to all
+            self._pass_on(number)
+        if not self.signal or number == self.requeue:  # SLURM may send SIGTERM after it
+            self.signal = number
+
+    def _leave_terminals(self) -> None:
+        """Write to nowhere instead of to a terminal that is gone, which would be an error at the next line."""
+        with open(os.devnull, "w") as nowhere:
+            for number in self.terminals:
+                os.dup2(nowhere.fileno(), number)
+
+    def _pass_on(self, number: int) -> None:
+        """From the first rank to all others, or from another to the first."""
+        if self.launcher is not None:
+            self.launcher.kill(number)
+        if (first := first_rank()) is not None:
+            os.kill(first, number)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """Save if asked; the end comes when what this step has logged is logged."""
+        asked = trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False)
+        if asked and not trainer.fit_loop._should_accumulate():  # whose sum of gradients is not saved
+            if trainer.strategy.reduce_boolean_decision(self.signal == self.requeue != 0, all=False):
+                self.signal = self.requeue
+            self.signal = self.signal or signal.SIGTERM
+            self._save(trainer)
+        elif trainer.global_step == trainer.max_steps and (saver := _saver(trainer)) is not None:
+            _save(trainer, saver)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """End here if saved."""
+        self._end(self.saved)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End here if saved."""
+        self._end(self.saved)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """End here if asked; several ranks, which validate numbers of batches of their own, only go on to train."""
+        fitting = trainer.state.fn == "fit"
+        self._end(not fitting or (trainer.world_size == 1 and not trainer.fit_loop._should_accumulate()))
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """End here if asked."""
+        self._end()
+
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+        """End here if asked."""
+        self._end()
+
+    def _end(self, here: bool = True) -> None:
+        if here and self.signal:
+            raise Stopped(self.signal)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what a stopped training has come to, and say how to go on."""
+        if not isinstance(exception, Stopped):
+            return
+        let_ranks_end()
+        if not self.saved:
+            self._save(trainer)
+        if trainer.is_global_zero:
+            print(f"featinv-pl: stopped by {signal.Signals(exception.signal).name}; {self.hint}", file=sys.stderr)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Save what is training, and have SLURM start again what it is about to end."""
+        self.saved = True
+        if trainer.state.fn == "fit":
+            path = self._save_requeued(trainer) if self.signal == self.requeue else _save_stopped(trainer)
+            if path is not None:
+                self.hint = f"step {trainer.global_step} is saved. Go on: the same command with --ckpt_path {path}"
+        if self.signal == self.requeue and trainer.is_global_zero:
+            job = requeue_job()
+            self.hint += f" (SLURM does that: job {job} is requeued)" if job else " (scontrol requeue has failed)"
+
+    @staticmethod
+    def _save_requeued(trainer: Trainer) -> str:
+        """Save where Lightning looks by itself when the job starts again."""
+        path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+        trainer.save_checkpoint(path)
+        return os.path.relpath(path)
+
+
+def requeue_job() -> str | None:
+    """Ask SLURM to start this job again.
+
+    Returns:
+        Its number, or None if SLURM does not.
+    """
+    job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
+    if array is not None:  # whose first task has the number of all
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        return job if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0 else None
+    except OSError:  # there is no scontrol
+        return None
+
+
+def _saver(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the latest state, rather than the best."""
+    savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    return next((one for one in savers if one.monitor is None and one.save_top_k != 0), None)
+
+
+def _save(trainer: Trainer, saver: ModelCheckpoint) -> None:
+    """Let a ModelCheckpoint save now, by its names and rules."""
+    if not saver._should_skip_saving_checkpoint(trainer):
+        candidates = saver._monitor_candidates(trainer)
+        saver._save_topk_checkpoint(trainer, candidates)
+        saver._save_last_checkpoint(trainer, candidates)
+
+
+def _save_stopped(trainer: Trainer) -> str | None:
+    saver = _saver(trainer)
+    if saver is not None:
+        _save(trainer, saver)
+        path = saver.best_model_path
+    elif isinstance(best := trainer.checkpoint_callback, ModelCheckpoint) and not cast(Any, trainer).fast_dev_run:
+        path = str(Path(best.dirpath or ".", f"{best.CHECKPOINT_NAME_LAST}{best.FILE_EXTENSION}"))
+        trainer.save_checkpoint(path)
+    else:
+        return None
+    return os.path.relpath(path) if path else None

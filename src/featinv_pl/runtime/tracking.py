@@ -1,0 +1,190 @@
+"""How a run meets Weights & Biases: online or offline, under which name, and with nothing private.
+
+All of it goes to the client as variables of the environment, which processes that start later see too. Those that
+are set already win, and so do arguments of the WandbLogger.
+"""
+
+import os
+import ssl
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from signal import SIGINT, SIGTERM
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from featinv_pl.errors import UserError
+from featinv_pl.runtime.stopping import Stopped
+
+RUN_ID = "wandb_run_id"
+ROUTE = ("base_url", "http_proxy", "https_proxy", "x_proxies", "insecure_disable_ssl")  # settings of the client
+PATIENCE = 5.0  # seconds; the client itself would wait for two minutes, and then end the run
+PRIVATE = {
+    "WANDB_X_DISABLE_META": "true",  # user, command line, and paths of program and interpreter
+    "WANDB_PROGRAM": "featinv-pl",  # which would be its path
+    "WANDB_CONSOLE": "off",  # warnings of libraries name the folder that they are installed in
+}
+
+
+class KeepRunId(Callback):
+    """Notes the run's id at W&B in its checkpoints, so that `fit --ckpt_path` continues the run."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note it."""
+        ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if ids and trainer.is_global_zero:
+            checkpoint[RUN_ID] = ids[0]
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Ends the run that a command has begun, as failed if an error ends the command, and leaves no variables behind."""
+    before = _variables()
+    code = 1
+    try:
+        yield
+        code = 0
+    except SIGTERMException as error:  # Lightning would exit with 0, as if the work were done
+        code = 128 + (error.signal if isinstance(error, Stopped) else SIGTERM)
+        sys.exit(code)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else code
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning would exit with 1, as if something were wrong
+            code = 128 + SIGINT
+        sys.exit(code)
+    finally:
+        if "wandb" in sys.modules:  # it is imported once the configuration is known to be right
+            _finish(code, before)
+        for name in _variables():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def sweep_run() -> str | None:
+    """The id of this run, if an agent has started it."""
+    return os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+
+
+def check_route(logger: Any) -> None:
+    """Refuse a configuration that decides where the user's key is sent.
+
+    Args:
+        logger: The configuration of a WandbLogger.
+
+    Raises:
+        UserError: It sets what only the user's own environment may.
+    """
+    for place, value in logger.items():
+        name = place.rpartition(".")[2]
+        if isinstance(value, dict):
+            check_route(value)
+        elif name in ROUTE and value and os.environ.get(variable := f"WANDB_{name.upper()}") != str(value):
+            raise UserError(
+                f"--trainer.logger: its settings send your W&B key by {name} '{value}', which only your environment "
+                f"may decide. If you trust it, set {variable}={value}."
+            )
+
+
+@rank_zero_only
+def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: str | None) -> None:
+    """Tell the client, before the run begins, what it would have to guess or to ask.
+
+    Args:
+        job: What is done: `fit`, `validate`, `test` or `predict`.
+        group: What belongs together, such as training and tests of one inverter.
+        tags: Of the run.
+        offline: Whether the configuration says so.
+        run_id: The run to go on with; None for a new one.
+    """
+    import wandb
+
+    # LightningCLI overwrites the logger's own `resume="allow"` by nothing.
+    told = {**PRIVATE, "WANDB_RESUME": "allow", "WANDB_JOB_TYPE": job, "WANDB_TAGS": ",".join(tags)}
+    if not sweep_run():  # there the server names and groups
+        told |= {"WANDB_RUN_GROUP": group, "WANDB_NAME": f"{group} {job}"}
+    if run_id is not None:
+        told["WANDB_RUN_ID"] = run_id
+    if offline:
+        os.environ["WANDB_MODE"] = "offline"
+    if offline or _must_be_offline():
+        told |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}  # one line at the end says all that the client would
+    for name, value in told.items():
+        os.environ.setdefault(name, value)
+    wandb.teardown()  # it has read the variables as they were
+    wandb.setup()
+
+
+def _must_be_offline() -> bool:
+    """Whether the run cannot be online, though nobody has said that it should be offline.
+
+    Raises:
+        UserError: If the key is invalid, or if the user insists and there is no key.
+    """
+    import wandb
+
+    settings = wandb.setup().settings
+    insists = "WANDB_MODE" in os.environ
+    if settings.mode != "online":
+        return False  # the user's choice, which the client knows
+    if not _has_key(settings.base_url):
+        if insists:
+            raise UserError(
+                f"WANDB_MODE is online, but there is no key for {settings.base_url}. Run `wandb login`, set "
+                "WANDB_API_KEY, or leave WANDB_MODE out to log offline."
+            )
+        _say("W&B: there is no key (`wandb login` stores one), so the run is logged offline.", os.environ)
+        return True
+    if not insists and not _reachable(settings.base_url):
+        _say(f"W&B: {settings.base_url} does not answer, so the run is logged offline.", os.environ)
+        return True
+    return False
+
+
+def _has_key(url: str) -> bool:
+    """Whether the client would find a key, in the environment or in a netrc, without asking for one."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk.lib.wbauth import authenticate_session
+
+    try:
+        return authenticate_session(host=url, source="featinv-pl", prompt=False, update_session=False) is not None
+    except AuthenticationError as error:
+        raise UserError(f"W&B: {error} Run `wandb login`, or correct the key.") from error
+
+
+def _reachable(url: str) -> bool:
+    try:
+        with urlopen(Request(url, method="HEAD"), timeout=PATIENCE):
+            return True
+    except HTTPError:  # which is an answer
+        return True
+    except URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # the client has certificates of its own
+    except OSError:
+        return False
+
+
+def _finish(code: int, before: dict[str, str]) -> None:
+    """End the run, and say how one that was offline gets online."""
+    import wandb
+
+    run = wandb.run
+    if run is not None and run.offline:
+        _say(f"Logged offline. Upload: wandb sync {os.path.relpath(run.settings.sync_dir)}", before)
+    wandb.finish(code)  # the next command of this process gets a run of its own,
+    wandb.teardown(code)  # and its own variables
+
+
+def _say(text: str, variables: Mapping[str, str]) -> None:
+    """Print a line, unless silence was asked for."""
+    if "WANDB_SILENT" not in variables:
+        print(text)
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}

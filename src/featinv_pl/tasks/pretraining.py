@@ -1,0 +1,270 @@
+"""Frozen parts for a domain that has none: a classifier, an autoencoder and a prior of one's own.
+
+Each module trains one part on plain images and saves it in the layout that `Backbone` and `Prior`
+load. The callback `SavePretrained` calls for that at the end of `fit`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import timm
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from timm.models import save_for_hf
+from torch import Tensor
+from torch.nn import ModuleDict, functional
+from torch.optim import AdamW
+from torchmetrics import MeanMetric
+
+from featinv_pl.errors import UserError
+from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.prompts import FILE as PROMPTS
+from featinv_pl.nets.prompts import write_prompts
+from featinv_pl.nets.supported import check_unet
+from featinv_pl.runtime.clipping import Clipped
+from featinv_pl.sampling.diffusion import denoising_target
+from featinv_pl.sampling.noise import generator, keyed_noise
+from featinv_pl.tasks.optimisation import optimise, plain
+from featinv_pl.types import ImageBatch
+
+DROPOUT = 0.1
+"""How often the prior trains without its prompt."""
+
+
+class Pretraining(Clipped, ABC):
+    """What the three have in common: a loss, its logging, and an optimizer from the configuration.
+
+    Args:
+        scalars: Names of what `losses` returns.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    def __init__(
+        self, scalars: tuple[str, ...], optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+    ) -> None:
+        super().__init__()
+        # Exact where ranks have unlike numbers of samples, as Lightning's mean is not.
+        self.means = ModuleDict({name: MeanMetric() for name in scalars})
+        self.optimizer_factory, self.lr_scheduler_factory = plain(optimizer), plain(lr_scheduler)
+
+    @abstractmethod
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Scalars to log, of which `loss` is minimised. What is drawn depends on the samples' keys and `identity`."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the trained part into `folder`."""
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Minimise `loss`."""
+        losses = self.losses(batch, (torch.initial_seed(), self.current_epoch))
+        self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True, sync_dist=True)
+        return losses["loss"]
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log the same scalars, with randomness that repeats, so that curves are comparable."""
+        for name, value in self.losses(batch, ("val",)).items():
+            mean = cast(MeanMetric, self.means[name])
+            mean(value, len(batch["images"]))
+            self.log(f"val/{name}", mean)
+
+    def configure_optimizers(self) -> Any:
+        """Optimise whatever is not frozen."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
+
+
+class Classifier(Pretraining):
+    """Trains a timm model to classify; saved, it serves as a backbone that knows its classes by name.
+
+    Args:
+        model: A timm model name.
+        num_classes: Number of classes, which must be that of the training images.
+        image_size: Side of the (square) images it is trained on.
+        model_args: Further arguments of the timm model, such as `output_stride: 8` for a finer map.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        image_size: int,
+        model_args: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(("loss", "accuracy"), optimizer, lr_scheduler)
+        self.image_size, self.num_classes = image_size, num_classes
+        self.classes: tuple[str, ...] = ()
+        self.model = timm.create_model(model, num_classes=num_classes, **(model_args or {}))
+
+    def on_fit_start(self) -> None:
+        """Take over the names of the classes."""
+        self._read_classes()
+
+    def on_validation_start(self) -> None:
+        """The same, of `validate` alone."""
+        if self.trainer.state.fn == "validate":
+            self._read_classes()
+
+    def _read_classes(self) -> None:
+        """Refuse images that the classes say nothing of, and other classes than those of a checkpoint."""
+        data = cast(Any, self.trainer).datamodule
+        if not hasattr(data, "classes"):  # such as loaders in a notebook
+            return
+        if self.classes and self.classes != data.classes:
+            raise UserError(
+                f"--data.train: the images have the classes {_listed(data.classes)}, and the checkpoint was trained on "
+                f"{_listed(self.classes)}. Give the folder that it was trained on."
+            )
+        if len(data.classes) != self.num_classes:
+            raise UserError(
+                f"--model.num_classes is {self.num_classes}, and the images to train on have {len(data.classes)} "
+                f"classes ({_listed(data.classes)}). Give that number, or a folder of as many class folders."
+            )
+        for option, images in (("train", data.training_images()), ("val", data.validation_images())):
+            for key, name in images.names() if images else ():
+                if name not in data.classes:
+                    raise UserError(f"--data.{option}: '{key}' belongs to none of the classes of training. Remove it.")
+        self.classes = data.classes
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the classes, whose order is that of the logits."""
+        checkpoint["classes"] = list(self.classes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them over; older checkpoints have none."""
+        self.classes = tuple(checkpoint.get("classes", ()))
+
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Cross-entropy and accuracy."""
+        logits, labels = self.model(batch["images"]), batch["labels"]
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": functional.cross_entropy(logits, labels), "accuracy": accuracy}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json`, with the names of the classes, and `model.safetensors` in timm's layout."""
+        half = (0.5, 0.5, 0.5)  # what maps [0, 1] to the [-1, 1] that training saw
+        size = (3, self.image_size, self.image_size)
+        transform = {"input_size": size, "mean": half, "std": half, "crop_pct": 1.0}
+        names = {"label_names": list(self.classes)}
+        save_for_hf(self.model, str(folder), names, safe_serialization=True, data_config=transform)
+
+
+def _listed(classes: Sequence[str], most: int = 5) -> str:
+    return ", ".join(classes[:most]) + (", ..." if len(classes) > most else "")
+
+
+class Autoencoder(Pretraining):
+    """Trains an AutoencoderKL, between images and the latents that diffusion works on.
+
+    Args:
+        config: Arguments of diffusers' AutoencoderKL.
+        kl_weight: Weight of the Kullback-Leibler term, per latent value.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    latent_variance: Tensor
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        kl_weight: float = 1e-4,
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(("loss", "l1", "kl"), optimizer, lr_scheduler)
+        self.vae = AutoencoderKL(**config)
+        self.kl_weight = kl_weight
+        self.register_buffer("latent_variance", torch.ones(()))
+
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Absolute error of the image, and the Kullback-Leibler divergence of the latents from N(0, 1)."""
+        images = batch["images"]
+        distribution = self.vae.encode(images).latent_dist
+        noise = keyed_noise(batch["key"], distribution.mean.shape[1:], *identity).to(distribution.mean)
+        latents = distribution.mean + distribution.std * noise
+        if self.training:
+            self.latent_variance.lerp_(latents.detach().var(), 0.01)
+        error = functional.l1_loss(self.vae.decode(latents).sample, images)
+        kl = distribution.kl().mean() / latents[0].numel()
+        return {"loss": error + self.kl_weight * kl, "l1": error, "kl": kl}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write diffusers' layout, with the factor that scales latents to unit variance."""
+        self.vae.register_to_config(scaling_factor=float(self.latent_variance.rsqrt()))
+        self.vae.save_pretrained(folder)
+
+
+class NoisePredictor(Pretraining):
+    """Trains the UNet of a latent diffusion prior on images alone.
+
+    There is no text: zeros stand for the empty prompt, and fixed random numbers for one that asks for an image
+    of this domain. A tenth of training drops it, as that of Stable Diffusion does.
+
+    Args:
+        autoencoder: A folder in diffusers' layout, as fitting an `Autoencoder` writes it.
+        config: Arguments of diffusers' UNet2DConditionModel.
+        prediction_type: What the UNet predicts: the noise, as Stable Diffusion, or the velocity, which
+            weighs the noisy timesteps more, where a feature map has most to say.
+        optimizer: Factory of the optimizer.
+        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+    """
+
+    prompt: Tensor
+
+    def __init__(
+        self,
+        autoencoder: str,
+        config: dict[str, Any],
+        prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+        optimizer: OptimizerCallable = AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(("loss",), optimizer, lr_scheduler)
+        self.autoencoder = LatentAutoencoder.load(autoencoder)
+        channels = self.autoencoder.latent_channels
+        given = {"in_channels": channels, "out_channels": channels, **config}
+        check_unet(given, channels, "the configuration", "--model.config")
+        self.unet = UNet2DConditionModel(**given)
+        width = self.unet.config.cross_attention_dim
+        self.register_buffer("prompt", torch.randn(1, width, generator=generator("prompt", width)), persistent=False)
+        # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.
+        self.schedule = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type=prediction_type,
+        )
+
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """The error of the predicted noise, at random timesteps."""
+        moments = self.autoencoder.encode(batch["images"])
+        rngs = [generator(*identity, key) for key in batch["key"]]
+        shape, steps = (2, *moments.chunk(2, dim=1)[0].shape[1:]), self.schedule.config.num_train_timesteps
+        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
+        latents, noise = self.autoencoder.sample(moments, noise[0]), noise[1]
+        timesteps = torch.cat([torch.randint(steps, (1,), generator=rng) for rng in rngs]).to(self.device)
+        chances = torch.cat([torch.rand(1, generator=rng) for rng in rngs]).view(-1, 1, 1).to(self.device)
+        prompts = self.prompt * (chances >= DROPOUT)
+        noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
+        prediction = self.unet(noisy_latents, timesteps, prompts, return_dict=False)[0]
+        target = denoising_target(self.schedule, latents, noise, timesteps)
+        return {"loss": functional.mse_loss(prediction, target)}
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write a whole prior: `unet/`, `vae/`, `scheduler/` and the stored prompts."""
+        self.unet.save_pretrained(folder / "unet")
+        self.autoencoder.vae.save_pretrained(folder / "vae")
+        self.schedule.save_pretrained(folder / "scheduler")
+        write_prompts(folder / PROMPTS, prompt=self.prompt.cpu(), empty=torch.zeros_like(self.prompt, device="cpu"))

@@ -1,0 +1,236 @@
+"""Corruptions have the published strength and spectrum, repeat, and keep the format of an image."""
+
+import io
+import json
+import zipfile
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
+
+from conftest import ROOT
+from featinv_pl.data.images.corruptions import (
+    CORRUPTIONS,
+    brightness,
+    corrupt,
+    defocus_blur,
+    fog,
+    gaussian_blur,
+    glass_blur,
+    motion_blur,
+    saturate,
+    spatter,
+    zoom_blur,
+)
+from featinv_pl.data.images.digits import digit_images
+from featinv_pl.data.images.severities import SEVERITIES
+from featinv_pl.errors import UserError
+
+SHARED = ROOT.parent / "shared"
+PUBLISHED = SHARED / "golden/corruptions.json"
+SHARES = "share_of_change_above_1_16_1_8_1_4_cycles_per_pixel"
+NAMES = list(CORRUPTIONS)
+COMPARED = [name for name in NAMES if name not in ("motion_blur", "snow", "frost")]
+CERTAIN = (
+    *("defocus_blur", "gaussian_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate"),
+    "jpeg_compression",
+)
+
+
+def error(image: NDArray[np.uint8], name: str, severity: int, seed: int) -> float:
+    return float(np.square(corrupt(image, name, severity, seed).astype(float) - image).mean())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_keeps_the_format_and_the_original(name: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    kept = image.copy()
+    corrupted = corrupt(image, name, 3, seed=1)
+    assert corrupted.shape == image.shape
+    assert corrupted.dtype == np.uint8
+    assert np.array_equal(image, kept)
+
+
+def test_names_are_the_published_ones() -> None:
+    assert len(NAMES) == 15 + 4
+    for name in ("gaussian_noise", "glass_blur", "frost", "elastic_transform", "jpeg_compression", "saturate"):
+        assert name in NAMES
+    assert all(len(constants) == 5 for pair in SEVERITIES.values() for constants in pair)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [(32, 32), (72, 100)])
+def test_changes_an_image_at_every_severity(name: str, size: tuple[int, int]) -> None:
+    image = np.asarray(Image.fromarray(digit_images()[5]).resize(size[::-1])) // 2 + 40
+    image[..., 0] //= 2  # a colour, which saturation can change
+    for severity in range(1, 6):
+        corrupted = corrupt(image, name, severity, seed=0)
+        assert corrupted.shape == (*size, 3)
+        # CIFAR-10-C's smallest blurs reach no farther than a pixel.
+        assert not np.array_equal(corrupted, image) or (name == "defocus_blur" and severity < 4)
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "fog", "contrast", "gaussian_blur"])
+def test_grows_with_severity(name: str) -> None:
+    for index in range(4):
+        errors = [error(digit_images()[index], name, severity, seed=index) for severity in range(1, 6)]
+        assert 0 < errors[0] < errors[1] < errors[2] < errors[3] < errors[4]
+
+
+def test_constants_follow_the_size_of_the_image() -> None:
+    grey = np.full((64, 64, 3), 128, dtype=np.uint8)
+    small, large = (
+        error(np.pad(grey, ((0, more), (0, more), (0, 0)), "edge"), "gaussian_noise", 3, 0) for more in (0, 1)
+    )
+    assert small**0.5 / 255 == pytest.approx(0.08, rel=0.05)
+    assert large**0.5 / 255 == pytest.approx(0.18, rel=0.05)
+
+
+def test_formulas_by_hand() -> None:
+    pixels = np.array([[[0.2, 0.4, 0.6], [0.0, 0.0, 0.0]]])
+    rng = np.random.RandomState(0)
+    # At value 0.8 instead of 0.6, hue and saturation kept; black becomes grey.
+    expected = np.array([0.2 * 0.8 / 0.6, 0.4 * 0.8 / 0.6, 0.8, 0.2, 0.2, 0.2]).reshape(2, 3)
+    np.testing.assert_allclose(brightness(pixels, 0.2, rng)[0], expected)
+    # Saturation 2/3, halved: the least channel moves from a third of the value to two thirds.
+    np.testing.assert_allclose(saturate(pixels, (0.5, 0), rng)[0], np.array([[0.4, 0.5, 0.6], [0, 0, 0]]))
+    point = np.zeros((31, 31, 3))
+    point[15, 15] = 1
+    for blurred in (defocus_blur(point, (3, 0.1), rng), motion_blur(point, (10, 3), rng), gaussian_blur(point, 1, rng)):
+        assert blurred.sum() == pytest.approx(3)
+    disc = defocus_blur(point, (3, 0.1), rng)[..., 0]
+    assert (disc > 1e-6).sum() == 29  # points of the grid within 3 of the centre
+
+
+# Against the published functions (hendrycks/robustness), which were run with the seed i for the i-th image
+
+
+@cache
+def published(images: str) -> tuple[dict[str, Any], list[NDArray[np.uint8]]]:
+    if not PUBLISHED.is_file():
+        pytest.skip(f"{PUBLISHED}, statistics of the published functions, is not on this machine")
+    statistics = json.loads(PUBLISHED.read_text())[images]
+    if images.startswith("cifar"):
+        with zipfile.ZipFile(SHARED / "data/cifar10/cifar10-images.zip") as archive:
+            files: list[Any] = [io.BytesIO(archive.read(name)) for name in statistics["images"]]
+    else:
+        files = [SHARED / "data/imagenet-sample" / name for name in statistics["images"]]
+    crop = Compose([Resize(256), CenterCrop(224)]) if images.startswith("imagenet") else lambda image: image
+    return statistics["corruptions"], [np.asarray(crop(Image.open(file).convert("RGB"))) for file in files]
+
+
+def shares_above(change: NDArray[Any]) -> list[float]:
+    """Of the energy of the mean over channels, without its constant part, by frequency."""
+    energy = np.abs(np.fft.fft2(change.mean(2))) ** 2
+    energy[0, 0] = 0
+    frequency = np.hypot(np.fft.fftfreq(len(energy))[:, None], np.fft.fftfreq(energy.shape[1]))
+    return [float(energy[frequency > limit].sum() / energy.sum()) for limit in (1 / 16, 1 / 8, 1 / 4)]
+
+
+@pytest.mark.parametrize(("images", "severities"), [("cifar10-32px", range(1, 6)), ("imagenet-224px", (2, 5))])
+@pytest.mark.parametrize("name", COMPARED)
+def test_strength_and_spectrum_are_the_published_ones(name: str, images: str, severities: Any) -> None:
+    statistics, originals = published(images)
+    for severity in severities:
+        expected = statistics[name][str(severity)]
+        changes = [corrupt(image, name, severity, seed).astype(float) - image for seed, image in enumerate(originals)]
+        # scikit-image has random numbers of its own for impulses; the others are the same numbers.
+        tolerance = 0.05 if name == "impulse_noise" else 0.02
+        rmse = float(np.mean([np.sqrt(np.square(change).mean()) for change in changes]))
+        assert rmse == pytest.approx(expected["rmse"], rel=tolerance)
+        shares = np.mean([shares_above(change) for change in changes], axis=0)
+        np.testing.assert_allclose(shares, expected[SHARES], rtol=tolerance)
+
+
+def test_glass_overwrites_where_the_published_swap_of_views_does() -> None:
+    pixels = np.random.default_rng(1).random((20, 23, 3))
+    expected = np.floor(pixels * 255) / 255
+    rng = np.random.RandomState(0)
+    for _ in range(2):
+        for row in range(20 - 2, 2, -1):
+            for column in range(23 - 2, 2, -1):
+                right, down = rng.randint(-2, 2, size=(2,))
+                expected[row, column], expected[row + down, column + right] = (
+                    expected[row + down, column + right],
+                    expected[row, column],
+                )
+    assert np.array_equal(glass_blur(pixels, (0.0, 2, 2), np.random.RandomState(0)), expected)
+
+
+def test_fog_is_rough_by_the_square_of_its_decay() -> None:
+    haze = 2 * fog(np.ones((256, 256, 3)), (1.0, 1.5), np.random.RandomState(0))[..., 0] - 1
+    spreads = []
+    for step in (2, 4):  # at the two finest scales, a point differs from its corners' mean by the random part
+        coarse = haze[::step, ::step]
+        rows = coarse + np.roll(coarse, -1, axis=0)
+        corners = (rows + np.roll(rows, -1, axis=1)) / 4
+        spreads.append((haze[step // 2 :: step, step // 2 :: step] - corners).std())
+    assert spreads[0] / spreads[1] == pytest.approx(1.5**-2, rel=0.05)
+
+
+def test_small_images_zoom_off_centre() -> None:
+    ramp = np.linspace(0, 1, 32)
+    magnified = [ramp, ramp]  # itself, and magnified by 1
+    for first, rows in ((2, 27), (4, 23)):  # by 1.2 and 1.4, so many rows become 32
+        magnified.append(np.interp(np.linspace(first, first + rows - 1, 32), np.arange(32), ramp))
+    pixels = np.broadcast_to(ramp[:, None, None], (32, 32, 3))
+    zoomed = zoom_blur(pixels, (1.5, 0.2), np.random.RandomState(0))
+    np.testing.assert_allclose(zoomed[:, 16, 0], np.mean(magnified, axis=0))
+
+
+def test_water_shines_in_drops_alone() -> None:
+    pixels = np.full((64, 64, 3), 0.2)
+    constants = (0.65, 0.3, 2, 0.69, 0.5, 0)
+    added = spatter(pixels, constants, np.random.RandomState(0)) - pixels
+    assert added.min() == 0
+    np.testing.assert_allclose(added.max((0, 1)), 0.5 * np.array([175, 238, 238]) / 255)
+    assert 0.5 < (added == 0).all(2).mean() < 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_decided_by_its_seed(name: str) -> None:
+    image = digit_images()[0]
+    first = corrupt(image, name, 2, seed=7)
+    np.random.seed(1)
+    assert np.array_equal(corrupt(image, name, 2, seed=7), first)
+    assert np.array_equal(corrupt(image, name, 2, seed=8), first) == (name in CERTAIN)
+
+
+def test_noise_has_the_strength_of_its_severity() -> None:
+    grey = np.full((200, 200, 3), 128, dtype=np.uint8)
+    noise = corrupt(grey, "gaussian_noise", 1, seed=0) / 255 - grey / 255
+    assert noise.std() == pytest.approx(0.08, rel=0.02)
+    assert noise.mean() == pytest.approx(0, abs=0.002)
+
+
+def test_contrast_keeps_the_mean_and_scales_about_it() -> None:
+    image = np.array([[40, 100], [160, 220]], dtype=np.uint8)[..., None] // np.array([1, 2, 4], dtype=np.uint8)
+    mean = np.array([130, 65, 32.5])  # of each channel, so that colours stay
+    expected = (image - mean) * 0.5 + mean
+    lost = expected - corrupt(image, "contrast", 2, seed=0)
+    assert -1e-9 < lost.min() <= 0.25
+    assert 0.75 <= lost.max() < 1 + 1e-9  # truncated, not rounded
+
+
+def test_values_saturate_and_never_wrap() -> None:
+    white = np.full((16, 16, 3), 255, dtype=np.uint8)
+    noisy = corrupt(white, "gaussian_noise", 1, seed=0)
+    assert (noisy == 255).mean() > 0.4
+    assert noisy.min() > 128
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "message"),
+    [
+        ("sepia", 1, "no corruption 'sepia'.*gaussian_noise.*jpeg_compression"),
+        ("contrast", 0, "is 1 to 5, and 0 was given"),
+        ("contrast", 6, "is 1 to 5, and 6 was given"),
+    ],
+)
+def test_refuses_what_there_is_not(name: str, severity: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        corrupt(digit_images()[0], name, severity, seed=0)

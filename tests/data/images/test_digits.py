@@ -1,0 +1,142 @@
+"""The fixed split of the digits, and its sources."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
+
+from featinv_pl.data.batches import Batches
+from featinv_pl.data.images.corruptions import corrupt
+from featinv_pl.data.images.digits import DigitImages, DigitsData, digit_images, split_indices
+from featinv_pl.errors import UserError
+from featinv_pl.types import to_uint8
+
+SIZES = {"train": 1337, "val": 100, "clean": 360, "hard": 60}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits() -> Any:
+    return load_digits()
+
+
+@pytest.mark.parametrize(("source", "size"), SIZES.items())
+def test_split_has_its_sizes(source: str, size: int) -> None:
+    assert len(DigitImages(source)) == len(split_indices()[source]) == size
+
+
+def test_split_is_a_partition_with_the_hard_within_the_clean() -> None:
+    parts = {name: indices.tolist() for name, indices in split_indices().items()}
+    assert sorted(parts["train"] + parts["val"] + parts["clean"]) == list(range(1797))
+    assert set(parts["hard"]) < set(parts["clean"])
+    assert parts["hard"] == [index for index in parts["clean"] if index in set(parts["hard"])]  # in the same order
+
+
+@pytest.mark.parametrize("source", ["train", "val", "clean"])
+def test_split_is_stratified(source: str, digits: Any) -> None:
+    indices = split_indices()[source]
+    expected = np.bincount(digits.target) / len(digits.target) * len(indices)
+    assert np.abs(np.bincount(digits.target[indices]) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("source", ["train", "val", "clean"])
+def test_any_stretch_is_a_fair_sample(source: str, digits: Any) -> None:
+    assert set(digits.target[split_indices()[source][:60]]) == set(range(10))
+
+
+def test_hard_is_hard_for_a_classifier_that_did_not_choose_it(digits: Any) -> None:
+    parts = split_indices()
+    nearest = KNeighborsClassifier(1).fit(digits.data[parts["train"]], digits.target[parts["train"]])
+    accuracy = {name: nearest.score(digits.data[parts[name]], digits.target[parts[name]]) for name in ("clean", "hard")}
+    assert accuracy["clean"] > 0.95
+    assert accuracy["hard"] < accuracy["clean"] - 0.05
+
+
+def test_sample_shows_its_digit_with_its_label(digits: Any) -> None:
+    images = DigitImages("val")
+    for item in (0, 17, 99):
+        sample = images[item]
+        index = int(sample["key"])
+        assert index == split_indices()["val"][item]
+        assert sample["labels"] == digits.target[index]
+        assert sample["source"] == "val"
+        assert sample["images"].shape == (3, 32, 32)
+        assert sample["images"].min() == -1
+        assert sample["images"].max() <= 1
+        small = sample["images"].mean(0).view(8, 4, 8, 4).mean((1, 3)).numpy()
+        assert np.corrcoef(small.ravel(), digits.images[index].ravel())[0, 1] > 0.98
+
+
+def test_keys_are_unique() -> None:
+    images = DigitImages("clean")
+    assert len({images[item]["key"] for item in range(len(images))}) == 360
+
+
+def test_corrupted_is_the_clean_set_with_noise_of_each_image_alone() -> None:
+    clean, noisy = DigitImages("clean"), DigitImages("corrupted/gaussian_noise/3")
+    assert len(noisy) == len(clean)
+    for item in (0, 5):
+        one, other = clean[item], noisy[item]
+        assert (one["key"], one["labels"]) == (other["key"], other["labels"])
+        assert other["source"] == "corrupted/gaussian_noise/3"
+        index = int(one["key"])
+        pixels = to_uint8(other["images"]).permute(1, 2, 0).numpy()
+        assert np.array_equal(pixels, corrupt(digit_images()[index], "gaussian_noise", 3, seed=index))
+    assert torch.equal(noisy[5]["images"], DigitImages("corrupted/gaussian_noise/3", limit=6)[5]["images"])
+
+
+def test_limit_takes_the_first() -> None:
+    assert len(DigitImages("hard", limit=7)) == 7
+    assert len(DigitImages("hard", limit=700)) == 60
+    assert DigitImages("hard", limit=7)[6]["key"] == DigitImages("hard")[6]["key"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("test", "'test' is not a source of digits"),
+        ("clean/contrast/1", "'clean/contrast/1' is not a source"),
+        ("corrupted", "'corrupted' is not a source"),
+        ("corrupted/contrast", "'corrupted/contrast' is not a source"),
+        ("corrupted/contrast/much", "'corrupted/contrast/much' is not a source"),
+        ("corrupted/contrast/1/2", "'corrupted/contrast/1/2' is not a source"),
+        ("corrupted/sepia/3", "no corruption 'sepia'"),
+        ("corrupted/contrast/6", "1 to 5, and 6 was given"),
+    ],
+)
+def test_refuses_a_source(source: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        DigitsData(sources=["clean", source])
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_refuses_a_limit_that_leaves_nothing(limit: int) -> None:
+    with pytest.raises(UserError, match="limit"):
+        DigitImages("clean", limit=limit)
+
+
+def test_predict_reads_sources_one_after_the_other_and_limits_the_corrupted() -> None:
+    data = DigitsData(sources=["hard", "corrupted/contrast/1"], limit=50, batch_size=32)
+    batches = [list(loader) for loader in data.predict_dataloader()]
+    assert [[len(batch["images"]) for batch in loader] for loader in batches] == [[32, 28], [32, 18]]
+    hard = batches[0][0]
+    assert hard["images"].shape == (32, 3, 32, 32)
+    assert hard["labels"].dtype == torch.int64
+    assert hard["source"] == ["hard"] * 32
+    assert batches[1][1]["source"] == ["corrupted/contrast/1"] * 18
+    assert hard["key"] == [f"{index:04d}" for index in split_indices()["hard"][:32]]
+
+
+def test_training_shuffles_whole_batches_and_validation_does_not() -> None:
+    data = DigitsData(batch_size=100)
+    loader, epochs = data.train_dataloader(), []
+    for epoch in range(2):
+        cast(Batches, loader.sampler).set_epoch(epoch)
+        epochs.append([key for batch in loader for key in batch["key"]])
+    assert len(epochs[0]) == 1300
+    assert epochs[0] != epochs[1]
+    assert len(set(epochs[0])) == 1300
+    ((val,),) = data.val_dataloader()
+    assert val["key"] == [f"{index:04d}" for index in split_indices()["val"]]

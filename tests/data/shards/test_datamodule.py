@@ -1,0 +1,219 @@
+"""Shard sets as batches: shuffled for training, exactly once for evaluation."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+from conftest import MakeBatch
+from featinv_pl.data.batches import ShuffledBatches
+from featinv_pl.data.shards.datamodule import FeatureShards
+from featinv_pl.data.shards.manifest import MANIFEST
+from featinv_pl.errors import UserError
+from shard_sets import write_set
+
+SIZE = 21
+
+
+@pytest.fixture
+def folder(make_batch: MakeBatch, tmp_path: Path) -> Path:
+    """Twenty-one samples in six shards."""
+    write_set(tmp_path / "train", make_batch(SIZE, source="train"), shard_size=4)
+    return tmp_path / "train"
+
+
+def on_rank(data: FeatureShards, rank: int, world_size: int) -> FeatureShards:
+    """As Lightning does when a trainer takes hold of the data."""
+    data.trainer = cast(Trainer, SimpleNamespace(global_rank=rank, world_size=world_size))
+    return data
+
+
+def keys(loader: DataLoader[Any]) -> list[str]:
+    return [key for batch in loader for key in batch["key"]]
+
+
+def epoch(loader: DataLoader[Any], number: int) -> list[str]:
+    cast(ShuffledBatches, loader.sampler).set_epoch(number)
+    return keys(loader)
+
+
+def all_keys() -> list[str]:
+    return [f"0-{number}" for number in range(SIZE)]
+
+
+# Training
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_sees_each_sample_once_an_epoch(folder: Path, num_workers: int) -> None:
+    loader = FeatureShards(train=folder, batch_size=7, num_workers=num_workers).train_dataloader()
+    order = epoch(loader, 0)
+    assert sorted(order) == sorted(all_keys())
+    assert order != all_keys()
+
+
+def test_training_order_repeats_from_the_seed_and_changes_with_the_epoch(folder: Path) -> None:
+    loader, again, other = (
+        FeatureShards(train=folder, batch_size=7, seed=seed).train_dataloader() for seed in (3, 3, 4)
+    )
+    torch.manual_seed(1)
+    orders = [epoch(loader, number) for number in range(3)]
+    torch.manual_seed(2)
+    assert epoch(again, 1) == orders[1]
+    assert epoch(again, 0) == orders[0]
+    distinct = {tuple(order) for order in (*orders, epoch(other, 0), epoch(other, 1))}
+    assert len(distinct) == 5
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_training_set(folder: Path, world_size: int) -> None:
+    for number in range(3):
+        ranks = [
+            epoch(on_rank(FeatureShards(train=folder, batch_size=1), rank, world_size).train_dataloader(), number)
+            for rank in range(world_size)
+        ]
+        assert {len(rank) for rank in ranks} == {SIZE // world_size}
+        seen = [key for rank in ranks for key in rank]
+        assert len(set(seen)) == len(seen) == SIZE - SIZE % world_size
+
+
+def test_training_reads_a_few_shards_at_a_time() -> None:
+    assert sorted(ShuffledBatches([1] * 40, 1, 0, 1, seed=0).order(0)) == list(range(40))
+    order = ShuffledBatches([4] * 40, 1, 0, 1, seed=0).order(0).tolist()
+    groups = [{index // 4 for index in order[start : start + 64]} for start in (0, 64, 128)]
+    assert [len(group) for group in groups] == [16, 16, 8]
+    assert groups[0] not in (set(range(16)), set(range(24, 40)))
+    assert [index // 4 for index in order[:8]] != sorted(index // 4 for index in order[:8])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("start", [0, 1, 4, 5])
+def test_training_goes_on_within_an_epoch(folder: Path, start: int, num_workers: int) -> None:
+    whole, rest = (FeatureShards(train=folder, batch_size=4, num_workers=num_workers) for _ in range(2))
+    expected = epoch(whole.train_dataloader(), 3) + epoch(whole.train_dataloader(), 4)
+    order = {"samples": SIZE, "batch_size": 4, "processes": 1, "seed": 0}
+    rest.load_state_dict({"epoch": 3, "batches": start, "order": order})
+    loader = rest.train_dataloader()
+    assert len(loader) == SIZE // 4  # Lightning adds the batches that it has seen
+    assert keys(loader) + epoch(loader, 4) == expected[start * 4 :]
+
+
+def test_only_the_same_settings_tell_what_is_left_of_an_epoch(folder: Path) -> None:
+    order = {"samples": SIZE, "batch_size": 7, "processes": 2, "seed": 0}
+    data = FeatureShards(train=folder, batch_size=4)
+    data.load_state_dict({"epoch": 1, "batches": 2, "order": order})
+    with pytest.raises(UserError, match="batch_size: 7 in the checkpoint, 4 here; processes: 2 in the checkpoint, 1"):
+        data.train_dataloader()
+    data.load_state_dict({"epoch": 1, "batches": 0, "order": order})
+    assert keys(data.train_dataloader()) == epoch(FeatureShards(train=folder, batch_size=4).train_dataloader(), 1)
+
+
+def test_training_leaves_images_out_and_the_last_part_of_a_batch(folder: Path, make_batch: MakeBatch) -> None:
+    data = FeatureShards(train=folder, batch_size=8)
+    batches = list(data.train_dataloader())
+    assert batches[0]["features"].dtype == torch.float16  # as it is stored: what workers hand over is half as large
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in batches]
+    assert [len(batch["key"]) for batch in batches] == [8, 8]
+    assert batches[0].keys() == {"features", "logits", "latents", "labels", "source", "key"}
+    original = make_batch(SIZE)
+    for batch in batches:
+        indices = [int(key.split("-")[1]) for key in batch["key"]]
+        assert torch.equal(batch["features"], original["features"][indices].half().float())
+        assert torch.equal(batch["labels"], original["labels"][indices])
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_evaluation_sees_each_sample_once(folder: Path, world_size: int) -> None:
+    seen: list[str] = []
+    for rank in range(world_size):
+        data = on_rank(FeatureShards(val=folder, test={"clean": folder}, batch_size=4), rank, world_size)
+        ((val,), (test,)) = data.val_dataloader(), data.test_dataloader()
+        assert keys(val) == keys(test)
+        seen += keys(val)
+    assert sorted(seen) == sorted(all_keys())
+
+
+def test_evaluation_keeps_images_and_order(folder: Path, make_batch: MakeBatch) -> None:
+    (loader,) = FeatureShards(val=folder, batch_size=SIZE).val_dataloader()
+    (batch,) = loader
+    assert batch["key"] == all_keys()
+    assert torch.equal(batch["images"], make_batch(SIZE)["images"])
+
+
+def test_sources_are_named_by_the_user(folder: Path, make_batch: MakeBatch, tmp_path: Path) -> None:
+    for name in ("fog/1", "fog/3"):
+        write_set(tmp_path / "c" / name, make_batch(2, source=f"other/{name}"))
+    data = FeatureShards(val=folder, test={"clean": folder, "imagenet-c": tmp_path / "c"}, batch_size=32)
+    assert data.sources("fit") == data.sources("validate") == ["val"]
+    assert data.sources("test") == ["clean", "imagenet-c/fog/1", "imagenet-c/fog/3"]
+    batches = [batch for loader in data.test_dataloader() for batch in loader]
+    assert [set(batch["source"]) for batch in batches] == [{source} for source in data.sources("test")]
+    assert FeatureShards(test={"clean": folder}).sources("fit") == []
+
+
+def test_manifests_of_all_sets_are_there_to_check(folder: Path, make_batch: MakeBatch, tmp_path: Path) -> None:
+    for name in ("val", "c/1", "c/2"):
+        write_set(tmp_path / name, make_batch(2))
+    data = FeatureShards(folder, tmp_path / "val", {"c": tmp_path / "c"})
+    assert set(data.manifests) == {str(tmp_path / name) for name in ("train", "val", "c/1", "c/2")}
+    assert data.manifests[str(folder)]["source"] == "train"
+    assert FeatureShards().manifests == {}
+
+
+# What will not do
+
+
+def test_a_stage_without_its_set(folder: Path) -> None:
+    data = FeatureShards(batch_size=4)
+    assert data.val_dataloader() == []
+    with pytest.raises(UserError, match=r"--data\.train"):
+        data.train_dataloader()
+    with pytest.raises(UserError, match=r"--data\.test"):
+        data.test_dataloader()
+
+
+def test_counts_what_it_skips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, damage in (("train-00001.tar", 600), ("train-00003.tar", 700)):
+        contents = bytearray((folder / name).read_bytes())
+        contents[damage] ^= 1
+        (folder / name).write_bytes(contents)
+    (folder / "train-00005.tar").unlink()  # holds one sample
+    data = FeatureShards(val=folder, batch_size=4, num_workers=2, on_error="skip")
+    (loader,) = data.val_dataloader()
+    seen = [key for batch in loader for key in data.on_before_batch_transfer(batch, 0)["key"]]
+    assert sorted(set(all_keys()) - set(seen)) == ["0-12", "0-20", "0-4"]
+    data.teardown("validate")
+    printed = capsys.readouterr().err
+    assert printed.startswith("3 damaged samples were skipped:")
+    for fragment in ("'000000004' of the shard", "'000000012' of the shard", "train-00005.tar' is missing"):
+        assert fragment in printed
+    with pytest.raises(UserError, match="is missing"):
+        FeatureShards(val=folder)
+
+
+def test_names_the_option_of_a_missing_set(folder: Path, tmp_path: Path) -> None:
+    (folder / MANIFEST).unlink()
+    for name, options in {
+        "train": {"train": folder},
+        "val": {"val": folder},
+        "test.clean": {"test": {"clean": folder}},
+    }.items():
+        with pytest.raises(UserError, match=f"--data.{name}: '{folder}' has no {MANIFEST}"):
+            FeatureShards(**cast(Any, options))
+
+
+def test_refuses_a_batch_size(folder: Path) -> None:
+    with pytest.raises(UserError, match="batch_size must be at least 1, and is 0"):
+        FeatureShards(train=folder, batch_size=0)
+    FeatureShards(train=folder, batch_size=SIZE).train_dataloader()
+    with pytest.raises(UserError, match="a batch of 22 is more than the 21 training samples"):
+        FeatureShards(train=folder, batch_size=22).train_dataloader()
+    with pytest.raises(UserError, match="a batch of 11 is more than the 10 training samples"):
+        on_rank(FeatureShards(train=folder, batch_size=11), 0, 2).train_dataloader()

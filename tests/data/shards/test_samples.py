@@ -1,0 +1,122 @@
+"""One entry there and back."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from conftest import MakeBatch
+from featinv_pl.data.shards import samples as entries
+from featinv_pl.data.shards.samples import ImageFormat, Sample, Storage, collate_samples, decode, prepare, quantise
+from featinv_pl.errors import UserError
+from featinv_pl.types import Batch
+
+
+def half(tensor: Tensor) -> Tensor:
+    """What fp16 keeps."""
+    return tensor.half()
+
+
+def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
+    return entries.encode(prepare(batch, storage), index, image_format)
+
+
+def back(members: dict[str, bytes], storage: Storage = "float16", with_images: bool = True) -> Sample:
+    return decode(
+        {name: memoryview(bytearray(data)) for name, data in members.items()}, storage, 32 if with_images else None
+    )
+
+
+def test_png_entry_comes_back_whole(make_batch: MakeBatch) -> None:
+    batch = make_batch(3, source="corrupted/fog/3")
+    sample = back(encode(batch, 1, "png"))
+    assert torch.equal(sample["images"], batch["images"][1])
+    for name in ("features", "logits", "latents"):
+        assert torch.equal(sample[name], half(batch[name][1]))
+    assert sample["labels"] == batch["labels"][1]
+    assert sample["source"] == "corrupted/fog/3"
+    assert sample["key"] == "0-1"
+
+
+def test_jpg_entry_keeps_what_is_seen(make_batch: MakeBatch) -> None:
+    batch = make_batch(1)
+    batch["images"] = torch.stack([torch.linspace(-1, 1, 32).expand(32, 32)] * 3).unsqueeze(0).clone()
+    members = encode(batch, 0, "jpg")
+    assert Image.open(io.BytesIO(members["jpg"])).format == "JPEG"
+    sample = back(members)
+    torch.testing.assert_close(sample["images"], batch["images"][0], rtol=0, atol=0.05)
+    assert torch.equal(sample["features"], half(batch["features"][0]))
+
+
+def test_the_image_comes_last_and_is_optional(make_batch: MakeBatch) -> None:
+    batch = make_batch(2)
+    assert list(encode(batch, 0, "png")) == ["json", "features.npy", "logits.npy", "latent.npy", "png"]
+    assert "images" not in back(encode(batch, 0, "png"), with_images=False)
+    samples = [back(encode(batch, index, "png"), with_images=False) for index in range(2)]
+    assert collate_samples(samples).keys() == {"features", "logits", "latents", "labels", "source", "key"}
+
+
+@pytest.mark.parametrize("storage", ["float16", "int8"])
+@pytest.mark.parametrize("name", ["features", "logits", "latents"])
+@pytest.mark.parametrize("value", [70000.0, float("nan")])
+def test_refuses_what_half_precision_cannot_hold(
+    name: str, value: float, storage: Storage, make_batch: MakeBatch
+) -> None:
+    batch: Any = make_batch(2)
+    prepare(batch, storage)
+    batch[name][1].flatten()[3] = value
+    with pytest.raises(UserError, match=rf"The {name} do not fit half precision: .* is {value:g}\. .* such as '0-1'"):
+        prepare(batch, storage)
+
+
+def heavy_tailed(batch: Batch) -> Tensor:
+    """Maps as networks make them: channels of very different size, mostly near zero, some all zero."""
+    scale = torch.logspace(-2, 2, batch["features"].shape[1])[:, None, None]
+    maps = batch["features"].relu() * scale
+    maps[:, 2] = 0
+    maps[:, :, 0, 0] = 0
+    return maps
+
+
+def test_int8_refuses_maps_that_it_would_change_by_more(make_batch: MakeBatch) -> None:
+    batch = make_batch(1, shape=(4, 7, 7))
+    batch["features"][:, :, 0, 0] = 1e4  # beside which nothing else is more than a step
+    with pytest.raises(UserError, match=r"storage: int8 would change a feature map by .* Store float16"):
+        prepare(batch, "int8")
+
+
+def test_int8_costs_at_most_a_thousandth_of_cosine(make_batch: MakeBatch) -> None:
+    batch = make_batch(8, shape=(64, 7, 7))
+    maps = batch["features"] = heavy_tailed(batch)
+    restored = torch.stack([back(encode(batch, n, "png", "int8"), "int8")["features"] for n in range(8)]).float()
+    assert (1 - cosine_similarity(restored.flatten(1), maps.flatten(1), dim=1)).max() < 1e-3
+    somewhere = maps.abs().amax(dim=1) > 0
+    assert (1 - cosine_similarity(restored, maps, dim=1))[somewhere].mean() < 1e-3
+    assert torch.equal(restored[:, 2], maps[:, 2])
+    step = maps.abs().amax(dim=(2, 3), keepdim=True) / 127
+    assert ((restored - maps).abs() <= step / 2 + maps.abs() * 2**-10).all()
+    assert len(encode(batch, 0, "png", "int8")["features.npy"]) < 0.6 * len(encode(batch, 0, "png")["features.npy"])
+
+
+def test_quantised_values_use_the_whole_range() -> None:
+    quantised, steps = quantise(torch.tensor([[[[-1.0, 0.5]], [[0.0, 0.0]], [[1e-5, 5e-6]]]]))
+    assert quantised.tolist() == [[[[-127, 64]], [[0, 0]], [[127, 64]]]]
+    assert steps.dtype == torch.float32
+
+
+def test_a_view_is_recorded(make_batch: MakeBatch) -> None:
+    batch = make_batch(1)
+    batch["view"] = [{"number": 2, "crop": (1, 2, 3, 4), "flips": "h"}]
+    assert b'"view": {"number": 2, "crop": [1, 2, 3, 4], "flips": "h"}' in encode(batch, 0, "png")["json"]
+
+
+def test_reads_what_numpy_writes_and_numpy_reads_it(make_batch: MakeBatch) -> None:
+    batch = make_batch(1)
+    members = encode(batch, 0, "png")
+    array = np.load(io.BytesIO(members["features.npy"]), allow_pickle=False)
+    assert np.array_equal(array, batch["features"][0].half().numpy())

@@ -1,0 +1,145 @@
+"""A set that is interrupted, shared out, or lacks some of its images."""
+
+import json
+from pathlib import Path
+
+import pytest
+import webdataset
+
+from conftest import MakeBatch
+from featinv_pl.data.shards.manifest import read_manifest
+from featinv_pl.data.shards.reader import ShardSet
+from featinv_pl.data.shards.writer import ShardSetWriter
+from featinv_pl.errors import UserError
+from featinv_pl.types import Batch
+from shard_sets import OPTION, provenance_of, settings_of
+
+SIZE = 11
+
+
+def part(batch: Batch, numbers: range) -> Batch:
+    """Some samples of a batch."""
+    values = {
+        name: [value[n] for n in numbers] if isinstance(value, list) else value[list(numbers)]  # type: ignore[index]
+        for name, value in batch.items()
+    }
+    return values  # type: ignore[return-value]
+
+
+def writer_of(folder: Path, batch: Batch, rank: int = 0, world_size: int = 1, bad: float = 0.0) -> ShardSetWriter:
+    return ShardSetWriter(folder, "clean", settings_of(batch, 3), provenance_of(batch), rank, world_size, bad)
+
+
+def write(folder: Path, batch: Batch, shards: int | None = None, world_size: int = 1, bad: float = 0.0) -> None:
+    """Write all that is missing, or so many shards of it on each rank."""
+    writers = [writer_of(folder, batch, rank, world_size, bad) for rank in range(world_size)]
+    writers[0].begin()
+    for writer in writers:
+        for samples in writer.share[:shards]:
+            writer.add(part(batch, samples))
+        writer.flush()
+        writer.close()
+    if shards is None:
+        writers[0].finish()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_goes_on_after_the_last_whole_shard(make_batch: MakeBatch, tmp_path: Path) -> None:
+    batch = make_batch(SIZE)
+    write(tmp_path / "whole", batch)
+    folder = tmp_path / "parts"
+    write(folder, batch, shards=2)
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("clean-*")}
+    assert len(kept) == 4
+    (folder / "clean-00002.tar.partial").write_bytes(b"half")
+    with pytest.raises(UserError, match="not a finished shard set"):
+        read_manifest(folder, OPTION)
+    write(folder, batch)
+    assert files(folder) == files(tmp_path / "whole")
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.parametrize("damage", ["index", "tar", "short"])
+def test_makes_a_shard_anew_that_is_not_whole(damage: str, make_batch: MakeBatch, tmp_path: Path) -> None:
+    batch = make_batch(SIZE)
+    write(tmp_path / "whole", batch)
+    write(tmp_path / "parts", batch, shards=3)
+    tar, index = tmp_path / "parts/clean-00001.tar", tmp_path / "parts/clean-00001.json"
+    if damage == "short":
+        tar.write_bytes(tar.read_bytes()[:-1])
+    else:
+        (tar if damage == "tar" else index).unlink()
+    write(tmp_path / "parts", batch)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_ranks_share_without_duplicates_or_padding(world_size: int, make_batch: MakeBatch, tmp_path: Path) -> None:
+    batch = make_batch(SIZE)
+    write(tmp_path / "one", batch)
+    write(tmp_path / "many", batch, shards=1, world_size=2)
+    shares = [writer_of(tmp_path / "none", batch, rank, world_size).share for rank in range(world_size)]
+    assert sorted(n for share in shares for samples in share for n in samples) == list(range(SIZE))
+    write(tmp_path / "many", batch, world_size=world_size)  # another number than that which began
+    assert files(tmp_path / "many") == files(tmp_path / "one")
+
+
+def test_refuses_to_go_on_with_other_settings(make_batch: MakeBatch, tmp_path: Path) -> None:
+    batch = make_batch(SIZE)
+    write(tmp_path, batch, shards=1)
+    before = files(tmp_path)
+    for name, value in {"storage": "int8", "images_sha256": "1", "preparation": "2 views"}.items():
+        settings = {**settings_of(batch, 3), name: value}
+        with pytest.raises(UserError, match=f"holds part of a shard set, made with other settings .*{name}: "):
+            ShardSetWriter(tmp_path, "clean", settings, provenance_of(batch))  # type: ignore[arg-type]
+    provenance = provenance_of(batch)
+    provenance["backbone_digest"] = "c"
+    with pytest.raises(UserError, match="backbone_digest: b there, c here"):
+        ShardSetWriter(tmp_path, "clean", settings_of(batch, 3), provenance)
+    (tmp_path / "extraction.json").write_text("{")
+    with pytest.raises(UserError, match="other settings"):
+        writer_of(tmp_path, batch)
+    (tmp_path / "extraction.json").unlink()
+    with pytest.raises(UserError, match="holds tars, and neither"):
+        writer_of(tmp_path, batch)
+    assert {**files(tmp_path), "extraction.json": before["extraction.json"]} == before
+
+
+def test_a_finished_set_is_left_alone(make_batch: MakeBatch, tmp_path: Path) -> None:
+    batch = make_batch(SIZE)
+    write(tmp_path, batch)
+    before = files(tmp_path)
+    (tmp_path / "extraction.json").write_text("left by a kill at the very end")
+    writer = writer_of(tmp_path, batch)
+    assert writer.finished
+    assert writer.share == []
+    writer.begin()
+    assert files(tmp_path) == before
+
+
+def test_unreadable_images_are_named_and_counted(make_batch: MakeBatch, tmp_path: Path) -> None:
+    batch = make_batch(SIZE)
+    batch["unreadable"] = ["cut short" if n in (4, 5) else "" for n in range(SIZE)]
+    write(tmp_path / "set", batch, bad=0.2)
+    manifest = read_manifest(tmp_path / "set", OPTION)
+    assert manifest["unreadable"] == [{"key": f"0-{n}", "reason": "cut short"} for n in (4, 5)]
+    assert manifest["samples"] == SIZE - 2
+    assert [shard["samples"] for shard in manifest["shards"]] == [3, 1, 3, 2]
+    shards = ShardSet(tmp_path / "set", "val", OPTION)
+    assert [shards[n]["key"] for n in range(SIZE - 2)] == [f"0-{n}" for n in range(SIZE) if n not in (4, 5)]
+
+    with pytest.raises(UserError, match=r"2 of 11 images cannot be read, the last of them '0-5' \(cut short\)"):
+        write(tmp_path / "strict", batch, bad=0.1)
+    assert not (tmp_path / "strict/manifest.json").exists()
+    write(tmp_path / "strict", batch, bad=0.2)
+    assert files(tmp_path / "strict") == files(tmp_path / "set")
+
+
+def test_webdataset_reads_them(make_batch: MakeBatch, tmp_path: Path) -> None:
+    write(tmp_path, make_batch(SIZE))
+    names = [shard["name"] for shard in json.loads((tmp_path / "manifest.json").read_text())["shards"]]
+    samples = list(webdataset.WebDataset([str(tmp_path / name) for name in names], shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(SIZE)]

@@ -1,0 +1,187 @@
+"""Interpolation, composition and comparison measure what they draw."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from featinv_pl.__main__ import main
+from featinv_pl.errors import UserError
+from featinv_pl.explore.comparison import compare
+from featinv_pl.explore.composition import compose
+from featinv_pl.explore.interpolation import interpolate
+from featinv_pl.explore.samples import Origin, Samples, read_samples
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+
+Pictures = tuple[Image.Image, Image.Image]
+
+
+def reconstructed(pipeline: FeatInvPipeline, picture: Image.Image, seed: int = 0) -> tuple[torch.Tensor, float]:
+    """A picture's plain reconstruction, and its cosine."""
+    features = pipeline.look(pipeline.crop([picture]))["features"]
+    views = pipeline.look(pipeline.draw(features[0], seed=seed))
+    return views["images"][0], torch.cosine_similarity(views["features"], features).mean().item()
+
+
+# Interpolation
+
+
+@pytest.mark.parametrize("mode", ["linear", "slerp"])
+def test_ends_are_the_plain_reconstructions(mode: str, pipeline: FeatInvPipeline, opened: Pictures) -> None:
+    found = interpolate(pipeline, *opened, steps=5, mode=mode, seed=3)  # type: ignore[arg-type]
+    assert found.shares == [0, 0.25, 0.5, 0.75, 1]
+    for step, picture, end in ((0, opened[0], 0), (-1, opened[1], 1)):
+        image, cosine = reconstructed(pipeline, picture, seed=3)
+        torch.testing.assert_close(found.images[step], image, atol=2 / 127, rtol=0)
+        assert found.cosines[step, end].item() == pytest.approx(cosine, abs=1e-3)
+
+
+def test_modes_differ_in_between(pipeline: FeatInvPipeline, opened: Pictures) -> None:
+    straight, turned = (interpolate(pipeline, *opened, steps=3, mode=mode) for mode in ("linear", "slerp"))
+    assert not torch.equal(straight.images[1], turned.images[1])
+
+
+def real_images(features: torch.Tensor) -> Samples:
+    origin = Origin(backbone="", backbone_digest="", layer="", feature_shape=[])
+    size = len(features)
+    return Samples(features.half(), torch.zeros(size), [""] * size, origin, [], [0] * size, list(range(size)))
+
+
+def test_flags_what_is_further_from_all_real_images_than_they_are_from_each_other(
+    pipeline: FeatInvPipeline, opened: Pictures, digit_shards: Path
+) -> None:
+    real = read_samples([digit_shards / "train"], 1000, "--real")
+    found = interpolate(pipeline, *opened, steps=3, real=real)
+    maps = real.features.float()
+    cosines = torch.cosine_similarity(maps[:, None], maps[None], dim=2).mean((2, 3)) - 2 * torch.eye(len(maps))
+    low, high = cosines.amax(1).quantile(torch.tensor([0.01, 0.99])).tolist()
+    assert found.real == pytest.approx((low, high), abs=1e-4)
+    drawn = pipeline.look(found.images)["features"]
+    nearest = torch.cosine_similarity(drawn[:, None], maps[None], dim=2).mean((2, 3)).amax(1)
+    assert found.nearest == pytest.approx(nearest.tolist(), abs=1e-4)
+    assert found.flags == [cosine < low for cosine in nearest.tolist()]
+    # Real images all alike, among which nothing else belongs; and such as differ from each other in every way.
+    alike = replace(real, features=torch.cat([maps[:1]] * 5).half())
+    assert interpolate(pipeline, *opened, steps=3, real=alike).flags == [True] * 3
+    assert replace(found, real=(-1.0, 1.0)).flags == [False] * 3
+    assert replace(found, real=None).flags == [False] * 3
+    [_, drawn_section, *_] = replace(found, real=(1.0, 1.0)).sections()
+    assert all(tile.flagged for tile in drawn_section.rows[0])
+
+
+def test_refuses_real_images_of_another_backbone(
+    pipeline: FeatInvPipeline, opened: Pictures, digit_shards: Path
+) -> None:
+    real = read_samples([digit_shards / "train"], 5, "--real")
+    other = replace(real, origin={**real.origin, "layer": "layer3"})
+    with pytest.raises(UserError, match=r"--real belongs to .* layer layer3"):
+        interpolate(pipeline, *opened, real=other)
+
+
+def test_interpolate_command(inverter_folder: Path, picture: Path, other_picture: Path, digit_shards: Path) -> None:
+    command = ["interpolate", "--model", str(inverter_folder), str(picture), str(other_picture), "--steps", "4"]
+    main([*command, "--out", "plain"])
+    main([*command, "--out", "flagged", "--mode", "slerp", "--real", str(digit_shards / "train")])
+    plain, flagged = (json.loads(Path(f"{out}/interpolation.json").read_text()) for out in ("plain", "flagged"))
+    assert [step["flagged"] for step in plain["steps"]] == [None] * 4
+    assert all(isinstance(step["flagged"], bool) for step in flagged["steps"])
+    assert (plain["mode"], flagged["mode"]) == ("linear", "slerp")
+    assert plain["steps"][0]["cosines"] == pytest.approx(flagged["steps"][0]["cosines"], abs=1e-2)
+
+
+# Composition
+
+
+def test_a_region_of_one_map_lies_in_the_other(pipeline: FeatInvPipeline, opened: Pictures) -> None:
+    found = compose(pipeline, *opened, box=(0, 0, 32, 16), num_samples=2, seed=4)
+    ours, theirs = pipeline.look(pipeline.crop(opened))["features"]
+    composed = torch.cat([theirs[..., :2], ours[..., 2:]], dim=-1)
+    views = pipeline.look(pipeline.draw(composed, 2, seed=4))
+    assert torch.equal(found.images, views["images"])
+    for number, wanted in enumerate((composed, ours, theirs)):
+        cosines = torch.cosine_similarity(views["features"], wanted[None])
+        torch.testing.assert_close(found.inside[:, number], cosines[..., :2].mean((1, 2)))
+        torch.testing.assert_close(found.outside[:, number], cosines[..., 2:].mean((1, 2)))
+    torch.testing.assert_close(found.inside[:, 0], found.inside[:, 2])  # what was pasted is the second's
+    torch.testing.assert_close(found.outside[:, 0], found.outside[:, 1])
+
+
+def test_a_region_of_everything_leaves_nothing_outside(pipeline: FeatInvPipeline, opened: Pictures) -> None:
+    found = compose(pipeline, *opened, box=(0, 0, 32, 32))
+    # But for a grey level: sums are ordered differently in batches of other sizes.
+    torch.testing.assert_close(found.images[0], reconstructed(pipeline, opened[1])[0], atol=2.01 / 255, rtol=0)
+    assert found.facts()["images"][0]["outside"] == {"composed": None, "first": None, "second": None}
+    found.save(Path("out"))
+
+
+def test_compose_command(
+    inverter_folder: Path, picture: Path, other_picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compose", "--model", str(inverter_folder), str(picture), str(other_picture), "--out", "out", "--box"]
+    main([*command, "0,0,16,32", "--num_samples", "2"])
+    facts = json.loads(Path("out/composition.json").read_text())
+    assert facts["box"] == [0, 0, 16, 32]
+    assert len(facts["images"]) == 2
+    with pytest.raises(SystemExit):
+        main([*command, "20,0,16,32"])
+    assert "--box: 20,0,16,32" in capsys.readouterr().err
+
+
+# Comparison
+
+
+def test_each_model_draws_each_picture(pipeline: FeatInvPipeline, opened: Pictures) -> None:
+    found = compare([("one", pipeline), ("two", pipeline)], ["a", "b"], opened, seed=2)
+    for number, picture in enumerate(opened):
+        image, cosine = reconstructed(pipeline, picture, seed=2)
+        for drawn in found.drawn:
+            torch.testing.assert_close(drawn.images[number], image, atol=2 / 127, rtol=0)
+            assert drawn.cosines[number].item() == pytest.approx(cosine, abs=1e-3)
+    facts = found.facts()
+    assert list(facts) == ["a", "b"]
+    assert len(facts["a"]["one"]["before"]) == len(facts["a"]["two"]["after"]) == 5
+    probabilities = pipeline.look(pipeline.crop(opened))["logits"][1].softmax(0)
+    first, share = next(iter(facts["b"]["one"]["before"].items()))
+    assert (first, share) == (str(int(probabilities.argmax())), pytest.approx(probabilities.max().item(), abs=1e-4))
+
+
+def test_compare_command(inverter_folder: Path, picture: Path, other_picture: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big.png"
+    Image.open(picture).resize((900, 700)).save(big)
+    main(
+        [
+            "compare",
+            str(picture),
+            str(other_picture),
+            str(big),
+            "--models",
+            str(inverter_folder),
+            str(inverter_folder),
+            "--out",
+            "out",
+        ]
+    )
+    facts = json.loads(Path("out/comparison.json").read_text())
+    assert list(facts) == ["digit-4", "digit-7", "big"]
+    assert list(facts["big"]) == ["0-model", "1-model"]
+    assert Path("out/comparison.html").read_text().count("→") == 2 * 6  # seen and read out
+
+
+@pytest.mark.parametrize("verb", ["concepts", "steer", "interpolate", "compose", "compare", "app"])
+def test_help_needs_no_torch(verb: str) -> None:
+    code = """
+import sys
+from featinv_pl.__main__ import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, verb, "--help"], capture_output=True, text=True, check=True)
+    assert f"usage: featinv-pl {verb}" in done.stdout
+    assert done.stdout.endswith("False\n")

@@ -1,0 +1,202 @@
+"""Steering measures what it draws, from the same noise, and refuses what makes no sense."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import spearmanr
+
+from featinv_pl.__main__ import main
+from featinv_pl.errors import UserError
+from featinv_pl.explore.concepts import Concepts, difference_concepts, nmf_concepts, pairs_of_labels
+from featinv_pl.explore.samples import Origin, Samples, read_samples
+from featinv_pl.explore.steering import steer
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.types import to_uint8
+
+EVERYWHERE = torch.ones(4, 4)
+
+
+@pytest.fixture(scope="session")
+def samples(digit_shards: Path) -> Samples:
+    return read_samples([digit_shards / "train"], 100, "SHARDS")
+
+
+@pytest.fixture(scope="session")
+def difference(samples: Samples) -> Concepts:
+    return difference_concepts(samples, pairs_of_labels(samples, [(4, 9), (3, 8)]), pooled=False)
+
+
+@pytest.fixture(scope="session")
+def parts(samples: Samples) -> Concepts:
+    return nmf_concepts(samples, 3)
+
+
+def test_scores_and_classes_are_those_of_the_images(
+    pipeline: FeatInvPipeline, difference: Concepts, opened: tuple[Image.Image, Image.Image]
+) -> None:
+    strengths = [-40.0, 0.0, 15.0, 40.0]
+    found = steer(pipeline, opened[0], difference, 1, strengths, classes=[7], num_samples=2, seed=5)
+    features = pipeline.look(pipeline.crop([opened[0]]))["features"]
+    for step, strength in enumerate(strengths):
+        edited = features[0] + strength * difference.directions[1]
+        views = pipeline.look(pipeline.draw(edited, 2, seed=5))  # the same noise at each
+        assert torch.equal(to_uint8(found.images[step]), to_uint8(views["images"]))
+        torch.testing.assert_close(found.logits[step], views["logits"])
+        torch.testing.assert_close(found.scores[step], difference.score(views["features"], EVERYWHERE)[:, 1])
+    assert not torch.equal(found.images[0], found.images[-1])
+    assert not torch.equal(found.images[:, 0], found.images[:, 1])
+    ranks = [spearmanr(strengths, found.scores[:, sample]).statistic for sample in (0, 1)]
+    assert found.spearman == pytest.approx(sum(ranks) / 2)
+    assert found.classes[0] == 7
+    facts = found.facts()
+    assert facts["steps"][1]["scores"] == found.scores[1].tolist()
+    assert facts["steps"][1]["probabilities"]["7"] == found.probabilities[1, :, 7].tolist()
+
+
+def test_a_constant_score_has_no_rank(
+    pipeline: FeatInvPipeline, difference: Concepts, opened: tuple[Image.Image, Image.Image]
+) -> None:
+    found = steer(pipeline, opened[0], difference, 0, [0.0, 0.0])
+    assert found.spearman is None
+    assert "is not defined" in found.lead
+    assert replace(found, strengths=[0.0]).facts()["spearman"] is None
+
+
+def test_a_mask_confines_the_edit(
+    pipeline: FeatInvPipeline, parts: Concepts, opened: tuple[Image.Image, Image.Image]
+) -> None:
+    """A mask of everything is no mask; one of a half gives what the half alone would."""
+    everything, half = torch.ones(32, 32), torch.zeros(32, 32)
+    half[:, :16] = 1
+    draw = [steer(pipeline, opened[0], parts, 0, [20.0], mask=mask).images for mask in (None, everything, half)]
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    edited = pipeline.look(pipeline.crop([opened[0]]))["features"][0].clone()
+    edited[..., :2] += 20 * parts.directions[0]
+    assert torch.equal(pipeline.look(pipeline.draw(edited))["images"], draw[2][0])
+
+
+def test_removing_a_part_is_scaling_it_to_nothing(
+    pipeline: FeatInvPipeline, parts: Concepts, opened: tuple[Image.Image, Image.Image]
+) -> None:
+    removed = steer(pipeline, opened[0], parts, 1, [0.0, 0.5, 1.0], "remove")
+    scaled = steer(pipeline, opened[0], parts, 1, [1.0, 0.5, 0.0], "scale")
+    assert torch.equal(removed.images, scaled.images)
+    features = pipeline.look(pipeline.crop([opened[0]]))["features"]
+    plain = pipeline.look(pipeline.draw(features[0]))["images"]
+    assert torch.equal(removed.images[0], plain)
+    without = features - parts.part(features, 1)
+    assert parts.activations(without)[:, 1].abs().max() < parts.activations(features)[:, 1].abs().max()
+
+
+def test_refuses(pipeline: FeatInvPipeline, difference: Concepts, opened: tuple[Image.Image, Image.Image]) -> None:
+    for edit in ("scale", "remove"):
+        with pytest.raises(UserError, match=f"--edit {edit}: only a component of an NMF"):
+            steer(pipeline, opened[0], difference, 0, [1.0], edit)
+    with pytest.raises(UserError, match="--class: there is no class 10; the classifier has 10"):
+        steer(pipeline, opened[0], difference, 0, [1.0], classes=[10])
+    origin = difference.origin
+    others: list[Origin] = [
+        {**origin, "backbone_digest": "0" * 64},
+        {**origin, "layer": "layer3"},
+        {**origin, "feature_shape": [8, 8, 8]},
+    ]
+    for theirs in others:
+        other = replace(difference, origin=theirs)
+        with pytest.raises(UserError, match=r"--concepts belongs to .*, and --model reads 'test_res"):
+            steer(pipeline, opened[0], other, 0, [1.0])
+
+
+# The command
+
+
+@pytest.fixture
+def saved(difference: Concepts) -> Path:
+    difference.save(Path("found"))
+    return Path("found")
+
+
+@pytest.fixture
+def command(inverter_folder: Path, saved: Path, picture: Path) -> list[str]:
+    return ["steer", "--model", str(inverter_folder), str(picture), "--concepts", str(saved), "--out", "out"]
+
+
+def test_command(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main([*command, "--concept", "3-8", "--strengths", "-2:2:9", "--class", "3", "--num_samples", "2"])
+    assert "Open out/steering.html." in capsys.readouterr().out
+    assert {path.name for path in Path("out").iterdir()} == {"steering.html", "steering.png", "steering.json"}
+    facts = json.loads(Path("out/steering.json").read_text())
+    assert [step["strength"] for step in facts["steps"]] == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
+    assert facts["concept"] == "3-8"
+    page = Path("out/steering.html").read_text()
+    assert page.count("data:image/png") == 1 + 9 * 2 + 2
+    assert "http" not in page
+
+
+def test_command_masks(command: list[str], picture: Path) -> None:
+    mask = Image.new("L", Image.open(picture).size)
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save("mask.png")
+    for name, where in (("mask", ["--mask", "mask.png"]), ("box", ["--box", "0,0,32,16"]), ("all", [])):
+        main([*command[:-1], name, "--strengths=9,30", *where])
+    facts = [(Path(name) / "steering.json").read_text() for name in ("mask", "box", "all")]
+    assert facts[0] == facts[1] != facts[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strengths", "1,1e6"], "--strengths: the edited map reaches .* half precision ends at 65504"),
+        (["--strengths", "nan"], "--strengths: the edited map reaches nan"),
+        (["--box", "0,0,33,2"], "--box: 0,0,33,2 .* does not lie within the image, .* of 32x32 pixels"),
+        (["--box", "-1,0,3,2"], "--box: -1,0,3,2 .* does not lie within the image"),
+        (["--mask", "small.png"], "--mask: 'small.png' has 3x5 pixels, and '.*' 32x32"),
+        (["--mask", "black.png"], "--mask: 'black.png' is black wherever the classifier looks"),
+        (["--mask", "none.png"], "--mask: 'none.png' cannot be read as a picture"),
+        (["--concept", "7"], "--concept: there is no concept '7'"),
+    ],
+)
+def test_command_refuses(
+    options: list[str], message: str, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (3, 5)).save("small.png")
+    Image.new("L", (32, 32)).save("black.png")
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *options])
+    assert stop.value.code == 1
+    assert re.search(f"^featinv-pl: error: {message}", capsys.readouterr().err, re.MULTILINE)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--strengths", "-2:2"], "is FROM:TO:COUNT or values between commas, and is '-2:2'"),
+        (["--strengths", "0:1:0"], "must be at least 1, and is 0"),
+        (["--strengths", "much"], "is FROM:TO:COUNT or values between commas, and is 'much'"),
+        (["--out", "found/concepts.json"], "is a folder, and 'found/concepts.json' is a file"),
+        (["--box", "1,2,3"], "is TOP,LEFT,HEIGHT,WIDTH in pixels, and is '1,2,3'"),
+    ],
+)
+def test_spelling(options: list[str], message: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_missing_or_unreadable_picture(
+    content: bytes | None, command: list[str], picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture.unlink()
+    if content:
+        picture.write_bytes(content)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert f"IMAGE: '{picture}' cannot be read as a picture" in capsys.readouterr().err

@@ -1,0 +1,451 @@
+"""Runs at Weights & Biases, by its real client; and the same pictures and tables by other loggers."""
+
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from featinv_pl.__main__ import main, overlaid
+from featinv_pl.runtime.provenance import git_state
+from test_cli import refused
+from tiny import extraction, inversion, write
+from wandb_server import KEY, Run, WandbServer, serve
+
+ROOT = Path(__file__).parents[2]
+LOGGER: dict[str, Any] = {"class_path": "WandbLogger", "init_args": {"project": "featinv-pl"}}
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tracked")
+    settings = extraction(classifier_folder, prior_folder, ["train", "val", "clean"])
+    settings["trainer"] |= {"default_root_dir": str(folder)}
+    settings["trainer"]["callbacks"][0]["init_args"]["folder"] = str(folder / "shards")
+    main(["predict", "--config", write(folder / "extract.yaml", settings)])
+    return folder / "shards"
+
+
+@pytest.fixture
+def settings(
+    extracted: Path, classifier_folder: Path, prior_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    """An experiment that logs, of a user whose home nobody should hear of, and who has said nothing to W&B."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    project = tmp_path / "home-of-somebody" / "project"
+    project.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(project.parent))
+    monkeypatch.chdir(project)
+    project.joinpath("shards").symlink_to(extracted)
+    experiment = inversion(classifier_folder, prior_folder, project / "shards")
+    experiment["trainer"] |= {"logger": LOGGER, "default_root_dir": "runs/tiny/spatial", "log_every_n_steps": 1}
+    experiment["trainer"]["check_val_every_n_epoch"] = None
+    del experiment["data"]["init_args"]["test"]["corrupted"]
+    return experiment
+
+
+@pytest.fixture
+def server() -> Iterator[WandbServer]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def online(settings: dict[str, Any], server: WandbServer, monkeypatch: pytest.MonkeyPatch) -> WandbServer:
+    for name, value in {**server.environment(), "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    return server
+
+
+def only_run(server: WandbServer) -> Run:
+    [run] = server.runs.values()
+    return run
+
+
+# Online or offline
+
+
+def test_without_a_key_a_run_is_offline(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    before = dict(os.environ)
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    printed = capsys.readouterr()
+    assert "W&B: there is no key" in printed.out
+    [hint] = re.findall(r"^Logged offline. Upload: wandb sync (\S+)$", printed.out, re.MULTILINE)
+    assert list(Path(hint).glob("run-*.wandb"))
+    assert "wandb sync" not in printed.err
+    assert dict(os.environ) == before
+
+
+def test_what_was_logged_offline_can_be_uploaded(settings: dict[str, Any], server: WandbServer) -> None:
+    config = write(Path("tiny.yaml"), settings)
+    main(["fit", "--config", config])
+    main(["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"])
+    folders = sorted(map(str, Path("runs/tiny/spatial/wandb").glob("offline-run-*")))
+    print(wandb(["sync", "--yes", *folders], {**os.environ, **server.environment()}))
+    run = only_run(server)
+    assert run.state == "finished"
+    assert len(run.values("train/loss")) == 4
+    assert_continuous(run)
+
+
+@pytest.mark.parametrize(("mode", "runs"), [("offline", 1), ("disabled", 0)])
+def test_the_mode_is_obeyed(
+    mode: str,
+    runs: int,
+    settings: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", mode)
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == runs
+    assert "there is no key" not in capsys.readouterr().out
+
+
+def test_offline_by_configuration(settings: dict[str, Any], online: WandbServer) -> None:
+    main(["fit", "--config", write(Path("tiny.yaml"), settings), "--trainer.logger.offline=true"])
+    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == 1
+    assert not online.runs
+
+
+def test_without_an_answer_a_run_is_offline(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve() as gone:
+        url = gone.url
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    assert f"{url} does not answer" in capsys.readouterr().out
+    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == 1
+
+
+def test_a_key_is_found_in_netrc(
+    settings: dict[str, Any], server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    netrc = Path.home() / ".netrc"
+    netrc.write_text(f"machine {server.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    assert only_run(server).state == "finished"
+
+
+def test_who_insists_needs_a_key(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    config = write(Path("tiny.yaml"), settings)
+    refused(["fit", "--config", config], capsys, "WANDB_MODE is online, but there is no key", "`wandb login`")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    refused(["fit", "--config", config], capsys, "WANDB_API_KEY invalid", "Run `wandb login`")
+
+
+# What arrives
+
+
+def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None:
+    config = write(Path("tiny.yaml"), settings)
+    main(["fit", "--config", config])
+    run = only_run(online)
+    start = run.starts[0]
+    assert (start["jobType"], start["groupName"], start["displayName"]) == ("fit", "tiny/spatial", "tiny/spatial fit")
+    assert set(start["tags"]) == {"FeatureInversion", "spatial"}
+    assert (run.state, run.exit_code) == ("finished", 0)
+
+    # The whole configuration, once, as it is.
+    saved = yaml.safe_load(Path("runs/tiny/spatial/fit.yaml").read_text())
+    told = {name: value for name, value in run.config.items() if name != "_wandb"}
+    assert set(told) == {*saved, "ckpt_path", "code", "shards"}
+    assert told["model"] == saved["model"]
+    assert told["trainer"] == saved["trainer"]
+    assert told["data"]["init_args"]["train"] == "~/project/shards/train"
+    assert told["shards"] == {
+        f"~/project/shards/{name}": json.loads(Path("shards", name, "manifest.json").read_text())["manifest_sha256"]
+        for name in ("train", "val", "clean")
+    }
+    assert re.fullmatch(r"\d+\.\d+\.\d+", told["code"]["version"])
+
+    for metric, count in (("train/loss", 2), ("train/samples_per_second", 2), ("val/cosine", 1)):
+        assert len(run.values(metric)) == count, metric
+    [picture] = run.values("reconstructions/val/first")
+    assert picture["captions"] == ["val, first, from top to bottom: original, autoencoder, reconstruction"]
+    assert run.files[picture["filenames"][0]] == next(Path("runs/tiny/spatial/wandb").rglob("first_*.png")).read_bytes()
+
+    main(["validate", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt"])
+    [validation] = [other for other in online.runs.values() if other is not run]
+    start = validation.starts[0]
+    assert (start["jobType"], start["groupName"]) == ("validate", "tiny/spatial")
+    for name in ("val/cosine", "val/cosine.floor"):
+        assert validation.summary[name] == pytest.approx(run.values(name)[0], abs=1e-4)
+    shown = validation.summary["scores/validate"]
+    [path] = Path("runs/tiny/spatial/wandb").glob(f"run-*/files/{shown['path']}")
+    table = json.loads(path.read_text())
+    assert table["columns"][:3] == ["source", "n", "arm"]
+    assert table["data"][0][:3] == ["val", "60", "reconstruction"]
+    assert len(table["data"]) == shown["nrows"]
+
+
+def test_nothing_private_is_written_or_sent(settings: dict[str, Any], online: WandbServer) -> None:
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" for path in written)
+    for place, data in [*written.items(), *enumerate(online.received)]:
+        assert KEY.encode() not in data, place
+        # With these two a run goes on, so that they must name its folders as they are; neither is sent.
+        if place not in (Path("runs/tiny/spatial/fit.yaml"), Path("runs/tiny/spatial/inversion.ckpt")):
+            assert b"home-of-somebody" not in data, place
+
+
+def test_credentials_of_an_address_are_nowhere(settings: dict[str, Any], online: WandbServer) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as files:
+        Thread(target=files.serve_forever, args=(0.01,), daemon=True).start()
+        place = f"http://somebody:PASSWORD@127.0.0.1:{files.server_port}/shards/val?token=TOKEN"
+        options = [f"--data.val={place}", "--data.cache=cache"]
+        main(["fit", "--config", write(Path("tiny.yaml"), settings), *options])
+        files.shutdown()
+    written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    for where, data in [*written.items(), *enumerate(online.received)]:
+        assert b"PASSWORD" not in data, where
+        assert b"TOKEN" not in data, where
+    assert "http://***@127.0.0.1" in Path("runs/tiny/spatial/fit.yaml").read_text()
+
+
+@pytest.mark.parametrize("where", ["init_args", "dict_kwargs"])
+def test_a_configuration_cannot_send_the_key_elsewhere(
+    where: str, settings: dict[str, Any], server: WandbServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = {"settings": {"base_url": server.url}}
+    settings["trainer"]["logger"] = {**LOGGER, where: {**LOGGER["init_args"], **elsewhere}}
+    refused(
+        ["fit", "--config", write(Path("tiny.yaml"), settings)],
+        capsys,
+        "send your W&B key by base_url",
+        "WANDB_BASE_URL=",
+    )
+    assert not server.received
+
+
+class Failure(Callback):
+    """Fails after the first step."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("on purpose")
+
+
+def test_a_run_that_fails_is_reported_so(settings: dict[str, Any], online: WandbServer) -> None:
+    settings["trainer"]["callbacks"].append({"class_path": f"{__name__}.Failure"})
+    with pytest.raises(RuntimeError, match="on purpose"):
+        main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    assert (only_run(online).state, only_run(online).exit_code) == ("failed", 1)
+
+
+class SlowValidation(Callback):
+    """Takes two seconds, which are not training's."""
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        time.sleep(2)
+
+
+def test_validation_does_not_count_as_training(settings: dict[str, Any]) -> None:
+    settings["trainer"]["callbacks"].append({"class_path": f"{__name__}.SlowValidation"})
+    settings["trainer"] |= {"logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs"}}, "max_steps": 4}
+    settings["trainer"] |= {"limit_val_batches": 1}
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    with Path("runs/lightning_logs/version_0/metrics.csv").open() as file:
+        rates = [float(rate) for row in csv.DictReader(file) if (rate := row["train/samples_per_second"])]
+    assert len(rates) == 4
+    assert min(rates) > 16 / 2  # a step of 16 samples comes after two seconds of validation
+
+
+def assert_continuous(run: Run) -> None:
+    """Both axes go on, and no step is logged twice."""
+    internal = [row["_step"] for row in run.history]
+    assert internal == list(range(len(internal)))
+    steps = [row["trainer/global_step"] for row in run.history]
+    assert steps == sorted(steps)
+    trained = [row["trainer/global_step"] for row in run.history if "train/loss" in row]
+    assert trained == list(range(len(trained)))
+
+
+def test_training_goes_on_under_the_same_id(settings: dict[str, Any], online: WandbServer) -> None:
+    config = write(Path("tiny.yaml"), settings)
+    main(["fit", "--config", config])
+    name = next(iter(online.runs))
+    more = ["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"]
+    main(more)
+    run = only_run(online)
+    assert len(run.values("train/loss")) == 4
+    validated = run.values("val/cosine")  # once more after step 2, which had been saved before its validation
+    assert validated[0] == validated[1]
+    assert len(validated) == 3
+    assert_continuous(run)
+
+    main([*more, "--trainer.max_steps=6", "--trainer.logger.id=another"])  # unless somebody says so
+    assert set(online.runs) == {name, "another"}
+
+
+# Sweeps
+
+
+def wandb(args: list[str], environment: dict[str, str]) -> str:
+    """Run the client's own command."""
+    command = [sys.executable, "-m", "wandb", *args]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the agent has ended"
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.1)
+
+
+def saved(run: str) -> Any:
+    return yaml.safe_load(Path("runs/featinv-pl", run, "fit.yaml").read_text())
+
+
+def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) -> None:
+    """The shipped sweep on tiny networks: one run is stopped early, one fails, one loses its agent."""
+    Path("experiments").symlink_to(ROOT / "experiments")
+    del settings["trainer"]["callbacks"]
+    overlay = {**settings, "base": "experiments/sweeps/run.yaml"}
+    overlay["trainer"] |= {"default_root_dir": "runs/featinv-pl", "precision": "32-true", "max_steps": 100_000}
+    overlay["trainer"] |= {"limit_val_batches": 1, "gradient_clip_val": None}
+    overlay["model"]["init_args"] |= {"input_size": None}
+    overlay["data"]["init_args"] |= {"num_workers": 0}
+    shown = {"model.optimizer.lr": 0.001, "model.dropout": 0.0}
+    online.proposals = [
+        {"model.hidden_channels": 16, "model.num_layers": 4, **shown},
+        {"model.sampler.steps": 5000, **shown},  # which only sampling finds out
+        {"model.hidden_channels": 8, "model.num_layers": 2, **shown},
+    ]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": source, "FEATINV_CONFIG": write(Path("o.yaml"), overlay)}
+    wandb(["sweep", "experiments/sweeps/encoder.yaml"], environment)
+    [(name, sweep)] = online.sweeps.items()
+    metric, patience = sweep.config["metric"]["name"], sweep.config["early_terminate"]["min_iter"]
+    runs = [f"{name}run{number}" for number in range(3)]
+
+    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", f"we/featinv-pl/{name}"]
+    agent = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with contextlib.ExitStack() as stack:
+        stack.callback(agent.kill)
+
+        def falls_behind() -> bool:
+            return runs[0] in online.runs and len(online.runs[runs[0]].values(metric)) >= patience
+
+        wait_until(falls_behind, agent)
+        online.stopped.add(runs[0])
+        wait_until(Path("runs/featinv-pl", runs[2], "inversion.ckpt").exists, agent)
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(60)
+
+    states = [(online.runs[run].state, online.runs[run].exit_code) for run in runs]
+    assert states == [("failed", 143), ("failed", 1), ("failed", 143)]
+    for run, proposal in zip(runs, online.proposals, strict=True):
+        init = saved(run)["model"]["init_args"]
+        given = {name.removeprefix("model."): value for name, value in proposal.items() if name.startswith("model.")}
+        assert init["optimizer"]["init_args"]["lr"] == given.pop("optimizer.lr")
+        assert init["sampler"]["steps"] == given.pop("sampler.steps", 2)
+        assert init == {**init, **given}
+        assert online.runs[run].config["model"]["init_args"] == init
+        assert online.runs[run].starts[0]["sweep"] in (None, name)
+    assert online.runs[runs[0]].summary[metric] == online.runs[runs[0]].values(metric)[-1]
+
+    # Both that were stopped go on where they were, under their ids.
+    for run in (runs[0], runs[2]):
+        checkpoint = f"runs/featinv-pl/{run}/inversion.ckpt"
+        steps = len(online.runs[run].values("train/loss"))
+        config = f"runs/featinv-pl/{run}/fit.yaml"
+        main(["fit", "--config", config, "--ckpt_path", checkpoint, f"--trainer.max_steps={steps + 2}"])
+        assert online.runs[run].state == "finished"
+        assert len(online.runs[run].values("train/loss")) == steps + 2
+        assert_continuous(online.runs[run])
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fit --config a --model.x=1", "fit --config a --config o --model.x=1"),
+        ("fit -c a --config=b --model.x=1", "fit -c a --config=b --config o --model.x=1"),
+        ("fit --config=a --model.x=1 --config b", "fit --config=a --model.x=1 --config b --config o"),
+        ("fit --model.x=1", "fit --config o --model.x=1"),
+    ],
+)
+def test_an_overlay_lies_over_files_and_beneath_options(line: str, expected: str) -> None:
+    assert overlaid(line.split(), "o") == expected.split()
+    assert overlaid(line.split(), None) == line.split()
+
+
+# Other loggers
+
+
+def test_other_loggers_take_what_they_can(settings: dict[str, Any]) -> None:
+    settings["trainer"]["logger"] = [
+        {"class_path": f"{kind}Logger", "init_args": {"save_dir": "runs", "name": kind}}
+        for kind in ("TensorBoard", "CSV")
+    ]
+    config = write(Path("tiny.yaml"), settings)
+    main(["fit", "--config", config])
+    main(["validate", "--config", config])
+    training, validation = (EventAccumulator(f"runs/TensorBoard/version_{number}").Reload() for number in range(2))
+    tags = {"train/loss", "train/samples_per_second", "val/cosine", "val/cosine.floor"}
+    assert tags <= set(training.Tags()["scalars"])
+    assert [event.step for event in training.Scalars("train/loss")] == [0, 1]
+    assert "reconstructions/val/first" in training.Tags()["images"]
+    [picture] = training.Images("reconstructions/val/first")
+    assert (picture.step, picture.width, picture.height) == (1, 3 * 32, 3 * 32)
+    assert "plots/histograms" in validation.Tags()["images"]
+    [table] = validation.Tensors("scores/validate/text_summary")
+    assert "| val | 60 | reconstruction |" in table.tensor_proto.string_val[0].decode()
+
+    with Path("runs/CSV/version_0/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
+    told = yaml.safe_load(Path("runs/CSV/version_0/hparams.yaml").read_text())
+    assert told["model"]["init_args"]["hidden_channels"] == 8
+    assert "val/cosine" in Path("runs/CSV/version_1/metrics.csv").read_text()
+
+
+# Code
+
+
+def test_git_state(tmp_path: Path) -> None:
+    def git(*args: str) -> str:
+        identity = ["-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
+        result = subprocess.run(["git", *identity, *args], capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    assert git_state(tmp_path) == {}
+    git("init", "--quiet")
+    package = tmp_path / "package"
+    package.mkdir()
+    package.joinpath("code.py").write_text("1")
+    assert git_state(package) == {}  # it lies in a repository of something else
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "HEAD")
+    assert git_state(package) == {"commit": commit, "dirty": False}
+    package.joinpath("code.py").write_text("2")
+    assert git_state(package) == {"commit": commit, "dirty": True}

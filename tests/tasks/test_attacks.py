@@ -1,0 +1,223 @@
+"""Adversarial images are near, are wrong, and belong to their keys."""
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import AutoProjectedGradientDescent
+from art.estimators.classification import PyTorchClassifier
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from conftest import ROOT, MakeBatch
+from featinv_pl.__main__ import main
+from featinv_pl.data.images.digits import DigitsData
+from featinv_pl.errors import UserError
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.tasks.attacks import Attack, attack
+from featinv_pl.tasks.extraction import AdversarialExtraction
+from featinv_pl.tasks.pretraining import Classifier
+from featinv_pl.types import ImageBatch, from_uint8, to_uint8
+
+SHARED = ROOT.parent / "shared"
+
+
+def digits(source: str, number: int) -> tuple[Tensor, Tensor]:
+    samples = [DigitsData([source], batch_size=number).predicted[0][index] for index in range(number)]
+    return torch.stack([sample["images"] for sample in samples]), torch.tensor([sample["labels"] for sample in samples])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a classifier that knows digits, which takes some seconds."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    classifier = Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 8]})
+    images, labels = digits("train", 600)
+    optimizer = torch.optim.AdamW(classifier.model.parameters(), lr=1e-2)
+    for _ in range(6):
+        for rows in torch.randperm(600).split(50):
+            optimizer.zero_grad()
+            cross_entropy(classifier.model(images[rows]), labels[rows]).backward()
+            optimizer.step()
+    folder = tmp_path_factory.mktemp("trained")
+    classifier.save_pretrained(folder)
+    return folder
+
+
+def brighter(images: Tensor) -> Tensor:
+    """Class 1 for bright images, class 0 for dark ones."""
+    mean = images.mean((1, 2, 3))
+    return torch.stack([-mean, mean], dim=1) * 50
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [1, 1]])
+def test_goes_as_far_as_it_may(labels: list[int]) -> None:
+    images = torch.full((2, 3, 8, 8), 128 / 127.5 - 1)
+    start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    attacked = attack(brighter, images, torch.tensor(labels), start, Attack(4, 1.0, 20))
+    assert brighter(attacked).argmax(1).tolist() == [1 - label for label in labels]
+    change = ((attacked - images) * 127.5).round()
+    assert change.abs().max() == 4
+    assert (change.sign() == (1 if labels[0] == 0 else -1)).float().mean() > 0.99
+
+
+def test_stays_within_bytes() -> None:
+    images = torch.full((1, 3, 4, 4), 253 / 127.5 - 1)
+    attacked = attack(brighter, images, torch.tensor([0]), torch.zeros_like(images), Attack(8, 2.0, 10))
+    torch.testing.assert_close(attacked, torch.ones_like(images))
+
+
+def test_extraction_attacks_the_backbone_itself(
+    classifier_folder: Path, prior_folder: Path, make_batch: MakeBatch
+) -> None:
+    parts = {"backbone": str(classifier_folder), "autoencoder": str(prior_folder / "vae"), "image_size": 32}
+    model = AdversarialExtraction(Attack(8, 2.0, 10), **parts)
+    given = make_batch(6)
+    with torch.inference_mode():  # as Lightning predicts
+        before = model.backbone(given["images"])[1].argmax(1)
+        labels = before.clone()
+        labels[0] = -1  # without a label, it is attacked from what the backbone sees
+        batch: ImageBatch = {
+            "images": given["images"].clone(),
+            "labels": torch.arange(6),  # the data's own numbers, which say nothing to the classifier
+            "class_name": [str(label) if label >= 0 else "" for label in labels.tolist()],
+            "source": given["source"],
+            "key": given["key"],
+            "view": [None] * 6,
+            "unreadable": [""] * 6,
+        }
+        seen = model.predict_step(batch, 0)
+        last: ImageBatch = {
+            "images": batch["images"][5:],
+            "labels": torch.zeros(1, dtype=torch.int64),
+            "class_name": [str(int(labels[5]))],
+            "source": batch["source"][5:],
+            "key": batch["key"][5:],
+            "view": [None],
+            "unreadable": [""],
+        }
+        alone = model.predict_step(last, 0)
+    other = AdversarialExtraction(Attack(4, 2.0, 10), **parts).provenance
+    assert len({other["attack"], model.provenance["attack"], ""}) == 3  # sets of different attacks are not mixed up
+    assert ((seen["images"] - given["images"]) * 127.5).abs().max() <= 8.001
+    confidence = seen["logits"].softmax(1).gather(1, before[:, None])
+    assert (confidence < model.backbone(given["images"])[1].softmax(1).gather(1, before[:, None])).all()
+    assert torch.equal(seen["labels"], labels)
+    # A grey level here and there: networks round differently in batches of other sizes.
+    assert ((alone["images"] - seen["images"][5:]).abs() > 0).float().mean() < 0.01
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(UserError, match=r"--model\.attack"):
+        Attack(steps=0)
+
+
+def test_black_and_white_pixels_have_the_gradient_of_others(trained: Path) -> None:
+    backbone = Backbone(str(trained))
+    images, labels = digits("clean", 8)
+    images = images.sign().requires_grad_()  # nothing else
+    cross_entropy(backbone.classify(images), labels).backward()
+    normalised = ((images.detach() + 1) / 2 - backbone.mean) / backbone.std
+    normalised.requires_grad_()
+    cross_entropy(backbone.model(normalised), labels).backward()
+    assert images.grad is not None
+    assert normalised.grad is not None
+    torch.testing.assert_close(images.grad, normalised.grad / (2 * backbone.std))
+    assert (images.grad != 0).float().mean() > 0.9
+
+
+def losses(backbone: Backbone, images: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Mean loss, and how many are classified as labelled."""
+    with torch.no_grad():
+        logits = backbone.classify(images)
+    return float(cross_entropy(logits, labels)), int((logits.argmax(1) == labels).sum())
+
+
+def published_attack(backbone: Backbone, images: Tensor, labels: Tensor, settings: Attack) -> Tensor:
+    """APGD of AutoAttack (Croce and Hein, arXiv 2003.01690) by another library, without our normalisation's clamp."""
+
+    class Plain(torch.nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            logits: Tensor = backbone.model((pixels - backbone.mean) / backbone.std)
+            return logits
+
+    classifier = PyTorchClassifier(
+        Plain(), torch.nn.CrossEntropyLoss(), images.shape[1:], backbone.num_classes, clip_values=(0, 1)
+    )
+    epsilon = settings.epsilon / 255
+    apgd = AutoProjectedGradientDescent(
+        classifier, eps=epsilon, eps_step=2 * epsilon, max_iter=settings.steps, nb_random_init=1, verbose=False
+    )
+    attacked = apgd.generate(((images + 1) / 2).numpy(), labels.numpy())
+    return from_uint8(to_uint8(torch.from_numpy(attacked) * 2 - 1))
+
+
+def compare(backbone: Backbone, images: Tensor, labels: Tensor, settings: Attack) -> None:
+    start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ours = attack(backbone.classify, images, labels, start, settings)
+    assert ((ours - images) * 127.5).abs().max() <= settings.epsilon + 1e-3
+    np.random.seed(0)
+    theirs = published_attack(backbone, images, labels, settings)
+    clean_loss, clean = losses(backbone, images, labels)
+    our_loss, ours_right = losses(backbone, ours, labels)
+    their_loss, theirs_right = losses(backbone, theirs, labels)
+    assert theirs_right < clean
+    assert ours_right <= theirs_right + max(1, len(images) // 50)
+    assert our_loss - clean_loss > 0.9 * (their_loss - clean_loss)
+
+
+def test_attack_is_as_strong_as_a_published_one_on_digits(trained: Path) -> None:
+    compare(Backbone(str(trained)), *digits("clean", 60), Attack(8, 2.0, 20))
+
+
+def test_attack_is_as_strong_as_a_published_one_on_photos() -> None:
+    weights, photos = SHARED / "weights/tf_efficientnet_lite0.safetensors", SHARED / "data/photos/photos-256px.zip"
+    if not weights.is_file() or not photos.is_file():
+        pytest.skip(f"{weights} and {photos} are not on this machine")
+    backbone = Backbone("tf_efficientnet_lite0", str(weights))
+    with zipfile.ZipFile(photos) as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[::50]
+        images = torch.stack([backbone.crop(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+    wnids = ImageNetInfo().label_names()
+    labels = torch.tensor([wnids.index(name.split("/")[-2]) for name in names])
+    compare(backbone, images, labels, Attack(1, 0.25, 5))
+
+
+def test_success_is_printed_and_stored(trained: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", str(ROOT / "experiments/digits/adversarial.yaml"), "--data.batch_size=24"]
+    config += ["--config", str(ROOT / "experiments/debug.yaml"), "--trainer.logger=false"]
+    frozen = ["--model.backbone", str(trained), "--model.autoencoder", str(prior_folder / "vae")]
+    main(["predict", *config, *frozen])
+    (tar,) = Path("runs/demo/shards/adversarial").rglob("*.tar")
+    with tarfile.open(tar) as archive:
+        members = {name: archive.extractfile(name) for name in archive.getnames()}
+        stored = {name[:-5]: json.load(file) for name, file in members.items() if name.endswith(".json") and file}
+        after = {
+            name[:-11]: int(np.load(io.BytesIO(file.read())).argmax())
+            for name, file in members.items()
+            if name.endswith("logits.npy") and file
+        }
+    images, labels = digits("adversarial", len(stored))
+    before = Backbone(str(trained)).classify(images).argmax(1)
+    assert len(stored) == 16
+    right = {key: sample for key, sample in stored.items() if "fooled" in sample}
+    assert len(right) == (before == labels).sum()
+    assert all(sample["fooled"] == (after[key] != sample["label"]) for key, sample in right.items())
+    fooled = sum(sample["fooled"] for sample in right.values())
+    assert fooled > 0
+    printed = capsys.readouterr().out
+    assert f"The attack succeeded on {fooled} of {len(right)} images" in printed
+    assert "without a known label" not in printed
+    settings = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps({**settings, "label_names": [*"abcdefghij"]}))
+    main(["predict", *config, *frozen, "--trainer.default_root_dir=unknown"])
+    (trained / "config.json").write_text(json.dumps(settings))
+    assert "Of 16 without a known label, the predicted class counts as correct." in capsys.readouterr().out

@@ -1,0 +1,500 @@
+"""The method: one training step, both conditionings, and what a checkpoint holds."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from conftest import MakeBatch
+from featinv_pl.errors import UserError
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.runtime.finite import FiniteGuard
+from featinv_pl.sampling.refinement import Refinement
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.tasks.inversion import FeatureInversion
+from featinv_pl.tasks.pretraining import Classifier
+from featinv_pl.types import Batch
+
+
+@pytest.fixture
+def make_model(classifier_folder: Path, prior_folder: Path) -> Any:
+    def make(**options: Any) -> FeatureInversion:
+        sampler = options.pop("sampler", Sampler("ddim", steps=2))
+        return FeatureInversion(
+            str(classifier_folder), str(prior_folder), hidden_channels=8, sampler=sampler, **options
+        )
+
+    return make
+
+
+class Gradients(Callback):
+    """Keeps the gradients as they are before they are clipped."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self.seen = [one.grad.clone() for group in optimizer.param_groups for one in group["params"]]
+
+
+def fit(
+    model: FeatureInversion, batch: Batch, folder: Path, steps: int = 3, settings: Any = None, **options: Any
+) -> Trainer:
+    trainer = Trainer(
+        **{"max_steps": steps, **(settings or {})},
+        accelerator="cpu",
+        logger=False,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    loader: DataLoader[Any] = DataLoader([batch] * steps, batch_size=None)  # type: ignore[arg-type]
+    trainer.fit(model, loader, **options)
+    return trainer
+
+
+def test_training_changes_the_control_and_nothing_else(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    model = make_model()
+    frozen = dict(model.frozen)
+    before = {name: value.clone() for name, value in model.control.state_dict().items()}
+    fit(model, make_batch(4), tmp_path)
+    del model.frozen
+    assert model.frozen == frozen
+    assert any(not torch.equal(value, before[name]) for name, value in model.control.state_dict().items())
+    assert not model.prior.training
+    assert not model.backbone.training
+
+
+def test_training_learns_to_use_the_map(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make_model(dropout=0.0, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    batch = make_batch(8)
+    losses: list[float] = []
+    model.log = lambda name, value, **_: losses.append(value.item())
+    fit(model, batch, tmp_path, steps=60)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+def test_each_sample_draws_its_own_noise_wherever_it_is(make_model: Any, make_batch: MakeBatch) -> None:
+    """So that the ranks together do what one alone would."""
+    model, batch = make_model(), make_batch(4)
+    model.log = lambda *_, **__: None
+
+    def loss(rows: list[int], batch_idx: int = 0) -> float:
+        whole: dict[str, Any] = dict(batch)
+        part: Any = {name: [v[row] for row in rows] if isinstance(v, list) else v[rows] for name, v in whole.items()}
+        return float(model.training_step(part, batch_idx))
+
+    assert loss([0, 1, 2, 3]) == loss([0, 1, 2, 3], 1)
+    assert (loss([2, 0]) + loss([1, 3])) / 2 == pytest.approx(loss([0, 1, 2, 3]), abs=1e-6)
+    same = {**batch, "features": batch["features"][[0] * 4], "latents": batch["latents"][[0] * 4]}
+    first, second = (model.training_step({**same, "key": [key] * 4}, 0) for key in ("a", "b"))
+    assert first != second
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "channels_last"])
+def test_savings_change_no_gradient(make_model: Any, make_batch: MakeBatch, option: str) -> None:
+    def gradients(**options: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = awaken(make_model(**options))
+        model.log = lambda *_, **__: None
+        model.training_step(make_batch(4), 0).backward()
+        return {name: weight.grad for name, weight in model.control.named_parameters() if weight.grad is not None}
+
+    plain, saving = gradients(), gradients(**{option: True})
+    assert plain.keys() == saving.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(saving[name], gradient, msg=name)
+
+
+def test_activations_are_computed_again_only_when_told(make_model: Any, make_batch: MakeBatch) -> None:
+    def calls(**options: Any) -> int:
+        model, count = make_model(**options), []
+        model.log = lambda *_, **__: None
+        model.control.controlnet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: count.append(1))
+        model.training_step(make_batch(4), 0).backward()
+        return len(count)
+
+    assert (calls(), calls(activation_checkpointing=True)) == (1, 2)
+
+
+def test_networks_are_compiled_a_few_times(
+    make_model: Any, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once with one batch size and once with any, for training, plain and guided drawing: not for each size."""
+    whole = torch.nn.Module.compile  # all but the generation of code, which takes minutes
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    torch._dynamo.reset()
+    plain, compiled = awaken(make_model()), awaken(make_model(compile=True))
+    compiled.load_state_dict(plain.state_dict())
+    compiled.log = lambda *_, **__: None
+    guided, unguided = Sampler(steps=2), Sampler(steps=2, guidance_scale=1.0)
+    counters = torch._dynamo.utils.counters["stats"]
+    counters.clear()
+    counts = []
+    for size in (4, 3, 5):
+        batch = make_batch(size)
+        compiled.training_step(batch, 0).backward()
+        for sampler in (guided, unguided):
+            drawn, expected = (m.draw(batch["features"], batch["key"], 0, sampler) for m in (compiled, plain))
+            torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
+        counts.append(counters["unique_graphs"])
+    assert counts[0] > 0
+    assert counts[1] == counts[-1] <= 12  # two networks
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_mixed_precision_halves_the_prior_and_trains_full_weights(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path, precision: str
+) -> None:
+    model = make_model()
+    before = make_model().frozen
+    fit(model, make_batch(4), tmp_path, steps=1, settings={"precision": precision})
+    half = precision == "bf16-mixed"
+    assert model.prior.unet.conv_in.weight.dtype == (torch.bfloat16 if half else torch.float32)
+    assert {weight.dtype for weight in model.control.parameters()} == {torch.float32}
+    assert model.frozen == before  # what shards and checkpoints are compared with
+
+
+def test_pooled_conditioning_sees_only_the_mean(make_model: Any, make_batch: MakeBatch) -> None:
+    features = make_batch(2)["features"]
+    shuffled = features.flatten(2)[:, :, torch.randperm(16)].unflatten(2, (4, 4))
+    pooled, spatial = make_model(conditioning="pooled"), make_model()
+    torch.testing.assert_close(pooled.condition(features), pooled.condition(shuffled))
+    assert pooled.condition(features).shape == features.shape
+    assert torch.equal(spatial.condition(shuffled), shuffled)
+
+
+def test_dropout_replaces_the_map_by_zeros(make_model: Any, make_batch: MakeBatch) -> None:
+    model, batch = awaken(make_model(dropout=0.999999)), make_batch(4)
+    model.log = lambda *_, **__: None
+    other = {**batch, "features": torch.randn_like(batch["features"])}
+    assert torch.equal(model.training_step(batch, 0), model.training_step(other, 0))
+
+
+def awaken(model: Any) -> Any:
+    """Let a control have a say before it is trained."""
+    torch.nn.init.normal_(model.control.controlnet.controlnet_mid_block.weight)
+    torch.nn.init.normal_(model.control.encoder.layers[-1].weight)
+    return model
+
+
+@pytest.mark.parametrize("guidance", ["text", "features", "both"])
+def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch, guidance: Any) -> None:
+    model = awaken(make_model())
+    features, noise, timestep = make_batch(2)["features"], torch.randn(2, 4, 4, 4), torch.tensor(500)
+
+    def predict(features: Tensor, prompt: Tensor) -> Tensor:
+        timesteps = timestep.expand(len(noise))
+        prediction: Tensor = model.denoise(noise, timesteps, prompt.expand(len(noise), -1, -1), features)
+        return prediction
+
+    prompt, empty, nothing = model.prior.prompt, model.prior.empty, torch.zeros_like(features)
+    whole, no_prompt, neither = predict(features, prompt), predict(features, empty), predict(nothing, empty)
+    expected = {
+        "text": no_prompt + 2 * (whole - no_prompt),
+        "features": neither + 2 * (whole - neither),
+        "both": neither + 2 * (no_prompt - neither) + 3 * (whole - no_prompt),
+    }[guidance]
+    sampler = Sampler("ddim", steps=2, guidance_scale=2.0, guidance=guidance, text_scale=3.0)
+    with torch.no_grad():
+        guided = model.denoiser(features, noise, sampler)(noise, timestep)
+        torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(guided, whole, atol=1e-3)
+        sampler = replace(sampler, guidance_interval=(0.0, 0.4))
+        torch.testing.assert_close(model.denoiser(features, noise, sampler)(noise, timestep), whole)
+
+
+def test_without_control_the_bare_prior_draws(make_model: Any, make_batch: MakeBatch) -> None:
+    model, noise = awaken(make_model()), torch.randn(2, 4, 4, 4)
+    bare = Sampler("ddim", steps=2, guidance_scale=1.0, control_scale=0.0)
+    one, other = (model.invert(make_batch(2, seed=seed)["features"], noise, bare) for seed in (0, 1))
+    assert torch.equal(one, other)
+    features = make_batch(2)["features"]
+    controlled = model.invert(features, noise, replace(bare, control_scale=1.0))
+    half = model.invert(features, noise, replace(bare, control_scale=0.5))
+    assert not torch.allclose(controlled, one, atol=1e-2)
+    assert 0 < (half - one).abs().mean() < (controlled - one).abs().mean()
+
+
+@pytest.mark.parametrize("conditioning", ["spatial", "pooled"])
+def test_refinement_needs_no_training(make_model: Any, conditioning: str) -> None:
+    model = make_model(conditioning=conditioning)
+    bare = Sampler("ddim", steps=6, guidance_scale=1.0, control_scale=0.0)
+    images = torch.rand(4, 3, 32, 32) * 2 - 1
+    target, noise = model.backbone.look(images)["features"], torch.randn(4, 4, 4, 4)
+
+    def cosines(sampler: Sampler) -> Tensor:
+        maps = model.condition(model.backbone.look(model.invert(target, noise, sampler))["features"])
+        return torch.nn.functional.cosine_similarity(maps, model.condition(target)).mean((1, 2))
+
+    gained = cosines(replace(bare, refine=Refinement(step_size=0.1, interval=(0, 1)))) - cosines(bare)
+    assert (gained > 0).all()
+
+
+def test_pooled_refinement_sees_only_the_mean(make_model: Any, make_batch: MakeBatch) -> None:
+    model = make_model(conditioning="pooled", sampler=Sampler("ddim", steps=2, refine=Refinement(), best_of=2))
+    features, keys = make_batch(2)["features"], ["a", "b"]
+    shuffled = features.flatten(2)[:, :, torch.randperm(16)].unflatten(2, (4, 4))
+    one, other = (model.draw(maps, keys, 0, model.sampler) for maps in (features, shuffled))
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_best_of_several_is_the_most_similar_for_each_map(make_model: Any, make_batch: MakeBatch) -> None:
+    model, keys = make_model(sampler=Sampler("ddim", steps=2, best_of=4)), ["a", "b", "c"]
+    features = make_batch(3)["features"]
+    names = [keys, *([f"{key} candidate {number}" for key in keys] for number in (1, 2, 3))]
+    candidates = [model.draw(features, one, 7, replace(model.sampler, best_of=1)) for one in names]
+    maps = [model.backbone.look(images)["features"] for images in candidates]
+    cosines = torch.stack([torch.nn.functional.cosine_similarity(one, features).mean((1, 2)) for one in maps])
+    best = cosines.argmax(0).tolist()
+    expected = torch.stack([candidates[number][row] for row, number in enumerate(best)])
+    torch.testing.assert_close(model.draw(features, keys, 7, model.sampler), expected)
+
+
+def test_map_and_prompt_are_dropped_as_often_as_asked(make_model: Any) -> None:
+    no_map, no_prompt = make_model(dropout=0.2, dropout_features=0.1, dropout_prompt=0.3).dropped(
+        torch.arange(0, 1, 0.001)
+    )
+    shares = {
+        "both": no_map & no_prompt,
+        "map": no_map & ~no_prompt,
+        "prompt": no_prompt & ~no_map,
+        "none": ~no_map & ~no_prompt,
+    }
+    assert {name: round(which.float().mean().item(), 2) for name, which in shares.items()} == {
+        "both": 0.2,
+        "map": 0.1,
+        "prompt": 0.3,
+        "none": 0.4,
+    }
+
+
+def test_a_learned_null_map_is_trained_and_kept(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    model = awaken(make_model(null_map="learned", dropout=0.9))
+    fit(model, make_batch(4), tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    assert model.control.encoder.null.abs().max() > 0
+    again = make_model(null_map="learned")
+    again.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(again.control.encoder.null, model.control.encoder.null)
+    sampler = Sampler("ddim", steps=2, guidance="features")
+    features, noise = torch.zeros(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        before = model.invert(features, noise, sampler)
+        model.control.encoder.null.fill_(9.0)
+        assert not torch.allclose(model.invert(features, noise, sampler), before, atol=1e-3)
+
+
+def test_min_snr_weighs_each_sample_by_its_timestep(make_model: Any, make_batch: MakeBatch) -> None:
+    plain, weighted = make_model(min_snr_gamma=None), make_model(min_snr_gamma=1e9)
+    for model in (plain, weighted):
+        model.log = lambda *_, **__: None
+    batch = make_batch(4)
+    torch.testing.assert_close(weighted.training_step(batch, 0), plain.training_step(batch, 0))  # nothing is cut
+    weighted.min_snr_gamma = 1e-3
+    assert weighted.training_step(batch, 0) < 0.1 * plain.training_step(batch, 0)
+
+
+def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, make_batch: MakeBatch) -> None:
+    model, batch = awaken(make_model(dropout=0.0, consistency=1.0, consistency_below=1.0)), make_batch(4)
+    logged: dict[str, Tensor] = {}
+    model.log = lambda name, value, **_: logged.update({name: value})
+    both = model.training_step(batch, 0)
+    model.consistency = 0.0
+    torch.testing.assert_close(both, model.training_step(batch, 0) + logged["train/consistency"])
+    assert 0 < logged["train/consistency"] < 2
+    logged["train/consistency"].backward()
+    assert model.control.controlnet.controlnet_mid_block.weight.grad.abs().max() > 0
+    logged.clear()
+    model.consistency, model.consistency_below = 1.0, 1e-9
+    model.training_step(batch, 0)
+    assert "train/consistency" not in logged
+
+
+def test_consistency_leaves_out_samples_without_a_map(make_model: Any, make_batch: MakeBatch) -> None:
+    model = make_model(dropout=0.999999, consistency=1.0, consistency_below=1.0)
+    logged: set[str] = set()
+    model.log = lambda name, *_, **__: logged.add(name)
+    model.training_step(make_batch(4), 0)
+    assert logged == {"train/loss"}
+
+
+def test_encoder_alone_adapts_a_control_to_another_backbone(
+    make_model: Any, make_batch: MakeBatch, prior_folder: Path, tmp_path: Path
+) -> None:
+    trained = awaken(make_model())
+    FeatInvPipeline(trained).save_pretrained(tmp_path / "model")
+    torch.manual_seed(4)
+    Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 12]}).save_pretrained(
+        tmp_path / "wider"
+    )
+    model: Any = FeatureInversion(
+        str(tmp_path / "wider"), str(prior_folder), hidden_channels=8, control=tmp_path / "model", train="encoder"
+    )
+    first, last = (model.control.encoder.layers[number].weight for number in (0, -1))
+    assert first.shape[1] == 12
+    assert torch.equal(last, trained.control.encoder.layers[-1].weight)
+    before = {name: value.clone() for name, value in model.control.state_dict().items()}
+    fit(model, make_batch(4, shape=(12, 4, 4)), tmp_path)
+    changed = {name for name, value in model.control.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {f"encoder.{name}" for name in model.control.encoder.state_dict()}
+
+
+def test_encoder_alone_wants_a_control(make_model: Any) -> None:
+    with pytest.raises(UserError, match=r"--model\.train: `encoder` needs .* --model\.control"):
+        make_model(train="encoder")
+
+
+def test_control_of_another_prior_is_refused(make_model: Any, tmp_path: Path) -> None:
+    model = make_model()
+    torch.nn.init.normal_(model.prior.unet.conv_in.weight)
+    FeatInvPipeline(model).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"--model\.control: .* was trained with another prior"):
+        make_model(control=tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dropout_features": 0.5, "dropout_prompt": 0.4},
+        {"dropout_prompt": -0.1},
+        {"min_snr_gamma": 0.0},
+        {"consistency": -1.0},
+        {"consistency_below": 0.0},
+    ],
+)
+def test_options_out_of_range_are_refused(make_model: Any, options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=rf"--model\.{next(iter(options))}"):
+        make_model(**options)
+
+
+def test_validation_loss_is_the_same_at_every_step(make_model: Any, make_batch: MakeBatch) -> None:
+    model, logged = make_model(), []
+    model.log = lambda name, value, **_: logged.append((name, value.compute().item()))
+    for batch in (make_batch(4), make_batch(4)):
+        torch.manual_seed(len(logged))
+        model.validation_step(batch, len(logged))
+        model.val_loss.reset()
+    assert logged[0] == logged[1]
+    assert logged[0][0] == "val/loss"
+
+
+def test_test_draws_every_arm(make_model: Any, make_batch: MakeBatch) -> None:
+    arms = {"bare": Sampler("ddim", steps=2, guidance_scale=1.0, control_scale=0.0)}
+    model, batch = awaken(make_model(arms=arms)), make_batch(3)
+    outputs = model.test_step(batch, 0)
+    assert set(outputs["arms"]) == {"bare"}
+    assert outputs["arms"]["bare"]["images"].shape == outputs["images"].shape
+    assert not torch.equal(outputs["arms"]["bare"]["images"], outputs["images"])
+    assert "arms" not in model.validation_step(batch, 0)
+
+
+def test_reconstructions_do_not_depend_on_the_batch(make_model: Any, make_batch: MakeBatch) -> None:
+    model, batch = awaken(make_model()), make_batch(4)
+    whole = model.validation_step(batch, 0)
+    last: Any = {name: value[3:] for name, value in batch.items()}  # type: ignore[index]
+    single = model.validation_step(last, 0)
+    # One grey level of rounding is allowed: sums are ordered differently in batches of other sizes.
+    torch.testing.assert_close(single["images"], whole["images"][3:], atol=2 / 255 + 1e-6, rtol=0)
+    assert not torch.equal(whole["images"][0], whole["images"][1])
+
+
+def test_scores_are_taken_from_byte_images(make_model: Any, make_batch: MakeBatch) -> None:
+    outputs = make_model().validation_step(make_batch(2), 0)
+    levels = (outputs["images"] + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), atol=1e-3, rtol=0)
+    assert outputs["features"].shape == outputs["ceiling"]["features"].shape == (2, 8, 4, 4)
+
+
+def test_checkpoint_holds_the_trained_half_alone_and_loads(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path
+) -> None:
+    model, batch = make_model(), make_batch(4)
+    trainer = fit(model, batch, tmp_path)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"control"}
+    again = make_model()
+    fit(again, batch, tmp_path, steps=3, ckpt_path=tmp_path / "a.ckpt")
+    for name, value in model.control.state_dict().items():
+        assert torch.equal(value, again.control.state_dict()[name])
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_loading_is_strict(make_model: Any, change: str) -> None:
+    model = make_model()
+    state = model.state_dict()
+    if change == "missing":
+        state.popitem()
+    else:
+        state["control.more"] = torch.zeros(1)
+    with pytest.raises(UserError, match=r"--ckpt_path: 1 tensors of the control are missing, too many"):
+        model.load_state_dict(state)
+
+
+def test_checkpoint_of_another_model_is_refused(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    fit(make_model(), make_batch(4), tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"another model \(conditioning: spatial there, pooled here"):
+        fit(make_model(conditioning="pooled"), make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
+    model = make_model()
+    model.prior.schedule = DDIMScheduler.from_config(model.prior.schedule.config, prediction_type="v_prediction")
+    with pytest.raises(UserError, match=r"another model \(schedule\.prediction_type: epsilon there, v_prediction here"):
+        fit(model, make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_dropout_of_one_is_refused(make_model: Any) -> None:
+    with pytest.raises(UserError, match=r"--model\.dropout"):
+        make_model(dropout=1.0)
+
+
+def test_gradients_are_given_back_with_the_step(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    model = make_model()
+    fit(model, make_batch(4), tmp_path, steps=2)
+    assert [name for name, weight in model.named_parameters() if weight.grad is not None] == []
+
+
+@pytest.mark.parametrize("guards", [[], [FiniteGuard()]])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_of_fused_optimizers_are_clipped_in_bf16(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path, algorithm: str, guards: list[Callback]
+) -> None:
+    """As torch clips them, after those of two batches are summed. What SGD keeps of a first step is its gradient."""
+    bound, gradients = 1e-3, Gradients()
+    model = make_model(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True))
+    options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "callbacks": [*guards, gradients]}
+    clipping = {"gradient_clip_val": bound, "gradient_clip_algorithm": algorithm}
+    trainer = fit(model, make_batch(4), tmp_path, steps=2, settings={**options, **clipping, "max_steps": 1})
+    [optimizer] = trainer.optimizers
+    wanted = [torch.nn.Parameter(torch.zeros_like(one)) for one in gradients.seen]
+    for parameter, gradient in zip(wanted, gradients.seen, strict=True):
+        parameter.grad = gradient
+    if algorithm == "norm":
+        assert torch.nn.utils.clip_grad_norm_(wanted, bound) > bound
+    else:
+        torch.nn.utils.clip_grad_value_(wanted, bound)
+    clipped = [optimizer.state[one]["momentum_buffer"] for group in optimizer.param_groups for one in group["params"]]
+    torch.testing.assert_close(clipped, [parameter.grad for parameter in wanted])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"plugins": MixedPrecision("16-mixed", "cpu"), "gradient_clip_val": 1.0},
+            "in 16-mixed a fused AdamW unscales gradients only",
+        ),
+        ({"gradient_clip_val": -1.0}, "--trainer.gradient_clip_val must be at least 0, and is -1.0"),
+    ],
+)
+def test_clipping_that_is_impossible_is_refused(
+    make_model: Any, make_batch: MakeBatch, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    model = make_model(optimizer=lambda parameters: torch.optim.AdamW(parameters, fused=True))
+    with pytest.raises(UserError, match=message):
+        fit(model, make_batch(4), tmp_path, settings=settings)

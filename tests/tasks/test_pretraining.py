@@ -1,0 +1,290 @@
+"""Frozen parts of one's own, from folders of images, through the public command."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from conftest import MakeBatch
+from featinv_pl.__main__ import main
+from featinv_pl.data.images.datamodule import collate_images
+from featinv_pl.data.images.digits import DigitImages
+from featinv_pl.data.images.folders import FolderData, FolderImages
+from featinv_pl.data.shards.datamodule import FeatureShards
+from featinv_pl.data.shards.manifest import read_manifest
+from featinv_pl.errors import UserError
+from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.prior import Prior
+from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
+from test_cli import files
+
+WNIDS = ("n01440764", "n02102040", "n03028079")
+AUTOENCODER = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+UNET = {
+    "block_out_channels": [8, 8],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "cross_attention_dim": 8,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture
+def images() -> Path:
+    """Three classes of Imagenette, of which validation lacks the first: dark, grey and light."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, mean in list(zip(WNIDS, (40, 125, 210), strict=True))[split == "val" :]:
+            folder = Path("images") / split / name
+            folder.mkdir(parents=True)
+            for number in range(8):
+                pixels = rng.normal(mean, 10, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return Path("images")
+
+
+def fit(name: str, images: Path, steps: int = 4, options: tuple[str, ...] = (), **init_args: Any) -> None:
+    """`featinv-pl fit`, saving to a folder of the class's name."""
+    settings = {
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "SavePretrained", "init_args": {"folder": name.lower()}}],
+        },
+        "model": {"class_path": name, "init_args": init_args},
+        "data": {
+            "class_path": "FolderData",
+            "init_args": {
+                "train": str(images / "train"),
+                "val": str(images / "val"),
+                "image_size": 16,
+                "batch_size": 8,
+                "num_workers": 1,
+            },
+        },
+    }
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", f"{name}.yaml", *options])
+
+
+def extract(name: str, images: Path) -> None:
+    """`featinv-pl predict` of the validation images, to a folder of the model's name."""
+    settings: dict[str, Any] = {
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "default_root_dir": name,
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": name}}],
+        },
+        "model": {
+            "class_path": name,
+            "init_args": {"backbone": "classifier", "autoencoder": "autoencoder", "image_size": 16},
+        },
+        "data": {
+            "class_path": "FolderData",
+            "init_args": {"predict": {"val": str(images / "val")}, "image_size": 16, "batch_size": 16},
+        },
+    }
+    if name == "AdversarialExtraction":
+        settings["model"]["init_args"]["attack"] = {"epsilon": 90, "step": 10, "steps": 10}
+    Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    main(["predict", "--config", f"{name}.yaml"])
+
+
+def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.003}}
+    fit(
+        "Classifier",
+        images,
+        steps=240,
+        model="test_resnet",
+        num_classes=3,
+        image_size=16,
+        model_args={"output_stride": 8, "channels": [8, 8, 8, 8]},
+        optimizer=adam,
+    )
+    backbone = Backbone("classifier")
+    assert backbone.feature_shape == (8, 2, 2)
+    assert backbone.input_size == (16, 16)
+    assert backbone.classes.labels == {name: label for label, name in enumerate(WNIDS)}
+    found = FolderImages(images / "val", "val", 16, classes=WNIDS)
+    seen = collate_images([found[index] for index in range(len(found))])
+    assert torch.equal(backbone(seen["images"])[1].argmax(1), seen["labels"])
+    assert set(seen["labels"].tolist()) == {1, 2}
+
+    fit("Autoencoder", images, config=AUTOENCODER)
+    for name in ("FeatureExtraction", "AdversarialExtraction"):
+        extract(name, images)
+        manifest = read_manifest(Path(name, "val"), "")
+        assert manifest["settings"]["classes"] == {WNIDS[1]: 1, WNIDS[2]: 2}
+        ((batch,),) = FeatureShards(val=Path(name, "val")).val_dataloader()
+        assert [WNIDS[label] for label in batch["labels"].tolist()] == [key.split("/")[0] for key in batch["key"]]
+        # Attacked, all are missed; had they been attacked from labels of their own, as many would be kept.
+        kept = (batch["logits"].argmax(1) == batch["labels"]).float().mean()
+        assert kept == (1 if name == "FeatureExtraction" else pytest.approx(0, abs=0.5))
+
+    fit("NoisePredictor", images, autoencoder="autoencoder", config=UNET, prediction_type="v_prediction")
+    assert sorted(path.name for path in Path("noisepredictor").iterdir()) == [
+        "SHA256SUMS",
+        "prompts.safetensors",
+        "scheduler",
+        "unet",
+        "vae",
+    ]
+    prior = Prior("noisepredictor")
+    assert prior.schedule.config.prediction_type == "v_prediction"
+    assert prior.autoencoder.latent_channels == 4
+    assert not list(Path().rglob("*.bin"))
+
+
+def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(**changes: Any) -> str:
+        with pytest.raises(SystemExit):
+            fit("Classifier", images, 1, **{"model": "test_resnet", "num_classes": 3, "image_size": 16, **changes})
+        return capsys.readouterr().err
+
+    assert "num_classes is 10, and the images to train on have 3 classes (n01440764, " in refused(num_classes=10)
+    (images / "val" / WNIDS[1]).rename(images / "val/n99999999")
+    assert re.search(r"--data\.val: 'n99999999/\d\.png' belongs to none of the classes of training", refused())
+    model = Classifier("test_resnet", 3, 16)
+    model.on_load_checkpoint({"classes": list(WNIDS[::-1])})
+    trainer: Any = Trainer(accelerator="cpu", logger=False)
+    trainer.datamodule, model.trainer = FolderData(images / "train"), trainer
+    with pytest.raises(UserError, match=r"--data\.train: the images have the classes n01440764, .* and the checkpoint"):
+        model.on_fit_start()
+
+
+def test_a_model_is_replaced_by_its_own_training_alone(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(message: str, *options: str) -> None:
+        with pytest.raises(SystemExit):
+            fit("Autoencoder", images, 2, options, config=AUTOENCODER)
+        assert message in capsys.readouterr().err
+
+    folder, weights = Path("autoencoder"), Path("autoencoder/diffusion_pytorch_model.safetensors")
+    folder.mkdir()
+    saving = ("--trainer.enable_checkpointing=true",)
+    fit("Autoencoder", images, 1, saving, config=AUTOENCODER)
+    first = weights.read_bytes()
+    [checkpoint] = map(str, Path().glob("*.ckpt"))
+    refused("'autoencoder' is the model of an earlier training", "--trainer.default_root_dir=other")
+    continued = (*saving, "--ckpt_path", checkpoint)
+
+    (folder / "thesis.txt").write_text("years of work")  # beside a config.json
+    refused("'autoencoder' holds what SavePretrained has not written", *continued)
+    (folder / "thesis.txt").rename("thesis.txt")
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    refused("or what was changed since", *continued)
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:-1])
+    assert weights.read_bytes() == first
+
+    fit("Autoencoder", images, 2, continued, config=AUTOENCODER)
+    assert weights.read_bytes() != first
+    assert sorted(path.name for path in Path().glob("*autoencoder*")) == ["autoencoder"]
+
+
+def test_a_kill_while_a_model_is_replaced_leaves_one(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = ("--trainer.enable_checkpointing=true", "--trainer.default_root_dir=run")
+    fit("Autoencoder", images, 1, saving, config=AUTOENCODER)
+    first = files(Path("autoencoder"))
+    replace = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(source).name == "autoencoder":
+            raise KeyboardInterrupt
+
+    continued = (*saving, "--ckpt_path=last")
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        fit("Autoencoder", images, 2, continued, config=AUTOENCODER)
+    monkeypatch.setattr(os, "replace", replace)
+    assert not Path("autoencoder").exists()
+    with pytest.raises(SystemExit):  # the next run puts it back, and this one has no leave to replace it
+        fit("Autoencoder", images, 1, ("--trainer.default_root_dir=other",), config=AUTOENCODER)
+    assert files(Path("autoencoder")) == first
+    fit("Autoencoder", images, 3, continued, config=AUTOENCODER)
+    assert files(Path("autoencoder")) != first
+
+
+def test_a_folder_of_something_else_is_never_replaced(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("autoencoder").mkdir()
+    Path("autoencoder/config.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        fit("Autoencoder", images, steps=1, config=AUTOENCODER)
+    assert "'autoencoder' holds what SavePretrained has not written" in capsys.readouterr().err
+    assert files(Path("autoencoder")) == {"config.json": b"{}"}
+
+
+def test_the_scaling_factor_gives_latents_unit_variance() -> None:
+    torch.manual_seed(0)
+    model = Autoencoder(AUTOENCODER)
+    images = torch.stack([DigitImages("val")[index]["images"] for index in range(32)])
+    batch: Any = {"images": images, "key": [str(index) for index in range(32)]}
+    for step in range(500):
+        model.losses(batch, (step,))
+    model.save_pretrained(Path("vae"))
+    autoencoder = LatentAutoencoder.load("vae")
+    moments = autoencoder.encode(images)
+    latents = autoencoder.sample(moments, torch.randn(32, 4, 16, 16))
+    assert latents.var().item() == pytest.approx(1, abs=0.05)
+    assert json.loads(Path("vae/config.json").read_text())["scaling_factor"] != 0.18215
+
+
+def test_losses_fall() -> None:
+    torch.manual_seed(0)
+    images = torch.stack([DigitImages("train")[index]["images"] for index in range(16)])
+    batch: Any = {"images": images, "labels": torch.arange(16) % 4, "key": [str(index) for index in range(16)]}
+    Autoencoder(AUTOENCODER).save_pretrained(Path("vae"))
+    for model in (
+        Classifier("test_resnet", 4, 32, {"channels": [8, 8, 8, 8]}),
+        Autoencoder(AUTOENCODER),
+        NoisePredictor("vae", UNET),
+    ):
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        losses = []
+        for _ in range(30):
+            loss = model.losses(batch, (0,))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.8 * losses[0], type(model).__name__
+
+
+def test_prior_knows_its_prompt_and_the_empty_one(prior_folder: Path, make_batch: MakeBatch, tmp_path: Path) -> None:
+    """A tenth of training goes without the prompt, which the folder then holds."""
+    model = NoisePredictor(str(prior_folder / "vae"), UNET)
+    seen: list[torch.Tensor] = []
+    model.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[2]))
+    images: Any = make_batch(1000)
+    with torch.no_grad():
+        model.losses(images, (0, "test"))
+    [prompts] = seen
+    empty = (prompts == 0).flatten(1).all(1)
+    assert 0.07 < empty.float().mean() < 0.13
+    model.save_pretrained(tmp_path / "prior")
+    prior = Prior(str(tmp_path / "prior"))
+    assert torch.equal(prompts[~empty][0], prior.prompt)
+    assert prior.empty.abs().max() == 0
+    assert prior.prompt.std() > 0.5

@@ -1,0 +1,181 @@
+"""Extraction by the public command: plans, views, interruptions, images that cannot be read."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+from featinv_pl.__main__ import main
+from featinv_pl.data.shards.datamodule import FeatureShards
+from featinv_pl.data.shards.manifest import read_manifest
+
+WNIDS = ("n01440764", "n01443537", "n02123045")
+SIZE = 21
+
+
+@pytest.fixture
+def config(classifier_folder: Path, prior_folder: Path) -> str:
+    """Seven images of each of three classes, in shards of eight, and a classifier that knows two of them."""
+    shutil.copytree(classifier_folder, "classifier")
+    names = json.loads(Path("classifier/config.json").read_text())
+    names["label_names"] = ["owl", WNIDS[2], "ant", *"abcdef", WNIDS[0]]
+    Path("classifier/config.json").write_text(json.dumps(names))
+    for number in range(SIZE):
+        path = Path("images") / WNIDS[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((48, 40), 10 + number).convert("RGB").save(path)
+    settings = {
+        "trainer": {
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_model_summary": False,
+            "enable_progress_bar": False,
+            "default_root_dir": "run",
+            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 8}}],
+        },
+        "model": {
+            "class_path": "FeatureExtraction",
+            "init_args": {
+                "backbone": "classifier",
+                "autoencoder": str(prior_folder / "vae"),
+                "image_size": 32,
+            },
+        },
+        "data": {
+            "class_path": "FolderData",
+            "init_args": {"predict": {"mine": "images"}, "image_size": 32, "batch_size": 3},
+        },
+    }
+    Path("extract.yaml").write_text(yaml.safe_dump(settings))
+    return "extract.yaml"
+
+
+def extract(config: str, *more: str) -> None:
+    main(["predict", "--config", config, *more])
+
+
+def refused(capsys: pytest.CaptureFixture[str], config: str, *more: str) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        extract(config, *more)
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+def files(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (Path(folder) / "mine").iterdir()}
+
+
+def test_labels_views_and_storage(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(config, "--data.views=3", "--trainer.callbacks.storage=int8", "--trainer.callbacks.image_format=jpg")
+    manifest = read_manifest(Path("shards/mine"), "")
+    assert manifest["samples"] == 3 * SIZE
+    assert manifest["settings"]["storage"] == "int8"
+    assert "3 views of seed 0" in manifest["settings"]["preparation"]
+    (loader,) = FeatureShards(val=Path("shards/mine"), batch_size=100).val_dataloader()
+    (batch,) = loader
+    classes = {"n01440764": 9, "n01443537": -1, "n02123045": 1}
+    assert manifest["settings"]["classes"] == classes
+    assert "Note: mine: 1 of 3 classes, such as 'n01443537', are not among" in capsys.readouterr().out
+    assert [classes[key.split("/")[0]] for key in batch["key"]] == batch["labels"].tolist()
+    assert {key.split("#")[1] for key in batch["key"][:SIZE]} == {"0"}
+    assert len(set(batch["key"])) == 3 * SIZE
+
+
+class Interruption(Callback):
+    """Ends a run after so many batches, as Ctrl-C does."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.after -= 1
+        if self.after < 0:
+            raise RuntimeError("interrupted")
+
+
+def test_goes_on_byte_for_byte_alone_and_in_two_processes(config: str) -> None:
+    extract(config, "--data.views=2", "--trainer.callbacks.folder=whole")
+    expected = files("whole")
+    args = [config, "--data.views=2"]
+    interruption = {"class_path": f"{__name__}.Interruption", "init_args": {"after": 6}}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            extract(*args, f"--trainer.callbacks+={json.dumps(interruption)}")
+    kept = sorted(path.name for path in Path("shards/mine").glob("*.tar"))
+    assert kept == ["mine-00000.tar", "mine-00001.tar"]
+    two = ("--trainer.devices=2", "--trainer.strategy=ddp_fork", "--data.num_workers=1")
+    extract(*args, *two)
+    assert files("shards") == expected
+    begun = {name: json.loads(expected["manifest.json"])[name] for name in ("settings", "provenance")}
+    for name in ("manifest.json", "mine-00002.tar"):  # one shard is left, and nothing for one of the processes
+        (Path("shards/mine") / name).unlink()
+    Path("shards/mine/extraction.json").write_text(json.dumps(begun))
+    extract(*args, *two)
+    assert files("shards") == expected
+    Path("shards/mine/manifest.json").unlink()  # as if killed before the last step
+    Path("shards/mine/extraction.json").write_text(json.dumps(begun))
+    extract(*args)
+    assert files("shards") == expected
+
+
+def test_unreadable_images_are_named_or_too_many(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = Path("images") / WNIDS[0] / "3.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    error = refused(capsys, config)
+    assert re.search(r"max_bad_fraction: 1 of 21 images cannot be read, the last of them 'n01440764/3\.png' \(", error)
+    assert not Path("shards/mine/manifest.json").exists()
+    extract(config, "--trainer.callbacks.max_bad_fraction=0.05")
+    manifest = read_manifest(Path("shards/mine"), "")
+    assert manifest["samples"] == SIZE - 1
+    assert [image["key"] for image in manifest["unreadable"]] == ["n01440764/3.png"]
+    main(["verify", "shards"])
+    assert "20 samples, 1 unreadable images" in capsys.readouterr().out
+
+
+def test_plan_writes_nothing_and_tells_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    extract(config, "--plan", "--data.views=4")
+    printed = capsys.readouterr().out
+    assert re.search(r"^mine +84 +11 +84 +0\.00\d$", printed, re.MULTILINE)
+    size = re.search(r"84 samples of ([\d.]+) kB: 0\.\d+ GB, and about 0\.\d+ hours on 1 processes of", printed)
+    assert size is not None
+    assert not Path("shards").exists()
+    assert not Path("run").exists()
+    extract(config, "--data.views=4")
+    tars = sum(path.stat().st_size for path in Path("shards/mine").glob("*.tar"))
+    assert float(size[1]) * 84 * 1000 == pytest.approx(tars, rel=0.1)
+    capsys.readouterr()
+    extract(config, "--plan", "--data.views=4")
+    assert re.search(r"^mine +84 +11 +0 +0\.000$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]])
+def test_a_disk_that_is_too_small_is_refused(
+    plan: list[str], config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test can fill a disk, so this one says that it is full."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert "need about 0.00 GB" in refused(capsys, config, *plan)
+    assert not Path("shards/mine/manifest.json").exists()
+
+
+def test_refuses_what_cannot_be_extracted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to extract features of" in refused(capsys, config, "--data.predict=null")
+    assert "must be a whole number of batches" in refused(capsys, config, "--trainer.limit_predict_batches=0.5")
+    assert "is a share of 0 to 1" in refused(capsys, config, "--trainer.callbacks.max_bad_fraction=2")
+    assert "--plan: only test, and predict with a ShardWriter" in refused(
+        capsys, config, "--plan", "--trainer.callbacks=null"
+    )
+    Image.new("RGB", (8, 8)).save("images/stray.png")
+    assert "'images' holds images, such as 'stray.png', beside folders" in refused(capsys, config)
+
+
+def test_a_limit_makes_a_smaller_set(config: str) -> None:
+    extract(config, "--trainer.limit_predict_batches=4")
+    assert [shard["samples"] for shard in read_manifest(Path("shards/mine"), "")["shards"]] == [8, 3]
