@@ -81,7 +81,7 @@ def make_batch() -> MakeBatch:
             "images": torch.randint(0, 256, (size, 3, 32, 32), generator=rng) / 127.5 - 1,
             "features": torch.randn(size, *shape, generator=rng),
             "logits": torch.randn(size, 10, generator=rng),
-            "latents": torch.randn(size, 8, 4, 4, generator=rng),
+            "moments": torch.randn(size, 8, 4, 4, generator=rng),
             "labels": torch.randint(0, 10, (size,), generator=rng),
             "source": [source] * size,
             "key": [f"{seed}-{index}" for index in range(size)],

@@ -78,7 +78,7 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
     )
     features = torch.randn(model.backbone.feature_shape)
     latents = torch.randn(8, 32, 32)
-    sample = {"features": features, "latents": latents, "key": "random"}
+    sample = {"features": features, "moments": latents, "key": "random"}
     with timed(seconds, "fit of one step"):
         trainer.fit(model, DataLoader([sample], batch_size=1))  # type: ignore[arg-type]
     with timed(seconds, "checkpoint"):
@@ -97,7 +97,7 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
     model.to("cuda" if gpu else "cpu")
     device = model.device
     with timed(seconds, "two DDIM steps"), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-        images = model.invert(features[None].to(device), torch.randn(1, 4, 32, 32, device=device))
+        images = model.reconstruct_from(features[None].to(device), torch.randn(1, 4, 32, 32, device=device))
         assert images.shape == (1, 3, 256, 256)
         assert images.isfinite().all()
     (folder / "last.ckpt").unlink()

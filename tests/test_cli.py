@@ -214,7 +214,7 @@ def test_fid_and_kid_need_the_weights_of_inception(
     assert [note.split(":")[0] for note in document["notes"]] == ["no fid and kid", "no lpips"]
 
     weights = random_inception(Path("random.pth"), monkeypatch)
-    for module in ("metrics.weights", "callbacks.scorers"):  # fewer, for speed
+    for module in ("metrics.weights", "evaluation.scorers"):  # fewer, for speed
         monkeypatch.setattr(f"featinv_pl.{module}.INCEPTION_FEATURES", 64)
     settings["trainer"]["callbacks"] = [{"class_path": "PerSource", "init_args": {"inception": str(weights)}}]
     main(["validate", "--config", write(Path("inversion.yaml"), settings), *few])
@@ -436,7 +436,7 @@ def test_interrupted_test_goes_on(
     Path("run/drawn/damaged.safetensors").write_bytes(b"no")
 
     counts: list[int] = []
-    invert = FeatureInversion.invert
+    invert = FeatureInversion.reconstruct_from
 
     def counted(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
         counts.append(len(features))
@@ -470,7 +470,7 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     write_manifest(Path("lossy"), {**manifest, "settings": {**manifest["settings"], "image_format": "jpg"}})
     settings["data"]["init_args"] |= {"train": None, "test": {"clean": "lossy", "empty": "empty"}}
     settings["data"]["init_args"]["neighbours"] = str(shards / "clean")
-    invert = FeatureInversion.invert
+    invert = FeatureInversion.reconstruct_from
 
     def failing(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
         images = invert(self, features, noise, sampler)

@@ -26,7 +26,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.evaluation.dry_run import BATCHES, Plan
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.runtime.changes import Changes
-from featinv_pl.runtime.checkpoints import WholeCheckpoints, find_checkpoint
+from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
 from featinv_pl.runtime.finite import FiniteGuard
 from featinv_pl.runtime.progress import Progress
 from featinv_pl.runtime.ranks import join_ranks, ranks_together
@@ -133,7 +133,7 @@ class FeatinvCLI(LightningCLI):
         self.config = self.given  # what is saved: in another folder it must not name this one
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpoints()
+            trainer.strategy.checkpoint_io = AtomicCheckpoints()
         cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
         for saver in trainer.checkpoint_callbacks:
             if isinstance(saver, ModelCheckpoint) and saver.dirpath is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 
-class Views(TypedDict):
+class Observation(TypedDict):
     """Images as a backbone sees them."""
 
     images: NotRequired[Tensor]
@@ -54,10 +54,10 @@ class ImageBatch(TypedDict):
     """Why an image could not be read, in which case it is black; empty for those that could."""
 
 
-class Batch(Views):
+class Batch(Observation):
     """A batch of feature shards."""
 
-    latents: Tensor
+    moments: Tensor
     """(B, 2 * channels, H / f, W / f): mean and log-variance of the prior's autoencoder."""
     labels: Tensor
     source: list[str]
@@ -74,12 +74,12 @@ class Batch(Views):
     """By arm and row, (3, H, W) bytes: reconstructions that an interrupted test has drawn."""
 
 
-class Inversion(Views):
+class Reconstruction(Observation):
     """Reconstructions from feature maps, sent back through the backbone."""
 
-    ceiling: Views
+    ceiling: Observation
     """The originals after the prior's autoencoder alone: what no inversion can surpass."""
-    arms: NotRequired[dict[str, Views]]
+    arms: NotRequired[dict[str, Observation]]
     """By name, reconstructions from the same maps that were drawn in other ways."""
     sample_images: NotRequired[Tensor]
     """(B, n, 3, H, W): n reconstructions from each map, of which the first is that above."""

@@ -58,4 +58,4 @@ class AuthorsInversion(FeatureInversion):
         features = torch.cat([self.backbone(image)[0] for image in images.split(1)])
         tokens = torch.zeros(len(images), TOKENS, dtype=torch.long, device=self.device)
         self.prior.prompt = self.text_encoder(tokens).last_hidden_state
-        return {**batch, "features": features, "latents": self.prior.autoencoder.encode(images)}
+        return {**batch, "features": features, "moments": self.prior.autoencoder.encode(images)}

@@ -23,7 +23,7 @@ class RandomSamples(Dataset[dict[str, Any]]):
         return {
             "images": torch.rand(3, size, size) * 2 - 1,
             "features": torch.randn(self.feature_shape),
-            "latents": torch.randn(8, size // 8, size // 8),
+            "moments": torch.randn(8, size // 8, size // 8),
             "key": str(item),
         }
 

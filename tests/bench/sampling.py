@@ -57,7 +57,7 @@ def measure(
     ways = [
         Way("as the authors draw, branch by branch", lambda noise, steps: plain(full, features, noise, steps, False)),
         Way("a plain loop with diffusers' parts", lambda noise, steps: plain(full, features, noise, steps, True)),
-        Way("ours, fp32", lambda noise, steps: full.invert(features, noise, as_authors(steps))),
+        Way("ours, fp32", lambda noise, steps: full.reconstruct_from(features, noise, as_authors(steps))),
         Way("ours, bf16", lambda noise, steps: in_bf16(fast, features, noise, as_authors(steps))),
     ]
     reference, rates = None, []
@@ -126,7 +126,7 @@ def as_authors(steps: int) -> Sampler:
 def in_bf16(model: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
     """Draw in mixed precision."""
     with torch.autocast(machine.DEVICE, torch.bfloat16):
-        return model.invert(features, noise, sampler)
+        return model.reconstruct_from(features, noise, sampler)
 
 
 def final(ways: list[Way], noise: Tensor, long: int, short: int) -> float:

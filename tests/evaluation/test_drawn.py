@@ -59,7 +59,7 @@ def test_a_stored_reconstruction_is_reused_by_the_same_model_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sampled: list[int] = []
-    invert = FeatureInversion.invert
+    invert = FeatureInversion.reconstruct_from
 
     def counted(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
         sampled.append(len(features))

@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 
 from featinv_pl.explore.fidelity import Fidelity
-from featinv_pl.types import Views
+from featinv_pl.types import Observation
 
 
-def samples(images: torch.Tensor, features: torch.Tensor) -> Views:
+def samples(images: torch.Tensor, features: torch.Tensor) -> Observation:
     return {"images": images, "features": features, "logits": torch.zeros(len(images), 10)}
 
 

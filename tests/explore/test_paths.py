@@ -23,8 +23,8 @@ Pictures = tuple[Image.Image, Image.Image]
 
 def reconstructed(pipeline: FeatInvPipeline, picture: Image.Image, seed: int = 0) -> tuple[torch.Tensor, float]:
     """A picture's plain reconstruction, and its cosine."""
-    features = pipeline.look(pipeline.crop([picture]))["features"]
-    views = pipeline.look(pipeline.draw(features[0], seed=seed))
+    features = pipeline.classify(pipeline.crop([picture]))["features"]
+    views = pipeline.classify(pipeline.reconstruct(features[0], seed=seed))
     return views["images"][0], torch.cosine_similarity(views["features"], features).mean().item()
 
 
@@ -61,7 +61,7 @@ def test_flags_what_is_further_from_all_real_images_than_they_are_from_each_othe
     cosines = torch.cosine_similarity(maps[:, None], maps[None], dim=2).mean((2, 3)) - 2 * torch.eye(len(maps))
     low, high = cosines.amax(1).quantile(torch.tensor([0.01, 0.99])).tolist()
     assert found.real == pytest.approx((low, high), abs=1e-4)
-    drawn = pipeline.look(found.images)["features"]
+    drawn = pipeline.classify(found.images)["features"]
     nearest = torch.cosine_similarity(drawn[:, None], maps[None], dim=2).mean((2, 3)).amax(1)
     assert found.nearest == pytest.approx(nearest.tolist(), abs=1e-4)
     assert found.flags == [cosine < low for cosine in nearest.tolist()]
@@ -99,9 +99,9 @@ def test_interpolate_command(inverter_folder: Path, picture: Path, other_picture
 
 def test_a_region_of_one_map_lies_in_the_other(pipeline: FeatInvPipeline, opened: Pictures) -> None:
     found = compose(pipeline, *opened, box=(0, 0, 32, 16), num_samples=2, seed=4)
-    ours, theirs = pipeline.look(pipeline.crop(opened))["features"]
+    ours, theirs = pipeline.classify(pipeline.crop(opened))["features"]
     composed = torch.cat([theirs[..., :2], ours[..., 2:]], dim=-1)
-    views = pipeline.look(pipeline.draw(composed, 2, seed=4))
+    views = pipeline.classify(pipeline.reconstruct(composed, 2, seed=4))
     assert torch.equal(found.images, views["images"])
     for number, wanted in enumerate((composed, ours, theirs)):
         cosines = torch.cosine_similarity(views["features"], wanted[None])
@@ -145,7 +145,7 @@ def test_each_model_draws_each_picture(pipeline: FeatInvPipeline, opened: Pictur
     facts = found.facts()
     assert list(facts) == ["a", "b"]
     assert len(facts["a"]["one"]["before"]) == len(facts["a"]["two"]["after"]) == 5
-    probabilities = pipeline.look(pipeline.crop(opened))["logits"][1].softmax(0)
+    probabilities = pipeline.classify(pipeline.crop(opened))["logits"][1].softmax(0)
     first, share = next(iter(facts["b"]["one"]["before"].items()))
     assert (first, share) == (str(int(probabilities.argmax())), pytest.approx(probabilities.max().item(), abs=1e-4))
 

@@ -41,10 +41,10 @@ def test_scores_and_classes_are_those_of_the_images(
 ) -> None:
     strengths = [-40.0, 0.0, 15.0, 40.0]
     found = steer(pipeline, opened[0], difference, 1, strengths, classes=[7], num_samples=2, seed=5)
-    features = pipeline.look(pipeline.crop([opened[0]]))["features"]
+    features = pipeline.classify(pipeline.crop([opened[0]]))["features"]
     for step, strength in enumerate(strengths):
         edited = features[0] + strength * difference.directions[1]
-        views = pipeline.look(pipeline.draw(edited, 2, seed=5))  # the same noise at each
+        views = pipeline.classify(pipeline.reconstruct(edited, 2, seed=5))  # the same noise at each
         assert torch.equal(to_uint8(found.images[step]), to_uint8(views["images"]))
         torch.testing.assert_close(found.logits[step], views["logits"])
         torch.testing.assert_close(found.scores[step], difference.score(views["features"], EVERYWHERE)[:, 1])
@@ -76,9 +76,9 @@ def test_a_mask_confines_the_edit(
     draw = [steer(pipeline, opened[0], parts, 0, [20.0], mask=mask).images for mask in (None, everything, half)]
     assert torch.equal(draw[0], draw[1])
     assert not torch.equal(draw[0], draw[2])
-    edited = pipeline.look(pipeline.crop([opened[0]]))["features"][0].clone()
+    edited = pipeline.classify(pipeline.crop([opened[0]]))["features"][0].clone()
     edited[..., :2] += 20 * parts.directions[0]
-    assert torch.equal(pipeline.look(pipeline.draw(edited))["images"], draw[2][0])
+    assert torch.equal(pipeline.classify(pipeline.reconstruct(edited))["images"], draw[2][0])
 
 
 def test_removing_a_part_is_scaling_it_to_nothing(
@@ -87,8 +87,8 @@ def test_removing_a_part_is_scaling_it_to_nothing(
     removed = steer(pipeline, opened[0], parts, 1, [0.0, 0.5, 1.0], "remove")
     scaled = steer(pipeline, opened[0], parts, 1, [1.0, 0.5, 0.0], "scale")
     assert torch.equal(removed.images, scaled.images)
-    features = pipeline.look(pipeline.crop([opened[0]]))["features"]
-    plain = pipeline.look(pipeline.draw(features[0]))["images"]
+    features = pipeline.classify(pipeline.crop([opened[0]]))["features"]
+    plain = pipeline.classify(pipeline.reconstruct(features[0]))["images"]
     assert torch.equal(removed.images[0], plain)
     without = features - parts.part(features, 1)
     assert parts.activations(without)[:, 1].abs().max() < parts.activations(features)[:, 1].abs().max()

@@ -120,7 +120,7 @@ def test_three_lines_of_python(exported: Path, pictures: list[str]) -> None:
     # Neither batch nor number of samples matters, but for rounding: sums are ordered differently in other batches.
     assert np.abs(np.asarray(alone[0], int) - np.asarray(drawn[1][0], int)).max() <= 1
     assert np.abs(np.asarray(drawn[0][0], int) - np.asarray(drawn[0][1], int)).max() > 1
-    features = pipeline.look(pipeline.crop([Image.open(pictures[1])]))["features"]
+    features = pipeline.classify(pipeline.crop([Image.open(pictures[1])]))["features"]
     [[from_map]] = pipeline(features)
     assert from_map.tobytes() == alone[0].tobytes()
 
@@ -128,12 +128,12 @@ def test_three_lines_of_python(exported: Path, pictures: list[str]) -> None:
 def test_sampler_can_be_changed(exported: Path) -> None:
     pipeline = FeatInvPipeline.from_pretrained(exported)
     features = torch.randn(pipeline.inversion.backbone.feature_shape)
-    before = pipeline.draw(features)
-    assert not torch.equal(before, pipeline.with_sampler(steps=3, guidance_scale=2.0).draw(features))
-    assert torch.equal(before, FeatInvPipeline.from_pretrained(exported).draw(features))
-    assert not torch.equal(before, FeatInvPipeline.from_pretrained(exported).draw(features, seed=1))
+    before = pipeline.reconstruct(features)
+    assert not torch.equal(before, pipeline.with_sampler(steps=3, guidance_scale=2.0).reconstruct(features))
+    assert torch.equal(before, FeatInvPipeline.from_pretrained(exported).reconstruct(features))
+    assert not torch.equal(before, FeatInvPipeline.from_pretrained(exported).reconstruct(features, seed=1))
     with pytest.raises(UserError, match=r"The map has the shape \(3, 4, 4\); this inverter reads \(8, 4, 4\)"):
-        pipeline.draw(torch.zeros(3, 4, 4))
+        pipeline.reconstruct(torch.zeros(3, 4, 4))
 
 
 def test_training_can_go_on_from_a_published_control(run: Path, exported: Path) -> None:
@@ -249,14 +249,14 @@ def test_reconstruct_writes_pictures_and_a_sheet(
     facts = json.loads(Path("out/reconstructions.json").read_text())
     assert [fact["picture"] for fact in facts] == pictures
     pipeline = FeatInvPipeline.from_pretrained(exported)
-    original = pipeline.look(pipeline.crop([Image.open(pictures[2])]))
-    drawn = pipeline.draw(original["features"][0], num_samples=2, seed=3)
+    original = pipeline.classify(pipeline.crop([Image.open(pictures[2])]))
+    drawn = pipeline.reconstruct(original["features"][0], num_samples=2, seed=3)
     saved = torch.stack([pipeline.inversion.backbone.crop(Image.open(f"out/grey-{number}.png")) for number in range(2)])
     assert torch.equal(to_uint8(saved), to_uint8(drawn))
-    cosines = torch.cosine_similarity(pipeline.look(saved)["features"], original["features"]).mean((1, 2))
+    cosines = torch.cosine_similarity(pipeline.classify(saved)["features"], original["features"]).mean((1, 2))
     assert [sample["cosine"] for sample in facts[2]["samples"]] == pytest.approx(cosines.tolist(), abs=1e-4)
 
-    local = torch.cosine_similarity(pipeline.look(saved)["features"], original["features"]).mean(0)
+    local = torch.cosine_similarity(pipeline.classify(saved)["features"], original["features"]).mean(0)
     assert facts[2]["cosine_by_location"] == pytest.approx(np.array(local.tolist()), abs=1e-4)
     spread = ((saved + 1) / 2).std(0).square().mean(0).sqrt()
     assert facts[2]["pixel_spread"] == pytest.approx(

@@ -126,7 +126,7 @@ def test_gradients_reach_images_that_are_seen_but_not_those_that_are_looked_at(c
     features.square().sum().backward()
     assert images.grad is not None
     assert images.grad.abs().max() > 0
-    assert not backbone.look(images)["features"].requires_grad
+    assert not backbone.classify(images)["features"].requires_grad
 
 
 def test_a_copy_of_its_parent_shares_it(classifier_folder: Path) -> None:
@@ -152,7 +152,7 @@ def test_looks_at_bytes(classifier_folder: Path) -> None:
     stored[0, 0, 0, 0], stored[0, 0, 0, 1] = 1, -1
     drawn = stored + (torch.rand_like(stored) - 0.5) * 0.98 / 127.5  # by less than half a step
     drawn[0, 0, 0, 0], drawn[0, 0, 0, 1] = 1.7, -1.7
-    views = backbone.look(drawn)
+    views = backbone.classify(drawn)
     features, logits = backbone(stored)
     torch.testing.assert_close(views["images"], stored, rtol=0, atol=1e-6)
     torch.testing.assert_close(views["features"], features, rtol=1e-5, atol=1e-5)

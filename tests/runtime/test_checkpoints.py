@@ -13,7 +13,7 @@ import torch
 from conftest import Runs
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
-from featinv_pl.runtime.checkpoints import ABANDONED, WholeCheckpoints, find_checkpoint
+from featinv_pl.runtime.checkpoints import ABANDONED, AtomicCheckpoints, find_checkpoint
 from torture.saving import kill_while_saving
 
 CHECKPOINT: dict[str, Any] = {
@@ -24,7 +24,7 @@ CHECKPOINT: dict[str, Any] = {
 
 
 def save(path: Path, step: int = 7, **more: Any) -> Path:
-    WholeCheckpoints().save_checkpoint({**CHECKPOINT, "global_step": step, **more}, path)
+    AtomicCheckpoints().save_checkpoint({**CHECKPOINT, "global_step": step, **more}, path)
     os.utime(path, (step, step))
     return path
 
@@ -65,7 +65,7 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
 def test_what_is_no_checkpoint_is_refused_and_never_run(contents: Any, tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "evil.ckpt")
     with pytest.raises(UserError, match=r"--ckpt_path: '.*evil.ckpt' is"):
-        WholeCheckpoints().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
+        AtomicCheckpoints().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
     assert not Path("ran").exists()
 
 
@@ -96,13 +96,13 @@ def test_what_cannot_be_saved_for_other_reasons_is_no_users_fault(tmp_path: Path
 
 
 def test_remote_stores_are_left_to_lightning() -> None:
-    WholeCheckpoints().save_checkpoint(CHECKPOINT, "memory://folder/a.ckpt")
+    AtomicCheckpoints().save_checkpoint(CHECKPOINT, "memory://folder/a.ckpt")
     assert not Path("memory:").exists()
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:
     """Twelve processes are killed at moments spread over the saving of 40 MB: no checkpoint is ever broken."""
-    broken, interrupted = kill_while_saving(WholeCheckpoints(), tmp_path / "a.ckpt", 12)
+    broken, interrupted = kill_while_saving(AtomicCheckpoints(), tmp_path / "a.ckpt", 12)
     assert broken == 0
     assert interrupted  # or nothing was tested
     save(tmp_path / "a.ckpt")

@@ -171,7 +171,7 @@ def write_set(folder: Path, samples: int, storage: Storage, image_format: ImageF
         "images": (pixels / 127.5 - 1).expand(SHARD_SIZE, -1, -1, -1),
         "features": torch.randn(SHARD_SIZE, 2048, 7, 7, generator=rng).relu(),
         "logits": torch.randn(SHARD_SIZE, 1000, generator=rng),
-        "latents": torch.randn(SHARD_SIZE, 8, 32, 32, generator=rng),
+        "moments": torch.randn(SHARD_SIZE, 8, 32, 32, generator=rng),
         "labels": torch.zeros(SHARD_SIZE, dtype=torch.int64),
         "source": ["bench"] * SHARD_SIZE,
         "key": [str(index) for index in range(SHARD_SIZE)],

@@ -93,7 +93,7 @@ def pictures_of(samples: Samples, pipeline: FeatInvPipeline) -> dict[int, list[I
     for index, label in enumerate(samples.labels.tolist()):
         if label in found and len(found[label]) < IMAGES:
             picture = samples.picture(index)
-            if SHORT or int(pipeline.look(pipeline.crop([picture]))["logits"].argmax()) == label:
+            if SHORT or int(pipeline.classify(pipeline.crop([picture]))["logits"].argmax()) == label:
                 found[label].append(picture)
     return found
 
@@ -142,8 +142,8 @@ def main() -> None:
     ranks = [one.spearman or 0.0 for several in towards.values() for one in several]
     measured["Spearman of strength and score"] = sum(ranks) / len(ranks)
 
-    originals = pipeline.look(pipeline.crop([several[0] for several in pictures.values()]))["features"]
-    plain = [pipeline.look(pipeline.draw(one))["features"][0] for one in originals]
+    originals = pipeline.classify(pipeline.crop([several[0] for several in pictures.values()]))["features"]
+    plain = [pipeline.classify(pipeline.reconstruct(one))["features"][0] for one in originals]
     cosines = cosine_similarity(torch.stack(plain), originals).mean((1, 2))
     measured["cosine of plain reconstructions"] = cosines.mean().item()
     for mode in MODES:

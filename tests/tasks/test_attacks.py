@@ -124,7 +124,7 @@ def test_black_and_white_pixels_have_the_gradient_of_others(trained: Path) -> No
     backbone = Backbone(str(trained))
     images, labels = digits("clean", 8)
     images = images.sign().requires_grad_()  # nothing else
-    cross_entropy(backbone.classify(images), labels).backward()
+    cross_entropy(backbone.logits(images), labels).backward()
     normalised = ((images.detach() + 1) / 2 - backbone.mean) / backbone.std
     normalised.requires_grad_()
     cross_entropy(backbone.model(normalised), labels).backward()
@@ -137,7 +137,7 @@ def test_black_and_white_pixels_have_the_gradient_of_others(trained: Path) -> No
 def losses(backbone: Backbone, images: Tensor, labels: Tensor) -> tuple[float, int]:
     """Mean loss, and how many are classified as labelled."""
     with torch.no_grad():
-        logits = backbone.classify(images)
+        logits = backbone.logits(images)
     return float(cross_entropy(logits, labels)), int((logits.argmax(1) == labels).sum())
 
 
@@ -162,7 +162,7 @@ def published_attack(backbone: Backbone, images: Tensor, labels: Tensor, setting
 
 def compare(backbone: Backbone, images: Tensor, labels: Tensor, settings: Attack) -> None:
     start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    ours = attack(backbone.classify, images, labels, start, settings)
+    ours = attack(backbone.logits, images, labels, start, settings)
     assert ((ours - images) * 127.5).abs().max() <= settings.epsilon + 1e-3
     np.random.seed(0)
     theirs = published_attack(backbone, images, labels, settings)
@@ -206,7 +206,7 @@ def test_success_is_printed_and_stored(trained: Path, prior_folder: Path, capsys
             if name.endswith("logits.npy") and file
         }
     images, labels = digits("adversarial", len(stored))
-    before = Backbone(str(trained)).classify(images).argmax(1)
+    before = Backbone(str(trained)).logits(images).argmax(1)
     assert len(stored) == 16
     right = {key: sample for key, sample in stored.items() if "fooled" in sample}
     assert len(right) == (before == labels).sum()

@@ -92,7 +92,7 @@ def test_each_sample_draws_its_own_noise_wherever_it_is(make_model: Any, make_ba
 
     assert loss([0, 1, 2, 3]) == loss([0, 1, 2, 3], 1)
     assert (loss([2, 0]) + loss([1, 3])) / 2 == pytest.approx(loss([0, 1, 2, 3]), abs=1e-6)
-    same = {**batch, "features": batch["features"][[0] * 4], "latents": batch["latents"][[0] * 4]}
+    same = {**batch, "features": batch["features"][[0] * 4], "moments": batch["moments"][[0] * 4]}
     first, second = (model.training_step({**same, "key": [key] * 4}, 0) for key in ("a", "b"))
     assert first != second
 
@@ -142,7 +142,7 @@ def test_networks_are_compiled_a_few_times(
         batch = make_batch(size)
         compiled.training_step(batch, 0).backward()
         for sampler in (guided, unguided):
-            drawn, expected = (m.draw(batch["features"], batch["key"], 0, sampler) for m in (compiled, plain))
+            drawn, expected = (m.reconstruct(batch["features"], batch["key"], 0, sampler) for m in (compiled, plain))
             torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
         counts.append(counters["unique_graphs"])
     assert counts[0] > 0
@@ -214,11 +214,11 @@ def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch, gui
 def test_without_control_the_bare_prior_draws(make_model: Any, make_batch: MakeBatch) -> None:
     model, noise = awaken(make_model()), torch.randn(2, 4, 4, 4)
     bare = Sampler("ddim", steps=2, guidance_scale=1.0, control_scale=0.0)
-    one, other = (model.invert(make_batch(2, seed=seed)["features"], noise, bare) for seed in (0, 1))
+    one, other = (model.reconstruct_from(make_batch(2, seed=seed)["features"], noise, bare) for seed in (0, 1))
     assert torch.equal(one, other)
     features = make_batch(2)["features"]
-    controlled = model.invert(features, noise, replace(bare, control_scale=1.0))
-    half = model.invert(features, noise, replace(bare, control_scale=0.5))
+    controlled = model.reconstruct_from(features, noise, replace(bare, control_scale=1.0))
+    half = model.reconstruct_from(features, noise, replace(bare, control_scale=0.5))
     assert not torch.allclose(controlled, one, atol=1e-2)
     assert 0 < (half - one).abs().mean() < (controlled - one).abs().mean()
 
@@ -228,10 +228,10 @@ def test_refinement_needs_no_training(make_model: Any, conditioning: str) -> Non
     model = make_model(conditioning=conditioning)
     bare = Sampler("ddim", steps=6, guidance_scale=1.0, control_scale=0.0)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    target, noise = model.backbone.look(images)["features"], torch.randn(4, 4, 4, 4)
+    target, noise = model.backbone.classify(images)["features"], torch.randn(4, 4, 4, 4)
 
     def cosines(sampler: Sampler) -> Tensor:
-        maps = model.condition(model.backbone.look(model.invert(target, noise, sampler))["features"])
+        maps = model.condition(model.backbone.classify(model.reconstruct_from(target, noise, sampler))["features"])
         return torch.nn.functional.cosine_similarity(maps, model.condition(target)).mean((1, 2))
 
     gained = cosines(replace(bare, refine=Refinement(step_size=0.1, interval=(0, 1)))) - cosines(bare)
@@ -242,7 +242,7 @@ def test_pooled_refinement_sees_only_the_mean(make_model: Any, make_batch: MakeB
     model = make_model(conditioning="pooled", sampler=Sampler("ddim", steps=2, refine=Refinement(), best_of=2))
     features, keys = make_batch(2)["features"], ["a", "b"]
     shuffled = features.flatten(2)[:, :, torch.randperm(16)].unflatten(2, (4, 4))
-    one, other = (model.draw(maps, keys, 0, model.sampler) for maps in (features, shuffled))
+    one, other = (model.reconstruct(maps, keys, 0, model.sampler) for maps in (features, shuffled))
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
@@ -250,12 +250,12 @@ def test_best_of_several_is_the_most_similar_for_each_map(make_model: Any, make_
     model, keys = make_model(sampler=Sampler("ddim", steps=2, best_of=4)), ["a", "b", "c"]
     features = make_batch(3)["features"]
     names = [keys, *([f"{key} candidate {number}" for key in keys] for number in (1, 2, 3))]
-    candidates = [model.draw(features, one, 7, replace(model.sampler, best_of=1)) for one in names]
-    maps = [model.backbone.look(images)["features"] for images in candidates]
+    candidates = [model.reconstruct(features, one, 7, replace(model.sampler, best_of=1)) for one in names]
+    maps = [model.backbone.classify(images)["features"] for images in candidates]
     cosines = torch.stack([torch.nn.functional.cosine_similarity(one, features).mean((1, 2)) for one in maps])
     best = cosines.argmax(0).tolist()
     expected = torch.stack([candidates[number][row] for row, number in enumerate(best)])
-    torch.testing.assert_close(model.draw(features, keys, 7, model.sampler), expected)
+    torch.testing.assert_close(model.reconstruct(features, keys, 7, model.sampler), expected)
 
 
 def test_map_and_prompt_are_dropped_as_often_as_asked(make_model: Any) -> None:
@@ -286,9 +286,9 @@ def test_a_learned_null_map_is_trained_and_kept(make_model: Any, make_batch: Mak
     sampler = Sampler("ddim", steps=2, guidance="features")
     features, noise = torch.zeros(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
     with torch.no_grad():
-        before = model.invert(features, noise, sampler)
+        before = model.reconstruct_from(features, noise, sampler)
         model.control.encoder.null.fill_(9.0)
-        assert not torch.allclose(model.invert(features, noise, sampler), before, atol=1e-3)
+        assert not torch.allclose(model.reconstruct_from(features, noise, sampler), before, atol=1e-3)
 
 
 def test_min_snr_weighs_each_sample_by_its_timestep(make_model: Any, make_batch: MakeBatch) -> None:

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.sources import read_checkpoint
-from featinv_pl.runtime.checkpoints import WholeCheckpoints
+from featinv_pl.runtime.checkpoints import AtomicCheckpoints
 from torture.table import Figure
 
 MEMORY = Path("/dev/shm")
@@ -59,7 +59,7 @@ def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, i
 
 def kill_saving(kills: int) -> Iterator[Figure]:
     """Both ways of saving."""
-    for name, how in (("Lightning", TorchCheckpointIO()), ("this project", WholeCheckpoints())):
+    for name, how in (("Lightning", TorchCheckpointIO()), ("this project", AtomicCheckpoints())):
         with tempfile.TemporaryDirectory(dir=".") as folder, tempfile.TemporaryDirectory(dir=MEMORY) as temporary:
             tempfile.tempdir = temporary  # where Lightning's file waits for its name
             broken, interrupted = kill_while_saving(how, Path(folder).absolute() / "a.ckpt", kills)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featinv_pl.inverter.identity import hashed, identity, sampling
 from featinv_pl.runtime.saving import write_bytes
-from featinv_pl.types import Batch, Inversion, to_uint8
+from featinv_pl.types import Batch, Reconstruction, to_uint8
 
 DRAWN = "drawn"
 
@@ -68,12 +68,12 @@ class DrawnImages(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Store what is new."""
-        inversion: Inversion = outputs
+        inversion: Reconstruction = outputs
         new: dict[str, Tensor] = {}
-        for arm, views in {"": inversion, **inversion.get("arms", {})}.items():
-            whole = views["features"].flatten(1).isfinite().all(1).tolist()
+        for arm, observation in {"": inversion, **inversion.get("arms", {})}.items():
+            whole = observation["features"].flatten(1).isfinite().all(1).tolist()
             new |= {
-                name: to_uint8(views["images"][row]).cpu().contiguous()
+                name: to_uint8(observation["images"][row]).cpu().contiguous()
                 for row, name in enumerate(self._names(arm, batch))
                 if row not in batch["drawn"][arm] and whole[row]
             }

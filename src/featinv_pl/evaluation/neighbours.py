@@ -15,7 +15,7 @@ from featinv_pl.data.shards.samples import Sample, collate_samples
 from featinv_pl.data.workers import loader
 from featinv_pl.runtime.progress import progress
 from featinv_pl.runtime.ranks import agree, rows_of_all_ranks
-from featinv_pl.types import Batch, Views
+from featinv_pl.types import Batch, Observation
 
 MEMORY = 4 << 30  # bytes, in which the maps of 25,000 images of ConvNeXt at 288 pixels fit unabridged
 CANDIDATES = 32
@@ -58,7 +58,7 @@ class Neighbours:
             rows_of_all_ranks(torch.cat(rows).to(device)) for rows in zip(nothing, *parts, strict=True)
         )
 
-    def __call__(self, batch: Batch) -> Views:
+    def __call__(self, batch: Batch) -> Observation:
         """The neighbours of a batch."""
         queries = batch["features"].to(self.device)
         found = [self._nearest(query, rows) for query, rows in zip(queries, self._candidates(queries), strict=True)]

@@ -27,7 +27,7 @@ from featinv_pl.metrics.weights import Weights
 from featinv_pl.runtime.provenance import evaluation
 from featinv_pl.runtime.ranks import agree, hands_back_little
 from featinv_pl.runtime.saving import write_bytes
-from featinv_pl.types import Batch, Inversion, Views
+from featinv_pl.types import Batch, Observation, Reconstruction
 
 REPLICATES = 1000
 CAPTIONS = {
@@ -77,7 +77,7 @@ class PerSource(EvaluationCallback):
         self.groups: dict[str, Tally] = {}
         self.relative = Relative(clean)
         self.scorers: list[Scorer] = []
-        self.baselines: dict[str, Callable[[Batch], Views]] = {}
+        self.baselines: dict[str, Callable[[Batch], Observation]] = {}
 
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make everything new."""
@@ -112,16 +112,16 @@ class PerSource(EvaluationCallback):
             )
         self.baselines = self._baselines(trainer, pl_module) if stage == "test" else {}
 
-    def see(self, batch: Batch, outputs: Inversion) -> None:
+    def update(self, batch: Batch, outputs: Reconstruction) -> None:
         """Add a batch, all of one source."""
         while self.open is None or self.open.source != batch["source"][0]:
             self._next()
-        arms = {INVERSION: cast(Views, outputs), CEILING: outputs["ceiling"], ORIGINAL: cast(Views, batch)}
+        arms = {INVERSION: cast(Observation, outputs), CEILING: outputs["ceiling"], ORIGINAL: cast(Observation, batch)}
         arms |= outputs.get("arms", {})
         arms |= {arm: baseline(batch) for arm, baseline in self.baselines.items()}
         if self.open.floor is not None:
             arms[FLOOR] = self.open.floor(batch)
-        self.open.see(batch, arms)
+        self.open.update(batch, arms)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the last sources and log all scores."""
@@ -186,12 +186,12 @@ class PerSource(EvaluationCallback):
         for name in self.skipped:
             del cast(Any, test)[name]
 
-    def _baselines(self, trainer: Trainer, module: LightningModule) -> dict[str, Callable[[Batch], Views]]:
+    def _baselines(self, trainer: Trainer, module: LightningModule) -> dict[str, Callable[[Batch], Observation]]:
         """What is reconstructed without the inverter, by arm."""
         data = cast(Any, trainer).datamodule
-        found: dict[str, Callable[[Batch], Views]] = {}
+        found: dict[str, Callable[[Batch], Observation]] = {}
         shards = {REGRESSION: data.train, NEIGHBOUR: data.train if data.neighbours is None else data.neighbours}
-        makers: dict[str, Callable[[], Callable[[Batch], Views]]] = {
+        makers: dict[str, Callable[[], Callable[[Batch], Observation]]] = {
             REGRESSION: lambda: Regression(trainer, module, shards[REGRESSION], data.num_workers),
             NEIGHBOUR: lambda: Neighbours(trainer, shards[NEIGHBOUR], data.num_workers, self.device),
         }

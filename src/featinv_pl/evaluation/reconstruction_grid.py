@@ -21,7 +21,7 @@ from featinv_pl.evaluation.loggers import Pixels, last_step, log_picture
 from featinv_pl.evaluation.sets import EvaluationCallback, results_root
 from featinv_pl.nets.frozen import digest
 from featinv_pl.runtime.saving import write_bytes
-from featinv_pl.types import Batch, Inversion, predicted, to_uint8
+from featinv_pl.types import Batch, Reconstruction, predicted, to_uint8
 
 PICTURES = "pictures"
 FACTS_FILE = "tiles.json"
@@ -71,7 +71,7 @@ class ReconstructionGrid(EvaluationCallback):
         self.loggers, self.step = trainer.loggers, last_step(trainer)
         self.tiles, self.source = [], None
 
-    def see(self, batch: Batch, outputs: Inversion) -> None:
+    def update(self, batch: Batch, outputs: Reconstruction) -> None:
         """Keep the first images of a source, and show those of the source before it."""
         if batch["source"][0] != self.source:
             self._show()
@@ -80,7 +80,7 @@ class ReconstructionGrid(EvaluationCallback):
         cosines = cosine_similarity(outputs["features"], batch["features"]).mean((1, 2)).tolist()
         images = {label(ORIGINAL): batch["images"], label(CEILING): outputs["ceiling"]["images"]}
         images[label(INVERSION)] = outputs["images"]
-        images |= {name: views["images"] for name, views in outputs.get("arms", {}).items()}
+        images |= {name: observation["images"] for name, observation in outputs.get("arms", {}).items()}
         strips = {name: to_uint8(item[: len(rows)]).cpu() for name, item in images.items()}
         classes = [
             ["none" if index < 0 else index for index in predicted(item).tolist()]

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from featinv_pl.data.shards.samples import Sample, collate_samples
 from featinv_pl.sampling.noise import generator
-from featinv_pl.types import Batch, Views, key_hash
+from featinv_pl.types import Batch, Observation, key_hash
 
 OTHERS = 64
 
@@ -27,11 +27,11 @@ class Floor:
         self.others = collate_samples([samples[index] for index in order])
         self.indices = {key: index for index, key in enumerate(self.others["key"])}
 
-    def __call__(self, batch: Batch) -> Views:
+    def __call__(self, batch: Batch) -> Observation:
         """The partners of a batch. Of a set with one image, it is its own."""
         rows = [self._partner(key) for key in batch["key"]]
-        views = _views(self.others, rows, batch["features"].device)
-        return {**views, "partners": [self.others["key"][row] for row in rows]}
+        observation = _views(self.others, rows, batch["features"].device)
+        return {**observation, "partners": [self.others["key"][row] for row in rows]}
 
     def _partner(self, key: str) -> int:
         total = len(self.indices)
@@ -39,7 +39,7 @@ class Floor:
         return (row + 1) % total if self.indices.get(key) == row else row
 
 
-def _views(batch: Batch, rows: Any, device: torch.device) -> Views:
+def _views(batch: Batch, rows: Any, device: torch.device) -> Observation:
     return {
         "images": batch["images"][rows].to(device),
         "features": batch["features"][rows].to(device),

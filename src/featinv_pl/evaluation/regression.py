@@ -21,7 +21,7 @@ from featinv_pl.nets.regression import LatentRegression, fit
 from featinv_pl.runtime.progress import progress
 from featinv_pl.runtime.ranks import agree, of_all_ranks
 from featinv_pl.runtime.saving import write_bytes
-from featinv_pl.types import Batch, Views
+from featinv_pl.types import Batch, Observation
 
 STEPS, EPOCHS, BATCH_SIZE = 4000, 50, 64  # whichever of steps and epochs ends first
 FILE, IDENTITY = "regression.safetensors", "identity"
@@ -62,13 +62,13 @@ class Regression:
         self.network.eval()
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Views:
+    def __call__(self, batch: Batch) -> Observation:
         """What the classifier sees in the images of a batch's expected latents."""
         module: Any = self.module
         with self.trainer.precision_plugin.forward_context():  # in which the autoencoder's weights may be kept
             images = module.prior.autoencoder.decode(self.network(batch["features"]))
-        views: Views = module.backbone.look(images)
-        return views
+        observation: Observation = module.backbone.classify(images)
+        return observation
 
     def _network(self, seed: int) -> LatentRegression:
         module: Any = self.module
@@ -95,7 +95,7 @@ class Regression:
         reader, batches = BatchReader(self.training, half=True), Batches(order[: self.steps])
         read = loader(reader, batches, self.num_workers, again=False)
         for batch in progress(self.trainer, "regression", "step", read):
-            moments = batch["latents"].to(module.device).float()
+            moments = batch["moments"].to(module.device).float()
             mean = module.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
             yield batch["features"].to(module.device).float(), mean
 

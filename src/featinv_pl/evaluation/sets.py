@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from featinv_pl.types import Batch, Inversion
+from featinv_pl.types import Batch, Reconstruction
 
 
 def results_root(trainer: Trainer) -> Path:
@@ -23,7 +23,7 @@ class EvaluationCallback(Callback, ABC):
         """Start afresh. `stage` is `validate` or `test`."""
 
     @abstractmethod
-    def see(self, batch: Batch, outputs: Inversion) -> None:
+    def update(self, batch: Batch, outputs: Reconstruction) -> None:
         """Take in one batch."""
 
     @abstractmethod
@@ -45,13 +45,13 @@ class EvaluationCallback(Callback, ABC):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """See."""
-        self.see(batch, outputs)
+        self.update(batch, outputs)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any, **kwargs: Any
     ) -> None:
         """See."""
-        self.see(batch, outputs)
+        self.update(batch, outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""

@@ -16,7 +16,7 @@ from featinv_pl.evaluation.scorers import Scorer
 from featinv_pl.metrics.estimates import Estimate
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.runtime.ranks import of_all_ranks
-from featinv_pl.types import Batch, Views
+from featinv_pl.types import Batch, Observation
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Tally:
     count: int = 0
     parts: int = 1
 
-    def see(self, batch: Batch, arms: dict[str, Views]) -> None:
+    def update(self, batch: Batch, arms: dict[str, Observation]) -> None:
         """Add a batch.
 
         Args:
@@ -59,18 +59,18 @@ class Tally:
         columns: dict[str, list[Any]] = {"key": batch["key"], "label": batch["labels"].tolist()}
         for number, scorer in enumerate(self.scorers):
             target = {**given, **scorer.observe(batch["images"])} if scorer.observe else given
-            for arm, views in arms.items():
+            for arm, observation in arms.items():
                 if metrics := self.metrics.get((number, arm)):
-                    preds = scorer.observe(views["images"]) if scorer.observe else views
+                    preds = scorer.observe(observation["images"]) if scorer.observe else observation
                     if scorer.classifies:
                         columns[column(f"{scorer.prefix}predicted", arm)] = preds["logits"].argmax(1).tolist()
-                    for name, values in _update(metrics, preds, target, views.get("partners")):
+                    for name, values in _update(metrics, preds, target, observation.get("partners")):
                         if name != "label@1_all" or self.classes is not None:
                             columns[column(f"{scorer.prefix}{name}", arm)] = values
         for name, values in columns.items():
             self.columns.setdefault(name, []).extend(values)
 
-    def _finite(self, arms: dict[str, Views], batch: Batch) -> tuple[dict[str, Views], Batch]:
+    def _finite(self, arms: dict[str, Observation], batch: Batch) -> tuple[dict[str, Observation], Batch]:
         """Leave out images with a value that is not finite, from all arms, and remember their keys."""
         tensors = [item[key] for item in (batch, *arms.values()) for key in ("features", "logits")]
         good = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
@@ -78,7 +78,9 @@ class Tally:
             return arms, batch
         rows = good.nonzero().flatten().tolist()
         self.left_out += [key for row, key in enumerate(batch["key"]) if row not in rows]
-        return {arm: cast(Views, _rows(views, rows)) for arm, views in arms.items()}, cast(Batch, _rows(batch, rows))
+        return {arm: cast(Observation, _rows(observation, rows)) for arm, observation in arms.items()}, cast(
+            Batch, _rows(batch, rows)
+        )
 
     def gather(self) -> None:
         """Take over what other ranks have seen; metrics do so by themselves."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.interpolation import Mode, interpolate
 from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.explore.steering import steer
@@ -149,8 +149,8 @@ def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
 
 def _reconstruct(pipeline: FeatInvPipeline) -> Any:
     def reconstruct(picture: str, samples: int, seed: int) -> Shown:
-        original = pipeline.look(pipeline.crop([open_picture(Path(picture))]))
-        drawn = draw_all(pipeline, original["features"], samples, seed)
+        original = pipeline.classify(pipeline.crop([open_picture(Path(picture))]))
+        drawn = reconstruct_all(pipeline, original["features"], samples, seed)
         shown = [(as_picture(original["images"][0]), f"the picture: class {prediction(original['logits'][0])}")]
         pairs = zip(drawn["images"][0], drawn["logits"][0], strict=True)
         return shown + [(as_picture(image), f"class {prediction(logits)}") for image, logits in pairs]

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.pages.page import Report, Section, Tile
 from featinv_pl.pages.pictures import prediction, top_classes
@@ -121,8 +121,8 @@ def compare(
     """
     drawn = []
     for name, pipeline in models:
-        before = pipeline.look(pipeline.crop(pictures))
-        after = draw_all(pipeline, before["features"], seed=seed)
+        before = pipeline.classify(pipeline.crop(pictures))
+        after = reconstruct_all(pipeline, before["features"], seed=seed)
         cosines = cosine_similarity(after["features"][:, 0], before["features"].cpu()).mean((1, 2))
         drawn.append(Drawn(name, after["images"][:, 0], cosines, before["logits"].cpu(), after["logits"][:, 0]))
     return Comparison(list(names), [ImageOps.contain(picture, (SIDE, SIDE)) for picture in pictures], drawn)

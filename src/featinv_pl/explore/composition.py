@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.edits import Box, box_mask, location_weights, paste
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.pages.page import Report, Section, Tile
@@ -134,12 +134,12 @@ def compose(
     Raises:
         UserError: The box reaches outside the image.
     """
-    ends = pipeline.look(pipeline.crop([first, second]))
+    ends = pipeline.classify(pipeline.crop([first, second]))
     ours, theirs = ends["features"]
     mask = box_mask(box, (ends["images"].shape[-2], ends["images"].shape[-1]))
     weight = location_weights(mask, (ours.shape[-2], ours.shape[-1]))
     composed = paste(ours, theirs, weight.to(ours))
-    drawn = draw_all(pipeline, [composed], num_samples, seed)
+    drawn = reconstruct_all(pipeline, [composed], num_samples, seed)
     cosines = [cosine_similarity(drawn["features"][0], one.cpu().unsqueeze(0)) for one in (composed, ours, theirs)]
     return Composition(
         box,

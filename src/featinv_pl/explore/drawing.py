@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.types import Views
+from featinv_pl.types import Observation
 
 
-def draw_all(pipeline: FeatInvPipeline, maps: Iterable[Tensor], num_samples: int = 1, seed: int = 0) -> Views:
+def reconstruct_all(
+    pipeline: FeatInvPipeline, maps: Iterable[Tensor], num_samples: int = 1, seed: int = 0
+) -> Observation:
     """Draw images from several maps, each from the same noise, and send them through the classifier as bytes.
 
     Args:
@@ -21,9 +23,9 @@ def draw_all(pipeline: FeatInvPipeline, maps: Iterable[Tensor], num_samples: int
     Returns:
         On the CPU: images (S, n, 3, H, W) in [-1, 1], features (S, n, C, h, w), logits (S, n, K).
     """
-    views = [pipeline.look(pipeline.draw(one, num_samples, seed)) for one in maps]
+    observations = [pipeline.classify(pipeline.reconstruct(one, num_samples, seed)) for one in maps]
     return {
-        "images": torch.stack([view["images"] for view in views]).cpu(),
-        "features": torch.stack([view["features"] for view in views]).cpu(),
-        "logits": torch.stack([view["logits"] for view in views]).cpu(),
+        "images": torch.stack([one["images"] for one in observations]).cpu(),
+        "features": torch.stack([one["features"] for one in observations]).cpu(),
+        "logits": torch.stack([one["logits"] for one in observations]).cpu(),
     }

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.pages.pictures import overlay
-from featinv_pl.types import Views
+from featinv_pl.types import Observation
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Fidelity:
     spread: Tensor | None
 
     @classmethod
-    def measure(cls, features: Tensor, samples: Views) -> "Fidelity":
+    def measure(cls, features: Tensor, samples: Observation) -> "Fidelity":
         """Compare a map with what was drawn from it.
 
         Args:

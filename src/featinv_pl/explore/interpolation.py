@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.edits import lerp, refuse_overflow, slerp
 from featinv_pl.explore.samples import Samples, refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
@@ -163,12 +163,12 @@ def interpolate(
     """
     if real is not None:
         refuse_other_backbone(real.origin, pipeline, "--real")
-    ends = pipeline.look(pipeline.crop([first, second]))
+    ends = pipeline.classify(pipeline.crop([first, second]))
     shares = torch.linspace(0, 1, steps).tolist()
     first_map, second_map = ends["features"]
     maps = torch.stack([PATHS[mode](first_map, second_map, share) for share in shares])
     refuse_overflow(maps, "interpolate")
-    drawn = draw_all(pipeline, maps, seed=seed)
+    drawn = reconstruct_all(pipeline, maps, seed=seed)
     features = drawn["features"][:, 0]
     return Interpolation(
         mode,

@@ -36,8 +36,8 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
     scored: list[tuple[float, bool]] = []
     stems = unique_names([path.stem for path in paths])
     for path, stem, picture in tqdm(list(zip(paths, stems, pictures, strict=True)), "reconstruct", unit="picture"):
-        original = pipeline.look(pipeline.crop([picture]))
-        drawn = pipeline.look(pipeline.draw(original["features"][0], num_samples, seed))
+        original = pipeline.classify(pipeline.crop([picture]))
+        drawn = pipeline.classify(pipeline.reconstruct(original["features"][0], num_samples, seed))
         cosines = cosine_similarity(drawn["features"], original["features"]).mean(dim=(1, 2)).tolist()
         predictions = [prediction(logits) for logits in (original["logits"][0], *drawn["logits"])]
         tiles = [as_picture(image) for image in (original["images"][0], *drawn["images"])]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.drawing import draw_all
+from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.edits import add, location_weights, refuse_overflow, scale
 from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
@@ -182,7 +182,7 @@ def steer(
             f"--edit {edit}: only a component of an NMF contributes a part that can be scaled or removed, and these "
             f"concepts were found by '{concepts.method}'. Use --edit add, or concepts of --method nmf."
         )
-    original = pipeline.look(pipeline.crop([picture]))
+    original = pipeline.classify(pipeline.crop([picture]))
     features = original["features"]
     num_classes = original["logits"].shape[1]
     for index in classes:
@@ -195,7 +195,7 @@ def steer(
         _edited(features, concepts, concept, strength, edit, weight.to(features)).squeeze(0) for strength in strengths
     ]
     refuse_overflow(torch.stack(maps), "--strengths")
-    drawn = draw_all(pipeline, maps, num_samples, seed)
+    drawn = reconstruct_all(pipeline, maps, num_samples, seed)
     likely = torch.cat([predicted(original["logits"]).cpu(), predicted(drawn["logits"]).flatten().cpu()]).tolist()
     shown = list(dict.fromkeys([*classes, *likely] if num_classes else []))[: max(SHOWN_CLASSES, len(classes))]
     return Steering(

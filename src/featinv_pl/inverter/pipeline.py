@@ -18,7 +18,7 @@ from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.sources import INDEX, find_folder, read_index, write_sums
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
-from featinv_pl.types import Views, to_uint8
+from featinv_pl.types import Observation, to_uint8
 
 BACKBONE, PRIOR = "backbone", "prior"
 
@@ -135,12 +135,12 @@ class FeatInvPipeline:
         return torch.stack([self.inversion.backbone.crop(picture) for picture in pictures])
 
     @torch.no_grad()
-    def look(self, images: Tensor) -> Views:
+    def classify(self, images: Tensor) -> Observation:
         """Send images (B, 3, H, W) in [-1, 1] through the classifier."""
-        return self.inversion.backbone.look(images.to(self.inversion.device))
+        return self.inversion.backbone.classify(images.to(self.inversion.device))
 
     @torch.no_grad()
-    def draw(self, features: Tensor, num_samples: int = 1, seed: int = 0) -> Tensor:
+    def reconstruct(self, features: Tensor, num_samples: int = 1, seed: int = 0) -> Tensor:
         """Draw images from one feature map.
 
         Noise depends on the seed and on the sample's number alone, so equal numbers of two maps start
@@ -161,7 +161,7 @@ class FeatInvPipeline:
         maps = features.to(inversion.device).expand(num_samples, -1, -1, -1)
         keys = [str(number) for number in range(num_samples)]
         with torch.autocast(inversion.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return inversion.draw(maps, keys, seed, inversion.sampler)
+            return inversion.reconstruct(maps, keys, seed, inversion.sampler)
 
     def __call__(
         self, pictures: Image.Image | Sequence[Image.Image] | Tensor, num_samples: int = 1, seed: int = 0
@@ -180,8 +180,8 @@ class FeatInvPipeline:
             features = pictures
         else:
             several = [pictures] if isinstance(pictures, Image.Image) else pictures
-            features = self.look(self.crop(several))["features"]
-        return [[as_picture(image) for image in self.draw(one, num_samples, seed)] for one in features]
+            features = self.classify(self.crop(several))["features"]
+        return [[as_picture(image) for image in self.reconstruct(one, num_samples, seed)] for one in features]
 
     def with_sampler(self, **changes: Any) -> Self:
         """Change how images are drawn, by fields of `Sampler`."""

@@ -22,7 +22,7 @@ from featinv_pl.nets.classes import Classes
 from featinv_pl.nets.classifier_files import misfit, read_classifier
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.sources import no_larger, size_below
-from featinv_pl.types import Views, from_uint8, to_uint8
+from featinv_pl.types import Observation, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
 EMBEDDINGS = {384, 512, 640, 768, 1024, 1152, 1280}  # widths of those that CLIP's kind projects to
@@ -120,7 +120,7 @@ class Backbone(Frozen):
             )
         return features, logits if self.classifies else logits[:, :0]
 
-    def classify(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """The logits (B, K) alone, of images as `forward` takes them, with gradients."""
         with torch.autocast(images.device.type, enabled=False):
             logits: Tensor = self.model(self.transform(images.float()))
@@ -167,7 +167,7 @@ class Backbone(Frozen):
         return ((images + 1) / 2 - self.mean) / self.std
 
     @torch.no_grad()
-    def look(self, images: Tensor) -> Views:
+    def classify(self, images: Tensor) -> Observation:
         """See images as they would be stored: quantised to bytes, then classified."""
         images = from_uint8(to_uint8(images))
         features, logits = self(images)

@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 ABANDONED = 600.0  # seconds in which a living process writes at least something
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints so that a kill, a full disk or a missing permission never costs one that is there.
 
     Lightning's own goes through the temporary folder, from which another file system gets a copy: a kill meanwhile

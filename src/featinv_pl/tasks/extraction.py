@@ -52,7 +52,7 @@ class FeatureExtraction(LightningModule):
             "images": images,
             "features": features,
             "logits": logits,
-            "latents": self.autoencoder.encode(images),
+            "moments": self.autoencoder.encode(images),
             "labels": self._labels(batch),
             "source": batch["source"],
             "key": batch["key"],
@@ -117,7 +117,7 @@ class AdversarialExtraction(FeatureExtraction):
         predicted = self.backbone(images)[1].argmax(1)
         classes = torch.where(labels >= 0, labels, predicted)
         start = torch.stack([torch.rand(images.shape[1:], generator=generator("attack", key)) for key in batch["key"]])
-        attacked = attack(self.backbone.classify, images, classes, (2 * start - 1).to(images), self.attack)
+        attacked = attack(self.backbone.logits, images, classes, (2 * start - 1).to(images), self.attack)
         seen = super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
         fooled = (seen["logits"].argmax(1) != classes).float().where(predicted == classes, torch.nan)
         readable = [not reason for reason in batch["unreadable"]]

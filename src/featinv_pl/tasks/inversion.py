@@ -29,7 +29,7 @@ from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.refinement import refined
 from featinv_pl.sampling.sampler import Sampler, sample
 from featinv_pl.tasks.optimisation import optimise, plain
-from featinv_pl.types import Batch, Inversion, Views, from_uint8, key_hash
+from featinv_pl.types import Batch, Observation, Reconstruction, from_uint8, key_hash
 
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -173,7 +173,7 @@ class FeatureInversion(Clipped):
         """One step of denoising, as in the paper: the loss is the error of the predicted noise."""
         # Of each sample's own, so that it does not matter which rank has it.
         rngs = [generator(torch.initial_seed(), self.current_epoch, key) for key in batch["key"]]
-        moments, features = batch["latents"], self.condition(batch["features"])
+        moments, features = batch["moments"], self.condition(batch["features"])
         size, shape = len(moments), (2, *self.prior.latent_shape(moments))
 
         noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
@@ -229,7 +229,7 @@ class FeatureInversion(Clipped):
             return features.mean(dim=(2, 3), keepdim=True).expand_as(features)
         return features
 
-    def observe(self, latents: Tensor) -> Tensor:
+    def decoded_features(self, latents: Tensor) -> Tensor:
         """The feature maps of the images of clean latents, of which `condition` says what counts. With gradients."""
         maps, _ = self.backbone(self.prior.autoencoder.decode(latents))
         return self.condition(maps)
@@ -243,12 +243,12 @@ class FeatureInversion(Clipped):
         """
         if len(estimate) == 0:
             return estimate.sum()
-        distances = 1 - functional.cosine_similarity(self.observe(estimate), features).mean((1, 2))
+        distances = 1 - functional.cosine_similarity(self.decoded_features(estimate), features).mean((1, 2))
         self.log("train/consistency", distances.mean())
         return distances.sum()
 
     @torch.no_grad()
-    def draw(self, features: Tensor, keys: list[str], seed: int, sampler: Sampler) -> Tensor:
+    def reconstruct(self, features: Tensor, keys: list[str], seed: int, sampler: Sampler) -> Tensor:
         """Draw images whose feature maps should be those given, of several candidates the best.
 
         Args:
@@ -262,19 +262,19 @@ class FeatureInversion(Clipped):
         """
         grid = self.prior.latent_grid(self.image_size)
         candidates = [
-            self.invert(features, keyed_noise(names, grid, seed).to(features), sampler)
+            self.reconstruct_from(features, keyed_noise(names, grid, seed).to(features), sampler)
             for names in (keys, *([f"{key} candidate {n}" for key in keys] for n in range(1, sampler.best_of)))
         ]
         if len(candidates) == 1:
             return candidates[0]
         target = self.condition(features)
-        maps = [self.condition(self.backbone.look(images)["features"]) for images in candidates]
+        maps = [self.condition(self.backbone.classify(images)["features"]) for images in candidates]
         cosines = torch.stack([functional.cosine_similarity(one, target).mean((1, 2)) for one in maps])
         best = cosines.argmax(0)
         return torch.stack(candidates)[best, torch.arange(len(best), device=best.device)]
 
     @torch.no_grad()
-    def invert(self, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
+    def reconstruct_from(self, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
         """Draw images whose feature maps should be those given.
 
         Args:
@@ -306,7 +306,7 @@ class FeatureInversion(Clipped):
             low, high = (fraction * self.prior.num_timesteps for fraction in sampler.guidance_interval)
             denoiser = within(weighted(branches, sampler.guidance_weights), denoiser, low, high)
         if sampler.refine is not None:
-            denoiser = refined(denoiser, self.prior.schedule, self.observe, features, sampler.refine)
+            denoiser = refined(denoiser, self.prior.schedule, self.decoded_features, features, sampler.refine)
         return denoiser
 
     def _controlled(self, encoded: list[Tensor], prompts: list[Tensor], scale: float) -> Denoiser:
@@ -323,9 +323,9 @@ class FeatureInversion(Clipped):
     # Evaluation
 
     @torch.no_grad()
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Reconstruction:
         """Reconstruct a batch, and log its loss at noise and timesteps that never change, so that curves compare."""
-        moments, features = batch["latents"], self.condition(batch["features"])
+        moments, features = batch["moments"], self.condition(batch["features"])
         noise = keyed_noise(batch["key"], self.prior.latent_shape(moments), 0).to(moments)
         timesteps = torch.tensor([key_hash(key) % self.prior.num_timesteps for key in batch["key"]]).to(self.device)
         latents = self.prior.autoencoder.sample(moments, torch.zeros_like(noise))
@@ -338,48 +338,48 @@ class FeatureInversion(Clipped):
         return self._reconstruct(batch)
 
     @torch.no_grad()
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Inversion:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Reconstruction:
         """Reconstruct a batch, in all the ways and as many times as are asked for."""
         outputs = self._reconstruct(batch)
         if self.arms:
             outputs["arms"] = {name: self._draw(batch, sampler, name) for name, sampler in self.arms.items()}
         if self.num_samples > 1:
             seed, features = torch.initial_seed(), batch["features"]
-            samples: list[Views] = [outputs]
+            samples: list[Observation] = [outputs]
             for number in range(1, self.num_samples):
                 keys = [f"{key} sample {number}" for key in batch["key"]]
-                samples.append(self.backbone.look(self.draw(features, keys, seed, self.sampler)))
-            outputs["sample_images"] = torch.stack([views["images"] for views in samples], dim=1)
-            outputs["sample_features"] = torch.stack([views["features"] for views in samples], dim=1)
+                samples.append(self.backbone.classify(self.reconstruct(features, keys, seed, self.sampler)))
+            outputs["sample_images"] = torch.stack([observation["images"] for observation in samples], dim=1)
+            outputs["sample_features"] = torch.stack([observation["features"] for observation in samples], dim=1)
         return outputs
 
-    def _reconstruct(self, batch: Batch) -> Inversion:
+    def _reconstruct(self, batch: Batch) -> Reconstruction:
         """Reconstruct a batch from its maps, and once more by the autoencoder alone."""
-        moments = batch["latents"]
+        moments = batch["moments"]
         mean = self.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
-        ceiling = self.backbone.look(self.prior.autoencoder.decode(mean))
-        views = self._draw(batch, self.sampler)
+        ceiling = self.backbone.classify(self.prior.autoencoder.decode(mean))
+        observation = self._draw(batch, self.sampler)
         return {
-            "images": views["images"],
-            "features": views["features"],
-            "logits": views["logits"],
+            "images": observation["images"],
+            "features": observation["features"],
+            "logits": observation["logits"],
             "ceiling": ceiling,
         }
 
-    def _draw(self, batch: Batch, sampler: Sampler, arm: str = "") -> Views:
+    def _draw(self, batch: Batch, sampler: Sampler, arm: str = "") -> Observation:
         """Reconstructions of a batch as the backbone sees them; those that are drawn already are not drawn again."""
         stored = batch.get("drawn", {}).get(arm, {})
         drawn = {row: from_uint8(image.to(self.device)) for row, image in stored.items()}
         missing = [row for row in range(len(batch["key"])) if row not in drawn]
         if missing:
             keys = [batch["key"][row] for row in missing]
-            images = self.draw(batch["features"][missing], keys, torch.initial_seed(), sampler)
+            images = self.reconstruct(batch["features"][missing], keys, torch.initial_seed(), sampler)
             drawn |= dict(zip(missing, images, strict=True))
         images = torch.stack([drawn[row] for row in range(len(batch["key"]))])
-        views = self.backbone.look(images)
+        observation = self.backbone.classify(images)
         # As bytes they would look like any image.
-        views["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
-        return views
+        observation["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
+        return observation
 
     # What Lightning asks for
 

@@ -164,7 +164,7 @@ def test_training_needs_images_and_validation_does_not() -> None:
         data.train_dataloader()
 
 
-# Views
+# Observation
 
 
 def views_of(root: Path, **more: Any) -> FolderImages:

@@ -118,7 +118,7 @@ def test_training_leaves_images_out_and_the_last_part_of_a_batch(folder: Path, m
     assert batches[0]["features"].dtype == torch.float16  # as it is stored: what workers hand over is half as large
     batches = [data.on_after_batch_transfer(batch, 0) for batch in batches]
     assert [len(batch["key"]) for batch in batches] == [8, 8]
-    assert batches[0].keys() == {"features", "logits", "latents", "labels", "source", "key"}
+    assert batches[0].keys() == {"features", "logits", "moments", "labels", "source", "key"}
     original = make_batch(SIZE)
     for batch in batches:
         indices = [int(key.split("-")[1]) for key in batch["key"]]

@@ -44,7 +44,7 @@ def test_set_gives_every_sample_by_its_index(make_batch: MakeBatch, tmp_path: Pa
     assert together["source"] == ["val"] * 8  # by the name that the user gave
     assert torch.equal(together["images"], batch["images"])
     assert torch.equal(together["labels"], batch["labels"])
-    for name in ("features", "logits", "latents"):
+    for name in ("features", "logits", "moments"):
         assert torch.equal(together[name], half(batch[name]))
     with pytest.raises(IndexError):
         shards[8]
@@ -85,7 +85,7 @@ def test_webdataset_reads_them(make_batch: MakeBatch, tmp_path: Path) -> None:
     assert [entry["__key__"] for entry in entries] == [f"{number:09d}" for number in range(5)]
     for index, entry in enumerate(entries):
         assert np.array_equal(entry["features.npy"], batch["features"][index].half().numpy())
-        assert np.array_equal(entry["latent.npy"], batch["latents"][index].half().numpy())
+        assert np.array_equal(entry["latent.npy"], batch["moments"][index].half().numpy())
         pixels = torch.tensor(entry["png"]).permute(2, 0, 1) / 127.5 - 1
         torch.testing.assert_close(pixels, batch["images"][index])
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from conftest import MakeBatch
+from featinv_pl.data.shards import remote
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import MANIFEST
-from featinv_pl.data.shards import remote
 from featinv_pl.errors import UserError
 from featinv_pl.masking import masked
 from shard_sets import write_set

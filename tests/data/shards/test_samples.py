@@ -36,7 +36,7 @@ def test_png_entry_comes_back_whole(make_batch: MakeBatch) -> None:
     batch = make_batch(3, source="corrupted/fog/3")
     sample = back(encode(batch, 1, "png"))
     assert torch.equal(sample["images"], batch["images"][1])
-    for name in ("features", "logits", "latents"):
+    for name in ("features", "logits", "moments"):
         assert torch.equal(sample[name], half(batch[name][1]))
     assert sample["labels"] == batch["labels"][1]
     assert sample["source"] == "corrupted/fog/3"
@@ -58,11 +58,11 @@ def test_the_image_comes_last_and_is_optional(make_batch: MakeBatch) -> None:
     assert list(encode(batch, 0, "png")) == ["json", "features.npy", "logits.npy", "latent.npy", "png"]
     assert "images" not in back(encode(batch, 0, "png"), with_images=False)
     samples = [back(encode(batch, index, "png"), with_images=False) for index in range(2)]
-    assert collate_samples(samples).keys() == {"features", "logits", "latents", "labels", "source", "key"}
+    assert collate_samples(samples).keys() == {"features", "logits", "moments", "labels", "source", "key"}
 
 
 @pytest.mark.parametrize("storage", ["float16", "int8"])
-@pytest.mark.parametrize("name", ["features", "logits", "latents"])
+@pytest.mark.parametrize("name", ["features", "logits", "moments"])
 @pytest.mark.parametrize("value", [70000.0, float("nan")])
 def test_refuses_what_half_precision_cannot_hold(
     name: str, value: float, storage: Storage, make_batch: MakeBatch

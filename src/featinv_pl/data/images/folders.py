@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
 from featinv_pl.data.images.layouts import NO_CLASS, find_sources, first_per_class, in_order, labelled_images
-from featinv_pl.data.images.views import RATIO, SCALE, draw_view, take_view
+from featinv_pl.data.images.views import RATIO, SCALE, random_view, take_view
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
@@ -116,7 +116,7 @@ class FolderImages(ImageSource):
                 ) from error
             return {**sample, "unreadable": str(error)}
         if self.views:
-            view = draw_view(image, name, number, self.seed, self.vertical_flip)
+            view = random_view(image, name, number, self.seed, self.vertical_flip)
             sample["view"] = view
             pixels = transforms.pil_to_tensor(take_view(image, view, self.image_size))
         else:

@@ -13,7 +13,7 @@ from featinv_pl.types import View
 SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # torchvision's own, which the paper's authors use
 
 
-def draw_view(image: Image.Image, key: str, number: int, seed: int, vertical_flip: bool) -> View:
+def random_view(image: Image.Image, key: str, number: int, seed: int, vertical_flip: bool) -> View:
     """Draw a random resized crop and flips.
 
     Args:

@@ -190,11 +190,11 @@ class ShardSet(Dataset[Sample]):
     def _check(self, sample: Sample) -> None:
         made_by = self.manifest["provenance"]
         side = made_by["image_size"]
-        self._latent_shape = self._latent_shape or tuple(sample["latents"].shape)
+        self._latent_shape = self._latent_shape or tuple(sample["moments"].shape)
         for name, tensor, shape in (
             ("a map", sample["features"], tuple(made_by["feature_shape"])),
             ("logits", sample["logits"], (made_by["num_classes"],)),
-            ("latents", sample["latents"], self._latent_shape),
+            ("moments", sample["moments"], self._latent_shape),
             ("a picture", sample.get("images"), (3, side, side)),
         ):
             if tensor is not None and tensor.shape != shape:

@@ -33,7 +33,7 @@ class Sample(TypedDict):
     images: NotRequired[Tensor]
     features: Tensor
     logits: Tensor
-    latents: Tensor
+    moments: Tensor
     labels: int
     source: str
     key: str
@@ -71,7 +71,7 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
     tensors = {
         **features,
         "logits.npy": _half(batch["logits"], "logits", batch["key"]),
-        "latent.npy": _half(batch["latents"], "latents", batch["key"]),
+        "latent.npy": _half(batch["moments"], "moments", batch["key"]),
     }
     return {
         "meta": [
@@ -126,7 +126,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
     sample: Sample = {
         "features": features,
         "logits": torch.from_numpy(_decode_array(members["logits.npy"], np.float16)),
-        "latents": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)),
+        "moments": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)),
         "labels": _label(meta["label"]),
         "source": str(meta["source"]),
         "key": str(meta["key"]),
@@ -237,7 +237,7 @@ def collate_samples(samples: list[Sample]) -> Batch:
     batch: Batch = {
         "features": default_collate([sample["features"] for sample in samples]),
         "logits": default_collate([sample["logits"] for sample in samples]),
-        "latents": default_collate([sample["latents"] for sample in samples]),
+        "moments": default_collate([sample["moments"] for sample in samples]),
         "labels": torch.tensor([sample["labels"] for sample in samples]),
         "source": [sample["source"] for sample in samples],
         "key": [sample["key"] for sample in samples],
@@ -256,5 +256,5 @@ def widen(stored: Stored) -> Stored:
     """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
     stored["features"] = stored["features"].float()
     stored["logits"] = stored["logits"].float()
-    stored["latents"] = stored["latents"].float()
+    stored["moments"] = stored["moments"].float()
     return stored
