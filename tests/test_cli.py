@@ -442,7 +442,7 @@ def test_interrupted_test_goes_on(
         counts.append(len(features))
         return invert(self, features, noise, sampler)
 
-    monkeypatch.setattr(FeatureInversion, "invert", counted)
+    monkeypatch.setattr(FeatureInversion, "reconstruct_from", counted)
     main(["test", "--config", config, "--data.batch_size=13"])  # another batch size finds them too
     assert sum(counts) == 2 * (180 - 3 * 16)  # by both samplers
     assert_same((scores_of(), samples_of("clean")), whole)
@@ -477,7 +477,7 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
         images[0, 0, 0, 0] = torch.nan
         return images
 
-    monkeypatch.setattr(FeatureInversion, "invert", failing)
+    monkeypatch.setattr(FeatureInversion, "reconstruct_from", failing)
     main(["test", "--config", write(Path("inversion.yaml"), settings)])
     document = json.loads(Path("run/metrics.json").read_text())
     printed = capsys.readouterr().out

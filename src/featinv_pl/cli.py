@@ -20,6 +20,18 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported so that a configuration can name these classes without their path.
+import featinv_pl.data.images.corrupted
+import featinv_pl.data.images.digits
+import featinv_pl.data.images.folders
+import featinv_pl.data.shards.datamodule
+import featinv_pl.evaluation.drawn
+import featinv_pl.evaluation.per_source
+import featinv_pl.evaluation.reconstruction_grid
+import featinv_pl.runtime.averaging
+import featinv_pl.tasks.extraction
+import featinv_pl.tasks.inversion
+import featinv_pl.tasks.pretraining
+import featinv_pl.tasks.shard_writer  # noqa: F401
 from featinv_pl.config import MODE, ConfigParser, prepared
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError

@@ -65,7 +65,7 @@ def test_a_stored_reconstruction_is_reused_by_the_same_model_alone(
         sampled.append(len(features))
         return invert(self, features, noise, sampler)
 
-    monkeypatch.setattr(FeatureInversion, "invert", counted)
+    monkeypatch.setattr(FeatureInversion, "reconstruct_from", counted)
 
     def test(prior: Path, precision: Any = "32-true", model: dict[str, Any] | None = None, seed: int = 0) -> int:
         torch.manual_seed(0)

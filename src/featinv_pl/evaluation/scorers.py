@@ -90,7 +90,7 @@ def scorers(
         def judged(classes: Classes) -> list[Metric]:
             return [MapSimilarity(replicates), *([Agreement(replicates)] if judge.classifies else [])]
 
-        found.append(Scorer("judge_", judge.look, judge.classifies, judged))
+        found.append(Scorer("judge_", judge.classify, judge.classifies, judged))
     network = _published("fid and kid", Inception, inception, "inception", notes)
     if network is not None:
         features = network.to(module.device)
