@@ -27,7 +27,6 @@ MISPLACED = {  # what is still to be moved: (module, what it imports)
     ("inverter/publishing.py", "lightning.pytorch"),
     ("explore/study.py", "featinv_pl.evaluation.plots"),
     ("pages/page.py", "featinv_pl.evaluation.plots"),
-    ("pages/page.py", "featinv_pl.runtime.saving"),
     ("runtime/provenance.py", "featinv_pl.inverter.identity"),
     ("runtime/run_folder.py", "featinv_pl.tasks.shard_writer"),
     ("tasks/inversion.py", "featinv_pl.evaluation.arms"),

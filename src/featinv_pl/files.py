@@ -1,8 +1,10 @@
-"""Small files that anybody may have made, read whole: of bounded size, and with one clear error."""
+"""Files: those that anybody may have made are read bounded, and what is written appears complete or not at all."""
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from featinv_pl.errors import UserError
 
 LARGEST = 1 << 26  # bytes; the largest that we write, the index of a shard of 10,000 samples, has a tenth
 MOST_VALUES = 1_000_000  # of a YAML file, each counted as often as it is referred to
+PARTIAL = ".partial"  # what an incomplete file or folder is called after its name
 DEEPEST = 100  # levels of a YAML file; libyaml's composer overflows the stack at some ten thousand
 
 
@@ -154,3 +157,73 @@ def _check_values(contents: Any) -> None:
 def _damaged(path: Path, option: str, advice: str, error: Exception) -> UserError:
     reason = " ".join((str(error) or type(error).__name__).split())[:300]
     return UserError(f"{option}: '{path}' is damaged or no file of this kind ({reason}). {advice}")
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Make a file or a folder that appears complete and flushed to the disk, or not at all.
+
+    A file that is there is replaced; a folder that is there is an error, unless it is empty.
+
+    Args:
+        path: The file or folder; the folders above it are made.
+
+    Yields:
+        Where to write it: a new name beside `path`, which an interrupted run leaves behind and the next one replaces.
+
+    Raises:
+        OSError: The file system refuses; of a full disk, Python alone does not say whose file it was.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(partial)  # a link that somebody has put there would be written through
+    try:
+        with named(path):
+            yield partial
+            publish(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk needs the room
+            remove(partial)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    with atomic(path) as partial:
+        partial.write_bytes(data)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Flush a complete file or folder to the disk, and then give it its name."""
+    for part in (partial, *partial.rglob("*")):
+        _flush(part)
+    os.replace(partial, path)
+    _flush(path.parent)  # or a loss of power may undo the renaming
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give what the file system refuses the name of the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not str(error.filename or path).startswith(str(path)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from featinv_pl.cli import effective_config, train
-from featinv_pl.files import read_json
-from featinv_pl.runtime.saving import write_bytes
+from featinv_pl.files import read_json, write_bytes
 
 STAGES = "stages.json"
 

@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from featinv_pl.files import write_bytes
 from featinv_pl.inverter.identity import hashed, identity, sampling
-from featinv_pl.runtime.saving import write_bytes
 from featinv_pl.types import Batch, Reconstruction, to_uint8
 
 DRAWN = "drawn"

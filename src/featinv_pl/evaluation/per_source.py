@@ -21,12 +21,12 @@ from featinv_pl.evaluation.results import HEADLINES, METRICS, Results, aligned, 
 from featinv_pl.evaluation.scorers import Classes, Scorer, scorers
 from featinv_pl.evaluation.sets import EvaluationCallback, results_root
 from featinv_pl.evaluation.tally import Tally
+from featinv_pl.files import write_bytes
 from featinv_pl.metrics.frechet import FrechetDistance
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.metrics.weights import Weights
 from featinv_pl.runtime.provenance import evaluation
 from featinv_pl.runtime.ranks import agree, hands_back_little
-from featinv_pl.runtime.saving import write_bytes
 from featinv_pl.types import Batch, Observation, Reconstruction
 
 REPLICATES = 1000

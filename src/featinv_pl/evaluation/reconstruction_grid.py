@@ -19,8 +19,8 @@ from featinv_pl.errors import UserError
 from featinv_pl.evaluation.arms import CEILING, INVERSION, ORIGINAL, label
 from featinv_pl.evaluation.loggers import Pixels, last_step, log_picture
 from featinv_pl.evaluation.sets import EvaluationCallback, results_root
+from featinv_pl.files import write_bytes
 from featinv_pl.nets.frozen import digest
-from featinv_pl.runtime.saving import write_bytes
 from featinv_pl.types import Batch, Reconstruction, predicted, to_uint8
 
 PICTURES = "pictures"

@@ -17,10 +17,10 @@ from featinv_pl.data.shards.manifest import seal
 from featinv_pl.data.shards.reader import BatchReader, ShardSet
 from featinv_pl.data.workers import loader
 from featinv_pl.errors import UserError
+from featinv_pl.files import write_bytes
 from featinv_pl.nets.regression import LatentRegression, fit
 from featinv_pl.runtime.progress import progress
 from featinv_pl.runtime.ranks import agree, of_all_ranks
-from featinv_pl.runtime.saving import write_bytes
 from featinv_pl.types import Batch, Observation
 
 STEPS, EPOCHS, BATCH_SIZE = 4000, 50, 64  # whichever of steps and epochs ends first

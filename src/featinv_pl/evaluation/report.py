@@ -18,12 +18,11 @@ from featinv_pl.evaluation.arms import ARMS, INVERSION, label
 from featinv_pl.evaluation.plots import cosine_histograms, png, severity_curves
 from featinv_pl.evaluation.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
 from featinv_pl.evaluation.results import METRICS, Document, Name, Score, as_score, by_name, cell, read_document
-from featinv_pl.files import read_json
+from featinv_pl.files import read_json, write_bytes
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.pages.page import data_uri, picture_uri, render
 from featinv_pl.pages.pictures import open_picture
-from featinv_pl.runtime.saving import write_bytes
 
 STAGES = "stages.json"
 ADVICE = "Test again with the ReconstructionGrid callback."

@@ -23,8 +23,7 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.samples import Origin, Samples
-from featinv_pl.files import read_bytes, read_json
-from featinv_pl.runtime.saving import write_bytes
+from featinv_pl.files import read_bytes, read_json, write_bytes
 
 Method = Literal["nmf", "difference", "cav"]
 TENSORS, FACTS = "concepts.safetensors", "concepts.json"

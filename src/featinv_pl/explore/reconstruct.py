@@ -9,9 +9,9 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from featinv_pl.explore.fidelity import Fidelity
+from featinv_pl.files import write_bytes
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.pages.pictures import open_picture, prediction, unique_names
-from featinv_pl.runtime.saving import write_bytes
 
 SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
 SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels

@@ -1,17 +1,18 @@
 """The two prompts of the method, encoded once and stored, so that no run keeps a text encoder."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from featinv_pl.errors import UserError
+from featinv_pl.files import atomic
 
 PROMPT = "a high-quality, detailed, and professional image"
 FILE = "prompts.safetensors"
@@ -32,10 +33,9 @@ def read_prompts(path: Path, option: str) -> tuple[Tensor, Tensor]:
 
 
 def write_prompts(path: Path, prompt: Tensor, empty: Tensor) -> None:
-    """Write embeddings (L, D), whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({"prompt": prompt.contiguous(), "empty": empty.contiguous()}, partial)
-    os.replace(partial, path)
+    """Write embeddings (L, D) atomically."""
+    with atomic(path) as partial:
+        save_file({"prompt": prompt.contiguous(), "empty": empty.contiguous()}, partial)
 
 
 def encode_prompts(
@@ -57,8 +57,9 @@ def encode_prompts(
     """
     stored = cached_assets_path("featinv-pl", namespace="prompts", subfolder=_key(state)) / FILE
     if not stored.is_file():
-        prompt, empty = _encode(state, config, tokenizer, option)
-        write_prompts(stored, prompt, empty)
+        with FileLock(stored.with_name(f".{FILE}.lock")):  # processes that want the same prompts wait for the first
+            if not stored.is_file():
+                write_prompts(stored, *_encode(state, config, tokenizer, option))
     return read_prompts(stored, option)
 
 

@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from featinv_pl.evaluation.plots import png
+from featinv_pl.files import write_bytes
 from featinv_pl.pages.pictures import picture_png
-from featinv_pl.runtime.saving import write_bytes
 
 TILE, PLOT, TEXT = 1.2, 2.8, 0.17  # inches: side of a picture, height of a plot, height of a line
 RED = "#b00020"

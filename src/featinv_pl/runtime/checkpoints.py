@@ -1,7 +1,6 @@
 """Atomic checkpoint writes, and the choice of the checkpoint to continue from."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -14,11 +13,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from featinv_pl.errors import UserError
+from featinv_pl.files import PARTIAL, atomic
 from featinv_pl.nets.pickles import check_archive
 from featinv_pl.nets.sources import read_checkpoint
 
 OPTION = "--ckpt_path"
-PARTIAL = ".partial"
 ABANDONED = 600.0  # seconds in which a living process writes at least something
 
 
@@ -40,14 +39,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        partial = target.with_name(target.name + PARTIAL)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target.parent)
-            _write(checkpoint, partial)
-            check_archive(partial)
-            os.replace(partial, target)
-            _flush(target.parent)
+            with atomic(target) as partial:
+                with partial.open("wb") as file:  # torch's own hides what the file system says
+                    torch.save(checkpoint, file)
+                check_archive(partial)
         except Exception as error:
             if (refusal := _refusal(error)) is None:
                 raise
@@ -55,8 +52,6 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 f"the checkpoint '{path}' could not be saved: {refusal}. What was there before is as it was. "
                 f"Make room or give another folder, and go on with {OPTION} last."
             ) from error
-        finally:
-            _remove(partial)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Load tensors and plain values, whatever was asked for: nothing in a checkpoint may run code."""
@@ -139,34 +134,11 @@ def say(text: str) -> None:
     print(f"featinv-pl: {text}", file=sys.stderr)
 
 
-def _write(checkpoint: dict[str, Any], path: Path) -> None:
-    with path.open("wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Make a rename in a folder outlast a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sweep(folder: Path) -> None:
     """Remove what killed runs have left of checkpoints that never were."""
     for path in folder.glob(f"*.ckpt{PARTIAL}"):
         if time.time() - path.stat().st_mtime > ABANDONED:  # another process may be writing right now
             path.unlink(missing_ok=True)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:  # of a folder that may not be written to, of which the user hears already
-        return
 
 
 def _refusal(error: BaseException | None) -> str | None:

@@ -1,7 +1,6 @@
 """Files that a run leaves: its configuration, and the parts it has trained."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,8 +8,8 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
-from featinv_pl.data.shards.manifest import write_file
 from featinv_pl.errors import UserError
+from featinv_pl.files import atomic, remove, write_bytes
 from featinv_pl.masking import masked
 from featinv_pl.nets.sources import SUMMED, SUMS, check_sums, write_sums
 from featinv_pl.runtime.provenance import provenance
@@ -105,16 +104,14 @@ class SavePretrained(Callback):
         if not trainer.is_global_zero:
             return
         folder, replaced = self._places(trainer)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        cast(Any, pl_module).save_pretrained(partial)
-        write_sums(partial)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, replaced)
-        os.replace(partial, folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        with atomic(folder) as partial:
+            partial.mkdir()
+            cast(Any, pl_module).save_pretrained(partial)
+            write_sums(partial)
+            remove(replaced)
+            if folder.exists():
+                os.replace(folder, replaced)
+        remove(replaced)
 
     def _places(self, trainer: Trainer) -> tuple[Path, Path]:
         """Where the model goes, and where the one that it replaces is meanwhile."""
@@ -143,9 +140,3 @@ def _without_home(settings: Any) -> Any:
     if isinstance(settings, str) and Path(settings).is_relative_to(Path.home()):
         return str(Path("~", Path(settings).relative_to(Path.home())))
     return settings
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, data)

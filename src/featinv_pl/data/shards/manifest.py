@@ -6,13 +6,10 @@ fraction of the time that reading takes, and can be checked sample by sample; SH
 stands in the manifest, where `featinv-pl verify` and downloads compare it.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, cast
 
@@ -21,7 +18,7 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 
 from featinv_pl.data.shards.samples import ImageFormat, Storage
 from featinv_pl.errors import UserError
-from featinv_pl.files import read_bytes
+from featinv_pl.files import read_bytes, write_bytes
 from featinv_pl.types import Provenance
 
 MANIFEST = "manifest.json"
@@ -29,7 +26,6 @@ SEAL = "manifest_sha256"
 FORMAT_VERSION = 2
 BEGUN = "extraction.json"  # lies in a set until its manifest is written
 CONFIGURATION = "predict.yaml"  # of the extraction, saved in its root folder
-PARTIAL = ".partial"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]{0,199}")  # no folders, so that no shard lies outside its set
 
 
@@ -117,32 +113,6 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file that is either whole and on the disk or not there, whatever happens meanwhile."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.unlink(missing_ok=True)  # a link that somebody has put there would be written through
-    try:
-        with named(path):
-            with partial.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # a full disk needs the room; without leave there is no such file
-            partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Give what the file system refuses the name of the file: of a full disk, Python does not say whose."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 def to_json(contents: Any) -> bytes:
     """The bytes in which a manifest is written."""
     return (json.dumps(contents, indent=2) + "\n").encode()
@@ -150,7 +120,7 @@ def to_json(contents: Any) -> bytes:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a manifest, last of all: its presence says that the set is whole."""
-    write_file(folder / MANIFEST, to_json(_sealed(manifest)))
+    write_bytes(folder / MANIFEST, to_json(_sealed(manifest)))
 
 
 def _sealed(manifest: Any) -> dict[str, Any]:

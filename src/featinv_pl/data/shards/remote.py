@@ -16,9 +16,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
-from featinv_pl.data.shards.manifest import MANIFEST, PARTIAL, parse_manifest, write_file
+from featinv_pl.data.shards.manifest import MANIFEST, parse_manifest
 from featinv_pl.errors import UserError
-from featinv_pl.files import LARGEST
+from featinv_pl.files import LARGEST, atomic, write_bytes
 from featinv_pl.masking import MASK, masked
 
 SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")
@@ -68,7 +68,7 @@ class RemoteSet:
         self.folder = cache.expanduser() / hashlib.sha256(manifest).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
-            write_file(self.folder / MANIFEST, manifest)
+            write_bytes(self.folder / MANIFEST, manifest)
 
     def fetch(self, path: Path, sha256: str, size: int | None = None) -> None:
         """Fetch a file of the set unless it is there. It has its name only when it is whole and checked.
@@ -86,8 +86,7 @@ class RemoteSet:
                 self._download(path, sha256, size)
 
     def _download(self, path: Path, sha256: str, size: int | None) -> None:
-        partial = path.with_name(path.name + PARTIAL)
-        try:
+        with atomic(path) as partial:
             with partial.open("wb") as file:
                 found = self._copy(path.name, file, size)
             if found != sha256:
@@ -95,9 +94,6 @@ class RemoteSet:
                     f"{self.option}: '{path.name}' of '{masked(self.place)}' is not the file that its manifest "
                     f"describes: its SHA-256 is {found[:12]} instead of {sha256[:12]}. Copy it there again."
                 )
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _copy(self, name: str, file: IO[bytes], size: int | None = None) -> str:
         """Copy a file of the set into an open one, in several attempts if need be.

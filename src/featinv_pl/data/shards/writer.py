@@ -9,7 +9,6 @@ on what was computed before.
 import contextlib
 import hashlib
 import json
-import os
 import tarfile
 import zlib
 from collections import deque
@@ -24,7 +23,6 @@ from featinv_pl.data.shards.manifest import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
-    PARTIAL,
     Entry,
     Index,
     Member,
@@ -32,14 +30,13 @@ from featinv_pl.data.shards.manifest import (
     Shard,
     Unreadable,
     index_path,
-    named,
     read_manifest,
     to_json,
-    write_file,
     write_manifest,
 )
 from featinv_pl.data.shards.samples import encode, prepare
 from featinv_pl.errors import UserError
+from featinv_pl.files import PARTIAL, named, publish, write_bytes
 from featinv_pl.types import Batch, Provenance
 
 ENCODERS = 2  # threads; compressing a picture takes about as long as a GPU takes for its features
@@ -97,11 +94,9 @@ class ShardFile:
             "entries": self.entries,
         }
         with named(self.path):
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self.path)
-        write_file(index_path(self.path), json.dumps(index).encode())
+            publish(self._partial, self.path)
+        write_bytes(index_path(self.path), json.dumps(index).encode())
 
     def abandon(self) -> None:
         """Let go of an unfinished tar."""
@@ -196,7 +191,7 @@ class ShardSetWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             for partial in self.folder.glob(f"*{PARTIAL}"):
                 partial.unlink()
-            write_file(self.folder / BEGUN, to_json(self._begun))
+            write_bytes(self.folder / BEGUN, to_json(self._begun))
 
     def add(self, batch: Batch) -> None:
         """Take in the next batch of this rank's share, from any device.
