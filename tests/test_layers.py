@@ -28,7 +28,6 @@ MISPLACED = {  # what is still to be moved: (module, what it imports)
     ("explore/study.py", "featinv_pl.evaluation.plots"),
     ("pages/page.py", "featinv_pl.evaluation.plots"),
     ("runtime/provenance.py", "featinv_pl.inverter.identity"),
-    ("runtime/run_folder.py", "featinv_pl.tasks.shard_writer"),
     ("tasks/inversion.py", "featinv_pl.evaluation.arms"),
 }
 NO_LIGHTNING = ("inverter", "nets", "sampling", "metrics", "types", "errors", "decoding", "files")

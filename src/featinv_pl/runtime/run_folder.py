@@ -14,10 +14,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from featinv_pl.data.shards.manifest import MANIFEST
 from featinv_pl.errors import UserError
 from featinv_pl.masking import masked
-from featinv_pl.tasks.shard_writer import ShardWriter
 
 LOCK = ".featinv-pl.lock"
 
@@ -50,11 +48,10 @@ def written_folders(trainer: Trainer, data: Any, command: str) -> list[Path]:
         data: The data module.
         command: `fit`, `validate`, `test` or `predict`.
     """
-    writers = (
-        [one for one in cast(Any, trainer).callbacks if isinstance(one, ShardWriter)] if command == "predict" else []
-    )
-    sets = [path for writer in writers for path in writer.set_folders(home(trainer), data)]
-    return [path for path in sets if not (path / MANIFEST).exists()] if writers else [home(trainer)]
+    writers = [one for one in cast(Any, trainer).callbacks if hasattr(one, "unfinished_folders")]
+    if command != "predict" or not writers:
+        return [home(trainer)]
+    return [folder for writer in writers for folder in writer.unfinished_folders(home(trainer), data)]
 
 
 def configuration_path(trainer: Trainer, folder: Path, command: str) -> Path:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.data.batches import cut
 from featinv_pl.data.images.datamodule import ImageData, ImageSource
-from featinv_pl.data.shards.manifest import Settings
+from featinv_pl.data.shards.manifest import MANIFEST, Settings
 from featinv_pl.data.shards.samples import ImageFormat, Storage
 from featinv_pl.data.shards.writer import ShardSetWriter, shard_ranges
 from featinv_pl.errors import UserError
@@ -61,9 +61,13 @@ class ShardWriter(Callback):
 
     # Before: what is left to do
 
-    def set_folders(self, root: Path, data: Any) -> list[Path]:
-        """The folders of the shard sets that are made of a data module's images."""
-        return [(self.given or root) / images.source for images in getattr(data, "predicted", [])]
+    def unfinished_folders(self, root: Path, data: Any) -> list[Path]:
+        """The folders of the shard sets that are still to be made of a data module's images.
+
+        What a run writes to: whoever claims folders for a run asks each callback that has this method.
+        """
+        folders = [(self.given or root) / images.source for images in getattr(data, "predicted", [])]
+        return [folder for folder in folders if not (folder / MANIFEST).exists()]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out what is left to do, and tell the data module."""
