@@ -13,39 +13,18 @@ from pathlib import Path
 from signal import SIGPIPE
 from typing import Any
 
-from featinv_pl.commands import COMMANDS, folder, load_pipeline, positive
-from featinv_pl.errors import UserError, user_error
+from featinv_pl.commands import COMMANDS, Command, folder, load_pipeline, positive
+from featinv_pl.errors import UserError, options_spelled, user_error
 from featinv_pl.masking import masked
 
-USAGE = """\
-usage: featinv-pl COMMAND [options]
-
-Draw natural images from a classifier's spatial feature map (FeatInv).
-
-  fit          train a Classifier, Autoencoder, NoisePredictor or FeatureInversion
-  validate     score a FeatureInversion on its validation shards
-  test         score a FeatureInversion on shards of any number of sources
-  predict      extract features of images into shards
-  verify       check feature shards against their manifest
-  reconstruct  draw pictures from the feature maps of pictures
-  export       write a trained inverter as a folder to publish
-  import       write the authors' checkpoint as such a folder
-  concepts     find directions in feature space that mean something
-  steer        move a picture's feature map along a concept, and draw it
-  interpolate  draw what lies between two pictures' feature maps
-  compose      paste a region of one picture's map into another's, and draw it
-  compare      pictures beside what several inverters draw from them
-  app          a page on this machine for all that
-  report       one page of pictures, tables and curves from scored inversions
-  study        compare ways of training and sampling, over several seeds
-  demo         all of the above on handwritten digits
-
-`featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.
-FEATINV_CONFIG=FILE in the environment lays a file over the configuration of the first four.
-"""
 OVERLAY = "FEATINV_CONFIG"
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+TRAINER_COMMANDS = {
+    "fit": "train a Classifier, Autoencoder, NoisePredictor or FeatureInversion",
+    "validate": "score a FeatureInversion on its validation shards",
+    "test": "score a FeatureInversion on any number of test sets",
+    "predict": "extract features of images into shards",
+}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -110,11 +89,14 @@ def run(args: list[str]) -> None:
 
         train(overlaid(args, os.environ.get(OVERLAY)))
     elif command in OWN_COMMANDS:
-        OWN_COMMANDS[command](args[1:])
+        own = OWN_COMMANDS[command]
+        parser = ArgumentParser(f"featinv-pl {command}", description=f"{own.does[0].upper()}{own.does[1:]}.")
+        with options_spelled(lambda: re.findall(r"--[\w.]+", parser.format_usage())):
+            own.run(parser, args[1:])
     elif command == "--version":
         print(version("featinv-pl"))
     elif command in ("-h", "--help"):
-        print(USAGE, end="")
+        print(_usage(), end="")
     else:
         raise UserError(f"there is no command '{command}'. `featinv-pl --help` lists them.")
 
@@ -143,8 +125,7 @@ def overlaid(args: list[str], overlay: str | None) -> list[str]:
     return [*args[:end], "--config", overlay, *args[end:]]
 
 
-def _verify(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl verify", description="Check feature shards against their manifest.")
+def _verify(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("folder", type=Path, nargs="+", help="a shard set, or a folder of some")
     options = parser.parse_args(args)
     from featinv_pl.data.shards.verification import verify
@@ -154,8 +135,7 @@ def _verify(args: list[str]) -> None:
         sys.exit(1)
 
 
-def _report(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl report", description="One page of pictures, tables and curves.")
+def _report(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("folder", type=Path, help="holds one folder per inverter, as `test` has left it")
     options = parser.parse_args(args)
     from featinv_pl.evaluation.report import report
@@ -164,8 +144,7 @@ def _report(args: list[str]) -> None:
     print(f"Open {options.folder / 'report.html'}.")
 
 
-def _study(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl study", description="Compare ways of training and sampling.")
+def _study(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("plan", metavar="PLAN", type=Path, help="a YAML file, such as experiments/study/digits.yaml")
     parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
     parser.add_argument("--config", type=Path, help="an overlay for every run, such as experiments/debug.yaml")
@@ -176,8 +155,7 @@ def _study(args: list[str]) -> None:
         sys.exit(1)
 
 
-def _demo(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl demo", description="The whole job on handwritten digits.")
+def _demo(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--fresh", action="store_true", help="start over instead of reusing stages that are done")
     parser.add_argument("--config", type=Path, help="an overlay for every stage, such as experiments/debug.yaml")
     options = parser.parse_args(args)
@@ -186,8 +164,7 @@ def _demo(args: list[str]) -> None:
     demo(options.fresh, options.config)
 
 
-def _export(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl export", description="Write a trained inverter as a folder to publish.")
+def _export(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of `fit`, or a checkpoint in it")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     options = parser.parse_args(args)
@@ -196,8 +173,7 @@ def _export(args: list[str]) -> None:
     export(options.run, options.out)
 
 
-def _import(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl import", description="Write the authors' checkpoint as a folder to publish.")
+def _import(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="their ControlLDM, .ckpt or .safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     parser.add_argument("--model.backbone", dest="backbone", default="convnext_base.fb_in22k_ft_in1k")
@@ -213,8 +189,7 @@ def _import(args: list[str]) -> None:
     import_official(options.pop("checkpoint"), options.pop("out"), **options)
 
 
-def _reconstruct(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl reconstruct", description="Draw pictures from the feature maps of pictures.")
+def _reconstruct(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     parser.add_argument("--out", required=True, type=folder, help="the folder for PNGs and the contact sheet")
@@ -254,15 +229,29 @@ def _sampler_changes(options: Namespace) -> dict[str, Any]:
 
 
 OWN_COMMANDS = {
-    "reconstruct": _reconstruct,
-    "export": _export,
-    "import": _import,
-    "verify": _verify,
-    "report": _report,
-    "study": _study,
+    "verify": Command(_verify, "check feature shards against their manifest"),
+    "reconstruct": Command(_reconstruct, "reconstruct pictures from their feature maps"),
+    "export": Command(_export, "write a trained inverter as a folder to publish"),
+    "import": Command(_import, "write the authors' checkpoint as a folder to publish"),
     **COMMANDS,
-    "demo": _demo,
+    "report": Command(_report, "one page of pictures, tables and curves from scored inverters"),
+    "study": Command(_study, "compare ways of training and sampling, over several seeds"),
+    "demo": Command(_demo, "all of the above on handwritten digits"),
 }
+
+
+def _usage() -> str:
+    does = {**TRAINER_COMMANDS, **{name: command.does for name, command in OWN_COMMANDS.items()}}
+    return "\n".join(
+        [
+            "usage: featinv-pl COMMAND [options]\n",
+            "Reconstruct natural images from a classifier's spatial feature map (FeatInv).\n",
+            *(f"  {name:11}  {text}" for name, text in does.items()),
+            "\n`featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.",
+            f"{OVERLAY}=FILE in the environment lays a file over the configuration of the first four.\n",
+        ]
+    )
+
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import capture_parser
+from jsonargparse import Namespace, capture_parser
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -34,7 +34,7 @@ import featinv_pl.tasks.pretraining
 import featinv_pl.tasks.shard_writer  # noqa: F401
 from featinv_pl.config import MODE, ConfigParser, prepared
 from featinv_pl.data.workers import workers_explained
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UserError, options_spelled
 from featinv_pl.evaluation.dry_run import BATCHES, Plan
 from featinv_pl.nets.sources import read_checkpoint
 from featinv_pl.runtime.changes import Changes
@@ -70,8 +70,13 @@ class FeatinvCLI(LightningCLI):
     """The run at W&B that a checkpoint continues."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self.claims:  # on folders, for as long as the command runs
+        with options_spelled(self._options), ExitStack() as self.claims:  # on folders, as long as the command runs
             super().__init__(*args, **kwargs)
+
+    def _options(self) -> Iterator[str]:
+        """Those of this command; before its line is parsed, none."""
+        config = getattr(self, "config", None)
+        return _options_of(config[config.subcommand]) if config else iter(())
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
@@ -192,6 +197,17 @@ class FeatinvCLI(LightningCLI):
                 "--plan: only test, and predict with a ShardWriter among --trainer.callbacks, can be planned."
             )
         trainer.logger, self.save_config_callback = False, None
+
+
+def _options_of(settings: Any, prefix: str = "--") -> Iterator[str]:
+    """The options that settings are given by; those of a list are of its classes."""
+    for one in settings if isinstance(settings, list) else [settings]:
+        for name, value in vars(one).items() if isinstance(one, Namespace) else ():
+            if name == "init_args":
+                yield from _options_of(value, prefix)
+            elif name != "class_path":
+                yield f"{prefix}{name}"
+                yield from _options_of(value, f"{prefix}{name}.")
 
 
 def _checkpoint_places(trainer: Any) -> set[Path]:

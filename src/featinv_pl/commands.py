@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from featinv_pl.errors import UserError
 
@@ -18,8 +18,7 @@ SIGNED = ("--strengths", "--box")  # whose values may begin with a minus
 NUM_IMAGES = 2000
 
 
-def _concepts(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl concepts", description="Find directions in feature space that mean something.")
+def _concepts(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="shard sets of one backbone and layer")
     parser.add_argument("--method", choices=("nmf", "difference", "cav"), default="nmf", help="(%(default)s)")
     parser.add_argument("--out", required=True, type=folder, help="the folder for concepts and examples")
@@ -53,8 +52,7 @@ def _concepts(args: list[str]) -> None:
     _finish(gallery(found, samples), options.out)
 
 
-def _steer(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl steer", description="Move a picture's feature map along a concept.")
+def _steer(parser: ArgumentParser, args: list[str]) -> None:
     _add_model(parser)
     parser.add_argument("image", metavar="IMAGE", type=Path)
     parser.add_argument("--concepts", required=True, type=Path, help="what `featinv-pl concepts` has written")
@@ -88,8 +86,7 @@ def _steer(args: list[str]) -> None:
     _finish(steering, options.out)
 
 
-def _interpolate(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl interpolate", description="Draw what lies between two pictures' feature maps.")
+def _interpolate(parser: ArgumentParser, args: list[str]) -> None:
     _add_model(parser)
     parser.add_argument("first", metavar="A", type=Path)
     parser.add_argument("second", metavar="B", type=Path)
@@ -108,8 +105,7 @@ def _interpolate(args: list[str]) -> None:
     _finish(interpolate(pipeline, first, second, options.steps, options.mode, real, options.seed), options.out)
 
 
-def _compose(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl compose", description="Paste a region of B's feature map into A's.")
+def _compose(parser: ArgumentParser, args: list[str]) -> None:
     _add_model(parser)
     parser.add_argument("first", metavar="A", type=Path)
     parser.add_argument("second", metavar="B", type=Path)
@@ -130,8 +126,7 @@ def _compose(args: list[str]) -> None:
     _finish(compose(pipeline, first, second, options.box, options.num_samples, options.seed), options.out)
 
 
-def _compare(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl compare", description="Pictures beside what several inverters draw from them.")
+def _compare(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     parser.add_argument("--models", metavar="MODEL", required=True, nargs="+", help="folders of `export`, or hub names")
     parser.add_argument("--out", required=True, type=folder, help="the folder for page, picture and facts")
@@ -148,8 +143,7 @@ def _compare(args: list[str]) -> None:
     )
 
 
-def _app(args: list[str]) -> None:
-    parser = ArgumentParser("featinv-pl app", description="A page on this machine to reconstruct, steer, interpolate.")
+def _app(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--model", required=True, help="a folder that `export` or `import` wrote, or its hub name")
     parser.add_argument("--concepts", type=Path, help="what `featinv-pl concepts` has written, to steer along")
     parser.add_argument(
@@ -164,13 +158,21 @@ def _app(args: list[str]) -> None:
     serve(load_pipeline(options.model), concepts, options.host, options.port)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    "concepts": _concepts,
-    "steer": _steer,
-    "interpolate": _interpolate,
-    "compose": _compose,
-    "compare": _compare,
-    "app": _app,
+class Command(NamedTuple):
+    """One of our own commands."""
+
+    run: Callable[[ArgumentParser, list[str]], None]
+    """Adds its options to a parser, parses its line, and does the work."""
+    does: str
+
+
+COMMANDS = {
+    "concepts": Command(_concepts, "find directions in feature space that mean something"),
+    "steer": Command(_steer, "move a picture's feature map along a concept, and reconstruct it"),
+    "interpolate": Command(_interpolate, "reconstruct what lies between two pictures' feature maps"),
+    "compose": Command(_compose, "paste a region of one picture's feature map into another's, and reconstruct it"),
+    "compare": Command(_compare, "pictures beside what several inverters reconstruct from them"),
+    "app": Command(_app, "a page on this machine to reconstruct, steer and interpolate"),
 }
 
 
@@ -216,16 +218,16 @@ def _mask(options: Namespace, pipeline: "FeatInvPipeline") -> "Tensor | None":
         return box_mask(options.box, pipeline.inversion.backbone.input_size)
     if options.mask is None:
         return None
-    picture, mask = open_picture(options.image), open_picture(options.mask, "--mask")
+    picture, mask = open_picture(options.image), open_picture(options.mask, "`mask`")
     if mask.size != picture.size:
         raise UserError(
-            f"--mask: '{options.mask}' has {mask.width}x{mask.height} pixels, and '{options.image}' "
+            f"`mask`: '{options.mask}' has {mask.width}x{mask.height} pixels, and '{options.image}' "
             f"{picture.width}x{picture.height}. Give a mask of the picture's size."
         )
     cropped = (pipeline.crop([mask])[0].mean(0) + 1) / 2
     if not cropped.any():
         raise UserError(
-            f"--mask: '{options.mask}' is black wherever the classifier looks, so nothing would change. "
+            f"`mask`: '{options.mask}' is black wherever the classifier looks, so nothing would change. "
             "Paint white what to change."
         )
     return cropped
@@ -234,7 +236,7 @@ def _mask(options: Namespace, pipeline: "FeatInvPipeline") -> "Tensor | None":
 def _samples(folder: Path | None, num_images: int) -> "Samples | None":
     from featinv_pl.explore.samples import read_samples
 
-    return read_samples([folder], num_images, "--real") if folder else None
+    return read_samples([folder], num_images, "`real`") if folder else None
 
 
 def _finish(result: "Report", folder: Path) -> None:

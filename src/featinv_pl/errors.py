@@ -1,11 +1,18 @@
 """The one exception that users are meant to read."""
 
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+NAME = re.compile(r"`([\w.]+)`")
+
 
 class UserError(ValueError):
     """Something the user can put right.
 
     The message says what is wrong, what was given and what to do. The command prints it alone,
-    without a traceback, and exits with status 1.
+    without a traceback, and exits with status 1. It names an argument of a constructor or function in
+    backticks, with its group where the name alone is ambiguous: `num_samples`, `data.train`.
     """
 
 
@@ -20,3 +27,32 @@ def user_error(error: BaseException) -> UserError:
             return cause
         cause = cause.__cause__ or cause.__context__
     raise error
+
+
+@contextmanager
+def options_spelled(options: Callable[[], Iterable[str]]) -> Iterator[None]:
+    """Let the messages of a command name its options where they name arguments: `num_samples`, `--model.num_samples`.
+
+    Args:
+        options: Gives those of the command, once it has failed.
+
+    Raises:
+        UserError: With such a message.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(spelled(str(user_error(error)), options())) from error
+
+
+def spelled(message: str, options: Iterable[str]) -> str:
+    """A message with the option in place of each name in backticks that belongs to one option alone."""
+    known = set(options)
+
+    def spell(name: re.Match[str]) -> str:
+        fitting = {option for option in known if option.lstrip("-") == name[1] or option.endswith(f".{name[1]}")}
+        least = min((option.count(".") for option in fitting), default=0)
+        [*found] = (option for option in fitting if option.count(".") == least)
+        return found[0] if len(found) == 1 else name[0]
+
+    return NAME.sub(spell, message)

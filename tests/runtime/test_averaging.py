@@ -76,5 +76,5 @@ def test_average_is_validated_saved_and_kept(
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
 def test_refuses_a_decay_out_of_range(decay: float) -> None:
-    with pytest.raises(UserError, match=rf"decay must lie between 0 and 1, and is {decay}"):
+    with pytest.raises(UserError, match=rf"`decay` must lie between 0 and 1, and is {decay}"):
         MovingAverage(decay)

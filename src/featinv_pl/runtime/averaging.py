@@ -23,7 +23,7 @@ class MovingAverage(WeightAveraging):
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 < decay < 1:
-            raise UserError(f"--trainer.callbacks.decay must lie between 0 and 1, and is {decay}.")
+            raise UserError(f"`decay` must lie between 0 and 1, and is {decay}.")
         super().__init__(use_buffers=False, multi_avg_fn=partial(_average, decay))
         self.decay = decay
         self._swapped = False
