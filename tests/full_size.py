@@ -24,7 +24,7 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from featinv_pl.nets import official
+from featinv_pl.nets import ldm
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import LENGTH, write_prompts
@@ -48,7 +48,7 @@ def write_prior(folder: Path) -> None:
         sample_size=256,
     )
     vae.save_pretrained(folder / "vae")
-    official.schedule().save_pretrained(folder / "scheduler")
+    ldm.schedule().save_pretrained(folder / "scheduler")
     write_prompts(folder / PROMPTS, torch.randn(LENGTH, 768), torch.randn(LENGTH, 768))
 
 

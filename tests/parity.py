@@ -22,7 +22,7 @@ from torch.nn.functional import mse_loss
 
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.inverter.publishing import import_official
-from featinv_pl.nets import official
+from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
@@ -70,9 +70,9 @@ def state_dict() -> dict[str, Tensor]:
 def write_prior(folder: Path, state: dict[str, Tensor]) -> Path:
     """The recorded model's frozen part, in diffusers' layout."""
     inputs = load_file(HERE / "golden_inputs.safetensors")
-    official.unet(state, "state", GOLDEN["config"]["num_heads"]).save_pretrained(folder / "unet")
-    official.autoencoder(state, "state").save_pretrained(folder / "vae")
-    official.schedule().save_pretrained(folder / "scheduler")
+    ldm.unet(state, "state", GOLDEN["config"]["num_heads"]).save_pretrained(folder / "unet")
+    ldm.autoencoder(state, "state").save_pretrained(folder / "vae")
+    ldm.schedule().save_pretrained(folder / "scheduler")
     write_prompts(folder / PROMPTS, inputs["context"][0], inputs["uncond_context"][0])
     return folder
 
@@ -170,13 +170,13 @@ def _training(model: FeatureInversion, inputs: dict[str, Tensor], outputs: dict[
 
 def control_names(model: FeatureInversion) -> dict[str, str]:
     """Our name of each of the authors' control tensors: a number sent through the import comes out somewhere."""
-    theirs = [name.removeprefix(official.CONTROL) for name in GOLDEN["keys"] if name.startswith(official.CONTROL)]
+    theirs = [name.removeprefix(ldm.CONTROL) for name in GOLDEN["keys"] if name.startswith(ldm.CONTROL)]
     state = {
-        official.CONTROL + name: torch.full(GOLDEN["keys"][official.CONTROL + name]["shape"], float(number))
+        ldm.CONTROL + name: torch.full(GOLDEN["keys"][ldm.CONTROL + name]["shape"], float(number))
         for number, name in enumerate(theirs)
     }
     before = {name: value.clone() for name, value in model.control.state_dict().items()}
-    official.load_control(model.control, state, "names")
+    ldm.load_control(model.control, state, "names")
     ours = {int(value.flatten()[0]): name for name, value in model.control.state_dict().items()}
     model.control.load_state_dict(before)
     return {name: ours[number] for number, name in enumerate(theirs)}

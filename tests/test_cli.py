@@ -602,7 +602,10 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
     [
         ("--data.train=nowhere", ["--data.train: there is no folder 'nowhere'"]),
         ("--data.test.clean=nowhere", ["--data.test.clean: there is no folder 'nowhere'"]),
-        ("--model.prior=nowhere", ["--model.prior: 'nowhere' is no folder, no file, and could not be fetched"]),
+        (
+            "--model.prior=nowhere",
+            ["--model.prior: 'nowhere' is neither a folder nor a file"],
+        ),
         ("--model.backbone=resnett50", ["'resnett50' is neither a folder nor a timm model", "Did you mean resnet50"]),
         ("--ckpt_path=nowhere.ckpt", ["--ckpt_path: there is no file 'nowhere.ckpt'"]),
         ("--model.dropuot=0.1", ["dropuot"]),

@@ -19,9 +19,7 @@ import yaml
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from featinv_pl.errors import UserError
 from featinv_pl.files import parse_yaml
-from featinv_pl.nets.sources import no_larger
 from torture.damage import OUTCOMES, WRONG, Bench, Kind, Trial, damaged, figure, kinds, make_originals, revalued
 from torture.hostile_files import ANY, LAUGHS, PICTURES, Runs, content
 
@@ -151,17 +149,6 @@ def test_yaml_unfolds_to_no_more_than_fits() -> None:
     for text in (LAUGHS, "&a [*a]", "[" * 200 + "]" * 200):
         with pytest.raises(yaml.YAMLError, match=r"more than|itself"):
             parse_yaml(text, yaml.safe_load)
-
-
-def test_no_network_is_larger_than_its_files() -> None:
-    with no_larger(10**8, "it", "--model"):
-        torch.nn.Linear(1000, 1000)
-    with (
-        pytest.raises(UserError, match=r"--model: it asks for more weights than its files can hold"),
-        no_larger(0, "it", "--model"),
-    ):
-        torch.nn.Linear(2000, 2000)
-    torch.nn.Linear(2000, 2000)
 
 
 # The judge

@@ -36,7 +36,7 @@ from featinv_pl.config import MODE, ConfigParser, prepared
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError, options_spelled
 from featinv_pl.evaluation.dry_run import BATCHES, Plan
-from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.changes import Changes
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
 from featinv_pl.runtime.finite import FiniteGuard

@@ -56,3 +56,8 @@ def spelled(message: str, options: Iterable[str]) -> str:
         return found[0] if len(found) == 1 else name[0]
 
     return NAME.sub(spell, message)
+
+
+def reason(error: BaseException, longest: int = 300) -> str:
+    """The first line of an error's text, or its kind if it has none, for a message about what it prevented."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]

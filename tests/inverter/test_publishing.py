@@ -20,7 +20,7 @@ from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.frozen import digest
-from featinv_pl.nets.sources import SUMS
+from featinv_pl.nets.hub import SUMS
 from featinv_pl.types import to_uint8
 
 ROOT = Path(__file__).parents[2]
@@ -313,7 +313,7 @@ def test_reconstruct_refuses_numbers(option: str, value: str, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("no index", "--model: 'model' has no model_index.json"),
+        ("no index", "there is no file 'model/model_index.json'"),
         ("broken index", "--model: 'model/model_index.json' is damaged"),
         ("empty index", "--model: 'model/model_index.json' is damaged"),
         ("no encoder", "--model.control: there is no file 'model/encoder/diffusion_pytorch_model.safetensors'"),

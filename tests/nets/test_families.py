@@ -123,5 +123,5 @@ def test_map_is_spatial_and_logits_are_timms(name: str) -> None:
 
 @pytest.mark.parametrize("name", WITHOUT_A_MAP)
 def test_refuses_what_gives_no_map(name: str) -> None:
-    with pytest.raises(UserError, match=f"--model.backbone: the penultimate layer of '{name}' is not a spatial map"):
+    with pytest.raises(UserError, match=f"`backbone`: the penultimate layer of '{name}' does not return a spatial map"):
         Backbone(name, "random")

@@ -7,7 +7,7 @@ from torch.nn.functional import conv2d, interpolate, mse_loss
 
 from featinv_pl.nets.regression import LatentRegression, fit
 
-STEPS = 120
+STEPS = 60
 
 
 def data(size: tuple[int, int], grid: tuple[int, int], count: int, seed: int) -> tuple[Tensor, Tensor]:

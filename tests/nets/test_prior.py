@@ -104,7 +104,7 @@ def test_latents_are_scaled_draws_from_their_moments(autoencoder: LatentAutoenco
 
 
 def test_autoencoder_names_the_option_that_gave_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--model.autoencoder: '.*' holds no config\.json"):
+    with pytest.raises(UserError, match=r"`autoencoder`: there is no file '.*/config\.json'"):
         LatentAutoencoder.load(str(tmp_path))
 
 
@@ -264,7 +264,7 @@ def test_names_a_missing_part(part: str, own_prior: Path) -> None:
     (own_prior / part).unlink()
     where, _, name = part.rpartition("/")
     message = {
-        "config.json": rf"'.*prior/{where}' holds no config\.json",
+        "config.json": rf"there is no file '.*prior/{where}/config\.json'",
         "scheduler_config.json": f"has no {part}",
         PROMPTS: f"has neither {PROMPTS} nor both text_encoder/ and tokenizer/",
     }[name]

@@ -40,13 +40,13 @@ def edit(file: Path, changes: dict[str, Any]) -> None:
         (SCHEDULER, {"rescale_betas_zero_snr": True}, "zero terminal SNR.*v_prediction"),
         (SCHEDULER, {"_class_name": ["DDIMScheduler"]}, "_class_name is "),
         ("vae/config.json", {"latent_channels": "4"}, "latent_channels is 4"),
-        (SCHEDULER, {"steps_offset": 7}, "describes no schedule .steps_offset is 7"),
+        (SCHEDULER, {"steps_offset": 7}, "does not describe a schedule .steps_offset is 7"),
         ("vae/config.json", {"shift_factor": 0.1159}, "shift_factor is 0.1159"),
         ("vae/config.json", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean is"),
-        ("vae/config.json", {"latent_channels": 16}, "wants 4 channels and returns 4, but latents .* have 16"),
-        ("unet/config.json", {"in_channels": 9}, "wants 9 channels .* as for inpainting"),
+        ("vae/config.json", {"latent_channels": 16}, "needs 4 channels and returns 4, but latents .* have 16"),
+        ("unet/config.json", {"in_channels": 9}, "needs 9 channels .* as for inpainting"),
         ("unet/config.json", {"out_channels": 8}, "returns 8"),
-        ("unet/config.json", {"num_class_embeds": 1000}, "wants classes"),
+        ("unet/config.json", {"num_class_embeds": 1000}, "needs classes"),
         ("unet/config.json", {"addition_embed_type": "text_time"}, "added embeddings, as Stable Diffusion XL"),
         ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "other embeddings"),
         ("unet/config.json", {"time_cond_proj_dim": 256}, "the guidance scale"),
@@ -60,7 +60,7 @@ def test_what_is_not_supported_is_refused_by_training_and_by_extraction(
     with pytest.raises(UserError, match=rf"^--model\.prior: .*{message}"):
         Prior(str(own_prior))
     for source in (own_prior, own_prior / "vae"):
-        with pytest.raises(UserError, match=rf"^--model\.autoencoder: .*{message}"):
+        with pytest.raises(UserError, match=rf"^`autoencoder`: .*{message}"):
             LatentAutoencoder.load(str(source))
 
 

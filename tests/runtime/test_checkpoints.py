@@ -12,7 +12,7 @@ import torch
 
 from conftest import Runs
 from featinv_pl.errors import UserError
-from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.checkpoints import ABANDONED, AtomicCheckpoints, find_checkpoint
 from torture.saving import kill_while_saving
 

@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from featinv_pl.data.shards.manifest import MANIFEST, index_path, to_json
-from featinv_pl.nets.sources import SUMS, write_sums
+from featinv_pl.nets.hub import SUMS, write_sums
 
 Spoil = Callable[[Path], None]
 """Changes the input that lies in a folder."""

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints
 from torture.table import Figure
 

@@ -20,7 +20,7 @@ from featinv_pl.evaluation.reconstruction_grid import EXTREMES, FACTS_FILE, FIRS
 from featinv_pl.evaluation.results import METRICS, Document, Name, Score, as_score, by_name, cell, read_document
 from featinv_pl.files import read_json, write_bytes
 from featinv_pl.nets.frozen import weights_digest
-from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.pages.page import data_uri, picture_uri, render
 from featinv_pl.pages.pictures import open_picture
 

@@ -7,21 +7,18 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from featinv_pl.nets import official
+from featinv_pl.nets import ldm
 from featinv_pl.nets.frozen import Frozen
-from featinv_pl.nets.sources import find_folder, load_part, read_weights
+from featinv_pl.nets.hub import find_folder, load_part
 from featinv_pl.nets.supported import check_autoencoder, check_prior
+from featinv_pl.nets.weights import read_weights
 
 DECODED_AT_ONCE = 4 * 256**2
 """Pixels. Enough to keep a GPU busy; larger batches would want half a gigabyte more for each image of 256 pixels."""
 
 
 class LatentAutoencoder(Frozen):
-    """A frozen AutoencoderKL.
-
-    Args:
-        vae: The network.
-    """
+    """A frozen AutoencoderKL."""
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
@@ -32,18 +29,18 @@ class LatentAutoencoder(Frozen):
         self.freeze()
 
     @classmethod
-    def load(cls, source: str, option: str = "--model.autoencoder") -> Self:
+    def load(cls, source: str, option: str = "`autoencoder`") -> Self:
         """Load the autoencoder of a source, refusing one of a prior that is not supported.
 
         Args:
             source: Its own folder in diffusers' layout (`config.json` and weights), or anything that
                 `Prior` takes: only the autoencoder, and the configurations of the rest, are fetched and read.
-            option: The option that named the source, for errors.
+            option: The argument that named the source, for errors.
         """
         if Path(source).is_file():
             state = read_weights(Path(source), option)
-            official.check_prior(state, f"{option} '{source}'")
-            return cls(official.autoencoder(state, f"{option} '{source}'"))
+            ldm.check_prior(state, f"{option} '{source}'")
+            return cls(ldm.autoencoder(state, f"{option} '{source}'"))
         folder = find_folder(source, ["vae/*", "unet/config.json", "scheduler/*"], option)
         if (folder / "vae").is_dir():
             folder /= "vae"
@@ -67,7 +64,7 @@ class LatentAutoencoder(Frozen):
         return torch.cat([distribution.mean, distribution.logvar], dim=1)
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Draw latents from their moments, scaled to unit variance as a UNet expects them.
+        """Sample latents from their moments, scaled to unit variance as a UNet expects them.
 
         Args:
             moments: (B, 2 * channels, H / f, W / f), as `encode` returns them.

@@ -1,7 +1,7 @@
 """The classifier whose features are inverted: any timm model, frozen."""
 
 import difflib
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.decoding import NoImageError, to_rgb
-from featinv_pl.errors import UserError
-from featinv_pl.files import read_json
+from featinv_pl.errors import UserError, reason
 from featinv_pl.nets.classes import Classes
 from featinv_pl.nets.classifier_files import misfit, read_classifier
 from featinv_pl.nets.frozen import Frozen
-from featinv_pl.nets.sources import no_larger, size_below
+from featinv_pl.nets.hub import read_config
 from featinv_pl.types import Observation, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
@@ -63,17 +62,13 @@ class Backbone(Frozen):
         self.name, self.weights, self.layer = name, weights, layer
         self.model: Any = _create(name, weights, input_size)
         if (channels := getattr(self.model, "in_chans", 3)) != 3:
-            raise UserError(
-                f"--model.backbone: '{name}' reads images with {channels} channel(s), and those that are inverted "
-                "have 3. Give a classifier of RGB images."
-            )
+            raise UserError(f"`backbone`: '{name}' takes images with {channels} channel(s). Give one for RGB images.")
         self.classifies = _classifies(self.model)
         try:
             self._prepare(_data_config(self.model, input_size))
         except (TypeError, ValueError, RuntimeError, LookupError) as error:
             raise UserError(
-                f"--model.backbone: '{name}' does not say how images are prepared for it ({error}). "
-                "Give another model, or fit the Classifier anew."
+                f"`backbone`: '{name}' does not say how images are prepared for it ({error}). Give another model."
             ) from error
         self.freeze()
         if layer != PENULTIMATE:
@@ -85,7 +80,7 @@ class Backbone(Frozen):
         self.classes = Classes.of(self.model, self.num_classes)
 
     def _prepare(self, config: dict[str, Any]) -> None:
-        """Take over how timm prepares images."""
+        """Prepare images as timm does."""
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
         if not all(1 <= side <= LARGEST_INPUT for side in self.input_size):
             raise ValueError(f"images of {self.input_size} pixels, and a side has 1 to {LARGEST_INPUT}")
@@ -109,14 +104,10 @@ class Backbone(Frozen):
             output, logits = self._run(self.transform(images.float()))
         features = _as_map(output, len(images), self.model, self.input_size)
         if features is None:
-            option, what = (
-                ("--model.backbone", f"the penultimate layer of '{self.name}'")
-                if self.layer == PENULTIMATE
-                else ("--model.layer", f"the output of '{self.layer}' in '{self.name}'")
-            )
+            named = "`backbone`: the penultimate layer" if self.layer == PENULTIMATE else f"`layer`: '{self.layer}'"
             raise UserError(
-                f"{option}: {what} is not a spatial map, so there is nothing to invert. Choose a model, or a layer "
-                "with --model.layer, that returns one map or one grid of tokens, such as the end of a stage."
+                f"{named} of '{self.name}' does not return a spatial map, so there is nothing to invert. Choose a "
+                "model or a `layer` that returns one map or one grid of tokens, such as the end of a stage."
             )
         return features, logits if self.classifies else logits[:, :0]
 
@@ -138,13 +129,7 @@ class Backbone(Frozen):
         return outputs[-1] if outputs else None, logits
 
     def crop(self, image: Image.Image) -> Tensor:
-        """The classifier's own view of a picture: timm's evaluation transform, before normalisation.
-
-        Args:
-            image: Of any size and mode.
-
-        Returns:
-            (3, H, W) in [-1, 1].
+        """A picture of any size and mode by timm's evaluation transform, before normalisation: (3, H, W) in [-1, 1].
 
         Raises:
             UserError: `to_rgb` refuses the picture.
@@ -168,7 +153,7 @@ class Backbone(Frozen):
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Observation:
-        """See images as they would be stored: quantised to bytes, then classified."""
+        """Classify images as they would be stored: quantised to bytes."""
         images = from_uint8(to_uint8(images))
         features, logits = self(images)
         return {"images": images, "features": features, "logits": logits}
@@ -188,38 +173,29 @@ class Backbone(Frozen):
 
 def _create(name: str, weights: str, input_size: int | None) -> Any:
     """Build a timm model, with errors that say what to do."""
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"--model.backbone: the folder '{name}' holds no config.json, so it is not a classifier in "
-                "timm's layout. Give the folder that fitting a Classifier has written."
-            )
-        read_json(folder / "config.json", "--model.backbone", "Fit the Classifier anew.")
-        name = f"local-dir:{name}"
+    source = name
+    if Path(name).is_dir():
+        source = f"local-dir:{name}"
+        if weights == "pretrained":
+            read_config(Path(name), "`backbone`", "Give a folder in timm's layout, such as a Classifier's.")
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         hint = f"Did you mean {', '.join(close)}? " if close else ""
         raise UserError(
-            f"--model.backbone: '{name}' is neither a folder nor a timm model. {hint}"
-            "`timm.list_models()` lists all names; a folder must have been written by fitting a Classifier."
+            f"`backbone`: '{name}' is neither a folder nor a timm model. {hint}`timm.list_models()` lists all names."
         )
     overlay = _from_file(weights) if weights not in ("pretrained", "random") else {}
     try:
-        whole = weights == "pretrained" and folder.is_dir()
-        with no_larger(size_below(folder), f"'{folder}'", "--model.backbone") if whole else nullcontext():
-            model = timm.create_model(name, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
+        model = timm.create_model(source, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
         if input_size and model.pretrained_cfg.get("fixed_input_size"):
             # Built again, so that timm fits tables of positions to the grid while it loads the weights.
             model = timm.create_model(
-                name, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
+                source, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
             )
         model.pretrained_cfg.pop("state_dict", None)
         return model
-    except UserError:
-        raise
     except Exception as error:  # a hostile configuration can raise anything
-        raise UserError(_cannot_load(name, weights, overlay, error)) from error
+        raise UserError(_cannot_load(name, weights, source, overlay, error)) from error
 
 
 def _data_config(model: Any, input_size: int | None) -> dict[str, Any]:
@@ -243,34 +219,29 @@ def _from_file(weights: str) -> dict[str, Any]:
     """What tells timm to take the weights of a file, with the care that it takes of a model's older weights."""
     if not Path(weights).is_file():
         raise UserError(
-            f"--model.weights: '{weights}' is not a file. "
+            f"`weights`: '{weights}' is not a file. "
             "Give one, `pretrained` for the weights that belong to the model's name, or `random`."
         )
     return {"state_dict": read_classifier(Path(weights)), "custom_load": False, "source": None}
 
 
-def _cannot_load(name: str, weights: str, overlay: dict[str, Any], error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()
-    title = name.removeprefix("local-dir:")
+def _cannot_load(name: str, weights: str, source: str, overlay: dict[str, Any], error: Exception) -> str:
     if overlay:
-        why = f"{' '.join(line.strip() for line in reason[:2])[:300]}. Give the file of that architecture, undamaged."
+        why = f"{reason(error)}. Give the file of that architecture, undamaged."
         with suppress(Exception):  # of a configuration that timm cannot build at all
-            why = misfit(overlay["state_dict"], timm.create_model(name), title) or why
-        return f"--model.weights: '{weights}' does not hold the weights of '{title}': {why}"
+            why = misfit(overlay["state_dict"], timm.create_model(source), name) or why
+        return f"`weights`: '{weights}' does not hold the weights of '{name}': {why}"
     if isinstance(error, KeyError) and error.args == ("architecture",):
         return (
-            f"--model.backbone: the config.json of '{title}' names no architecture of timm, as those of the library "
+            f"`backbone`: the config.json of '{name}' does not name an architecture of timm, as those of the library "
             "transformers do not. Give the same model under timm's name (`timm.list_pretrained()` lists all)."
         )
-    if name.startswith("local-dir:"):
-        return (
-            f"--model.backbone: the classifier in '{title}' could not be loaded "
-            f"({reason[0]}). Its files are damaged or do not belong together: fit the Classifier anew."
-        )
-    return (
-        f"--model.backbone: the weights of '{name}' could not be loaded ({reason[0]}). "
-        "Check the name and the network, or download the weights and give --model.weights FILE."
+    advice = (
+        "Its files are damaged or do not belong together: copy them again, or fit the Classifier again."
+        if source != name
+        else "Check the name and the network, or download the weights and give the file as `weights`."
     )
+    return f"`backbone`: the weights of '{name}' could not be loaded ({reason(error)}). {advice}"
 
 
 def _check_layer(model: Any, layer: str, name: str) -> None:
@@ -278,7 +249,7 @@ def _check_layer(model: Any, layer: str, name: str) -> None:
     if layer not in layers:
         close = difflib.get_close_matches(layer, layers, n=3) or [info["module"] for info in model.feature_info]
         raise UserError(
-            f"--model.layer: '{name}' has no layer '{layer}'. Did you mean {', '.join(close)}? "
+            f"`layer`: '{name}' has no layer '{layer}'. Did you mean {', '.join(close)}? "
             f"`{PENULTIMATE}` is the penultimate one."
         )
 

@@ -1,4 +1,4 @@
-"""What the classes of a classifier are called: labels are places of these names, whatever the head."""
+"""The names of a classifier's classes, by which labels are found."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -26,17 +26,10 @@ class Classes:
 
     @classmethod
     def of(cls, model: Any, num_classes: int) -> Self:
-        """The classes of a timm model.
+        """The classes of a timm model with as many logits.
 
         Names are those of `label_names` in its configuration, as fitting a `Classifier` writes them. Otherwise they
         are the wnids that timm knows for heads of ImageNet-1k, 12k, 21k and 22k, told by the number of classes.
-
-        Args:
-            model: The timm model.
-            num_classes: Number of logits.
-
-        Raises:
-            UserError: The configuration's names are not as many different ones as there are logits.
         """
         names = model.pretrained_cfg.get("label_names")
         if names:
@@ -62,7 +55,7 @@ def _checked(names: Any, num_classes: int) -> dict[str, int]:
     named = {name: label for label, name in enumerate(names)} if isinstance(names, list | tuple) else {}
     if len(named) != num_classes or not all(isinstance(name, str) for name in named):
         raise UserError(
-            f"--model.backbone: label_names in config.json are not {num_classes} different names, one for each class. "
+            f"`backbone`: label_names in config.json are not {num_classes} different names, one for each class. "
             "Correct them, or fit the Classifier again."
         )
     return named

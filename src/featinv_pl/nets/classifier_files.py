@@ -9,24 +9,21 @@ import torch
 from torch import Tensor
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.sources import read_weights
+from featinv_pl.nets.weights import read_weights
 
-OPTION = "--model.weights"
 # What wraps a network while it trains: DataParallel, torch.compile, Lightning, the robustness library.
 WRAPPERS = re.compile(r"^((module|_orig_mod|model|net|attacker|backbone)\.)+")
 TRANSFORMERS = re.compile(r"\b(embeddings?|embedder)\.|\bencoder\.(layer|layers|stages)\.")  # names of that library
 
 
 def read_classifier(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a network without the prefixes of what has wrapped it.
-
-    Of several networks in a file, such as one and its normalisation, the one with the most tensors is meant.
+    """Read the state dict of the largest network in a file, without the prefixes of what has wrapped it.
 
     Raises:
-        UserError: The file is no file of weights, or holds two networks of the same names and other values.
+        UserError: The file cannot be read, or holds two networks of the same names and other values.
     """
     networks: dict[str, dict[str, Tensor]] = {}
-    for name, value in read_weights(path, OPTION).items():
+    for name, value in read_weights(path, "`weights`").items():
         rest = WRAPPERS.sub("", name)
         networks.setdefault(name.removesuffix(rest), {})[rest] = value
     chosen = max(networks, key=lambda prefix: len(networks[prefix]))
@@ -35,41 +32,35 @@ def read_classifier(path: Path) -> dict[str, Tensor]:
             not torch.equal(value, networks[chosen][name]) for name, value in other.items()
         ):
             raise UserError(
-                f"{OPTION}: '{path}' holds two networks of the same names and other values, '{chosen}' and '{prefix}'. "
-                "Give a file with one of them."
+                f"`weights`: '{path}' holds two networks of the same names and other values, '{chosen}' and "
+                f"'{prefix}'. Give a file with one of them."
             )
     return networks[chosen]
 
 
 def misfit(weights: dict[str, Tensor], model: Any, name: str) -> str | None:
-    """Why weights do not fit a timm model, and what to do, if it is one of what people often have.
-
-    Args:
-        weights: As `read_classifier` returns them.
-        model: The model, with any weights.
-        name: What it was called.
-    """
+    """Why weights do not fit a timm model called `name`, and what to do, in the cases that people often have."""
     expected, config = model.state_dict(), model.pretrained_cfg
     if not expected.keys() & weights.keys() and any(map(TRANSFORMERS.search, weights)):
         return (
             "its names are those of the library transformers. Give the weights in timm's layout, which has most models"
         )
-    read = _size(weights, config.get("first_conv"), 1)
-    if read not in (None, _size(expected, config.get("first_conv"), 1)):
-        return f"it reads images with {read} channel(s), and those that are inverted have 3. Give one for RGB images."
+    channels, ours = (_size(one, config.get("first_conv"), 1) for one in (weights, expected))
+    if channels not in (None, ours):
+        return f"it takes images with {channels} channel(s). Give one for RGB images."
     classes, ours = (_size(one, config.get("classifier"), 0) for one in (weights, expected))
-    if classes is not None and classes != ours:
+    if classes not in (None, ours):
         about = {"input_size": config["input_size"], "mean": config["mean"], "std": config["std"]}
         folder = {"architecture": config.get("architecture"), "num_classes": classes, "pretrained_cfg": about}
         return (
-            f"it has {classes} classes, and '{name}' has {ours}. Give it beside --model.backbone FOLDER, with a "
-            f"config.json in that folder such as {json.dumps(folder)}, and its own size, mean and std."
+            f"it has {classes} classes, and '{name}' has {ours}. Give a folder as `backbone` with a config.json such "
+            f"as {json.dumps(folder)}, and its own size, mean and std."
         )
     return None
 
 
 def _size(weights: dict[str, Tensor], layers: Any, dimension: int) -> int | None:
-    """A size of the first of the layers that there are."""
+    """A size of the first of the layers that the weights have."""
     names = [layers] if isinstance(layers, str) else layers or []
     shapes = [weights[key].shape for name in names if (key := f"{name}.weight") in weights]
     return int(shapes[0][dimension]) if shapes and len(shapes[0]) > dimension else None

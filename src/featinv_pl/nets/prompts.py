@@ -1,6 +1,5 @@
 """The two prompts of the method, encoded once and stored, so that no run keeps a text encoder."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UserError, reason
 from featinv_pl.files import atomic
+from featinv_pl.nets.frozen import weights_digest
 
 PROMPT = "a high-quality, detailed, and professional image"
 FILE = "prompts.safetensors"
@@ -25,11 +25,10 @@ def read_prompts(path: Path, option: str) -> tuple[Tensor, Tensor]:
         prompts = load_file(path)
         prompt, empty = prompts["prompt"], prompts["empty"]
         if not all(one.is_floating_point() and one.float().isfinite().all() for one in (prompt, empty)):
-            raise ValueError("values that are no finite numbers")
+            raise ValueError("its values are not all finite")
         return prompt.float(), empty.float()
     except (OSError, KeyError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{option}: '{path}' is damaged ({reason}). Make the prior anew.") from error
+        raise UserError(f"{option}: '{path}' is damaged ({reason(error)}). Copy the prior again.") from error
 
 
 def write_prompts(path: Path, prompt: Tensor, empty: Tensor) -> None:
@@ -41,34 +40,23 @@ def write_prompts(path: Path, prompt: Tensor, empty: Tensor) -> None:
 def encode_prompts(
     state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, option: str
 ) -> tuple[Tensor, Tensor]:
-    """Encode both prompts as Stable Diffusion 1 does, or take them from the cache if that was done before.
-
-    The cache is Hugging Face's for assets. Its key is the text encoder's weights, so that no other
-    encoder's prompts can be mistaken for this one's.
+    """Encode both prompts as Stable Diffusion 1 does, or take them from Hugging Face's cache of assets.
 
     Args:
-        state: Weights of a CLIP text model, as transformers names them.
+        state: Weights of a CLIP text model, as transformers names them, whose digest is the key of the cache.
         config: Its CLIPTextConfig, as a dictionary.
         tokenizer: A folder or hub name of its CLIPTokenizer.
-        option: The option that named the prior, for errors.
+        option: The argument that named the prior, for errors.
 
     Returns:
         The last hidden states of the prompt and of the empty prompt, both (L, D).
     """
-    stored = cached_assets_path("featinv-pl", namespace="prompts", subfolder=_key(state)) / FILE
+    stored = cached_assets_path("featinv-pl", namespace="prompts", subfolder=weights_digest(state)) / FILE
     if not stored.is_file():
         with FileLock(stored.with_name(f".{FILE}.lock")):  # processes that want the same prompts wait for the first
             if not stored.is_file():
                 write_prompts(stored, *_encode(state, config, tokenizer, option))
     return read_prompts(stored, option)
-
-
-def _key(state: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256(PROMPT.encode())
-    for name, tensor in sorted(state.items()):
-        sha.update(name.encode())
-        sha.update(tensor.float().numpy().tobytes())
-    return sha.hexdigest()
 
 
 @torch.no_grad()
@@ -87,10 +75,9 @@ def _encode(state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, op
             raise ValueError(f"it knows {len(tokenize)} tokens instead of {encoder.config.vocab_size}")
         tokens = tokenize([PROMPT, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{option}: the prompts could not be encoded with the prior's text encoder and the tokenizer "
-            f"'{tokenizer}' ({reason}). Check the network, or put tokenizer/ of the same model beside the weights."
+            f"{option}: the prompts could not be encoded with the prior's text encoder and the tokenizer '{tokenizer}' "
+            f"({reason(error)}). Check the network, or put tokenizer/ of the same model beside the weights."
         ) from error
     if report["missing_keys"]:
         raise UserError(

@@ -2,6 +2,8 @@
 
 Supported are latent diffusion models of Stable Diffusion's kind: a UNet whose input is the noisy latents alone and
 whose only condition is a prompt, trained to predict the noise or the velocity on a variance-preserving schedule.
+
+`what` is where a configuration comes from and `option` the argument that named it, for errors.
 """
 
 from collections.abc import Mapping
@@ -16,8 +18,9 @@ from featinv_pl.files import read_json
 MOST_TIMESTEPS = 100_000  # of a schedule, whose tables have as many entries; usual are 1,000
 PREDICTIONS = ("epsilon", "v_prediction")
 ZERO_SIGNAL = 1e-12  # of the last timestep's share of signal: with less, noise says nothing of the image
+ADVICE = "Download or copy the prior again."
 
-# Stable Diffusion 1's. What diffusers' scheduler takes for granted differs in three of these.
+# Stable Diffusion 1's. The defaults of diffusers' scheduler differ in three of these.
 SCHEDULE: Final = {
     "num_train_timesteps": 1000,
     "beta_start": 0.00085,
@@ -41,7 +44,7 @@ SCHEDULERS: Final = tuple(
     )
 )
 
-# Of a UNet: what else it wants to be given.
+# Of a UNet: what else it needs as input.
 CONDITIONS: Final = {
     "class_embed_type": "classes",
     "num_class_embeds": "classes",
@@ -52,34 +55,20 @@ CONDITIONS: Final = {
 
 
 def check_prior(folder: Path, option: str) -> None:
-    """Refuse a prior that is not supported, as far as the configurations in its folder tell.
-
-    Args:
-        folder: In diffusers' layout; parts may be missing.
-        option: The option that named it, for errors.
-    """
+    """Refuse a prior in diffusers' layout that is not supported; parts of it may be missing."""
     vae, unet, scheduler = (
         folder / name for name in ("vae/config.json", "unet/config.json", "scheduler/scheduler_config.json")
     )
     if vae.is_file():
-        channels = check_autoencoder(_read(vae, option), f"'{vae.parent}'", option)
+        channels = check_autoencoder(read_json(vae, option, ADVICE), f"'{vae.parent}'", option)
         if unet.is_file():
-            check_unet(_read(unet, option), channels, f"'{unet.parent}'", option)
+            check_unet(read_json(unet, option, ADVICE), channels, f"'{unet.parent}'", option)
     if scheduler.is_file():
         read_schedule(scheduler, option)
 
 
 def check_autoencoder(config: Mapping[str, Any], what: str, option: str) -> int:
-    """Refuse an autoencoder whose latents are shifted or normalised by channel.
-
-    Args:
-        config: Of an AutoencoderKL.
-        what: Where it is, in the error's words.
-        option: The option that named it, for errors.
-
-    Returns:
-        The channels of its latents.
-    """
+    """Refuse an autoencoder whose latents are shifted or normalised by channel; return how many channels they have."""
     for name in ("shift_factor", "latents_mean", "latents_std"):
         if config.get(name):
             raise UserError(
@@ -88,44 +77,33 @@ def check_autoencoder(config: Mapping[str, Any], what: str, option: str) -> int:
             )
     channels = config.get("latent_channels", 4)
     if not isinstance(channels, int):
-        raise UserError(f"{option}: the configuration of {what} is damaged (latent_channels is {channels}).")
+        raise UserError(f"{option}: the configuration of {what} is damaged (latent_channels is {channels}). {ADVICE}")
     return channels
 
 
 def check_unet(config: Mapping[str, Any], channels: int, what: str, option: str) -> None:
-    """Refuse a UNet that wants more than noisy latents and a prompt.
-
-    Args:
-        config: Of a UNet2DConditionModel.
-        channels: Of the autoencoder's latents.
-        what: Where it is, in the error's words.
-        option: The option that named it, for errors.
-    """
+    """Refuse a UNet that needs more than noisy latents of as many channels and a prompt."""
     given, returned = (config.get(name, 4) for name in ("in_channels", "out_channels"))
-    reason = next((wanted for name, wanted in CONDITIONS.items() if config.get(name) is not None), None)
+    needed = next((condition for name, condition in CONDITIONS.items() if config.get(name) is not None), None)
     if (given, returned) != (channels, channels):
-        reason = f"{given} channels and returns {returned}, but latents of its autoencoder have {channels}"
-        reason += ", as for inpainting" if given == 2 * channels + 1 else ""
+        needed = f"{given} channels and returns {returned}, but latents of its autoencoder have {channels}"
+        needed += ", as for inpainting" if given == 2 * channels + 1 else ""
     elif not isinstance(config.get("cross_attention_dim", 1280), int):
-        reason = "prompts of several widths"
-    if reason:
+        needed = "prompts of several widths"
+    if needed:
         raise UserError(
-            f"{option}: the UNet of {what} wants {reason}. Supported are UNets whose input is latents alone and whose "
+            f"{option}: the UNet of {what} needs {needed}. Supported are UNets whose input is latents alone and whose "
             "only condition is a prompt, such as those of Stable Diffusion 1 and 2."
         )
 
 
 def read_schedule(path: Path, option: str) -> DDIMScheduler:
-    """The noise schedule of a prior, whichever supported scheduler its configuration is of.
+    """The noise schedule of a prior's `scheduler_config.json`, whichever supported scheduler it is of.
 
     What a configuration leaves out is Stable Diffusion's: older ones do, and DDIM's own defaults differ. How it would
     have latents sampled is left out: the sampler says so.
-
-    Args:
-        path: A `scheduler_config.json`.
-        option: The option that named the prior, for errors.
     """
-    config = _read(path, option)
+    config = read_json(path, option, "Give a complete prior in diffusers' layout.")
     prediction = config.get("prediction_type", "epsilon")
     for name, value, valid in (
         ("prediction_type", prediction, prediction in PREDICTIONS),
@@ -149,14 +127,10 @@ def read_schedule(path: Path, option: str) -> DDIMScheduler:
             raise ValueError("its noise is not finite")
     # Of a hostile configuration diffusers and torch raise any of these; an unknown schedule is a RuntimeError, too.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise UserError(f"{option}: '{path}' describes no schedule ({error}). Make the prior anew.") from error
+        raise UserError(f"{option}: '{path}' does not describe a schedule ({error}). {ADVICE}") from error
     if prediction == "epsilon" and schedule.alphas_cumprod[-1] < ZERO_SIGNAL:
         raise UserError(
             f"{option}: '{path}' ends in pure noise (zero terminal SNR), of which a predicted noise says nothing. "
             "Supported is v_prediction there; or set rescale_betas_zero_snr to false if the prior was trained so."
         )
     return schedule
-
-
-def _read(path: Path, option: str) -> dict[str, Any]:
-    return read_json(path, option, "Make the prior anew.")

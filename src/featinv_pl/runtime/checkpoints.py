@@ -14,8 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from featinv_pl.errors import UserError
 from featinv_pl.files import PARTIAL, atomic
-from featinv_pl.nets.pickles import check_archive
-from featinv_pl.nets.sources import read_checkpoint
+from featinv_pl.nets.weights import check_archive, read_checkpoint
 
 OPTION = "--ckpt_path"
 ABANDONED = 600.0  # seconds in which a living process writes at least something

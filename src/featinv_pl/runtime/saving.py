@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from featinv_pl.errors import UserError
 from featinv_pl.files import atomic, remove, write_bytes
 from featinv_pl.masking import masked
-from featinv_pl.nets.sources import SUMMED, SUMS, check_sums, write_sums
+from featinv_pl.nets.hub import SUMMED, SUMS, check_sums, write_sums
 from featinv_pl.runtime.provenance import provenance
 from featinv_pl.runtime.run_folder import configuration_path, written_folders
 

@@ -1,7 +1,7 @@
 """Frozen parts for a domain that has none: a classifier, an autoencoder and a prior of one's own.
 
-Each module trains one part on plain images and saves it in the layout that `Backbone` and `Prior`
-load. The callback `SavePretrained` calls for that at the end of `fit`.
+Each module trains one part on plain images. At the end of `fit`, the callback `SavePretrained` has it saved in the
+layout that `Backbone` and `Prior` load.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +23,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
-from featinv_pl.nets.supported import check_unet
+from featinv_pl.nets.supported import SCHEDULE, check_unet
 from featinv_pl.runtime.clipping import Clipped
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.noise import generator, keyed_noise
@@ -53,14 +53,13 @@ class Pretraining(Clipped, ABC):
 
     @abstractmethod
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
-        """Scalars to log, of which `loss` is minimised. What is drawn depends on the samples' keys and `identity`."""
+        """Scalars to log, of which `loss` is minimised. Random numbers depend on the samples' keys and `identity`."""
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
         """Write the trained part into `folder`."""
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Minimise `loss`."""
         losses = self.losses(batch, (torch.initial_seed(), self.current_epoch))
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True, sync_dist=True)
         return losses["loss"]
@@ -73,7 +72,6 @@ class Pretraining(Clipped, ABC):
             self.log(f"val/{name}", mean)
 
     def configure_optimizers(self) -> Any:
-        """Optimise whatever is not frozen."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
 
@@ -105,45 +103,40 @@ class Classifier(Pretraining):
         self.model = timm.create_model(model, num_classes=num_classes, **(model_args or {}))
 
     def on_fit_start(self) -> None:
-        """Take over the names of the classes."""
         self._read_classes()
 
     def on_validation_start(self) -> None:
-        """The same, of `validate` alone."""
         if self.trainer.state.fn == "validate":
             self._read_classes()
 
     def _read_classes(self) -> None:
-        """Refuse images that the classes say nothing of, and other classes than those of a checkpoint."""
+        """Take over the classes of the images, refusing images of others and other classes than a checkpoint's."""
         data = cast(Any, self.trainer).datamodule
         if not hasattr(data, "classes"):  # such as loaders in a notebook
             return
         if self.classes and self.classes != data.classes:
             raise UserError(
-                f"--data.train: the images have the classes {_listed(data.classes)}, and the checkpoint was trained on "
+                f"`data.train`: the images have the classes {_listed(data.classes)}, and the checkpoint was trained on "
                 f"{_listed(self.classes)}. Give the folder that it was trained on."
             )
         if len(data.classes) != self.num_classes:
             raise UserError(
-                f"--model.num_classes is {self.num_classes}, and the images to train on have {len(data.classes)} "
-                f"classes ({_listed(data.classes)}). Give that number, or a folder of as many class folders."
+                f"`num_classes` is {self.num_classes}, and the images to train on have {len(data.classes)} classes "
+                f"({_listed(data.classes)}). Give that number, or a folder of as many class folders."
             )
-        for option, images in (("train", data.training_images()), ("val", data.validation_images())):
-            for key, name in images.names() if images else ():
-                if name not in data.classes:
-                    raise UserError(f"--data.{option}: '{key}' belongs to none of the classes of training. Remove it.")
+        for name, images in (("train", data.training_images()), ("val", data.validation_images())):
+            for key, folder in images.names() if images else ():
+                if folder not in data.classes:
+                    raise UserError(f"`data.{name}`: '{key}' is not of any class of training. Remove it.")
         self.classes = data.classes
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the classes, whose order is that of the logits."""
-        checkpoint["classes"] = list(self.classes)
+        checkpoint["classes"] = list(self.classes)  # in the order of the logits
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them over; older checkpoints have none."""
         self.classes = tuple(checkpoint.get("classes", ()))
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
-        """Cross-entropy and accuracy."""
         logits, labels = self.model(batch["images"]), batch["labels"]
         accuracy = (logits.argmax(1) == labels).float().mean()
         return {"loss": functional.cross_entropy(logits, labels), "accuracy": accuracy}
@@ -206,8 +199,8 @@ class Autoencoder(Pretraining):
 class NoisePredictor(Pretraining):
     """Trains the UNet of a latent diffusion prior on images alone.
 
-    There is no text: zeros stand for the empty prompt, and fixed random numbers for one that asks for an image
-    of this domain. A tenth of training drops it, as that of Stable Diffusion does.
+    There is no text: zeros stand for the empty prompt, and fixed random numbers for one that asks for an image of this
+    domain, which a tenth of training drops, as that of Stable Diffusion does.
 
     Args:
         autoencoder: A folder in diffusers' layout, as fitting an `Autoencoder` writes it.
@@ -232,23 +225,14 @@ class NoisePredictor(Pretraining):
         self.autoencoder = LatentAutoencoder.load(autoencoder)
         channels = self.autoencoder.latent_channels
         given = {"in_channels": channels, "out_channels": channels, **config}
-        check_unet(given, channels, "the configuration", "--model.config")
+        check_unet(given, channels, "the configuration", "`config`")
         self.unet = UNet2DConditionModel(**given)
         width = self.unet.config.cross_attention_dim
         self.register_buffer("prompt", torch.randn(1, width, generator=generator("prompt", width)), persistent=False)
         # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.
-        self.schedule = DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type=prediction_type,
-        )
+        self.schedule = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
-        """The error of the predicted noise, at random timesteps."""
         moments = self.autoencoder.encode(batch["images"])
         rngs = [generator(*identity, key) for key in batch["key"]]
         shape, steps = (2, *moments.chunk(2, dim=1)[0].shape[1:]), self.schedule.config.num_train_timesteps
@@ -263,7 +247,7 @@ class NoisePredictor(Pretraining):
         return {"loss": functional.mse_loss(prediction, target)}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a whole prior: `unet/`, `vae/`, `scheduler/` and the stored prompts."""
+        """Write a complete prior: `unet/`, `vae/`, `scheduler/` and the stored prompts."""
         self.unet.save_pretrained(folder / "unet")
         self.autoencoder.vae.save_pretrained(folder / "vae")
         self.schedule.save_pretrained(folder / "scheduler")

@@ -1,22 +1,21 @@
 """Weights from elsewhere are read without running anything, or refused with one message."""
 
-import contextlib
 import shutil
 import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from conftest import Runs
 from featinv_pl.errors import UserError
-from featinv_pl.nets.sources import fill, find_folder, read_weights
+from featinv_pl.nets.hub import find_folder
+from featinv_pl.nets.weights import fill, read_weights
 
 WEIGHTS = {"one.weight": torch.arange(6.0).view(2, 3), "one.bias": torch.ones(2)}
 
@@ -57,35 +56,6 @@ def test_objects_of_lightning_and_numpy_are_left_out(lightnings_object: Any) -> 
     assert read_weights(Path("weights.ckpt"), "CKPT").keys() == WEIGHTS.keys()
 
 
-class Claims:
-    """A pickle of an array that claims to be larger than its bytes, of another shape, or of objects."""
-
-    def __init__(self, *state: Any) -> None:
-        self.state = (1, *state)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        make, arguments, _ = cast(Any, np.zeros(1).__reduce__())
-        return make, arguments, self.state
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        ((10**9,), np.dtype("f8"), False, bytes(8)),
-        ((-1, -1), np.dtype("f8"), False, bytes(8)),
-        ((1,), np.dtype("O"), False, [1]),
-        ((1,), np.dtype("U2"), False, bytes(8)),
-        ((1,), "f8", False, bytes(8)),
-        (("x",), np.dtype("f8"), False, bytes(8)),
-        (1,),
-    ],
-)
-def test_an_array_is_its_bytes_or_nothing(state: tuple[Any, ...]) -> None:
-    torch.save({**WEIGHTS, "x": Claims(*state)}, "weights.pth")
-    with contextlib.suppress(UserError):
-        assert read_weights(Path("weights.pth"), "CKPT").keys() == WEIGHTS.keys()
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".bin"])
 def test_never_runs_a_pickle(legacy: bool, suffix: str, tmp_path: Path) -> None:
@@ -93,7 +63,7 @@ def test_never_runs_a_pickle(legacy: bool, suffix: str, tmp_path: Path) -> None:
     torch.save(
         {"state_dict": {**WEIGHTS, "x": Runs(tmp_path / "ran")}}, file, _use_new_zipfile_serialization=not legacy
     )
-    with pytest.raises(UserError, match=r"CKPT: '.*weights.* wants to call posix.system, which no weights need"):
+    with pytest.raises(UserError, match=r"CKPT: '.*weights.* would call posix.system when loaded"):
         read_weights(file, "CKPT")
     assert not (tmp_path / "ran").exists()
 
@@ -107,7 +77,7 @@ class Copies:
 
 def test_nothing_but_known_packages_is_left_out() -> None:
     torch.save({"state_dict": {**WEIGHTS, "x": Copies()}}, "weights.ckpt")
-    with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' wants to call shutil.copyfile"):
+    with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' would call shutil.copyfile when loaded"):
         read_weights(Path("weights.ckpt"), "CKPT")
     assert not Path("ran").exists()
 
@@ -133,7 +103,7 @@ def test_refuses_a_damaged_file(damage: Callable[[Path], None], suffix: str) -> 
     else:
         save_file(WEIGHTS, file)
     damage(file)
-    with pytest.raises(UserError, match=f"CKPT: '{file}' is damaged or is no file of weights"):
+    with pytest.raises(UserError, match=f"CKPT: '{file}' is damaged or is not a file of weights"):
         read_weights(file, "CKPT")
 
 
@@ -166,7 +136,7 @@ def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["someone/prior", "no such folder/at all"])
 def test_refuses_a_source_that_cannot_be_found(name: str) -> None:
-    with pytest.raises(UserError, match=f"--model.prior: '{name}' is no folder, no file, and could not be fetched"):
+    with pytest.raises(UserError, match=f"--model.prior: '{name}' is neither a folder nor a file"):
         find_folder(name, ["*"], "--model.prior")
 
 

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import parity
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
-from featinv_pl.nets import official
+from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import FeatureControl
 from featinv_pl.nets.frozen import digest
@@ -48,17 +48,15 @@ def test_computes_what_the_authors_code_computes(differences: dict[str, float]) 
 
 def test_control_takes_the_names_of_the_unet_that_it_copies(state: State) -> None:
     """The one way that a wrong name could hide at the recorded model's width: exchanged biases."""
-    unet = official.unet(state, "CKPT", num_heads=4)
-    names = {name.removeprefix(official.UNET) for name in state if name.startswith(official.UNET)}
+    unet = ldm.unet(state, "CKPT", num_heads=4)
+    names = {name.removeprefix(ldm.UNET) for name in state if name.startswith(ldm.UNET)}
     copied = {
-        name: state[official.UNET + name.removeprefix(official.CONTROL)]
-        if name.removeprefix(official.CONTROL) in names
-        else value
+        name: state[ldm.UNET + name.removeprefix(ldm.CONTROL)] if name.removeprefix(ldm.CONTROL) in names else value
         for name, value in state.items()
-        if name.startswith(official.CONTROL)
+        if name.startswith(ldm.CONTROL)
     }
     control = FeatureControl(unet, parity.CHANNELS)
-    official.load_control(control, copied, "CKPT")
+    ldm.load_control(control, copied, "CKPT")
     theirs = unet.state_dict()
     ours = {name: value for name, value in control.controlnet.state_dict().items() if name in theirs}
     assert len(ours) == 298
@@ -66,9 +64,9 @@ def test_control_takes_the_names_of_the_unet_that_it_copies(state: State) -> Non
 
 
 def test_every_tensor_of_the_file_arrives(state: State) -> None:
-    parts = (official.unet(state, "CKPT"), official.autoencoder(state, "CKPT"))
-    for prefix, network in zip((official.UNET, official.AUTOENCODER), parts, strict=True):
-        theirs = sorted(float(value.double().sum()) for value in official.part(state, prefix).values())
+    parts = (ldm.unet(state, "CKPT"), ldm.autoencoder(state, "CKPT"))
+    for prefix, network in zip((ldm.UNET, ldm.AUTOENCODER), parts, strict=True):
+        theirs = sorted(float(value.double().sum()) for value in ldm.part(state, prefix).values())
         ours = sorted(float(value.double().sum()) for value in network.state_dict().values())
         assert ours == theirs
 
@@ -77,7 +75,7 @@ def test_shapes_of_stable_diffusion_give_its_configuration() -> None:
     """At full width, with no memory: the sizes that the paper's prior has."""
     with torch.device("meta"):
         expected = UNet2DConditionModel(sample_size=32, cross_attention_dim=768)
-    config = official._unet_config(full_size_ldm_unet(), "CKPT")
+    config = ldm._unet_config(full_size_ldm_unet(), "CKPT")
     assert {name: expected.config[name] for name in config} == {
         name: tuple(value) if isinstance(value, list) else value for name, value in config.items()
     }
@@ -135,8 +133,8 @@ def folder(state: State, text_encoder: CLIPTextModel, tmp_path: Path) -> Path:
 def whole(state: State, text_encoder: CLIPTextModel, tmp_path: Path) -> State:
     """The same in LDM's layout, beside a tokenizer, which such files lack."""
     write_tokenizer(tmp_path / "tokenizer")
-    prefix = official.TEXT_ENCODER + "text_model."
-    frozen = {name: value for name, value in state.items() if not name.startswith(official.CONTROL)}
+    prefix = ldm.TEXT_ENCODER + "text_model."
+    frozen = {name: value for name, value in state.items() if not name.startswith(ldm.CONTROL)}
     return {
         **frozen,
         **{prefix + name: value for name, value in text_encoder.state_dict().items()},
@@ -184,9 +182,9 @@ def test_another_text_encoder_does_not_get_stored_prompts(folder: Path, text_enc
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        (official.UNET, r"the file has no UNet \(model\.diffusion_model\.\*\)"),
-        (official.AUTOENCODER, r"the file has no autoencoder \(first_stage_model\.\*\)"),
-        (official.TEXT_ENCODER, r"has no text encoder \(cond_stage_model\.transformer\.\*\)"),
+        (ldm.UNET, r"the file has no UNet \(model\.diffusion_model\.\*\)"),
+        (ldm.AUTOENCODER, r"the file has no autoencoder \(first_stage_model\.\*\)"),
+        (ldm.TEXT_ENCODER, r"has no text encoder \(cond_stage_model\.transformer\.\*\)"),
     ],
 )
 def test_refuses_a_file_without_a_part(prefix: str, message: str, whole: State, tmp_path: Path) -> None:
@@ -196,11 +194,11 @@ def test_refuses_a_file_without_a_part(prefix: str, message: str, whole: State, 
 
 
 def test_refuses_a_file_for_inpainting_also_where_the_autoencoder_is_read(whole: State, tmp_path: Path) -> None:
-    name = official.UNET + "input_blocks.0.0.weight"
+    name = ldm.UNET + "input_blocks.0.0.weight"
     wide = torch.cat([whole[name], whole[name], whole[name][:, :1]], dim=1)
     save_file({**whole, name: wide}, tmp_path / "x.safetensors")
     for load in (Prior, LatentAutoencoder.load):
-        with pytest.raises(UserError, match=r"wants 9 channels .* as for inpainting"):
+        with pytest.raises(UserError, match=r"needs 9 channels .* as for inpainting"):
             load(str(tmp_path / "x.safetensors"))
 
 

@@ -1,0 +1,141 @@
+"""Folders of models: in diffusers' layout, local or from the hub, and with the checksums that ours have.
+
+`option` is the argument that named the folder, for errors.
+"""
+
+import hashlib
+import inspect
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+
+from featinv_pl.errors import UserError, reason
+from featinv_pl.files import read_bytes, read_json
+from featinv_pl.nets.weights import check_finite
+
+Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
+
+INDEX, SUMS = "model_index.json", "SHA256SUMS"
+SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
+HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
+
+
+def find_folder(source: str, files: list[str], option: str) -> Path:
+    """The folder of a source, fetched from the hub where it is a name.
+
+    Args:
+        source: A folder, or a name on the hub.
+        files: Patterns of the files that are needed.
+        option: The argument that named the source, for errors.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
+    except (OSError, ValueError) as error:  # what the hub's errors all are
+        raise UserError(
+            f"{option}: '{source}' is neither a folder nor a file, and could not be fetched from the hub "
+            f"({reason(error)}). Check the name and the network, or download it and give its folder."
+        ) from error
+
+
+def load_part(kind: type[Part], folder: Path, option: str) -> Part:
+    """Load one network in diffusers' layout, refusing a file in which weights are missing."""
+    config = read_config(folder, option, f"Give a folder in diffusers' layout, with the weights of a {kind.__name__}.")
+    for name, parameter in inspect.signature(kind).parameters.items():  # others would fail while sampling only
+        if isinstance(parameter.default, float) and not isinstance(config.get(name, 0.0), int | float):
+            raise UserError(f"{option}: {name} in '{folder / 'config.json'}' is not a number. Download it again.")
+    _check_parts(folder, option)
+    # Old folders hold a pickle alone, which diffusers reads as tensors only.
+    safe = not any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
+    try:
+        network, report = kind.from_pretrained(
+            folder, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # a hostile configuration can raise anything
+        raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason(error)}") from error
+    if report["missing_keys"]:
+        raise UserError(
+            f"{option}: '{folder}' lacks {len(report['missing_keys'])} weights of {kind.__name__}, "
+            f"such as {report['missing_keys'][0]}. The file is damaged or of another architecture."
+        )
+    check_finite(network.state_dict(), f"'{folder}'", option)
+    loaded: Part = network
+    for tensor in chain(loaded.parameters(), loaded.buffers()):
+        tensor.data = tensor.data.clone()  # out of the mapped file, which would stay in memory and could change
+    return loaded
+
+
+def read_config(folder: Path, option: str, advice: str) -> dict[str, Any]:
+    """Read the `config.json` of a network, refusing one that asks for more weights than its folder has bytes."""
+    config = read_json(folder / "config.json", option, advice)
+    check_size(config, folder, option)
+    return config
+
+
+def check_size(config: Any, folder: Path, option: str) -> None:
+    """Refuse widths and depths above the bytes of the files that should hold their weights."""
+    if (most := _largest(config)) > (size := sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())):
+        raise UserError(
+            f"{option}: '{folder}' asks for a network of size {most}, and its files have {size} bytes. "
+            "Use another model."
+        )
+
+
+def _largest(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
+    return value if isinstance(value, int) else 0
+
+
+def _check_parts(folder: Path, option: str) -> None:
+    """Refuse large weights in several files if some lie outside their folder."""
+    for index in folder.glob("*.index.json"):
+        files = read_json(index, option, "Download the model again.").get("weight_map")
+        for name in files.values() if isinstance(files, dict) else [files]:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(
+                    f"{option}: '{index}' names the file {str(name)[:100]!r}, which is not in its folder. "
+                    "Do not use this model: it is damaged, or made to reach outside."
+                )
+
+
+def read_index(folder: Path, option: str) -> dict[str, Any]:
+    """Read what a model folder, as `export` and `import` write it, says of itself."""
+    advice = "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
+    return read_json(folder / INDEX, option, advice)
+
+
+def write_sums(folder: Path) -> None:
+    """Write the SHA-256 of every file of a model folder, in the form that `sha256sum --check` reads."""
+    lines = [f"{digest}  {name}\n" for name, digest in _sums(folder).items()]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def check_sums(folder: Path, option: str) -> None:
+    """Refuse a model folder that is not as it was written; folders of earlier versions have no such sums."""
+    if not (folder / SUMS).exists():
+        return
+    text = read_bytes(folder / SUMS, option, "Copy the folder again.").decode(errors="replace")
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    found = _sums(folder)
+    changed = [name for name in sorted({*listed, *found}) if listed.get(name) != found.get(name)]
+    if changed:
+        raise UserError(
+            f"{option}: {len(changed)} files of '{folder}' are not as {SUMS} in it says, such as '{changed[0]}'. "
+            f"Copy the folder again; if you changed it yourself, remove {SUMS}."
+        )
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The SHA-256 of all that a model folder is loaded from, by path below it."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.suffix in SUMMED and path.is_file() and not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as file:
+                digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests

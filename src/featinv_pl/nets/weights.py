@@ -1,0 +1,190 @@
+"""Weights from elsewhere, read without running anything that they ask for.
+
+`option` is the argument that named the file, for errors.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from featinv_pl.errors import UserError, reason
+
+SPAWNED = ".temp.ckpt"  # bare weights, by which Lightning's spawned processes hand over what they have trained
+CONTAINERS = (  # in which training scripts keep a state dict; of several, timm too prefers the moving average
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema"),
+    *("state_dict", "model_state_dict", "model", "network", "net"),
+)
+# Checkpoints keep such objects beside their weights. The format before torch 1.6 cannot list those that it holds.
+INERT_PACKAGES = ("pytorch_lightning", "lightning", "omegaconf", "numpy")
+NUMPY = ["numpy.dtype", "numpy.ndarray"] + [
+    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+]
+
+
+def read_weights(path: Path, option: str) -> dict[str, Tensor]:
+    """Read a state dict from `.safetensors`, or from a file of torch of any other name (`.ckpt`, `.pth.tar`, `.bin`).
+
+    A file of torch is a pickle, which may call any function. Torch's `weights_only` refuses all but tensors and plain
+    values; objects of Lightning, OmegaConf and NumPy are replaced by nothing.
+
+    Returns:
+        Tensors by name, of the entry that training scripts keep them in, such as `state_dict`, if there is one.
+
+    Raises:
+        UserError: There is no such file, it is damaged, it holds no tensors, or it would run code.
+    """
+    with _opened(path, option, "a file of weights"):
+        weights = _tensors(load_file(path) if path.suffix == ".safetensors" else _load_torch(path, option))
+    if not weights:
+        raise UserError(f"{option}: '{path}' holds no tensors. Give a file with a state dict.")
+    return weights
+
+
+def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of our own runs, which holds tensors and plain values only.
+
+    Args:
+        path: The file.
+        option: The argument that named it, for errors.
+        map_location: `meta` checks the file without keeping its tensors.
+
+    Raises:
+        UserError: There is no such file, it is damaged, it is not a checkpoint, or it would run code.
+    """
+    with _opened(path, option, "a checkpoint"):
+        check_archive(path)
+        found: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta")
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__}")
+        if path.name != SPAWNED:
+            weights = found.get("state_dict")
+            if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
+                raise ValueError("it holds no weights")
+            if not isinstance(found.get("global_step"), int):
+                raise ValueError("it does not know its step")
+        return found
+
+
+def check_archive(path: Path) -> None:
+    """Compare a file of torch with the checksums in it, which torch itself does not.
+
+    Raises:
+        BadZipFile: They differ, or an entry is compressed, which torch's never are and may hide any size.
+        Exception: Of other kinds, for other damages of an archive.
+    """
+    with zipfile.ZipFile(path) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        damaged = archive.testzip() if not packed else packed[0]
+    if damaged is not None:
+        raise zipfile.BadZipFile(f"its entry {damaged} is not as it was written")
+
+
+def fill(network: nn.Module, weights: dict[str, Tensor], what: str, option: str) -> Any:
+    """Load weights into a network, naming what is missing, too many or of another shape.
+
+    Args:
+        network: Is left as it was if anything is wrong.
+        weights: By the names of its state dict.
+        what: The network, in the error's words.
+        option: The argument that named the source, for errors.
+
+    Returns:
+        What `load_state_dict` returns.
+    """
+    expected = network.state_dict()
+    wrong = [
+        name
+        for name in dict.fromkeys([*expected, *weights])
+        if name not in expected or not _is_plain(weights.get(name)) or weights[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{option}: {len(wrong)} tensors of the {what} are missing, too many or of another shape (it has "
+            f"{len(expected)}), such as {wrong[0]}. They belong to another architecture, or the file is incomplete."
+        )
+    check_finite(weights, f"the {what}", option)
+    return network.load_state_dict(weights)
+
+
+def check_finite(weights: dict[str, Tensor], what: str, option: str) -> None:
+    """Refuse weights that are NaN or infinite; `what` says where they come from, in the error's words."""
+    wrong = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"{option}: {len(wrong)} tensors of {what} are not finite, such as {wrong[0]}. Use another file."
+        )
+
+
+@contextmanager
+def _opened(path: Path, option: str, kind: str) -> Iterator[None]:
+    """Turn whatever a damaged or hostile file raises into one message."""
+    if not path.is_file():
+        raise UserError(f"{option}: there is no file '{path}'. Check the path.")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{option}: '{path}' is damaged or is not {kind} ({reason(error)}). Copy it again, or give another one."
+        ) from error
+
+
+class _Inert:
+    """Stands for any object that is not a tensor, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _load_torch(path: Path, option: str) -> Any:
+    """Load tensors and plain values, with stand-ins for objects of a few packages."""
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"  # torch's present format, which alone can be mapped into memory
+    if is_zip:
+        check_archive(path)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else NUMPY
+    inert = [name for name in names if name.split(".")[0] in INERT_PACKAGES]
+    try:
+        with torch.serialization.safe_globals([(_Inert, name) for name in inert]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UnpicklingError as error:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{option}: '{path}' would call {refused[1]} when loaded, which weights have no need of, so it is not "
+                "opened. Get the file from a source that you trust, best as .safetensors."
+            ) from error
+        raise
+
+
+def _tensors(contents: Any) -> dict[str, Tensor]:
+    """The tensors by name in what a file holds: in one of `CONTAINERS` if there is one, or all that it has itself."""
+    if not isinstance(contents, dict):
+        return {}
+    for name in CONTAINERS:
+        if found := _tensors(contents.get(name)):
+            return found
+    return {name: value for name, value in contents.items() if isinstance(name, str) and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor that has a value for each of its places."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.device.type == "cpu"
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
