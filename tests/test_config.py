@@ -28,12 +28,12 @@ def printed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
 @pytest.mark.parametrize("null", ["None", "null"])
 def test_null_of_a_sweep_is_null_where_there_is_one(null: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(Path("model.yaml"), {"model": MODEL})
-    names = ("judge", "min_snr_gamma", "input_size", "backbone")
+    names = ("min_snr_gamma", "input_size")
     model = printed(capsys, "--config", config, *(f"--model.{name}={null}" for name in names))["model"]["init_args"]
-    assert [model[name] for name in names] == [None, None, None, "None"]  # the last is text, which has no null
-    config = write(Path("none.yaml"), {"model": {**MODEL, "init_args": {**MODEL["init_args"], "judge": "None"}}})
+    assert [model[name] for name in names] == [None, None]
+    config = write(Path("none.yaml"), {"model": {**MODEL, "init_args": {**MODEL["init_args"], "input_size": "None"}}})
     model = printed(capsys, "--config", config, "--model.min_snr_gamma=None", "--trainer.max_time=None")["model"]
-    assert [model["init_args"][name] for name in names[:2]] == [None, None]
+    assert [model["init_args"][name] for name in names] == [None, None]
 
 
 def test_the_home_folder_is_expanded_wherever_a_path_is_given(
@@ -54,15 +54,27 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_given(
     assert f"no folder '{tmp_path}/shards'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", [["--config", "{}"], ["--config={}"]])
-def test_a_configuration_from_a_pipe(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    reading, writing = os.pipe()
-    with os.fdopen(writing, "w") as file:
-        file.write(yaml.safe_dump({"model": MODEL, "trainer": {"max_steps": 7}}))
-    config = printed(capsys, *(word.format(f"/dev/fd/{reading}") for word in option), "--trainer.precision=32")
-    os.close(reading)
-    assert config["trainer"]["max_steps"] == 7
-    assert config["model"]["init_args"]["backbone"] == "resnet18"
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("base: top.yaml", "top.yaml' is its own base"),
+        ("base: nowhere.yaml", "nowhere.yaml'. The path is relative to the including file"),
+        ("base: [[a]]", "there is no file"),
+        ("seed_everything: 2020-99-99", "Given value: 2020-99-99"),
+        ("\xff", "top.yaml' is damaged or of another kind"),
+        (None, "top.yaml' is damaged or of another kind (it is not a file). Give a YAML file."),
+    ],
+)
+def test_a_configuration_that_cannot_be_read(
+    config: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if config is None:
+        os.mkfifo("top.yaml")  # as of a shell's `<(...)`, which cannot be read twice
+    else:
+        Path("top.yaml").write_bytes(config.encode("latin1"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "top.yaml"])
+    assert message in capsys.readouterr().err
 
 
 def test_bases_are_relative_to_their_file_wherever_the_parser_stands(

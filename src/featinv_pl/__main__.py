@@ -1,13 +1,14 @@
 """The command: Lightning's fit, validate, test and predict, and a few of our own."""
 
-import atexit
 import errno
-import gc
+import logging
 import os
 import re
 import select
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from signal import SIGPIPE
@@ -32,7 +33,8 @@ def main(args: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if args is None else args
     try:
         _check_home()
-        run(arguments)
+        with _log_shown():
+            run(arguments)
         sys.stdout.flush()  # here, where a reader that has gone is no error
     except ValueError as error:
         # Out of a data loader's worker, torch returns the message with the worker's traceback before it.
@@ -69,6 +71,19 @@ def _check_home() -> None:
         ) from error
 
 
+@contextmanager
+def _log_shown() -> Iterator[None]:
+    """Show on stderr what the package logs."""
+    handler, logger = logging.StreamHandler(), logging.getLogger(__package__)
+    handler.setFormatter(logging.Formatter("featinv-pl: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def _nobody_reads() -> bool:
     """Whether standard output is a pipe whose reader has ended, such as `head`."""
     output = select.poll()
@@ -84,7 +99,6 @@ def run(args: list[str]) -> None:
     args = [re.sub(r"^(--[\w.+-]+=)?~(?=/)", rf"\g<1>{Path.home()}", arg) for arg in args]  # as shells do not after `=`
     command = args[0] if args else "--help"
     if command in TRAINER_COMMANDS or command in ("-c", "--config"):
-        _import_training()
         from featinv_pl.cli import train
 
         train(overlaid(args, os.environ.get(OVERLAY)))
@@ -99,18 +113,6 @@ def run(args: list[str]) -> None:
         print(_usage(), end="")
     else:
         raise UserError(f"there is no command '{command}'. `featinv-pl --help` lists them.")
-
-
-def _import_training() -> None:
-    """Import what training needs, without looking for garbage among it, which would take a quarter of the time."""
-    if "featinv_pl.cli" in sys.modules:
-        return
-    gc.disable()
-    import featinv_pl.cli  # noqa: F401
-
-    gc.freeze()  # nor later
-    atexit.register(gc.unfreeze)  # which some extensions take for a leak
-    gc.enable()
 
 
 def overlaid(args: list[str], overlay: str | None) -> list[str]:

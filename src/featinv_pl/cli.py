@@ -32,7 +32,7 @@ import featinv_pl.tasks.extraction
 import featinv_pl.tasks.inversion
 import featinv_pl.tasks.pretraining
 import featinv_pl.tasks.shard_writer  # noqa: F401
-from featinv_pl.config import MODE, ConfigParser, prepared
+from featinv_pl.config import MODE, ConfigParser
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError, options_spelled
 from featinv_pl.evaluation.dry_run import BATCHES, Plan
@@ -80,7 +80,7 @@ class FeatinvCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
-        self.config = parser.parse_args(prepared(cast(list[str], args)))
+        self.config = parser.parse_args(args)
         settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
         if settings.trainer.overfit_batches:
             raise UserError(

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,150 +13,61 @@ import yaml
 from featinv_pl.errors import UserError
 
 LARGEST = 1 << 26  # bytes; the largest that we write, the index of a shard of 10,000 samples, has a tenth
-MOST_VALUES = 1_000_000  # of a YAML file, each counted as often as it is referred to
 PARTIAL = ".partial"  # what an incomplete file or folder is called after its name
-DEEPEST = 100  # levels of a YAML file; libyaml's composer overflows the stack at some ten thousand
 
 
 def read_bytes(path: Path, option: str, advice: str) -> bytes:
-    """Read a file whole.
+    """Read a complete file.
 
     Args:
         path: The file.
         option: The option that named it, for errors.
-        advice: What to do if it is no such file, for errors.
+        advice: What to do if the file cannot be used, for errors.
 
     Raises:
-        UserError: It cannot be read, is larger than any such file, or no plain file: a pipe may never end.
+        UserError: It cannot be read, is larger than any such file, or is not a plain file: a pipe may never end.
     """
-    try:
-        if not path.exists():
-            raise UserError(f"{option}: there is no file '{path}'. {advice}")
+    if not path.exists():
+        raise UserError(f"{option}: there is no file '{path}'. {advice}")
+    with _explained(path, option, advice):
         if not path.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         if path.stat().st_size > LARGEST:
             raise OSError(f"it has more than {LARGEST >> 20} MB")
         return path.read_bytes()
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise _damaged(path, option, advice, error) from error
-
-
-def read_pipe(path: Path, option: str, advice: str) -> str:
-    """Read a text that another command writes into a pipe, such as that of `<(...)`; see `read_bytes`."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(LARGEST + 1)
-        if len(data) > LARGEST:
-            raise OSError(f"it has more than {LARGEST >> 20} MB")
-        return data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, option, advice, error) from error
 
 
 def read_text(path: Path, option: str, advice: str) -> str:
     """Read a text in UTF-8; see `read_bytes`."""
     data = read_bytes(path, option, advice)
-    try:
+    with _explained(path, option, advice):
         return data.decode()
-    except UnicodeDecodeError as error:
-        raise _damaged(path, option, advice, error) from error
 
 
 def read_json(path: Path, option: str, advice: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: See `read_bytes`, as the rest.
-        option: As above.
-        advice: As above.
-
-    Raises:
-        UserError: It cannot be read, or is no JSON object.
-    """
+    """Read a JSON object; see `read_bytes`."""
     data = read_bytes(path, option, advice)
-    try:
+    with _explained(path, option, advice):
         contents = json.loads(data)
         if not isinstance(contents, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return contents
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, option, advice, error) from error
 
 
 def read_yaml(path: Path, option: str, advice: str) -> Any:
-    """Read a YAML file, which makes nothing but plain values; `~/` is the home folder.
-
-    Args:
-        path: See `read_bytes`, as the rest.
-        option: As above.
-        advice: As above.
-
-    Raises:
-        UserError: It cannot be read, or `parse_yaml` refuses it.
-    """
+    """Read a YAML file, which makes nothing but plain values; see `read_bytes`."""
     text = read_text(path, option, advice)
+    with _explained(path, option, advice):
+        return yaml.safe_load(text)
+
+
+@contextlib.contextmanager
+def _explained(path: Path, option: str, advice: str) -> Iterator[None]:
     try:
-        return expand_home(parse_yaml(text, yaml.safe_load))
-    except yaml.YAMLError as error:
-        raise _damaged(path, option, advice, error) from error
-
-
-def parse_yaml(text: str, load: Callable[[str], Any]) -> Any:
-    """Parse YAML, but for what a few lines can unfold to: values without end, and more than fit into memory.
-
-    Args:
-        text: The YAML.
-        load: What makes values of it.
-
-    Raises:
-        YAMLError: It is no YAML, or unfolds to too much.
-    """
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if depth > DEEPEST:
-            raise yaml.YAMLError(f"it has more than {DEEPEST} levels")
-    try:
-        contents = load(text)
-        _check_values(contents)
-        return contents
-    except (ValueError, TypeError, RecursionError) as error:  # such as of a day that no calendar has
-        raise yaml.YAMLError(str(error)) from error
-
-
-def expand_home(value: Any) -> Any:
-    """Values in which texts that begin with `~/` begin with the home folder instead."""
-    if isinstance(value, dict):
-        return {key: expand_home(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [expand_home(one) for one in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
-
-
-def _check_values(contents: Any) -> None:
-    """Refuse values that contain themselves, or billions of references."""
-    sizes: dict[int, int | None] = {}
-
-    def size(value: Any) -> int:
-        if not isinstance(value, dict | list):
-            return 1
-        if id(value) not in sizes:
-            sizes[id(value)] = None
-            sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, dict) else value))
-        known = sizes[id(value)]
-        if known is None:
-            raise ValueError("a value contains itself")
-        return known
-
-    if size(contents) > MOST_VALUES:
-        raise ValueError(f"it has more than {MOST_VALUES} values, counted as often as they are referred to")
-
-
-def _damaged(path: Path, option: str, advice: str, error: Exception) -> UserError:
-    reason = " ".join((str(error) or type(error).__name__).split())[:300]
-    return UserError(f"{option}: '{path}' is damaged or no file of this kind ({reason}). {advice}")
+        yield
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join((str(error) or type(error).__name__).split())[:300]
+        raise UserError(f"{option}: '{path}' is damaged or of another kind ({reason}). {advice}") from error
 
 
 @contextlib.contextmanager

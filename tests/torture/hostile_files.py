@@ -118,7 +118,6 @@ def text(contents: str) -> Spoil:
     return write
 
 
-LAUGHS = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" if n else "a0: &a0 [ha]\n" for n in range(30))
 JSONS: dict[str, Spoil] = {
     "deep": text("[" * DEEP + "]" * DEEP),
     "deep object": text('{"a":' * DEEP + "1" + "}" * DEEP),
@@ -131,17 +130,11 @@ JSONS: dict[str, Spoil] = {
     "lone surrogate": text('{"a": "\\ud800"}'),
 }
 YAMLS: dict[str, Spoil] = {
-    "a billion laughs": text(LAUGHS),
-    "deep": text("[" * DEEP + "]" * DEEP),
-    "deep object": text("{a: " * 5_000 + "}" * 5_000),
     "runs a command": text("!!python/object/apply:os.system ['touch ../ran']"),
     "runs a command within": text("trainer: !!python/object/apply:os.system ['touch ../ran']"),
     "makes an object": text("!!python/object/new:subprocess.Popen [['touch', '../ran']]"),
     "names a function": text("model: !!python/name:os.system"),
     "a module": text("!!python/module:antigravity"),
-    "contains itself": text("&a [*a]"),
-    "contains itself within": text("trainer: &a\n  logger: *a"),
-    "merges itself": text("trainer: &a {<<: *a}"),
     "many digits": text("seed_everything: " + "9" * DEEP),
     "no such day": text("seed_everything: 2020-99-99"),
     "unknown tag": text("!unknown {a: 1}"),
