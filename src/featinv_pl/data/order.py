@@ -1,89 +1,181 @@
-"""What all data for training have in common: an order that goes on within an epoch, and that ranks share out."""
+"""Which process sees which sample when: once each for evaluation, shuffled and resumable exactly for training."""
 
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from lightning.pytorch import LightningDataModule
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
 
-from featinv_pl.data.batches import Batches, ShuffledBatches, cut
 from featinv_pl.errors import UserError
 
+SHARDS_AT_ONCE = 16
 
-class ResumableData(LightningDataModule):
-    """Training resumes within an epoch, and evaluation sees each sample exactly once.
 
-    A checkpoint notes how many batches of an epoch have been seen; the order is a function of seed and epoch alone,
-    and a step takes the same samples on any number of processes that share a batch of the same size.
+class Batches(DistributedSampler[Sequence[int]]):
+    """A sampler whose items are batches.
+
+    Lightning leaves samplers of this class alone, and would divide any other among ranks once more.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[int]] = ()) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """All epochs are alike."""
+
+
+class ShuffledBatches(Batches):
+    """A random order that reads a few shards at a time and can start anywhere.
+
+    Shards are shuffled, then samples within groups of `SHARDS_AT_ONCE` shards, so that reading stays
+    near-sequential on large sets. The order of an epoch is a function of seed and epoch alone. Step k takes the
+    k-th stretch of `world_size * batch_size` samples, of which each rank has every n-th: two numbers tell how far
+    training has come. Samples that do not fill the last step are left out, others in each epoch.
+
+    Args:
+        shard_sizes: Samples of each shard.
+        batch_size: Samples per batch and rank.
+        rank: This process's rank.
+        world_size: Number of processes.
+        seed: Seed of the order.
+        epoch: The epoch to begin with.
+        start: Batches of that epoch to skip.
+    """
+
+    def __init__(
+        self,
+        shard_sizes: list[int],
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+    ) -> None:
+        self.shard_sizes, self.batch_size = shard_sizes, batch_size
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        """Batches in a complete epoch: Lightning adds those seen before to those that it gets."""
+        return sum(self.shard_sizes) // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        start, self.start = self.start, 0  # the epochs that follow are complete
+        order, step = self.order(self.epoch), self.batch_size * self.world_size
+        for number in range(start, len(self)):
+            yield order[number * step + self.rank : (number + 1) * step : self.world_size].tolist()
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The numbers of all samples in the order of an epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        ends = np.cumsum(self.shard_sizes)
+        samples = [np.arange(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
+        shards = rng.permutation(len(samples))
+        groups = [shards[start : start + SHARDS_AT_ONCE] for start in range(0, len(shards), SHARDS_AT_ONCE)]
+        return np.concatenate([rng.permutation(np.concatenate([samples[n] for n in group])) for group in groups])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+
+def cut(ranges: Sequence[Sequence[int]], batch_size: int) -> list[Sequence[int]]:
+    """Cut each stretch into batches, the last of which may be smaller."""
+    return [samples[start : start + batch_size] for samples in ranges for start in range(0, len(samples), batch_size)]
+
+
+class ResumableData:
+    """A data module whose training resumes within an epoch, and whose evaluation sees each sample exactly once.
+
+    A checkpoint notes how many batches of an epoch have been seen; a step takes the same samples on any number of
+    processes that share a batch of the same size. Comes before `LightningDataModule` among the bases of a class:
+    loader workers import this module, and should not wait for Lightning.
 
     Args:
         batch_size: Samples per batch and process.
+
+    Attributes:
+        position: Tells the epoch and the batches of it that training has seen, for checkpoints. Set by whoever
+            knows the progress of training (`runtime.resuming.Resume`); without it nothing is noted.
     """
+
+    trainer: Any
+    position: Callable[[], tuple[int, int]] | None = None
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
         if batch_size < 1:
-            raise UserError(f"--data.batch_size must be at least 1, and is {batch_size}.")
+            raise UserError(f"`batch_size` must be at least 1, and is {batch_size}.")
         self.batch_size = batch_size
         self._order: dict[str, Any] = {}
         self._resumed: dict[str, Any] | None = None
 
     def training_batches(self, sizes: list[int], seed: int) -> ShuffledBatches:
-        """The training set's batches, from where a checkpoint has left off.
+        """The training set's batches, from where a checkpoint was written.
 
         Args:
             sizes: Samples of each of its stretches, such as shards, which are read a few at a time.
             seed: Of the order.
         """
-        rank, world_size = self._rank
+        rank, world_size = self.rank
         samples = sum(sizes)
         if samples < self.batch_size * world_size:
             raise UserError(
-                f"--data.batch_size: a batch of {self.batch_size} is more than the {samples // world_size} "
-                "training samples that each process gets. Lower it."
+                f"`batch_size`: a batch of {self.batch_size} is more than the {samples // world_size} training samples "
+                "that each process gets. Lower it."
             )
         self._order = {"samples": samples, "batch_size": self.batch_size, "processes": world_size, "seed": seed}
-        epoch, start = self._position()
+        epoch, start = self._start()
         return ShuffledBatches(sizes, self.batch_size, rank, world_size, seed, epoch, start)
 
     def evaluation_batches(self, samples: int, name: str) -> Batches:
-        """All samples, shared out: torch's own sampler repeats some to give each rank the same number."""
-        rank, world_size = self._rank
+        """All samples, divided: torch's own sampler repeats some to give each rank the same number."""
+        rank, world_size = self.rank
         if samples < world_size:
             raise UserError(
-                f"--trainer.devices: '{name}' has {samples} samples, which is fewer than the {world_size} processes. "
+                f"`trainer.devices`: '{name}' has {samples} samples, which is fewer than the {world_size} processes. "
                 "Use fewer."
             )
         return Batches(cut([range(rank, samples, world_size)], self.batch_size))
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This process's rank, and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands: the epoch, the batches of it that have been seen, and what orders them."""
-        if self.trainer is None or not self._order:
+        """How far training has come, and what decides the order."""
+        if self.position is None or not self._order:
             return {}
-        loop = self.trainer.fit_loop
-        epoch, batch = cast(Any, loop.epoch_progress.current), cast(Any, loop.epoch_loop.batch_progress)
-        epochs, batches = epoch.processed, 0
-        if epoch.started > epoch.processed:  # within an epoch, or after its last batch but before its end
-            epochs, batches = (epochs + 1, 0) if batch.is_last_batch else (epochs, batch.current.processed)
-        return {"epoch": epochs, "batches": batches, "order": self._order}
+        epoch, batches = self.position()
+        return {"epoch": epoch, "batches": batches, "order": self._order}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where a checkpoint was written; called before the loaders are made."""
+        """Resume where a checkpoint was written; called before the loaders are made."""
         self._resumed = state_dict
 
-    def _position(self) -> tuple[int, int]:
-        """The epoch to begin with, and how many of its batches to leave out."""
+    def _start(self) -> tuple[int, int]:
+        """The epoch to begin with, and how many of its batches to skip."""
         if self._resumed is None:
             return 0, 0
         state, self._resumed = self._resumed, None
         theirs, ours = state["order"], self._order
-        different = [name for name in ours if theirs.get(name) != ours[name]]
-        if state["batches"] and different:
-            sides = "; ".join(f"{name}: {theirs.get(name)} in the checkpoint, {ours[name]} here" for name in different)
+        sides = [
+            f"{name}: {theirs.get(name)} in the checkpoint, {ours[name]} here"
+            for name in ours
+            if theirs.get(name) != ours[name]
+        ]
+        if state["batches"] and sides:
             raise UserError(
-                "--ckpt_path: the checkpoint was written within an epoch, whose remaining samples only the same "
-                f"settings tell ({sides}). Use those, or a checkpoint from the end of an epoch."
+                "`ckpt_path`: the checkpoint was written within an epoch, whose remaining samples depend on settings "
+                f"that have changed ({'; '.join(sides)}). Use those, or a checkpoint from the end of an epoch."
             )
         return state["epoch"], state["batches"]
-
-    @property
-    def _rank(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

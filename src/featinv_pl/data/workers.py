@@ -1,4 +1,4 @@
-"""Loader workers: forked from a server that has no threads, deaf to signals, and gone when the run is.
+"""Loader workers: forked from a server without threads, deaf to signals of the group, and gone when the run is.
 
 A fork of a process with threads may inherit a lock that nobody releases. `forkserver` starts one clean process, which
 imports torch once and forks each worker in some 30 ms.
@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from featinv_pl.data.batches import Batches
+from featinv_pl.data.order import Batches
 from featinv_pl.errors import UserError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FOLLOWED_S = 1.0  # how often a worker looks whether its run is there
+POLL_S = 1.0  # how often a worker checks that its run is alive
 SHARED = "/dev/shm"  # where workers put their batches
 DIED = re.compile(r"DataLoader worker \(pid|unable to \w+ (shared memory|file)")
 
@@ -36,16 +36,16 @@ def start_server(module: str) -> None:
         module: Where the dataset's class is defined.
 
     Raises:
-        UserError: This process is itself one that imports the user's script in order to be a worker.
+        UserError: This process is a worker itself, which imports the user's script.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
-            "--data.num_workers: each worker imports the script that starts it, which must not start the run again. "
-            "Put the script's commands below `if __name__ == '__main__':`, or set num_workers to 0."
+            "`num_workers`: each worker imports the script that starts it, which must not start the run again. Put "
+            "the script's commands below `if __name__ == '__main__':`, or set `num_workers` to 0."
         )
     forkserver.set_forkserver_preload([module])
-    # Ctrl-C, and SIGTERM from a scheduler, reach the whole group. It is the run's to answer: it saves at the end of a
-    # step, for which it still needs its workers. Blocked signals stay blocked in processes that are started now.
+    # Ctrl-C, and SIGTERM from a scheduler, reach the whole group. The run answers: it saves at the end of a step, for
+    # which it still needs its workers. Blocked signals stay blocked in processes that are started now.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         resource_tracker.ensure_running()
@@ -55,7 +55,7 @@ def start_server(module: str) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def loader(dataset: Dataset[Item], batches: Batches, num_workers: int, again: bool) -> DataLoader[Item]:
+def loader(dataset: Dataset[Item], batches: Batches, num_workers: int, again: bool = False) -> DataLoader[Item]:
     """A loader whose dataset is indexed by the list of samples in a batch.
 
     Args:
@@ -80,11 +80,7 @@ def loader(dataset: Dataset[Item], batches: Batches, num_workers: int, again: bo
 
 @contextmanager
 def workers_explained() -> Iterator[None]:
-    """Say in one line why a worker has died, where torch has a traceback.
-
-    Raises:
-        UserError: A worker has died, or its batch did not fit into shared memory.
-    """
+    """Replace torch's traceback by one line where a worker has died, or its batch did not fit into shared memory."""
     try:
         yield
     except RuntimeError as error:
@@ -92,19 +88,19 @@ def workers_explained() -> Iterator[None]:
         if not DIED.search(reason):
             raise
         raise UserError(
-            f"--data.num_workers: a worker has died ({reason}). If it has not said why, memory was short: "
-            f"{SHARED} has {shutil.disk_usage(SHARED).free >> 20} MB left. Lower num_workers, set it to 0, or enlarge "
-            f"{SHARED} (docker run --shm-size=8g)."
+            f"`num_workers`: a worker has died ({reason}). If it has not said why, memory was short: "
+            f"{SHARED} has {shutil.disk_usage(SHARED).free >> 20} MB left. Lower it, set it to 0, or enlarge {SHARED} "
+            "(docker run --shm-size=8g)."
         ) from error
 
 
 def _end_with_run(worker: int) -> None:
-    """End when the run says so, or is gone: torch watches the parent process, which here is the server."""
+    """End when the run says so or is gone: torch watches the parent process, which here is the server."""
     run: Any = multiprocessing.parent_process()
 
     def follow() -> None:
         while run.is_alive():
-            asked = signal.sigtimedwait([signal.SIGTERM], FOLLOWED_S)
+            asked = signal.sigtimedwait([signal.SIGTERM], POLL_S)
             if asked is not None and asked.si_pid == run.pid:
                 break
         os._exit(1)
@@ -112,9 +108,5 @@ def _end_with_run(worker: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _forget_server() -> None:
-    """A fork of this process, such as a rank of `ddp_fork`, cannot use a server that is not its child."""
-    forkserver._forkserver.__init__()  # type: ignore[misc]
-
-
-os.register_at_fork(after_in_child=_forget_server)
+# A fork of this process, such as a rank of `ddp_fork`, cannot use a server that is not its child.
+os.register_at_fork(after_in_child=lambda: forkserver._forkserver.__init__())  # type: ignore[misc]

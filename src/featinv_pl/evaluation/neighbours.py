@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 from torch.utils.data import Dataset
 
-from featinv_pl.data.batches import Batches, cut
+from featinv_pl.data.order import Batches, cut
 from featinv_pl.data.shards.reader import DamagedError, ShardSet
 from featinv_pl.data.shards.samples import Sample, collate_samples
 from featinv_pl.data.workers import loader

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featinv_pl.data.batches import Batches, ShuffledBatches
+from featinv_pl.data.order import Batches, ShuffledBatches
 from featinv_pl.data.shards.manifest import seal
 from featinv_pl.data.shards.reader import BatchReader, ShardSet
 from featinv_pl.data.workers import loader

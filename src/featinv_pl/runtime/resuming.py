@@ -1,5 +1,6 @@
 """Goes on from within a step: what a checkpoint has found unfinished is finished first."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -7,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from featinv_pl.data.order import ResumableData
 
 KEY = "unfinished"  # of a checkpoint
 
@@ -26,6 +29,12 @@ class Resume(Callback):
         self.random: list[Tensor] | None = None
         self.unfinished: dict[str, Any] | None = None
         self.limits: tuple[int, int | None] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Tell the data module how to know where training stands."""
+        data = cast(Any, trainer).datamodule
+        if isinstance(data, ResumableData):
+            data.position = partial(position, trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what is still to be done, and tell loggers what is not."""
@@ -111,6 +120,16 @@ class Resume(Callback):
         """Whether the step at hand is followed by a validation."""
         loop: Any = trainer.fit_loop
         return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def position(trainer: Trainer) -> tuple[int, int]:
+    """The epoch in which training stands, and how many batches of it have been processed."""
+    loop = trainer.fit_loop
+    epoch, batch = cast(Any, loop.epoch_progress.current), cast(Any, loop.epoch_loop.batch_progress)
+    if epoch.started == epoch.processed:
+        return epoch.processed, 0
+    # Within an epoch, or after its last batch but before its end.
+    return (epoch.processed + 1, 0) if batch.is_last_batch else (epoch.processed, batch.current.processed)
 
 
 def _savers(trainer: Trainer) -> list[ModelCheckpoint]:

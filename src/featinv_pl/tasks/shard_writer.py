@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from featinv_pl.data.batches import cut
 from featinv_pl.data.images.datamodule import ImageData, ImageSource
+from featinv_pl.data.order import cut
 from featinv_pl.data.shards.manifest import MANIFEST, Settings
 from featinv_pl.data.shards.samples import ImageFormat, Storage
 from featinv_pl.data.shards.writer import ShardSetWriter, shard_ranges

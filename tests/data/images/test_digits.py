@@ -8,9 +8,9 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
-from featinv_pl.data.batches import Batches
 from featinv_pl.data.images.corruptions import corrupt
 from featinv_pl.data.images.digits import DigitImages, DigitsData, digit_images, split_indices
+from featinv_pl.data.order import Batches
 from featinv_pl.errors import UserError
 from featinv_pl.types import to_uint8
 

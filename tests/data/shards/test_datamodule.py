@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
-from featinv_pl.data.batches import ShuffledBatches
+from featinv_pl.data.order import ShuffledBatches
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import MANIFEST
 from featinv_pl.errors import UserError
@@ -210,7 +210,7 @@ def test_names_the_option_of_a_missing_set(folder: Path, tmp_path: Path) -> None
 
 
 def test_refuses_a_batch_size(folder: Path) -> None:
-    with pytest.raises(UserError, match="batch_size must be at least 1, and is 0"):
+    with pytest.raises(UserError, match="`batch_size` must be at least 1, and is 0"):
         FeatureShards(train=folder, batch_size=0)
     FeatureShards(train=folder, batch_size=SIZE).train_dataloader()
     with pytest.raises(UserError, match="a batch of 22 is more than the 21 training samples"):

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from featinv_pl.data.batches import Batches, cut
-from featinv_pl.data.order import ResumableData
+from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, View
@@ -92,7 +92,7 @@ class ImageBatches(Dataset[ImageBatch]):
         return collate_images([self.images[number] for number in numbers])
 
 
-class ImageData(ResumableData):
+class ImageData(ResumableData, LightningDataModule):
     """What all data modules of images share: sources to extract features of.
 
     Args:
@@ -150,7 +150,7 @@ class ImageData(ResumableData):
 
     def training_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
         """Shuffled anew each epoch, in whole batches; of fewer images than a batch all are one."""
-        self.batch_size = min(self.batch_size, max(len(images) // self._rank[1], 1))
+        self.batch_size = min(self.batch_size, max(len(images) // self.rank[1], 1))
         batches = self.training_batches([len(images)], torch.initial_seed())
         return loader(ImageBatches(images), batches, self.num_workers, again=True)
 

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from featinv_pl.data.order import ResumableData
@@ -17,7 +18,7 @@ from featinv_pl.types import Batch
 NAMED = 10  # damaged samples in the summary; of more there is only the number
 
 
-class FeatureShards(ResumableData):
+class FeatureShards(ResumableData, LightningDataModule):
     """Streams shard sets.
 
     A set is a folder, or an address (`https://...`, `s3://...`) from which whole shards are fetched
