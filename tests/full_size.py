@@ -76,16 +76,16 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    features = torch.randn(model.backbone.feature_shape)
+    features = torch.randn(model.inverter.classifier.feature_shape)
     latents = torch.randn(8, 32, 32)
     sample = {"features": features, "moments": latents, "key": "random"}
     with timed(seconds, "fit of one step"):
         trainer.fit(model, DataLoader([sample], batch_size=1))  # type: ignore[arg-type]
     with timed(seconds, "checkpoint"):
         trainer.save_checkpoint(folder / "last.ckpt")
-    trained = digest(model.control)
+    trained = digest(model.inverter.control)
     counts = {name: millions(part) for name, part in parts(model).items()}
-    shape = model.backbone.feature_shape
+    shape = model.inverter.classifier.feature_shape
     del model, trainer
 
     with timed(seconds, "reload"):
@@ -93,11 +93,11 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
         state = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True, mmap=True)
         model.on_load_checkpoint(state)
         model.load_state_dict(state["state_dict"])
-        assert digest(model.control) == trained
+        assert digest(model.inverter.control) == trained
     model.to("cuda" if gpu else "cpu")
     device = model.device
     with timed(seconds, "two DDIM steps"), torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-        images = model.reconstruct_from(features[None].to(device), torch.randn(1, 4, 32, 32, device=device))
+        images = model.inverter.reconstruct_from(features[None].to(device), torch.randn(1, 4, 32, 32, device=device))
         assert images.shape == (1, 3, 256, 256)
         assert images.isfinite().all()
     (folder / "last.ckpt").unlink()
@@ -113,11 +113,11 @@ def run(backbone: str, folder: Path) -> dict[str, Any]:
 def parts(model: FeatureInversion) -> dict[str, nn.Module]:
     """What is counted."""
     return {
-        "UNet": model.prior.unet,
-        "autoencoder": model.prior.autoencoder,
-        "backbone": model.backbone,
-        "ControlNet": model.control.controlnet,
-        "feature encoder": model.control.encoder,
+        "UNet": model.inverter.prior.unet,
+        "autoencoder": model.inverter.prior.autoencoder,
+        "backbone": model.inverter.classifier,
+        "ControlNet": model.inverter.control.controlnet,
+        "feature encoder": model.inverter.control.encoder,
     }
 
 

@@ -20,15 +20,15 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.inverter.publishing import import_official
 from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
+from featinv_pl.publishing import import_official
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.sampler import Sampler, sample
-from featinv_pl.tasks.inversion import FeatureInversion
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = json.loads((HERE / "golden.json").read_text())
@@ -84,20 +84,20 @@ def write_backbone(folder: Path) -> Path:
     return folder
 
 
-def imported(folder: Path) -> FeatureInversion:
+def imported(folder: Path) -> Inverter:
     """The recorded checkpoint, brought through `import` and loaded."""
     state = state_dict()
     save_file(state, folder / "authors.safetensors")
     backbone, prior = write_backbone(folder / "backbone"), write_prior(folder / "prior", state)
     import_official(folder / "authors.safetensors", folder / "model", str(backbone), str(prior))
-    return FeatInvPipeline.from_pretrained(folder / "model").inversion
+    return FeatInvPipeline.from_pretrained(folder / "model").inverter
 
 
-def figures(model: FeatureInversion) -> dict[str, float]:
+def figures(inverter: Inverter) -> dict[str, float]:
     """Relative L2 differences between our outputs and the authors', by what is compared."""
     inputs, outputs = load_file(HERE / "golden_inputs.safetensors"), load_file(HERE / "golden_compact.safetensors")
     context, hint, noisy, timesteps = inputs["context"], inputs["hint"], inputs["x_t"], inputs["timesteps"]
-    control, prior = model.control, model.prior
+    control, prior = inverter.control, inverter.prior
     differences: dict[str, float] = {}
 
     with torch.no_grad():
@@ -122,10 +122,12 @@ def figures(model: FeatureInversion) -> dict[str, float]:
         )
         differences |= _autoencoder(prior.autoencoder, inputs, outputs)
 
-    differences |= _training(model, inputs, outputs)
+    differences |= _training(inverter, inputs, outputs)
     prior.prompt, prior.empty = context, inputs["uncond_context"]  # theirs differ from sample to sample
-    model.sampler = Sampler("ddim", GOLDEN["ddim"]["steps"], GOLDEN["ddim"]["guidance"], "text")
-    drawn = sample(model.denoiser(hint, inputs["x_T"], model.sampler), inputs["x_T"], prior.schedule, model.sampler)
+    inverter.sampler = Sampler("ddim", GOLDEN["ddim"]["steps"], GOLDEN["ddim"]["guidance"], "text")
+    drawn = sample(
+        inverter.denoiser(hint, inputs["x_T"], inverter.sampler), inputs["x_T"], prior.schedule, inverter.sampler
+    )
     differences["latents sampled in 10 steps"] = difference(drawn, outputs["ddim10/final"])
     return differences
 
@@ -142,18 +144,18 @@ def _autoencoder(
     }
 
 
-def _training(model: FeatureInversion, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, float]:
-    model.control.zero_grad()
+def _training(inverter: Inverter, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, float]:
+    inverter.control.zero_grad()
     latents, noise, timesteps = inputs["x_start"], inputs["noise"], inputs["train_timesteps"]
-    noisy_latents = model.prior.schedule.add_noise(latents, noise, timesteps)
-    prediction = model.denoise(noisy_latents, timesteps, inputs["context"], inputs["hint"])
-    loss = mse_loss(prediction, denoising_target(model.prior.schedule, latents, noise, timesteps))
+    noisy_latents = inverter.prior.schedule.add_noise(latents, noise, timesteps)
+    prediction = inverter.denoise(noisy_latents, timesteps, inputs["context"], inputs["hint"])
+    loss = mse_loss(prediction, denoising_target(inverter.prior.schedule, latents, noise, timesteps))
     loss.backward()
     # What the gradients are called here, found by sending their names through the converter.
     gradients = {
-        name: parameter.grad for name, parameter in model.control.named_parameters() if parameter.grad is not None
+        name: parameter.grad for name, parameter in inverter.control.named_parameters() if parameter.grad is not None
     }
-    ours = {name: gradients[there] for name, there in control_names(model).items()}
+    ours = {name: gradients[there] for name, there in control_names(inverter).items()}
     norms = GOLDEN["training"]["control_grad_norms"]
     found, expected = zip(*((float(ours[name].double().norm()), norm) for name, norm in norms.items()), strict=True)
     differences = {
@@ -164,21 +166,21 @@ def _training(model: FeatureInversion, inputs: dict[str, Tensor], outputs: dict[
         differences[f"gradient of {name.removeprefix('grad/')}"] = difference(
             ours[name.removeprefix("grad/")], outputs[name]
         )
-    model.control.zero_grad()
+    inverter.control.zero_grad()
     return differences
 
 
-def control_names(model: FeatureInversion) -> dict[str, str]:
+def control_names(inverter: Inverter) -> dict[str, str]:
     """Our name of each of the authors' control tensors: a number sent through the import comes out somewhere."""
     theirs = [name.removeprefix(ldm.CONTROL) for name in GOLDEN["keys"] if name.startswith(ldm.CONTROL)]
     state = {
         ldm.CONTROL + name: torch.full(GOLDEN["keys"][ldm.CONTROL + name]["shape"], float(number))
         for number, name in enumerate(theirs)
     }
-    before = {name: value.clone() for name, value in model.control.state_dict().items()}
-    ldm.load_control(model.control, state, "names")
-    ours = {int(value.flatten()[0]): name for name, value in model.control.state_dict().items()}
-    model.control.load_state_dict(before)
+    before = {name: value.clone() for name, value in inverter.control.state_dict().items()}
+    ldm.load_control(inverter.control, state, "names")
+    ours = {int(value.flatten()[0]): name for name, value in inverter.control.state_dict().items()}
+    inverter.control.load_state_dict(before)
     return {name: ours[number] for number, name in enumerate(theirs)}
 
 

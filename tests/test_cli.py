@@ -33,6 +33,8 @@ from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.data.shards.writer import ShardSetWriter
 from featinv_pl.evaluation.per_source import PerSource
+from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.nets.control import Encoder
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
 from tiny import TRAINER, extraction, inversion, joined, write
@@ -436,13 +438,13 @@ def test_interrupted_test_goes_on(
     Path("run/drawn/damaged.safetensors").write_bytes(b"no")
 
     counts: list[int] = []
-    invert = FeatureInversion.reconstruct_from
+    invert = Inverter.reconstruct_from
 
-    def counted(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
+    def counted(self: Inverter, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
         counts.append(len(features))
         return invert(self, features, noise, sampler)
 
-    monkeypatch.setattr(FeatureInversion, "reconstruct_from", counted)
+    monkeypatch.setattr(Inverter, "reconstruct_from", counted)
     main(["test", "--config", config, "--data.batch_size=13"])  # another batch size finds them too
     assert sum(counts) == 2 * (180 - 3 * 16)  # by both samplers
     assert_same((scores_of(), samples_of("clean")), whole)
@@ -470,14 +472,14 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
     write_manifest(Path("lossy"), {**manifest, "settings": {**manifest["settings"], "image_format": "jpg"}})
     settings["data"]["init_args"] |= {"train": None, "test": {"clean": "lossy", "empty": "empty"}}
     settings["data"]["init_args"]["neighbours"] = str(shards / "clean")
-    invert = FeatureInversion.reconstruct_from
+    invert = Inverter.reconstruct_from
 
-    def failing(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
+    def failing(self: Inverter, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
         images = invert(self, features, noise, sampler)
         images[0, 0, 0, 0] = torch.nan
         return images
 
-    monkeypatch.setattr(FeatureInversion, "reconstruct_from", failing)
+    monkeypatch.setattr(Inverter, "reconstruct_from", failing)
     main(["test", "--config", write(Path("inversion.yaml"), settings)])
     document = json.loads(Path("run/metrics.json").read_text())
     printed = capsys.readouterr().out
@@ -515,7 +517,7 @@ def test_scores_reach_who_calls_the_trainer(
 ) -> None:
     trainer = Trainer(**TRAINER, default_root_dir="run", callbacks=[PerSource(baselines=())])
     sampler = Sampler(steps=2)
-    module = FeatureInversion(str(classifier_folder), str(prior_folder), 32, hidden_channels=8, sampler=sampler)
+    module = FeatureInversion(str(classifier_folder), str(prior_folder), 32, encoder=Encoder(8), sampler=sampler)
     [returned] = trainer.test(module, datamodule=FeatureShards(test={"clean": shards / "clean"}))
     assert returned == pytest.approx(scores_of(), rel=1e-6)
     assert {name: value.item() for name, value in trainer.callback_metrics.items()} == returned
@@ -527,10 +529,10 @@ def test_short_names_overrides_and_print_config(
 ) -> None:
     config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder))
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "-c", config, "--model.dropout=0.5", "--data.test.hard=here", "--print_config"])
+        main(["fit", "-c", config, "--model.objective.dropout=0.5", "--data.test.hard=here", "--print_config"])
     assert stop.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
-    assert printed["model"]["init_args"]["dropout"] == 0.5
+    assert printed["model"]["init_args"]["objective"]["dropout"] == 0.5
     assert printed["data"]["init_args"]["test"]["hard"] == "here"
 
 
@@ -609,7 +611,7 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
         ("--model.backbone=resnett50", ["'resnett50' is neither a folder nor a timm model", "Did you mean resnet50"]),
         ("--ckpt_path=nowhere.ckpt", ["--ckpt_path: there is no file 'nowhere.ckpt'"]),
         ("--model.dropuot=0.1", ["dropuot"]),
-        ("--model.dropout=lots", ["dropout"]),
+        ("--model.objective.dropout=lots", ["dropout"]),
         ("--data.batch_size=100000", ["--data.batch_size: a batch of 100000"]),
         ("--model.sampler.steps=0", ["--model.sampler.steps cannot be 0"]),
         (
@@ -690,7 +692,7 @@ def test_checkpoint_of_another_model_is_refused(
     before = Path("before/inversion.ckpt").read_bytes()
     args = ["fit", "--config", config, "--ckpt_path", "before/inversion.ckpt"]
     refused([*args, "--model.conditioning=pooled"], capsys, "conditioning: spatial there, pooled here")
-    refused([*args, "--model.hidden_channels=4"], capsys, "hidden_channels: 8 there, 4 here")
+    refused([*args, "--model.encoder.hidden_channels=4"], capsys, "hidden_channels: 8 there, 4 here")
     foreign = {"state_dict": {"weight": torch.ones(1)}, "global_step": 1, "pytorch-lightning_version": "2.6.6"}
     torch.save(foreign, "foreign.ckpt")
     refused([*args[:-1], "foreign.ckpt"], capsys, "not one of a FeatureInversion")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ def printed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
 @pytest.mark.parametrize("null", ["None", "null"])
 def test_null_of_a_sweep_is_null_where_there_is_one(null: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = write(Path("model.yaml"), {"model": MODEL})
-    names = ("min_snr_gamma", "input_size")
-    model = printed(capsys, "--config", config, *(f"--model.{name}={null}" for name in names))["model"]["init_args"]
-    assert [model[name] for name in names] == [None, None]
+    options = (f"--model.{name}={null}" for name in ("objective.min_snr_gamma", "input_size"))
+    model = printed(capsys, "--config", config, *options)["model"]["init_args"]
+    assert (model["objective"]["min_snr_gamma"], model["input_size"]) == (None, None)
     config = write(Path("none.yaml"), {"model": {**MODEL, "init_args": {**MODEL["init_args"], "input_size": "None"}}})
-    model = printed(capsys, "--config", config, "--model.min_snr_gamma=None", "--trainer.max_time=None")["model"]
-    assert [model["init_args"][name] for name in names] == [None, None]
+    model = printed(capsys, "--config", config, "--trainer.max_time=None")["model"]["init_args"]
+    assert model["input_size"] is None
 
 
 def test_the_home_folder_is_expanded_wherever_a_path_is_given(
@@ -94,3 +95,21 @@ def test_overfitting_a_few_batches_is_refused(capsys: pytest.CaptureFixture[str]
     with contextlib.suppress(SystemExit):
         main(["fit", "--config", config, "--trainer.overfit_batches=2"])
     assert "error: --trainer.overfit_batches: each epoch takes other batches" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("hidden_channels", "'hidden_channels' of an earlier version is model.encoder.hidden_channels now"),
+        ("null_map", "'null_map' of an earlier version has been removed"),
+        ("sampler.text_scale", "'text_scale' of an earlier version has been removed"),
+    ],
+)
+def test_options_of_earlier_versions_are_named(option: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(Path("model.yaml"), {"model": MODEL})
+    first, _, last = option.partition(".")
+    older = write(Path("old.yaml"), {"model": {"init_args": {first: {last: 1} if last else 1}}})
+    for given in ([f"--model.{option}=1"], ["--config", older]):
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", config, *given])
+        assert advice in re.sub("`|--", "", capsys.readouterr().err)

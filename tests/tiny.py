@@ -8,9 +8,12 @@ import torch
 import yaml
 
 from featinv_pl.__main__ import main
+from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.control import Encoder
+from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.tasks.inversion import FeatureInversion
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +67,7 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
                 "backbone": str(classifier),
                 "prior": str(prior),
                 "image_size": 32,
-                "hidden_channels": 8,
+                "encoder": {"hidden_channels": 8},
                 "sampler": {"steps": 2},
             },
         },
@@ -130,11 +133,11 @@ def make_prior(root: Path) -> Path:
 def make_inverter(folder: Path, classifier: Path, prior: Path) -> None:
     """Write a model folder. Its control is random: one that is new would ignore the map."""
     sampler = Sampler(steps=2, guidance_scale=1.0)
-    inversion = FeatureInversion(str(classifier), str(prior), image_size=32, hidden_channels=8, sampler=sampler)
+    inverter = Inverter(Backbone(str(classifier)), Prior(str(prior)), Encoder(8), image_size=32, sampler=sampler)
     torch.manual_seed(3)
-    for weight in inversion.control.parameters():
+    for weight in inverter.control.parameters():
         torch.nn.init.normal_(weight, std=0.3)
-    FeatInvPipeline(inversion).save_pretrained(folder)
+    FeatInvPipeline(inverter).save_pretrained(folder)
 
 
 def extract_digits(folder: Path, classifier: Path, prior: Path) -> Path:

@@ -170,7 +170,7 @@ def _export(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of `fit`, or a checkpoint in it")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     options = parser.parse_args(args)
-    from featinv_pl.inverter.publishing import export
+    from featinv_pl.publishing import export
 
     export(options.run, options.out)
 
@@ -186,7 +186,7 @@ def _import(parser: ArgumentParser, args: list[str]) -> None:
     options = vars(parser.parse_args(args))
     if options["backbone"] == parser.get_default("backbone") and options["input_size"] is None:
         options["input_size"] = 288
-    from featinv_pl.inverter.publishing import import_official
+    from featinv_pl.publishing import import_official
 
     import_official(options.pop("checkpoint"), options.pop("out"), **options)
 

@@ -215,7 +215,7 @@ def _mask(options: Namespace, pipeline: "FeatInvPipeline") -> "Tensor | None":
     from featinv_pl.pages.pictures import open_picture
 
     if options.box is not None:
-        return box_mask(options.box, pipeline.inversion.backbone.input_size)
+        return box_mask(options.box, pipeline.inverter.classifier.input_size)
     if options.mask is None:
         return None
     picture, mask = open_picture(options.image), open_picture(options.mask, "`mask`")

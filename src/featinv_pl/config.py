@@ -1,9 +1,10 @@
 """Configurations: files on bases of others, values that people and sweeps write, and what reads them."""
 
 import os
+import re
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import get_loader, set_loader
@@ -16,8 +17,27 @@ MODE = "yaml with base"
 _folder: ContextVar[Path] = ContextVar("folder", default=Path())
 
 
+MOVED = {
+    **dict.fromkeys(("hidden_channels", "num_layers"), "`model.encoder.{}`"),
+    **dict.fromkeys(("dropout", "min_snr_gamma", "consistency", "consistency_below"), "`model.objective.{}`"),
+    **dict.fromkeys(("activation_checkpointing", "channels_last", "compile"), "`model.execution.{}`"),
+    **dict.fromkeys(("control", "train"), "`model.adapt.{}`"),
+    **dict.fromkeys(("dropout_features", "dropout_prompt", "null_map", "text_scale"), ""),
+}
+"""Options of earlier versions, and where they are now; empty for those that have been removed."""
+
+
 class ConfigParser(Parser):
     """A parser of files on bases of others, which are relative to the file that includes them."""
+
+    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+        """End with the error, which for an option of an earlier version is one sentence."""
+        found = re.search(r"(?:ption '|NestedArg\(key='(?:\w+\.)*)(\w+)'", message)
+        if found is not None and found[1] in MOVED:
+            place = MOVED[found[1]].format(found[1])
+            now = f"is {place} now" if place else "has been removed, since it did not pay: leave it out"
+            raise UserError(f"The option '{found[1]}' of an earlier version {now}.")
+        super().error(message, *args, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a file, wherever jsonargparse changes to in order to read it."""

@@ -25,7 +25,7 @@ from featinv_pl.evaluation.reconstruction_grid import FIRST, PICTURES
 from featinv_pl.evaluation.results import METRICS, Name, aligned, by_name, read_document
 from featinv_pl.explore.study import SCORES, Row, cells, dots, markdown, strips
 from featinv_pl.files import read_yaml, write_bytes
-from featinv_pl.inverter.publishing import export
+from featinv_pl.publishing import export
 from featinv_pl.stages import Stage, fingerprint, minutes, run_once
 
 CHECKPOINT, MODEL, LOG = "inversion.ckpt", "model", "log.txt"

@@ -19,6 +19,7 @@ import yaml
 
 from bench import digits, machine, sampling, startup, training
 from featinv_pl.cli import effective_config
+from featinv_pl.nets.control import Encoder
 from featinv_pl.trust import allow_imports
 from full_size import write_prior
 from tiny import make_classifier, make_prior
@@ -69,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def tiny_options(classifier: Path, prior: Path) -> list[str]:
     """What makes the model at full size as small as these parts."""
     model = {"backbone": classifier, "prior": prior, "input_size": 32, "image_size": 32}
-    model |= {"weights": "pretrained", "hidden_channels": 8}
+    model |= {"weights": "pretrained", "encoder.hidden_channels": 8}
     options = [f"--model.{name}={value}" for name, value in model.items()]
     return [*options, "--data.feature_shape=[8,4,4]", "--data.image_size=32"]
 
@@ -124,9 +125,12 @@ def _sampling(options: Any) -> dict[str, Any]:
     words = ["fit", f"--config={training.CONFIGS / 'full.yaml'}", *options.option]
     allow_imports()
     own = yaml.safe_load(effective_config(words))["fit"]["model"]["init_args"]
-    names = ("backbone", "weights", "input_size", "prior", "image_size", "hidden_channels")
+    names = ("backbone", "weights", "input_size", "prior", "image_size")
     ways, noise, rates = sampling.measure(
-        {name: own[name] for name in names}, options.rounds, options.steps, 16 if machine.GPU else 1
+        {name: own[name] for name in names} | {"encoder": Encoder(**own["encoder"])},
+        options.rounds,
+        options.steps,
+        16 if machine.GPU else 1,
     )
     measured, base = ways[:-1], sampling.per_image(ways[0])
     rows = []

@@ -27,9 +27,13 @@ class AuthorsInversion(FeatureInversion):
         super().__init__(**kwargs)
         self.decoder_gradients = decoder_gradients
         if decoder_gradients:
-            for part in (self.prior.unet.up_blocks, self.prior.unet.conv_norm_out, self.prior.unet.conv_out):
+            for part in (
+                self.inverter.prior.unet.up_blocks,
+                self.inverter.prior.unet.conv_norm_out,
+                self.inverter.prior.unet.conv_out,
+            ):
                 part.requires_grad_(True)
-        width = self.prior.unet.config.cross_attention_dim
+        width = self.inverter.prior.unet.config.cross_attention_dim
         # The text encoder of Stable Diffusion 1, at its size where the prior is.
         config = CLIPTextConfig(
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12, num_attention_heads=width // 64 or 1
@@ -55,7 +59,7 @@ class AuthorsInversion(FeatureInversion):
     @torch.no_grad()
     def _compute(self, batch: Batch) -> Batch:
         images = batch["images"]
-        features = torch.cat([self.backbone(image)[0] for image in images.split(1)])
+        features = torch.cat([self.inverter.classifier(image)[0] for image in images.split(1)])
         tokens = torch.zeros(len(images), TOKENS, dtype=torch.long, device=self.device)
-        self.prior.prompt = self.text_encoder(tokens).last_hidden_state
-        return {**batch, "features": features, "moments": self.prior.autoencoder.encode(images)}
+        self.inverter.prior.prompt = self.text_encoder(tokens).last_hidden_state
+        return {**batch, "features": features, "moments": self.inverter.prior.autoencoder.encode(images)}

@@ -19,8 +19,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from featinv_pl.nets.attention import attend_to_projected
-from featinv_pl.nets.control import FeatureControl
+from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.tasks.inversion import FeatureInversion
 
@@ -46,9 +45,9 @@ class Shapes:
     @classmethod
     def of(cls, model: FeatureInversion) -> Self:
         """Those of a model."""
-        prior, width = model.prior, model.control.encoder.hidden_channels
-        latents, prompt = prior.latent_grid(model.image_size), tuple(prior.prompt.shape[-2:])
-        return cls(dict(prior.unet.config), width, model.backbone.feature_shape, latents, prompt)
+        prior, width = model.inverter.prior, model.inverter.control.encoder.hidden_channels
+        latents, prompt = prior.latent_grid(model.inverter.image_size), tuple(prior.prompt.shape[-2:])
+        return cls(dict(prior.unet.config), width, model.inverter.classifier.feature_shape, latents, prompt)
 
 
 class Live(TorchDispatchMode):
@@ -116,8 +115,7 @@ def _networks(shapes: Shapes, mixed: bool, again: bool) -> tuple[UNet2DCondition
     """The UNet and the control without weights, prepared for training as a FeatureInversion prepares them."""
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(shapes.unet)
-        control = FeatureControl(unet, shapes.features[0], shapes.hidden_channels)
-    attend_to_projected(unet)
+        control = FeatureControl(unet, shapes.features[0], Encoder(shapes.hidden_channels))
     unet.requires_grad_(False).eval()
     if mixed:
         keep_products_in(unet, torch.bfloat16)

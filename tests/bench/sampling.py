@@ -52,12 +52,12 @@ def measure(
     """
     full, fast = (_model(options) for _ in range(2))
     keep_products_in(fast, torch.bfloat16)
-    features = torch.randn(batch_size, *full.backbone.feature_shape, device=machine.DEVICE)
-    noise = torch.randn(batch_size, *full.prior.latent_grid(full.image_size), device=machine.DEVICE)
+    features = torch.randn(batch_size, *full.inverter.classifier.feature_shape, device=machine.DEVICE)
+    noise = torch.randn(batch_size, *full.inverter.prior.latent_grid(full.inverter.image_size), device=machine.DEVICE)
     ways = [
         Way("as the authors draw, branch by branch", lambda noise, steps: plain(full, features, noise, steps, False)),
         Way("a plain loop with diffusers' parts", lambda noise, steps: plain(full, features, noise, steps, True)),
-        Way("ours, fp32", lambda noise, steps: full.reconstruct_from(features, noise, as_authors(steps))),
+        Way("ours, fp32", lambda noise, steps: full.inverter.reconstruct_from(features, noise, as_authors(steps))),
         Way("ours, bf16", lambda noise, steps: in_bf16(fast, features, noise, as_authors(steps))),
     ]
     reference, rates = None, []
@@ -89,7 +89,7 @@ def plain(model: FeatureInversion, features: Tensor, noise: Tensor, steps: int, 
         steps: Denoising steps.
         together: Whether both branches of guidance go through the networks in one batch, as in diffusers' pipelines.
     """
-    unet, control, prior = model.prior.unet, model.control, model.prior
+    unet, control, prior = model.inverter.prior.unet, model.inverter.control, model.inverter.prior
     solver = SCHEDULERS[AUTHORS.scheduler].from_config(prior.schedule.config, timestep_spacing="leading")
     solver.set_timesteps(steps)
     empty, prompt = (one.expand(len(noise), -1, -1) for one in (prior.empty, prior.prompt))
@@ -126,7 +126,7 @@ def as_authors(steps: int) -> Sampler:
 def in_bf16(model: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
     """Draw in mixed precision."""
     with torch.autocast(machine.DEVICE, torch.bfloat16):
-        return model.reconstruct_from(features, noise, sampler)
+        return model.inverter.reconstruct_from(features, noise, sampler)
 
 
 def final(ways: list[Way], noise: Tensor, long: int, short: int) -> float:
@@ -144,7 +144,7 @@ def _model(options: dict[str, Any]) -> FeatureInversion:
     """An inverter whose control steers, though it is not trained: zeros would hide mistakes."""
     torch.manual_seed(0)
     model = FeatureInversion(**options).eval()
-    for parameter in model.control.parameters():
+    for parameter in model.inverter.control.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
     return model.to(machine.DEVICE)

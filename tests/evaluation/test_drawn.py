@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
 from featinv_pl.evaluation.drawn import DrawnImages
+from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.nets.control import Encoder
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
 from tiny import TRAINER
@@ -59,17 +61,17 @@ def test_a_stored_reconstruction_is_reused_by_the_same_model_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sampled: list[int] = []
-    invert = FeatureInversion.reconstruct_from
+    invert = Inverter.reconstruct_from
 
-    def counted(self: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
+    def counted(self: Inverter, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
         sampled.append(len(features))
         return invert(self, features, noise, sampler)
 
-    monkeypatch.setattr(FeatureInversion, "reconstruct_from", counted)
+    monkeypatch.setattr(Inverter, "reconstruct_from", counted)
 
     def test(prior: Path, precision: Any = "32-true", model: dict[str, Any] | None = None, seed: int = 0) -> int:
         torch.manual_seed(0)
-        options = {"image_size": 32, "hidden_channels": 8, "sampler": Sampler(steps=2), **(model or {})}
+        options = {"image_size": 32, "encoder": Encoder(8), "sampler": Sampler(steps=2), **(model or {})}
         inversion = FeatureInversion(str(classifier_folder), str(prior), **options)
         torch.manual_seed(seed)
         sampled.clear()

@@ -15,7 +15,7 @@ from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
-from featinv_pl.nets.control import FeatureControl
+from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.prompts import FILE as PROMPTS
@@ -55,7 +55,7 @@ def test_control_takes_the_names_of_the_unet_that_it_copies(state: State) -> Non
         for name, value in state.items()
         if name.startswith(ldm.CONTROL)
     }
-    control = FeatureControl(unet, parity.CHANNELS)
+    control = FeatureControl(unet, parity.CHANNELS, Encoder())
     ldm.load_control(control, copied, "CKPT")
     theirs = unet.state_dict()
     ours = {name: value for name, value in control.controlnet.state_dict().items() if name in theirs}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -15,7 +15,7 @@ from torch.nn import functional
 from conftest import Runs
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
-from featinv_pl.nets.control import FeatureControl, FeatureEncoder
+from featinv_pl.nets.control import Encoder, FeatureControl, FeatureEncoder
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.prompts import FILE as PROMPTS
@@ -37,7 +37,7 @@ def own_prior(prior_folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def control(prior: Prior) -> FeatureControl:
-    return FeatureControl(prior.unet, in_channels=CHANNELS, hidden_channels=8)
+    return FeatureControl(prior.unet, CHANNELS, Encoder(hidden_channels=8))
 
 
 def perturb(control: FeatureControl) -> FeatureControl:
@@ -125,27 +125,6 @@ def test_trained_control_steers_by_the_map(prior: Prior, control: FeatureControl
     assert all(not torch.allclose(one, other, atol=1e-3) for one, other in zip(steered, turned, strict=True))
 
 
-def test_prompts_projected_once_do_as_prompts_do(prior: Prior, control: FeatureControl) -> None:
-    perturb(control)
-    latents, prompts = torch.randn(3, 4, 4, 4), torch.randn(3, 2, 8)
-    encoded = control.encoder(torch.randn(3, CHANNELS, 2, 2), (4, 4))
-    to_control, to_prior = control.project(prompts), prior.project(prompts)
-    for timestep in torch.tensor([100, 800]):
-        residuals = control(latents, timestep, prompts, encoded)
-        expected = prior.predict(latents, timestep, prompts, residuals)
-        again = control(latents, timestep, to_control, encoded)
-        torch.testing.assert_close(prior.predict(latents, timestep, to_prior, again), expected)
-        others = prior.predict(latents, timestep, prior.project(prompts * 3), residuals)
-        assert not torch.allclose(others, expected, atol=1e-4)
-
-
-def test_attention_to_prompts_is_that_of_diffusers(prior: Prior, prior_folder: Path) -> None:
-    theirs = UNet2DConditionModel.from_pretrained(prior_folder / "unet")
-    latents, timestep, prompts = torch.randn(2, 4, 4, 4), torch.tensor(300), torch.randn(2, 5, 8)
-    expected = theirs(latents, timestep, prompts).sample
-    torch.testing.assert_close(prior.predict(latents, timestep, prompts), expected)
-
-
 def test_gradients_reach_all_of_the_control_and_nothing_else(prior: Prior, control: FeatureControl) -> None:
     prior.train()
     predict(prior, perturb(control), torch.randn(3, CHANNELS, 2, 2)).square().mean().backward()
@@ -195,7 +174,7 @@ def test_encoder_upsamples_then_convolves(num_layers: int) -> None:
 
 def test_encoder_of_one_layer_is_refused() -> None:
     with pytest.raises(UserError, match="must be at least 2, and is 1"):
-        FeatureEncoder(CHANNELS, 5, num_layers=1)
+        Encoder(num_layers=1)
 
 
 # Prior

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
 from featinv_pl.errors import UserError
+from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.averaging import MovingAverage
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
@@ -43,8 +44,8 @@ def averages(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def test_average_is_validated_saved_and_kept(
     classifier_folder: Path, prior_folder: Path, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
-    model = FeatureInversion(str(classifier_folder), str(prior_folder), hidden_channels=8, sampler=Sampler("ddim", 2))
-    frozen = dict(model.frozen)
+    model = FeatureInversion(str(classifier_folder), str(prior_folder), encoder=Encoder(8), sampler=Sampler("ddim", 2))
+    frozen = dict(model.inverter.digests)
     history, average = History(), MovingAverage(DECAY)
     trainer = Trainer(
         max_steps=5,
@@ -64,7 +65,7 @@ def test_average_is_validated_saved_and_kept(
     for name, value in expected.items():
         torch.testing.assert_close(history.validated[0][name], value)
         torch.testing.assert_close(saved["state_dict"][f"control.{name}"], value)
-        torch.testing.assert_close(model.control.state_dict()[name], value)
+        torch.testing.assert_close(model.inverter.control.state_dict()[name], value)
         assert torch.equal(saved["current_model_state"][f"control.{name}"], history.weights[-1][name])
     assert {name.split(".")[0] for name in saved["state_dict"]} == {"control"}
     del model.frozen

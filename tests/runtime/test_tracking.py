@@ -335,9 +335,9 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
     overlay["data"]["init_args"] |= {"num_workers": 0}
     shown = {"model.optimizer.lr": 0.001, "model.dropout": 0.0}
     online.proposals = [
-        {"model.hidden_channels": 16, "model.num_layers": 4, **shown},
+        {"model.encoder.hidden_channels": 16, "model.encoder.num_layers": 4, **shown},
         {"model.sampler.steps": 5000, **shown},  # which only sampling finds out
-        {"model.hidden_channels": 8, "model.num_layers": 2, **shown},
+        {"model.encoder.hidden_channels": 8, "model.encoder.num_layers": 2, **shown},
     ]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
@@ -424,7 +424,7 @@ def test_other_loggers_take_what_they_can(settings: dict[str, Any]) -> None:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows if row["train/loss"]] == ["0", "1"]
     told = yaml.safe_load(Path("runs/CSV/version_0/hparams.yaml").read_text())
-    assert told["model"]["init_args"]["hidden_channels"] == 8
+    assert told["model"]["init_args"]["encoder"]["hidden_channels"] == 8
     assert "val/cosine" in Path("runs/CSV/version_1/metrics.csv").read_text()
 
 

@@ -14,7 +14,7 @@ from featinv_pl.sampling.sampler import Sampler, sample
 
 
 @pytest.fixture
-def decoded_features() -> nn.Module:
+def observe() -> nn.Module:
     """A small convolution stands for autoencoder and backbone."""
     return nn.Conv2d(4, 6, 3, padding=1).requires_grad_(False)
 

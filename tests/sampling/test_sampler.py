@@ -130,7 +130,7 @@ def test_defaults_are_ours_and_the_authors_have_a_name() -> None:
     ],
 )
 def test_refuses_what_it_cannot_be(option: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"--model\.sampler\.{option} cannot be .* Give "):
+    with pytest.raises(UserError, match=rf"`sampler\.{option}` cannot be .* Give "):
         Sampler(**{option: value})
 
 
@@ -139,7 +139,7 @@ def test_refuses_what_it_cannot_be(option: str, value: Any) -> None:
     [("steps", 0), ("step_size", 0.0), ("interval", (0.6, 0.4)), ("target", 1.5)],
 )
 def test_refinement_refuses_what_it_cannot_be(option: str, value: Any) -> None:
-    with pytest.raises(UserError, match=rf"--model\.sampler\.refine\.{option} cannot be .* Give "):
+    with pytest.raises(UserError, match=rf"`sampler\.refine\.{option}` cannot be .* Give "):
         Refinement(**{option: value})
 
 

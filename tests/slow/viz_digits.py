@@ -23,9 +23,9 @@ from featinv_pl.explore.interpolation import Mode, interpolate
 from featinv_pl.explore.samples import Samples, read_samples
 from featinv_pl.explore.steering import Steering, steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.inverter.publishing import export
 from featinv_pl.pages.page import Report, Section, Tile
 from featinv_pl.pages.pictures import prediction
+from featinv_pl.publishing import export
 from featinv_pl.sampling.noise import generator
 
 DEMO, OUT = Path("runs/demo"), Path("runs/viz/evidence")

@@ -41,7 +41,7 @@ def make_parts(root: Path) -> None:
         extraction = {"model": {"init_args": {**networks, "autoencoder": "parts/prior"}}, "data": reading(8)}
         training = {
             "trainer": {"max_steps": 2, "val_check_interval": 2},
-            "model": {"init_args": {**networks, "prior": "parts/prior", "hidden_channels": 16}},
+            "model": {"init_args": {**networks, "prior": "parts/prior", "encoder": {"hidden_channels": 16}}},
             "data": reading(4),
         }
         (parts / f"extract-{name}.yaml").write_text(yaml.safe_dump(extraction))
@@ -63,7 +63,7 @@ def make_parts(root: Path) -> None:
                 "backbone": "parts/convnext",
                 "weights": "pretrained",
                 "prior": "parts/prior",
-                "hidden_channels": 16,
+                "encoder": {"hidden_channels": 16},
             }
         },
         "data": {"init_args": {"feature_shape": [16, 9, 9], "batch_size": 2}},

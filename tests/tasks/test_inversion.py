@@ -14,22 +14,25 @@ from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
 from featinv_pl.errors import UserError
+from featinv_pl.inverter.inverter import Execution
 from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.finite import FiniteGuard
+from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.refinement import Refinement
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.tasks.inversion import FeatureInversion
+from featinv_pl.tasks.inversion import Adapt, FeatureInversion
 from featinv_pl.tasks.pretraining import Classifier
 from featinv_pl.types import Batch
+
+SMALL = Encoder(hidden_channels=8)
 
 
 @pytest.fixture
 def make_model(classifier_folder: Path, prior_folder: Path) -> Any:
     def make(**options: Any) -> FeatureInversion:
         sampler = options.pop("sampler", Sampler("ddim", steps=2))
-        return FeatureInversion(
-            str(classifier_folder), str(prior_folder), hidden_channels=8, sampler=sampler, **options
-        )
+        return FeatureInversion(str(classifier_folder), str(prior_folder), encoder=SMALL, sampler=sampler, **options)
 
     return make
 
@@ -60,19 +63,21 @@ def fit(
 
 def test_training_changes_the_control_and_nothing_else(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
     model = make_model()
-    frozen = dict(model.frozen)
-    before = {name: value.clone() for name, value in model.control.state_dict().items()}
+    frozen = dict(model.inverter.digests)
+    before = {name: value.clone() for name, value in model.inverter.control.state_dict().items()}
     fit(model, make_batch(4), tmp_path)
-    del model.frozen
-    assert model.frozen == frozen
-    assert any(not torch.equal(value, before[name]) for name, value in model.control.state_dict().items())
-    assert not model.prior.training
-    assert not model.backbone.training
+    del model.inverter.digests
+    assert model.inverter.digests == frozen
+    assert any(not torch.equal(value, before[name]) for name, value in model.inverter.control.state_dict().items())
+    assert not model.inverter.prior.training
+    assert not model.inverter.classifier.training
 
 
 def test_training_learns_to_use_the_map(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = make_model(dropout=0.0, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    model = make_model(
+        objective=Objective(dropout=0.0), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
+    )
     batch = make_batch(8)
     losses: list[float] = []
     model.log = lambda name, value, **_: losses.append(value.item())
@@ -104,9 +109,11 @@ def test_savings_change_no_gradient(make_model: Any, make_batch: MakeBatch, opti
         model = awaken(make_model(**options))
         model.log = lambda *_, **__: None
         model.training_step(make_batch(4), 0).backward()
-        return {name: weight.grad for name, weight in model.control.named_parameters() if weight.grad is not None}
+        return {
+            name: weight.grad for name, weight in model.inverter.control.named_parameters() if weight.grad is not None
+        }
 
-    plain, saving = gradients(), gradients(**{option: True})
+    plain, saving = gradients(), gradients(execution=Execution(**{option: True}))
     assert plain.keys() == saving.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(saving[name], gradient, msg=name)
@@ -116,11 +123,13 @@ def test_activations_are_computed_again_only_when_told(make_model: Any, make_bat
     def calls(**options: Any) -> int:
         model, count = make_model(**options), []
         model.log = lambda *_, **__: None
-        model.control.controlnet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: count.append(1))
+        model.inverter.control.controlnet.down_blocks[0].resnets[0].register_forward_pre_hook(
+            lambda *_: count.append(1)
+        )
         model.training_step(make_batch(4), 0).backward()
         return len(count)
 
-    assert (calls(), calls(activation_checkpointing=True)) == (1, 2)
+    assert (calls(), calls(execution=Execution(activation_checkpointing=True))) == (1, 2)
 
 
 def test_networks_are_compiled_a_few_times(
@@ -131,7 +140,7 @@ def test_networks_are_compiled_a_few_times(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="eager"))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     torch._dynamo.reset()
-    plain, compiled = awaken(make_model()), awaken(make_model(compile=True))
+    plain, compiled = awaken(make_model()), awaken(make_model(execution=Execution(compile=True)))
     compiled.load_state_dict(plain.state_dict())
     compiled.log = lambda *_, **__: None
     guided, unguided = Sampler(steps=2), Sampler(steps=2, guidance_scale=1.0)
@@ -142,7 +151,9 @@ def test_networks_are_compiled_a_few_times(
         batch = make_batch(size)
         compiled.training_step(batch, 0).backward()
         for sampler in (guided, unguided):
-            drawn, expected = (m.reconstruct(batch["features"], batch["key"], 0, sampler) for m in (compiled, plain))
+            drawn, expected = (
+                m.inverter.reconstruct(batch["features"], batch["key"], 0, sampler) for m in (compiled, plain)
+            )
             torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-4)
         counts.append(counters["unique_graphs"])
     assert counts[0] > 0
@@ -154,25 +165,25 @@ def test_mixed_precision_halves_the_prior_and_trains_full_weights(
     make_model: Any, make_batch: MakeBatch, tmp_path: Path, precision: str
 ) -> None:
     model = make_model()
-    before = make_model().frozen
+    before = make_model().inverter.digests
     fit(model, make_batch(4), tmp_path, steps=1, settings={"precision": precision})
     half = precision == "bf16-mixed"
-    assert model.prior.unet.conv_in.weight.dtype == (torch.bfloat16 if half else torch.float32)
-    assert {weight.dtype for weight in model.control.parameters()} == {torch.float32}
-    assert model.frozen == before  # what shards and checkpoints are compared with
+    assert model.inverter.prior.unet.conv_in.weight.dtype == (torch.bfloat16 if half else torch.float32)
+    assert {weight.dtype for weight in model.inverter.control.parameters()} == {torch.float32}
+    assert model.inverter.digests == before  # what shards and checkpoints are compared with
 
 
 def test_pooled_conditioning_sees_only_the_mean(make_model: Any, make_batch: MakeBatch) -> None:
     features = make_batch(2)["features"]
     shuffled = features.flatten(2)[:, :, torch.randperm(16)].unflatten(2, (4, 4))
     pooled, spatial = make_model(conditioning="pooled"), make_model()
-    torch.testing.assert_close(pooled.condition(features), pooled.condition(shuffled))
-    assert pooled.condition(features).shape == features.shape
-    assert torch.equal(spatial.condition(shuffled), shuffled)
+    torch.testing.assert_close(pooled.inverter.condition(features), pooled.inverter.condition(shuffled))
+    assert pooled.inverter.condition(features).shape == features.shape
+    assert torch.equal(spatial.inverter.condition(shuffled), shuffled)
 
 
 def test_dropout_replaces_the_map_by_zeros(make_model: Any, make_batch: MakeBatch) -> None:
-    model, batch = awaken(make_model(dropout=0.999999)), make_batch(4)
+    model, batch = awaken(make_model(objective=Objective(dropout=0.999999))), make_batch(4)
     model.log = lambda *_, **__: None
     other = {**batch, "features": torch.randn_like(batch["features"])}
     assert torch.equal(model.training_step(batch, 0), model.training_step(other, 0))
@@ -180,45 +191,44 @@ def test_dropout_replaces_the_map_by_zeros(make_model: Any, make_batch: MakeBatc
 
 def awaken(model: Any) -> Any:
     """Let a control have a say before it is trained."""
-    torch.nn.init.normal_(model.control.controlnet.controlnet_mid_block.weight)
-    torch.nn.init.normal_(model.control.encoder.layers[-1].weight)
+    torch.nn.init.normal_(model.inverter.control.controlnet.controlnet_mid_block.weight)
+    torch.nn.init.normal_(model.inverter.control.encoder.layers[-1].weight)
     return model
 
 
-@pytest.mark.parametrize("guidance", ["text", "features", "both"])
+@pytest.mark.parametrize("guidance", ["text", "features"])
 def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch, guidance: Any) -> None:
     model = awaken(make_model())
     features, noise, timestep = make_batch(2)["features"], torch.randn(2, 4, 4, 4), torch.tensor(500)
 
     def predict(features: Tensor, prompt: Tensor) -> Tensor:
         timesteps = timestep.expand(len(noise))
-        prediction: Tensor = model.denoise(noise, timesteps, prompt.expand(len(noise), -1, -1), features)
+        prediction: Tensor = model.inverter.denoise(noise, timesteps, prompt.expand(len(noise), -1, -1), features)
         return prediction
 
-    prompt, empty, nothing = model.prior.prompt, model.prior.empty, torch.zeros_like(features)
+    prompt, empty, nothing = model.inverter.prior.prompt, model.inverter.prior.empty, torch.zeros_like(features)
     whole, no_prompt, neither = predict(features, prompt), predict(features, empty), predict(nothing, empty)
     expected = {
         "text": no_prompt + 2 * (whole - no_prompt),
         "features": neither + 2 * (whole - neither),
-        "both": neither + 2 * (no_prompt - neither) + 3 * (whole - no_prompt),
     }[guidance]
-    sampler = Sampler("ddim", steps=2, guidance_scale=2.0, guidance=guidance, text_scale=3.0)
+    sampler = Sampler("ddim", steps=2, guidance_scale=2.0, guidance=guidance)
     with torch.no_grad():
-        guided = model.denoiser(features, noise, sampler)(noise, timestep)
+        guided = model.inverter.denoiser(features, noise, sampler)(noise, timestep)
         torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(guided, whole, atol=1e-3)
         sampler = replace(sampler, guidance_interval=(0.0, 0.4))
-        torch.testing.assert_close(model.denoiser(features, noise, sampler)(noise, timestep), whole)
+        torch.testing.assert_close(model.inverter.denoiser(features, noise, sampler)(noise, timestep), whole)
 
 
 def test_without_control_the_bare_prior_draws(make_model: Any, make_batch: MakeBatch) -> None:
     model, noise = awaken(make_model()), torch.randn(2, 4, 4, 4)
     bare = Sampler("ddim", steps=2, guidance_scale=1.0, control_scale=0.0)
-    one, other = (model.reconstruct_from(make_batch(2, seed=seed)["features"], noise, bare) for seed in (0, 1))
+    one, other = (model.inverter.reconstruct_from(make_batch(2, seed=seed)["features"], noise, bare) for seed in (0, 1))
     assert torch.equal(one, other)
     features = make_batch(2)["features"]
-    controlled = model.reconstruct_from(features, noise, replace(bare, control_scale=1.0))
-    half = model.reconstruct_from(features, noise, replace(bare, control_scale=0.5))
+    controlled = model.inverter.reconstruct_from(features, noise, replace(bare, control_scale=1.0))
+    half = model.inverter.reconstruct_from(features, noise, replace(bare, control_scale=0.5))
     assert not torch.allclose(controlled, one, atol=1e-2)
     assert 0 < (half - one).abs().mean() < (controlled - one).abs().mean()
 
@@ -228,11 +238,13 @@ def test_refinement_needs_no_training(make_model: Any, conditioning: str) -> Non
     model = make_model(conditioning=conditioning)
     bare = Sampler("ddim", steps=6, guidance_scale=1.0, control_scale=0.0)
     images = torch.rand(4, 3, 32, 32) * 2 - 1
-    target, noise = model.backbone.classify(images)["features"], torch.randn(4, 4, 4, 4)
+    target, noise = model.inverter.classifier.classify(images)["features"], torch.randn(4, 4, 4, 4)
 
     def cosines(sampler: Sampler) -> Tensor:
-        maps = model.condition(model.backbone.classify(model.reconstruct_from(target, noise, sampler))["features"])
-        return torch.nn.functional.cosine_similarity(maps, model.condition(target)).mean((1, 2))
+        maps = model.inverter.condition(
+            model.inverter.classifier.classify(model.inverter.reconstruct_from(target, noise, sampler))["features"]
+        )
+        return torch.nn.functional.cosine_similarity(maps, model.inverter.condition(target)).mean((1, 2))
 
     gained = cosines(replace(bare, refine=Refinement(step_size=0.1, interval=(0, 1)))) - cosines(bare)
     assert (gained > 0).all()
@@ -242,7 +254,7 @@ def test_pooled_refinement_sees_only_the_mean(make_model: Any, make_batch: MakeB
     model = make_model(conditioning="pooled", sampler=Sampler("ddim", steps=2, refine=Refinement(), best_of=2))
     features, keys = make_batch(2)["features"], ["a", "b"]
     shuffled = features.flatten(2)[:, :, torch.randperm(16)].unflatten(2, (4, 4))
-    one, other = (model.reconstruct(maps, keys, 0, model.sampler) for maps in (features, shuffled))
+    one, other = (model.inverter.reconstruct(maps, keys, 0, model.inverter.sampler) for maps in (features, shuffled))
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
@@ -250,75 +262,47 @@ def test_best_of_several_is_the_most_similar_for_each_map(make_model: Any, make_
     model, keys = make_model(sampler=Sampler("ddim", steps=2, best_of=4)), ["a", "b", "c"]
     features = make_batch(3)["features"]
     names = [keys, *([f"{key} candidate {number}" for key in keys] for number in (1, 2, 3))]
-    candidates = [model.reconstruct(features, one, 7, replace(model.sampler, best_of=1)) for one in names]
-    maps = [model.backbone.classify(images)["features"] for images in candidates]
+    candidates = [
+        model.inverter.reconstruct(features, one, 7, replace(model.inverter.sampler, best_of=1)) for one in names
+    ]
+    maps = [model.inverter.classifier.classify(images)["features"] for images in candidates]
     cosines = torch.stack([torch.nn.functional.cosine_similarity(one, features).mean((1, 2)) for one in maps])
     best = cosines.argmax(0).tolist()
     expected = torch.stack([candidates[number][row] for row, number in enumerate(best)])
-    torch.testing.assert_close(model.reconstruct(features, keys, 7, model.sampler), expected)
-
-
-def test_map_and_prompt_are_dropped_as_often_as_asked(make_model: Any) -> None:
-    no_map, no_prompt = make_model(dropout=0.2, dropout_features=0.1, dropout_prompt=0.3).dropped(
-        torch.arange(0, 1, 0.001)
-    )
-    shares = {
-        "both": no_map & no_prompt,
-        "map": no_map & ~no_prompt,
-        "prompt": no_prompt & ~no_map,
-        "none": ~no_map & ~no_prompt,
-    }
-    assert {name: round(which.float().mean().item(), 2) for name, which in shares.items()} == {
-        "both": 0.2,
-        "map": 0.1,
-        "prompt": 0.3,
-        "none": 0.4,
-    }
-
-
-def test_a_learned_null_map_is_trained_and_kept(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
-    model = awaken(make_model(null_map="learned", dropout=0.9))
-    fit(model, make_batch(4), tmp_path).save_checkpoint(tmp_path / "a.ckpt")
-    assert model.control.encoder.null.abs().max() > 0
-    again = make_model(null_map="learned")
-    again.load_state_dict(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
-    assert torch.equal(again.control.encoder.null, model.control.encoder.null)
-    sampler = Sampler("ddim", steps=2, guidance="features")
-    features, noise = torch.zeros(2, 8, 4, 4), torch.randn(2, 4, 4, 4)
-    with torch.no_grad():
-        before = model.reconstruct_from(features, noise, sampler)
-        model.control.encoder.null.fill_(9.0)
-        assert not torch.allclose(model.reconstruct_from(features, noise, sampler), before, atol=1e-3)
+    torch.testing.assert_close(model.inverter.reconstruct(features, keys, 7, model.inverter.sampler), expected)
 
 
 def test_min_snr_weighs_each_sample_by_its_timestep(make_model: Any, make_batch: MakeBatch) -> None:
-    plain, weighted = make_model(min_snr_gamma=None), make_model(min_snr_gamma=1e9)
+    plain, weighted = (make_model(objective=Objective(min_snr_gamma=gamma)) for gamma in (None, 1e9))
     for model in (plain, weighted):
         model.log = lambda *_, **__: None
     batch = make_batch(4)
     torch.testing.assert_close(weighted.training_step(batch, 0), plain.training_step(batch, 0))  # nothing is cut
-    weighted.min_snr_gamma = 1e-3
+    weighted.objective = Objective(min_snr_gamma=1e-3)
     assert weighted.training_step(batch, 0) < 0.1 * plain.training_step(batch, 0)
 
 
 def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, make_batch: MakeBatch) -> None:
-    model, batch = awaken(make_model(dropout=0.0, consistency=1.0, consistency_below=1.0)), make_batch(4)
+    model, batch = (
+        awaken(make_model(objective=Objective(dropout=0.0, consistency=1.0, consistency_below=1.0))),
+        make_batch(4),
+    )
     logged: dict[str, Tensor] = {}
     model.log = lambda name, value, **_: logged.update({name: value})
     both = model.training_step(batch, 0)
-    model.consistency = 0.0
+    model.objective = Objective(dropout=0.0)
     torch.testing.assert_close(both, model.training_step(batch, 0) + logged["train/consistency"])
     assert 0 < logged["train/consistency"] < 2
     logged["train/consistency"].backward()
-    assert model.control.controlnet.controlnet_mid_block.weight.grad.abs().max() > 0
+    assert model.inverter.control.controlnet.controlnet_mid_block.weight.grad.abs().max() > 0
     logged.clear()
-    model.consistency, model.consistency_below = 1.0, 1e-9
+    model.objective = Objective(dropout=0.0, consistency=1.0, consistency_below=1e-9)
     model.training_step(batch, 0)
     assert "train/consistency" not in logged
 
 
 def test_consistency_leaves_out_samples_without_a_map(make_model: Any, make_batch: MakeBatch) -> None:
-    model = make_model(dropout=0.999999, consistency=1.0, consistency_below=1.0)
+    model = make_model(objective=Objective(dropout=0.999999, consistency=1.0, consistency_below=1.0))
     logged: set[str] = set()
     model.log = lambda name, *_, **__: logged.add(name)
     model.training_step(make_batch(4), 0)
@@ -329,49 +313,46 @@ def test_encoder_alone_adapts_a_control_to_another_backbone(
     make_model: Any, make_batch: MakeBatch, prior_folder: Path, tmp_path: Path
 ) -> None:
     trained = awaken(make_model())
-    FeatInvPipeline(trained).save_pretrained(tmp_path / "model")
+    FeatInvPipeline(trained.inverter).save_pretrained(tmp_path / "model")
     torch.manual_seed(4)
     Classifier("test_resnet", 10, 32, {"output_stride": 8, "channels": [8, 8, 8, 12]}).save_pretrained(
         tmp_path / "wider"
     )
     model: Any = FeatureInversion(
-        str(tmp_path / "wider"), str(prior_folder), hidden_channels=8, control=tmp_path / "model", train="encoder"
+        str(tmp_path / "wider"), str(prior_folder), encoder=SMALL, adapt=Adapt(tmp_path / "model", "encoder")
     )
-    first, last = (model.control.encoder.layers[number].weight for number in (0, -1))
+    first, last = (model.inverter.control.encoder.layers[number].weight for number in (0, -1))
     assert first.shape[1] == 12
-    assert torch.equal(last, trained.control.encoder.layers[-1].weight)
-    before = {name: value.clone() for name, value in model.control.state_dict().items()}
+    assert torch.equal(last, trained.inverter.control.encoder.layers[-1].weight)
+    before = {name: value.clone() for name, value in model.inverter.control.state_dict().items()}
     fit(model, make_batch(4, shape=(12, 4, 4)), tmp_path)
-    changed = {name for name, value in model.control.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {f"encoder.{name}" for name in model.control.encoder.state_dict()}
-
-
-def test_encoder_alone_wants_a_control(make_model: Any) -> None:
-    with pytest.raises(UserError, match=r"--model\.train: `encoder` needs .* --model\.control"):
-        make_model(train="encoder")
+    changed = {
+        name for name, value in model.inverter.control.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {f"encoder.{name}" for name in model.inverter.control.encoder.state_dict()}
 
 
 def test_control_of_another_prior_is_refused(make_model: Any, tmp_path: Path) -> None:
     model = make_model()
-    torch.nn.init.normal_(model.prior.unet.conv_in.weight)
-    FeatInvPipeline(model).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"--model\.control: .* was trained with another prior"):
-        make_model(control=tmp_path / "model")
+    torch.nn.init.normal_(model.inverter.prior.unet.conv_in.weight)
+    FeatInvPipeline(model.inverter).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"`adapt\.control`: .* was trained with another prior"):
+        make_model(adapt=Adapt(tmp_path / "model"))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"dropout_features": 0.5, "dropout_prompt": 0.4},
-        {"dropout_prompt": -0.1},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
         {"min_snr_gamma": 0.0},
         {"consistency": -1.0},
         {"consistency_below": 0.0},
     ],
 )
-def test_options_out_of_range_are_refused(make_model: Any, options: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=rf"--model\.{next(iter(options))}"):
-        make_model(**options)
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=rf"`objective\.{next(iter(options))}` cannot be"):
+        Objective(**options)
 
 
 def test_validation_loss_is_the_same_at_every_step(make_model: Any, make_batch: MakeBatch) -> None:
@@ -422,8 +403,8 @@ def test_checkpoint_holds_the_trained_half_alone_and_loads(
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"control"}
     again = make_model()
     fit(again, batch, tmp_path, steps=3, ckpt_path=tmp_path / "a.ckpt")
-    for name, value in model.control.state_dict().items():
-        assert torch.equal(value, again.control.state_dict()[name])
+    for name, value in model.inverter.control.state_dict().items():
+        assert torch.equal(value, again.inverter.control.state_dict()[name])
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
@@ -443,14 +424,11 @@ def test_checkpoint_of_another_model_is_refused(make_model: Any, make_batch: Mak
     with pytest.raises(UserError, match=r"another model \(conditioning: spatial there, pooled here"):
         fit(make_model(conditioning="pooled"), make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
     model = make_model()
-    model.prior.schedule = DDIMScheduler.from_config(model.prior.schedule.config, prediction_type="v_prediction")
+    model.inverter.prior.schedule = DDIMScheduler.from_config(
+        model.inverter.prior.schedule.config, prediction_type="v_prediction"
+    )
     with pytest.raises(UserError, match=r"another model \(schedule\.prediction_type: epsilon there, v_prediction here"):
         fit(model, make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
-
-
-def test_dropout_of_one_is_refused(make_model: Any) -> None:
-    with pytest.raises(UserError, match=r"--model\.dropout"):
-        make_model(dropout=1.0)
 
 
 def test_gradients_are_given_back_with_the_step(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def _make_run(parts: Path, shards: Path) -> None:
                 "backbone": str(parts / "classifier"),
                 "prior": str(parts / "prior"),
                 "image_size": 32,
-                "hidden_channels": 8,
+                "encoder": {"hidden_channels": 8},
                 "sampler": {"steps": 2},
             },
         },

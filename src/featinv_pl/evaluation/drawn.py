@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from featinv_pl.files import write_bytes
-from featinv_pl.inverter.identity import hashed, identity, sampling
+from featinv_pl.inverter.identity import hashed, sampling
 from featinv_pl.types import Batch, Reconstruction, to_uint8
 
 DRAWN = "drawn"
@@ -38,8 +38,8 @@ class DrawnImages(Callback):
         """Look what there is."""
         module: Any = pl_module
         self.folder = Path(trainer.default_root_dir) / DRAWN
-        samplers = {"": module.sampler, **module.arms}
-        model = {**identity(module), **sampling(module)}
+        samplers = {"": module.inverter.sampler, **module.arms}
+        model = {**module.inverter.identity(), **sampling(module.inverter, str(trainer.precision))}
         self.models = {arm: hashed({**model, "sampler": asdict(sampler)}) for arm, sampler in samplers.items()}
         self.files = {}
         for path in sorted(self.folder.glob("*.safetensors")):

@@ -87,7 +87,7 @@ class PerSource(EvaluationCallback):
         self.pending = list(datamodule.sources(stage))
         self.open, self.groups, self.relative = None, {}, Relative(self.clean)
         self.device = pl_module.device
-        self.num_classes = cast(Any, pl_module).backbone.num_classes
+        self.num_classes = cast(Any, pl_module).inverter.classifier.num_classes
         self.biased: dict[str, list[str]] = {}
         self.root = results_root(trainer)
         # Which would print a line for each score; a table of those that matter most stands for it.

@@ -67,7 +67,7 @@ class ReconstructionGrid(EvaluationCallback):
     def start(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the images of the last evaluation."""
         self.folder = results_root(trainer) / PICTURES
-        self.checkpoint = digest(cast(Any, pl_module).control) if trainer.state.fn != "fit" else None
+        self.checkpoint = digest(cast(Any, pl_module).inverter.control) if trainer.state.fn != "fit" else None
         self.loggers, self.step = trainer.loggers, last_step(trainer)
         self.tiles, self.source = [], None
 

@@ -66,16 +66,16 @@ class Regression:
         """What the classifier sees in the images of a batch's expected latents."""
         module: Any = self.module
         with self.trainer.precision_plugin.forward_context():  # in which the autoencoder's weights may be kept
-            images = module.prior.autoencoder.decode(self.network(batch["features"]))
-        observation: Observation = module.backbone.classify(images)
+            images = module.inverter.prior.autoencoder.decode(self.network(batch["features"]))
+        observation: Observation = module.inverter.classifier.classify(images)
         return observation
 
     def _network(self, seed: int) -> LatentRegression:
         module: Any = self.module
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            shape = module.prior.latent_grid(module.image_size)
-            return LatentRegression(module.backbone.feature_shape, shape).to(module.device)
+            shape = module.inverter.prior.latent_grid(module.inverter.image_size)
+            return LatentRegression(module.inverter.classifier.feature_shape, shape).to(module.device)
 
     def _fit(self) -> dict[str, Tensor]:
         """Fit the network; its weights, on the CPU."""
@@ -96,7 +96,7 @@ class Regression:
         read = loader(reader, batches, self.num_workers, again=False)
         for batch in progress(self.trainer, "regression", "step", read):
             moments = batch["moments"].to(module.device).float()
-            mean = module.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+            mean = module.inverter.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
             yield batch["features"].to(module.device).float(), mean
 
 

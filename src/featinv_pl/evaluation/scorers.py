@@ -67,7 +67,7 @@ def scorers(
         inception: See `PerSource`.
         alexnet: See `PerSource`.
     """
-    backbone, judge, notes = module.backbone, module.judge, []
+    backbone, judge, notes = module.inverter.classifier, module.judge, []
     channels, name = backbone.feature_shape[0], network_name(backbone)
 
     def own(classes: Classes) -> list[Metric]:

@@ -58,7 +58,7 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
     write_bytes(folder / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
     cosine = sum(cosine for cosine, _ in scored) / len(scored)
     same = f", {sum(same for _, same in scored)} classified as their original"
-    classified = same if pipeline.inversion.backbone.classifies else ""
+    classified = same if pipeline.inverter.classifier.classifies else ""
     print(
         f"{len(scored)} reconstructions of {len(paths)} pictures in {folder}: mean cosine {cosine:.3f}{classified}; "
         f"see {folder / SHEET}"

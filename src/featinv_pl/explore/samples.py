@@ -114,11 +114,11 @@ def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, what: str) 
         pipeline: The inverter.
         what: The option and its value, for the error.
     """
-    inversion = pipeline.inversion
-    backbone = inversion.backbone
+    inverter = pipeline.inverter
+    backbone = inverter.classifier
     ours = Origin(
         backbone=backbone.title,
-        backbone_digest=inversion.frozen["backbone"],
+        backbone_digest=inverter.digests["backbone"],
         layer=backbone.layer,
         feature_shape=list(backbone.feature_shape),
     )

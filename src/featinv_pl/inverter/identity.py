@@ -1,7 +1,4 @@
-"""What an inversion is and how it samples: one list of fields for all files that belong to a model.
-
-Checkpoints, model folders, scores and stored reconstructions are told apart by it. `inversion` is a `FeatureInversion`.
-"""
+"""Which inverter a file belongs to: checkpoints, model folders, scores and cached reconstructions."""
 
 import hashlib
 import json
@@ -19,65 +16,36 @@ Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
 
 
 class Settings(TypedDict):
-    """The arguments that decide what a model is, besides its frozen parts. A model folder is loaded with them."""
+    """What an inverter is built from, besides its frozen parts: the one list of these fields."""
 
     layer: str
     input_size: Side
     image_size: Side
     conditioning: Literal["spatial", "pooled"]
     hidden_channels: Annotated[int, Field(ge=1, le=100_000)]
-    # Folders of before had no other null map, and no other number of layers.
-    null_map: NotRequired[Literal["zeros", "learned"]]
-    num_layers: NotRequired[Annotated[int, Field(ge=2, le=100)]]
+    num_layers: NotRequired[Annotated[int, Field(ge=2, le=100)]]  # older folders lack it
 
 
-def settings(inversion: Any) -> Settings:
-    """Those of a model."""
-    encoder = inversion.control.encoder
+def sampling(inverter: Any, precision: str) -> dict[str, Any]:
+    """What decides, with the identity and a sampler, which image is sampled for a feature map and a key."""
+    networks = (inverter.prior.unet, inverter.prior.autoencoder.vae, inverter.control.controlnet)
     return {
-        "layer": inversion.backbone.layer,
-        "input_size": inversion.backbone.input_size[0],
-        "image_size": inversion.image_size,
-        "conditioning": inversion.conditioning,
-        "null_map": inversion.null_map,
-        "hidden_channels": encoder.hidden_channels,
-        "num_layers": encoder.num_layers,
-    }
-
-
-def identity(inversion: Any) -> dict[str, Any]:
-    """What a trained control belongs to, as values that JSON can hold: settings, noise schedule, frozen weights."""
-    prior = inversion.prior
-    return {
-        **settings(inversion),
-        "feature_shape": list(inversion.backbone.feature_shape),
-        "transform": inversion.backbone.transform_name,
-        "scaling_factor": prior.autoencoder.scaling_factor,
-        "schedule": _plain(prior.schedule.config),
-        **inversion.frozen,
-    }
-
-
-def sampling(inversion: Any) -> dict[str, Any]:
-    """All else that decides, with a sampler, which image is sampled from a feature map and a key."""
-    networks = (inversion.prior.unet, inversion.prior.autoencoder.vae, inversion.control.controlnet)
-    return {
-        "control": digest(inversion.control),
-        "precision": str(inversion.trainer.precision),
+        "control": digest(inverter.control),
+        "precision": precision,
         "seed": torch.initial_seed(),
         "version": version("featinv-pl"),
-        "configurations": hashed([_plain(network.config) for network in networks]),
+        "configurations": hashed([plain(network.config) for network in networks]),
     }
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """Where two identities differ, for an error: `name: value there, value here`.
+    """The fields in which two identities differ, for an error: `name: value there, value here`.
 
-    A field that one of the two lacks is not compared: files of older versions have fewer.
+    A field that one of the two lacks is not compared: older files have fewer.
 
     Args:
         theirs: What a file says, which may be more than an identity.
-        ours: The identity of the model at hand.
+        ours: The identity of the inverter at hand.
     """
     found = []
     for name, value in ours.items():
@@ -90,11 +58,11 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
 
 
 def hashed(contents: Any) -> str:
-    """A hexadecimal digest of values that JSON can hold."""
+    """A hexadecimal digest of values for JSON."""
     return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _plain(config: Mapping[str, Any]) -> Any:
-    """A configuration of diffusers as values that JSON can hold, but for where and by what it was written."""
+def plain(config: Mapping[str, Any]) -> Any:
+    """A configuration of diffusers as values for JSON, without its private fields."""
     public = {name: value for name, value in config.items() if not name.startswith("_")}
     return json.loads(json.dumps(public, default=str))

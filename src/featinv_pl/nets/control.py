@@ -1,16 +1,15 @@
 """The trained half: a feature map steers the prior through an encoder and a ControlNet."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from diffusers import ConfigMixin, ControlNetModel, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.attention import Projected, Prompts, attend_to_projected, project_prompts
 from featinv_pl.nets.sources import fill, read_weights
 
 Residuals = tuple[list[Tensor], Tensor]
@@ -18,6 +17,25 @@ Residuals = tuple[list[Tensor], Tensor]
 
 PARTS = ("encoder", "controlnet")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Size of a feature encoder; the defaults are the authors'.
+
+    Args:
+        hidden_channels: Its width.
+        num_layers: Its number of convolutions.
+    """
+
+    hidden_channels: int = 512
+    num_layers: int = 3
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 2:
+            raise UserError(f"`encoder.num_layers` must be at least 2, and is {self.num_layers}.")
+        if self.hidden_channels < 1:
+            raise UserError(f"`encoder.hidden_channels` must be at least 1, and is {self.hidden_channels}.")
 
 
 class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -31,30 +49,12 @@ class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         out_channels: Width of the UNet's first block.
         hidden_channels: Width between.
         num_layers: Number of convolutions.
-        learned_null: Whether the map that stands for none is learned, instead of zeros.
     """
 
-    null: Tensor
-    """(in_channels, 1, 1), the map that stands for none."""
-
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        hidden_channels: int = 512,
-        num_layers: int = 3,
-        learned_null: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512, num_layers: int = 3) -> None:
         super().__init__()
-        if num_layers < 2:
-            raise UserError(f"--model.num_layers must be at least 2, and is {num_layers}.")
         self.hidden_channels, self.num_layers = hidden_channels, num_layers
-        null = torch.zeros(in_channels, 1, 1)
-        if learned_null:
-            self.null = nn.Parameter(null)
-        else:
-            self.register_buffer("null", null, persistent=False)
         widths = [in_channels, *[hidden_channels] * (num_layers - 1), out_channels]
         layers: list[nn.Module] = []
         for width, following in pairwise(widths):
@@ -83,40 +83,26 @@ class FeatureControl(nn.Module):
     Args:
         unet: The prior's UNet, whose encoder the ControlNet starts as a copy of.
         in_channels: Channels of the feature map.
-        hidden_channels: Width of the feature encoder.
-        num_layers: Its number of convolutions.
-        learned_null: See `FeatureEncoder`.
+        encoder: Size of the feature encoder.
     """
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        in_channels: int,
-        hidden_channels: int = 512,
-        num_layers: int = 3,
-        learned_null: bool = False,
-    ) -> None:
+    def __init__(self, unet: UNet2DConditionModel, in_channels: int, encoder: Encoder) -> None:
         super().__init__()
         width = unet.config.block_out_channels[0]
-        self.encoder: FeatureEncoder = FeatureEncoder(in_channels, width, hidden_channels, num_layers, learned_null)
+        self.encoder: FeatureEncoder = FeatureEncoder(in_channels, width, encoder.hidden_channels, encoder.num_layers)
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
-        attend_to_projected(self.controlnet)
-
-    def project(self, prompts: Tensor) -> Projected:
-        """What `forward` needs of prompts (B, L, D), to be computed once for many steps."""
-        return project_prompts(self.controlnet, prompts)
 
     def forward(
-        self, latents: Tensor, timesteps: Tensor, prompts: Prompts, encoded: Tensor, scale: float = 1.0
+        self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor, scale: float = 1.0
     ) -> Residuals:
         """Compute what is added to the UNet.
 
         Args:
             latents: (B, channels, h, w), scaled and noised.
             timesteps: (B,) or scalar.
-            prompts: (B, L, D), or the output of `project` for them.
+            prompts: (B, L, D).
             encoded: The output of `encoder` for the feature maps, on the grid of `latents`.
             scale: Multiplies all residuals.
         """

@@ -8,7 +8,6 @@ from torch import Tensor
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_json
 from featinv_pl.nets import official
-from featinv_pl.nets.attention import Projected, Prompts, attend_to_projected, project_prompts
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import Residuals
 from featinv_pl.nets.frozen import Frozen
@@ -56,7 +55,6 @@ class Prior(Frozen):
             )
         self.register_buffer("prompt", prompt)
         self.register_buffer("empty", empty)
-        attend_to_projected(self.unet)
         self.freeze()
 
     def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:
@@ -96,11 +94,7 @@ class Prior(Frozen):
         self.schedule.save_pretrained(folder / "scheduler")
         write_prompts(folder / PROMPTS, self.prompt, self.empty)
 
-    def project(self, prompts: Tensor) -> Projected:
-        """What `predict` needs of prompts (B, L, D), to be computed once for many steps."""
-        return project_prompts(self.unet, prompts)
-
-    def predict(self, latents: Tensor, timesteps: Tensor, prompts: Prompts, control: Residuals | None = None) -> Tensor:
+    def predict(self, latents: Tensor, timesteps: Tensor, prompts: Tensor, control: Residuals | None = None) -> Tensor:
         """Predict the noise (or the velocity, if the prior was trained so).
 
         With frozen weights the UNet's encoder builds no graph by itself: gradients start where the
@@ -109,7 +103,7 @@ class Prior(Frozen):
         Args:
             latents: (B, channels, h, w), scaled and noised.
             timesteps: (B,) or scalar.
-            prompts: (B, L, D), or the output of `project` for them.
+            prompts: (B, L, D).
             control: Residuals of a ControlNet.
 
         Returns:

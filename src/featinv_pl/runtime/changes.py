@@ -158,7 +158,7 @@ def _refuse_changes(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[s
         if sizes[0] != sizes[1]:
             raise UserError(
                 f"{OPTION}: {sum(sizes[0])} tensors were trained in the checkpoint, and {sum(sizes[1])} are here. "
-                "Give the model's options that it was trained with (such as --model.train), or begin a new training."
+                "Give the model's options that it was trained with (such as `adapt.train`), or begin a new training."
             )
         number, remembered = next(iter(state["state"].items()), (0, {}))
         needed = _remembered(optimizer, trained(optimizer)[number]) if changed and remembered else set(remembered)

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.data.shards.manifest import seal
-from featinv_pl.inverter.identity import identity, sampling
+from featinv_pl.inverter.identity import sampling
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ class Evaluation(TypedDict):
     date: str
     checkpoint: Checkpoint
     model: dict[str, Any]
-    """See `identity`."""
+    """See `Inverter.identity`."""
     sampling: dict[str, Any]
     """Precision, seed and samplers."""
     code: dict[str, Any]
@@ -48,16 +48,18 @@ def evaluation(trainer: Trainer, module: Any) -> Evaluation:
         trainer: Of `validate` or `test`.
         module: The `FeatureInversion`.
     """
-    how = sampling(module)
+    how = sampling(module.inverter, str(trainer.precision))
     path = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
     step = trainer.global_step or module.loaded_step
-    samplers = {name: asdict(sampler) for name, sampler in {"inversion": module.sampler, **module.arms}.items()}
+    samplers = {
+        name: asdict(sampler) for name, sampler in {"inversion": module.inverter.sampler, **module.arms}.items()
+    }
     code_and_shards = provenance(trainer)
     return {
         "command": str(trainer.state.fn.value) if trainer.state.fn else "",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": path, "step": step, "digest": how.pop("control")},
-        "model": identity(module),
+        "model": module.inverter.identity(),
         "sampling": {**how, "samplers": samplers},
         "code": code_and_shards["code"],
         "shards": code_and_shards["shards"],

@@ -1,31 +1,26 @@
 """Guidance: functions that wrap a denoiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(latents (B, channels, h, w), scalar timestep) -> prediction of the same shape as the latents."""
 
 
-def weighted(branches: Denoiser, weights: Sequence[float]) -> Denoiser:
-    """Classifier-free guidance: a weighted sum of what a denoiser predicts under different conditions.
-
-    With one scale s, the weights of the unconditional and the conditional branch are 1 - s and s (Ho and
-    Salimans, arXiv 2207.12598, in the form of Stable Diffusion). With scales s and t of two conditions, those
-    of neither, the first, and both are 1 - s, s - t and t (Brooks et al., arXiv 2211.09800).
+def weighted(branches: Denoiser, scale: float) -> Denoiser:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, in the form of Stable Diffusion).
 
     Args:
-        branches: Takes a batch repeated once for each branch, so that all branches cost one call.
-        weights: One for each branch; their sum is 1.
+        branches: Takes a batch repeated twice, so that both branches cost one call: first the unconditional
+            branch, then the conditional one.
+        scale: s in (1 - s) unconditional + s conditional; 1 disables guidance.
     """
 
     def guided(latents: Tensor, timestep: Tensor) -> Tensor:
-        repeated = latents.repeat(len(weights), *[1] * (latents.ndim - 1))
-        predictions = branches(repeated, timestep).unflatten(0, (len(weights), -1))
-        factors = predictions.new_tensor(weights).view(-1, *[1] * latents.ndim)
-        combined: Tensor = (predictions * factors).sum(0)
-        return combined
+        unconditional, conditional = branches(torch.cat([latents, latents]), timestep).chunk(2)
+        return (1 - scale) * unconditional + scale * conditional
 
     return guided
 

@@ -53,7 +53,7 @@ class Refinement:
             ("target", self.target, -1 <= self.target <= 1),
         ):
             if not valid:
-                raise UserError(f"--model.sampler.refine.{name} cannot be {value}. {_RANGES[name]}")
+                raise UserError(f"`sampler.refine.{name}` cannot be {value}. {_RANGES[name]}")
 
 
 _RANGES = {

@@ -2,25 +2,29 @@
 
 import shlex
 import shutil
-from argparse import ArgumentError
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from jinja2 import Environment, StrictUndefined
-from lightning.pytorch import seed_everything
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.results import METRICS, Document, Name, by_name, read_document
 from featinv_pl.files import read_yaml
-from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.inverter.compatibility import load_control
+from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.inverter.model_folder import model_index, save_inverter
 from featinv_pl.nets import official
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import digest
+from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.sources import read_checkpoint, read_weights
-from featinv_pl.sampling.sampler import AUTHORS
-from featinv_pl.tasks.inversion import FeatureInversion
-from featinv_pl.trust import Parser, allow_imports
+from featinv_pl.sampling.sampler import AUTHORS, Sampler
 
 CARD = "README.md"
 CONFIGURATION = "fit.yaml"
@@ -45,17 +49,13 @@ def export(run: Path, folder: Path) -> None:
         raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
     state = read_checkpoint(checkpoint, "RUN")
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
-    seed = settings.get("seed_everything") if isinstance(settings, dict) else None
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        seed_everything(seed, workers=True, verbose=False)  # as `fit` did: networks with random weights are made again
-    inversion = _inversion(settings, home)
+    inverter = _inverter(settings, home)
     try:
-        inversion.on_load_checkpoint(state)
-        inversion.load_state_dict(state["state_dict"])
+        load_control(inverter, state, "--ckpt_path")
     except UserError as error:
         raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
-    tested = _tested(home, checkpoint, digest(inversion.control))
-    _write(FeatInvPipeline(inversion), folder, _recipe(settings, state["global_step"]), tested)
+    tested = _tested(home, checkpoint, digest(inverter.control))
+    _write(inverter, folder, _recipe(settings, state["global_step"]), tested)
 
 
 def import_official(
@@ -72,7 +72,7 @@ def import_official(
     Args:
         checkpoint: Theirs: `control_model.*`, `model.diffusion_model.*` and `first_stage_model.*`.
         folder: Must not exist.
-        backbone: See `FeatureInversion`, as the rest.
+        backbone: See `FeatureInversion`, like the rest.
         prior: The prior that it was trained on, which must hold the weights that the checkpoint holds.
         weights: As above.
         input_size: As above.
@@ -84,11 +84,12 @@ def import_official(
         values = sum(value.numel() for name, value in state.items() if _prefix(name) == prefix)
         print(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
     option = f"CKPT '{checkpoint}'"
-    inversion = FeatureInversion(backbone, prior, image_size, weights, input_size=input_size, sampler=AUTHORS)
-    heads = inversion.prior.unet.config.attention_head_dim
+    classifier = Backbone(backbone, weights, input_size=input_size)
+    inverter = Inverter(classifier, Prior(prior), image_size=image_size, sampler=AUTHORS)
+    heads = inverter.prior.unet.config.attention_head_dim
     for what, ours, theirs in (
-        ("UNet", inversion.prior.unet, official.unet(state, option, heads)),
-        ("autoencoder", inversion.prior.autoencoder.vae, official.autoencoder(state, option)),
+        ("UNet", inverter.prior.unet, official.unet(state, option, heads)),
+        ("autoencoder", inverter.prior.autoencoder.vae, official.autoencoder(state, option)),
     ):
         difference = official.largest_difference(ours, theirs)
         if not difference <= HALF_PRECISION:
@@ -97,14 +98,14 @@ def import_official(
                 f"{difference:.2g} of its norm). Give the prior that the checkpoint was trained on."
             )
         print(f"{what}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
-    official.load_control(inversion.control, state, option)
-    encoder = inversion.control.encoder.config
+    official.load_control(inverter.control, state, option)
+    encoder = inverter.control.encoder.config
     print(
         f"ControlNet with a feature encoder of {encoder.in_channels} -> {encoder.hidden_channels} -> "
-        f"{encoder.out_channels} channels: imported for '{backbone}', maps of {inversion.backbone.feature_shape}"
+        f"{encoder.out_channels} channels: imported for '{backbone}', maps of {classifier.feature_shape}"
     )
     recipe = {"Origin": f"imported from the authors' checkpoint `{checkpoint.name}`"}
-    _write(FeatInvPipeline(inversion), folder, recipe, tested=None)
+    _write(inverter, folder, recipe, tested=None)
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -120,20 +121,38 @@ def _only_checkpoint(run: Path) -> Path:
     return found[0]
 
 
-def _inversion(settings: Any, home: Path) -> FeatureInversion:
-    """Build the model of a saved configuration, and nothing else of it."""
-    allow_imports()
-    parser = Parser(exit_on_error=False)
-    parser.add_lightning_class_args(FeatureInversion, "model", subclass_mode=True)
-    if not isinstance(settings, dict) or "model" not in settings:
-        raise UserError(f"RUN: '{home / CONFIGURATION}' configures no model. Give a run of `featinv-pl fit`.")
+class Saved(TypedDict):
+    """What the model of a saved configuration is built from; training options are left out."""
+
+    backbone: str
+    prior: str
+    weights: str
+    layer: str
+    input_size: int | None
+    image_size: int
+    conditioning: Literal["spatial", "pooled"]
+    encoder: Encoder
+    sampler: dict[str, Any]
+
+
+def _inverter(settings: Any, home: Path) -> Inverter:
+    """Build the inverter of a saved configuration, with random weights of classifiers as `fit` made them."""
+    place = f"RUN: '{home / CONFIGURATION}'"
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(model, dict) or not str(model.get("class_path")).endswith(".FeatureInversion"):
+        raise UserError(f"{place} does not configure a FeatureInversion. Give a run of `featinv-pl fit`.")
+    arguments = model.get("init_args") or {}
+    older = {name: arguments[name] for name in ("hidden_channels", "num_layers") if name in arguments}
     try:
-        parsed = parser.parse_object({"model": settings["model"]})
-    except ArgumentError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"RUN: the model of '{home / CONFIGURATION}' is no FeatureInversion ({reason}).") from error
-    inversion: FeatureInversion = parser.instantiate_classes(parsed).model
-    return inversion
+        saved = TypeAdapter(Saved).validate_python({"encoder": older, **arguments})
+        sampler = Sampler.from_fields(saved["sampler"])
+    except ValidationError as error:
+        raise UserError(f"{place} is damaged ({' '.join(str(error).split())[:300]}). Give another run.") from error
+    if isinstance(seed := settings.get("seed_everything"), int) and not isinstance(seed, bool):
+        torch.manual_seed(seed)
+    classifier = Backbone(saved["backbone"], saved["weights"], saved["layer"], saved["input_size"])
+    prior = Prior(saved["prior"])
+    return Inverter(classifier, prior, saved["encoder"], saved["image_size"], saved["conditioning"], sampler)
 
 
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
@@ -170,12 +189,13 @@ def _prefix(name: str) -> str:
 def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
     """What the model card says of the training."""
     model, data = settings["model"]["init_args"], settings.get("data") or {}
+    objective = model.get("objective", model)  # older runs have its options among the model's
     return {
         "Steps": str(steps),
         "Batch size": str(data.get("init_args", {}).get("batch_size")),
         "Optimizer": _optimizer(model["optimizer"]),
-        "Dropout of map and prompt": str(model["dropout"]),
-        "Min-SNR weights, cut at": str(model.get("min_snr_gamma")),
+        "Dropout of map and prompt": str(objective.get("dropout")),
+        "Min-SNR weights, cut at": str(objective.get("min_snr_gamma")),
         "Precision": str(settings["trainer"]["precision"] or "32-true"),
     }
 
@@ -188,12 +208,12 @@ def _optimizer(settings: str | dict[str, Any]) -> str:
     return ", ".join([settings["class_path"], *(f"{name} {arguments[name]}" for name in SHOWN if name in arguments)])
 
 
-def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], tested: Document | None) -> None:
+def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None) -> None:
     """Write beside, then rename, so that a folder under its final name is whole."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        pipeline.save_pretrained(partial)
+        save_inverter(inverter, partial)
         scores = by_name(tested) if tested else {}
         names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
         sources = sorted({name.source for name in scores if "/" not in name.source})
@@ -202,10 +222,10 @@ def _write(pipeline: FeatInvPipeline, folder: Path, recipe: dict[str, str], test
         template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(
             files("featinv_pl.inverter").joinpath("model_card.md").read_text()
         )
-        shape = "x".join(str(size) for size in pipeline.inversion.backbone.feature_shape)
+        shape = "x".join(str(size) for size in inverter.classifier.feature_shape)
         card = template.render(
             name=folder.name,
-            index=pipeline.index,
+            index=model_index(inverter),
             shape=shape,
             recipe=recipe,
             names=names,
