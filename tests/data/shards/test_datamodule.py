@@ -173,13 +173,13 @@ def test_manifests_of_all_sets_are_there_to_check(folder: Path, make_batch: Make
 def test_a_stage_without_its_set(folder: Path) -> None:
     data = FeatureShards(batch_size=4)
     assert data.val_dataloader() == []
-    with pytest.raises(UserError, match=r"--data\.train"):
+    with pytest.raises(UserError, match=r"`data\.train`"):
         data.train_dataloader()
-    with pytest.raises(UserError, match=r"--data\.test"):
+    with pytest.raises(UserError, match=r"`data\.test`"):
         data.test_dataloader()
 
 
-def test_counts_what_it_skips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_counts_what_it_skips(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name, damage in (("train-00001.tar", 600), ("train-00003.tar", 700)):
         contents = bytearray((folder / name).read_bytes())
         contents[damage] ^= 1
@@ -187,10 +187,10 @@ def test_counts_what_it_skips(folder: Path, capsys: pytest.CaptureFixture[str]) 
     (folder / "train-00005.tar").unlink()  # holds one sample
     data = FeatureShards(val=folder, batch_size=4, num_workers=2, on_error="skip")
     (loader,) = data.val_dataloader()
-    seen = [key for batch in loader for key in data.on_before_batch_transfer(batch, 0)["key"]]
+    seen = [key for batch in loader for key in data.on_after_batch_transfer(batch, 0)["key"]]
     assert sorted(set(all_keys()) - set(seen)) == ["0-12", "0-20", "0-4"]
     data.teardown("validate")
-    printed = capsys.readouterr().err
+    printed = caplog.messages[-1]
     assert printed.startswith("3 damaged samples were skipped:")
     for fragment in ("'000000004' of the shard", "'000000012' of the shard", "train-00005.tar' is missing"):
         assert fragment in printed
@@ -205,7 +205,7 @@ def test_names_the_option_of_a_missing_set(folder: Path, tmp_path: Path) -> None
         "val": {"val": folder},
         "test.clean": {"test": {"clean": folder}},
     }.items():
-        with pytest.raises(UserError, match=f"--data.{name}: '{folder}' has no {MANIFEST}"):
+        with pytest.raises(UserError, match=f"`data.{name}`: '{folder}' has no {MANIFEST}"):
             FeatureShards(**cast(Any, options))
 
 

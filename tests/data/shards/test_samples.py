@@ -86,7 +86,7 @@ def heavy_tailed(batch: Batch) -> Tensor:
 def test_int8_refuses_maps_that_it_would_change_by_more(make_batch: MakeBatch) -> None:
     batch = make_batch(1, shape=(4, 7, 7))
     batch["features"][:, :, 0, 0] = 1e4  # beside which nothing else is more than a step
-    with pytest.raises(UserError, match=r"storage: int8 would change a feature map by .* Store float16"):
+    with pytest.raises(UserError, match=r"`storage`: int8 would change a feature map by .* Store float16"):
         prepare(batch, "int8")
 
 

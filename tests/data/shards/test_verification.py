@@ -24,7 +24,7 @@ def test_whole_sets(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.Captur
         write_set(tmp_path / name, make_batch(5), shard_size=2)
     assert verify(tmp_path) == 0
     assert capsys.readouterr().out == "".join(
-        f"{tmp_path / name}: whole: 3 shards, 5 samples\n" for name in ("a", "b/1")
+        f"{tmp_path / name}: complete: 3 shards, 5 samples\n" for name in ("a", "b/1")
     )
 
 
@@ -74,4 +74,4 @@ def test_all_folders_are_checked(make_batch: MakeBatch, tmp_path: Path, capsys: 
     assert verify(tmp_path / "bad", tmp_path / "good", tmp_path / "nowhere") == 1
     printed = capsys.readouterr().out
     assert printed.count(": damaged") == 2
-    assert f"{tmp_path / 'good'}: whole" in printed
+    assert f"{tmp_path / 'good'}: complete" in printed

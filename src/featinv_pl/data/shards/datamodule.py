@@ -1,6 +1,6 @@
 """Feature shards as a LightningDataModule: shuffled for training, exactly once for evaluation."""
 
-import sys
+import logging
 from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
@@ -15,22 +15,24 @@ from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
 
+log = logging.getLogger(__name__)
+
 NAMED = 10  # damaged samples in the summary; of more there is only the number
 
 
 class FeatureShards(ResumableData, LightningDataModule):
     """Streams shard sets.
 
-    A set is a folder, or an address (`https://...`, `s3://...`) from which whole shards are fetched
+    A set is a folder, or an address (`https://...`, `s3://...`) from which complete shards are fetched
     into a cache when they are needed, or `pipe:COMMAND`, where the environment allows commands.
 
     Args:
         train: A shard set to train on.
         val: A shard set for validation.
-        test: Shard sets by name of source. A folder of sets gives one source for each set below it, and is
+        test: Test sets by name. A folder of sets gives one test set for each set below it, and is
             refused while one is unfinished.
         neighbours: A shard set in which `test` searches for neighbours instead of `train`, such as central crops of
-            the images of which `train` holds random views.
+            the images of which `train` holds random crops.
         batch_size: Samples per batch and process.
         num_workers: Processes that read, per rank.
         seed: Seed of the training order.
@@ -56,25 +58,23 @@ class FeatureShards(ResumableData, LightningDataModule):
             start_server(BatchReader.__module__)
         self.num_workers, self.seed = num_workers, seed
         self.on_error, self.cache = on_error, cache
-        self.train = self._set(train, "train", "--data.train", with_images=False) if train else None
-        self.val = self._set(val, "val", "--data.val") if val else None
+        self.train = self._set(train, "train", "`data.train`", with_images=False) if train else None
+        self.val = self._set(val, "val", "`data.val`") if val else None
         self.test = {
-            source: self._set(path, source, f"--data.test.{name}")
+            source: self._set(path, source, f"`data.test.{name}`")
             for name, place in (test or {}).items()
             for source, path in ({name: place} if is_remote(str(place)) else find_sets(name, Path(place))).items()
         }
-        self.neighbours = self._set(neighbours, "neighbours", "--data.neighbours") if neighbours else None
+        self.neighbours = self._set(neighbours, "neighbours", "`data.neighbours`") if neighbours else None
         self.skipped: list[str] = []
 
     def _set(self, place: Path | str, source: str, option: str, with_images: bool = True) -> ShardSet:
-        if is_remote(str(place)):
-            remote = RemoteSet(str(place), self.cache, option)
-            return ShardSet(remote.folder, source, option, with_images, self.on_error, remote)
-        return ShardSet(Path(place), source, option, with_images, self.on_error)
+        remote = RemoteSet(str(place), self.cache, option) if is_remote(str(place)) else None
+        return ShardSet(remote.folder if remote else Path(place), source, option, with_images, self.on_error, remote)
 
     @property
     def manifests(self) -> dict[str, Manifest]:
-        """The manifests of all sets, by the folder they lie in: a model checks that it fits them."""
+        """The manifests of all sets by folder: a model checks that it fits them."""
         return {str(shards.folder): shards.manifest for shards in self._sets}
 
     @property
@@ -82,56 +82,60 @@ class FeatureShards(ResumableData, LightningDataModule):
         sets = (self.train, self.val, *self.test.values(), self.neighbours)
         return [shards for shards in sets if shards is not None]
 
-    def sources(self, stage: str) -> list[str]:
-        """Names of the sources that a stage (`fit`, `validate` or `test`) evaluates."""
+    def evaluated(self, stage: str) -> dict[str, ShardSet]:
+        """The sets that a stage (`fit`, `validate` or `test`) evaluates, by name."""
         if stage == "test":
-            return list(self.test)
-        return [] if self.val is None else ["val"]
+            return {name: shards for name, shards in self.test.items() if name not in self.too_small}
+        return {} if self.val is None else {"val": self.val}
 
-    # Training
+    def sources(self, stage: str) -> list[str]:
+        """The names of those sets."""
+        return list(self.evaluated(stage))
+
+    @property
+    def too_small(self) -> list[str]:
+        """Test sets with fewer samples than processes, which would wait for each other: they are left out."""
+        return [name for name, shards in self.test.items() if len(shards) < self.rank[1]]
+
+    def test_first_set_only(self) -> dict[str, int]:
+        """Let a dry run read no more than the first test set; the sizes of all."""
+        sizes = {name: len(shards) for name, shards in self.evaluated("test").items()}
+        self.test = dict(list(self.evaluated("test").items())[:1])
+        return sizes
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """The training set, in an order that depends on seed and epoch alone."""
         if self.train is None:
-            raise UserError("--data.train: fit needs a shard set to train on.")
-        return loader(
-            BatchReader(self.train, half=True),
-            self.training_batches(self.train.shard_sizes, self.seed),
-            self.num_workers,
-            again=True,
-        )
-
-    # Evaluation
+            raise UserError("`data.train`: fit needs a shard set to train on.")
+        batches = self.training_batches(self.train.shard_sizes, self.seed)
+        return loader(BatchReader(self.train, half=True), batches, self.num_workers, again=True)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """The validation set, if any."""
         return [] if self.val is None else [self._evaluation_loader(self.val, again=True)]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader for each source."""
+        """One loader for each test set."""
         if not self.test:
-            raise UserError("--data.test: test needs shard sets, such as --data.test.clean=FOLDER.")
-        return [self._evaluation_loader(shards, again=False) for shards in self.test.values()]
+            raise UserError("`data.test`: test needs shard sets, such as --data.test.clean=FOLDER.")
+        if not (evaluated := self.evaluated("test")):
+            raise UserError(f"`data.test`: no test set has a sample for each process: {', '.join(self.too_small)}.")
+        return [self._evaluation_loader(shards) for shards in evaluated.values()]
 
-    def _evaluation_loader(self, shards: ShardSet, again: bool) -> DataLoader[Batch]:
+    def _evaluation_loader(self, shards: ShardSet, again: bool = False) -> DataLoader[Batch]:
         batches = self.evaluation_batches(len(shards), str(shards.folder))
         return loader(BatchReader(shards, half=False), batches, self.num_workers, again)
 
-    # Both
-
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count what the workers have left out of a batch."""
-        self.skipped += batch.pop("skipped", [])
-        return batch
-
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Single precision, now that training's workers have handed over half as many bytes."""
+        """Count damaged samples, and widen training's batches: workers hand over half as many bytes."""
+        self.skipped += batch.get("skipped", [])
         return widen(batch)
 
     def teardown(self, stage: str) -> None:
-        """Say what has been left out."""
-        skipped = sorted({*self.skipped, *(line for shards in self._sets for line in shards.skipped)})
+        """Report the damaged samples."""
+        # Each epoch meets the samples again; a damaged shard has a line for each of its samples.
+        skipped = [*{*self.skipped}, *(line for shards in self._sets for line in shards.skipped)]
         if skipped:
-            count = len({*self.skipped}) + sum(len(shards.skipped) for shards in self._sets)
-            named = "".join(f"\n  {line}" for line in skipped[:NAMED]) + ("\n  ..." if len(skipped) > NAMED else "")
-            print(f"{count} damaged samples were skipped:{named}", file=sys.stderr)
+            lines = sorted({*skipped})
+            named = "".join(f"\n  {line}" for line in lines[:NAMED]) + ("\n  ..." if len(lines) > NAMED else "")
+            log.warning("%d damaged samples were skipped:%s", len(skipped), named)

@@ -1,4 +1,4 @@
-"""Shard sets that lie elsewhere: whole files are fetched into a cache, checked, and read from there."""
+"""Shard sets that lie elsewhere: complete files are fetched into a cache, checked, and read from there."""
 
 import errno
 import hashlib
@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
@@ -29,8 +29,16 @@ SILENCE_S = 30.0  # for which a server may send nothing
 CHUNK = 1 << 20
 
 
+def is_remote(place: str) -> bool:
+    """Whether a place is an address (or a command) rather than a folder."""
+    return SCHEME.match(place) is not None and not Path(place).exists()
+
+
 class RemoteSet:
     """A shard set at an address.
+
+    fsspec opens the address; what it does not do is done here: bounds on what a server may send, digests,
+    several attempts, and processes that wait for each other.
 
     Args:
         place: `https://...`, `http://...`, `s3://...`, or `pipe:COMMAND`, which prints the file whose
@@ -46,32 +54,26 @@ class RemoteSet:
 
     def __init__(self, place: str, cache: Path, option: str) -> None:
         scheme = place.partition(":")[0].lower()
+        self.place, self.option, self.shown = place, option, masked(place)
         if scheme == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
-            raise UserError(
-                f"{option}: '{masked(place)}' runs a command on this machine. If you trust it, allow it in the "
-                f"environment: {ALLOW_PIPE}=1."
+            raise self._error(
+                f"runs a command on this machine. If you trust it, allow it in the environment: {ALLOW_PIPE}=1."
             )
         if scheme not in (*READABLE, "pipe") or "::" in place:
-            raise UserError(
-                f"{option}: '{masked(place)}' is no folder, and of addresses only {', '.join(READABLE)} are read."
-            )
+            raise self._error(f"is not a folder, and of addresses only {', '.join(READABLE)} are read.")
         if MASK in place:
-            raise UserError(
-                f"{option}: '{place}' was saved without its credentials. Give the address again, with them: "
-                f"{option}=ADDRESS."
-            )
-        self.place, self.option = place, option
+            raise self._error("was saved without its credentials. Give the address again, with them.")
         file = io.BytesIO()
         self._copy(MANIFEST, file)
         manifest = file.getvalue()
-        parse_manifest(manifest, masked(place), option)
+        parse_manifest(manifest, self.shown, option)
         self.folder = cache.expanduser() / hashlib.sha256(manifest).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
             write_bytes(self.folder / MANIFEST, manifest)
 
     def fetch(self, path: Path, sha256: str, size: int | None = None) -> None:
-        """Fetch a file of the set unless it is there. It has its name only when it is whole and checked.
+        """Fetch a file of the set unless it is there. It has its name only when it is complete and checked.
 
         Args:
             path: Where to; its name is that of the file.
@@ -83,23 +85,16 @@ class RemoteSet:
         # Processes that want the same file wait for the first.
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not path.is_file():
-                self._download(path, sha256, size)
-
-    def _download(self, path: Path, sha256: str, size: int | None) -> None:
-        with atomic(path) as partial:
-            with partial.open("wb") as file:
-                found = self._copy(path.name, file, size)
-            if found != sha256:
-                raise UserError(
-                    f"{self.option}: '{path.name}' of '{masked(self.place)}' is not the file that its manifest "
-                    f"describes: its SHA-256 is {found[:12]} instead of {sha256[:12]}. Copy it there again."
-                )
+                with atomic(path) as partial, partial.open("wb") as file:
+                    found = self._copy(path.name, file, size)
+                    if found != sha256:
+                        raise self._error(
+                            f"has a '{path.name}' that is not the file that its manifest describes: its SHA-256 is "
+                            f"{found[:12]} instead of {sha256[:12]}. Copy it there again."
+                        )
 
     def _copy(self, name: str, file: IO[bytes], size: int | None = None) -> str:
-        """Copy a file of the set into an open one, in several attempts if need be.
-
-        Returns:
-            Its SHA-256.
+        """Copy a file of the set into an open one, in several attempts if need be; its SHA-256.
 
         Raises:
             UserError: It cannot be fetched, or is larger than it may be.
@@ -110,13 +105,13 @@ class RemoteSet:
             except UserError:
                 raise
             except ImportError as error:
-                raise UserError(f"{self.option}: '{masked(self.place)}' needs another package: {error}.") from error
+                raise self._error(f"needs another package: {error}.") from error
             except Exception as error:  # each protocol has errors of its own
                 if wait is None or _is_final(error):
                     reason = masked((str(error) or type(error).__name__).splitlines()[0])
-                    raise UserError(
-                        f"{self.option}: '{name}' could not be fetched from '{masked(self.place)}' ({reason}). Check "
-                        "address and network; what has been fetched is kept."
+                    raise self._error(
+                        f"has a '{name}' that could not be fetched ({reason}). Check address and network; what has "
+                        "been fetched is kept."
                     ) from error
                 time.sleep(wait)
         raise AssertionError
@@ -128,8 +123,8 @@ class RemoteSet:
         with self._open(name) as source:
             while chunk := source.read(CHUNK):
                 if file.tell() + len(chunk) > most:
-                    raise UserError(
-                        f"{self.option}: '{name}' of '{masked(self.place)}' has more than the {most} bytes that "
+                    raise self._error(
+                        f"has a '{name}' of more than the {most} bytes that "
                         f"{'such a file may have' if size is None else 'its manifest says'}. Copy it there again."
                     )
                 found.update(chunk)
@@ -140,6 +135,7 @@ class RemoteSet:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
+        """Open a file of the set, to be read from its beginning to its end."""
         if self.place.startswith("pipe:"):
             command = self.place.removeprefix("pipe:").replace("{}", shlex.quote(name))
             with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
@@ -147,25 +143,25 @@ class RemoteSet:
                 yield process.stdout
             if process.returncode != 0:
                 raise OSError(f"exit status {process.returncode} of: {command}")
+            return
+        import fsspec  # here, because few runs need it and it takes its time
+
+        parts = urlsplit(self.place)
+        address = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+        if address.lower().startswith("http"):
+            import aiohttp
+
+            silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
+            plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}  # or a little becomes a lot
+            server = fsspec.filesystem("http", client_kwargs={"timeout": silence, **plain})
+            opened = server.open(address, "rb", block_size=0, size=1)  # a stream, whose true size is not asked for
         else:
-            parts = urlsplit(self.place)
-            address = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-            with _opened(address) as file:
-                yield file
+            opened = fsspec.open(address, "rb", cache_type="readahead").open()
+        with opened as file:
+            yield file
 
-
-def _opened(address: str) -> Any:
-    """A file at an address, to be read from its beginning to its end."""
-    import fsspec  # here, because few runs need it and it takes its time
-
-    if not address.lower().startswith("http"):
-        return fsspec.open(address, "rb", cache_type="readahead").open()
-    import aiohttp
-
-    silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-    plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}  # or a little may become a lot
-    server = fsspec.filesystem("http", client_kwargs={"timeout": silence, **plain})
-    return server.open(address, "rb", block_size=0, size=1)  # a stream, whose true size is not asked for before
+    def _error(self, text: str) -> UserError:
+        return UserError(f"{self.option}: '{self.shown}' {text}")
 
 
 def _is_final(error: Exception) -> bool:
@@ -173,11 +169,5 @@ def _is_final(error: Exception) -> bool:
     status = getattr(error, "status", None)  # of HTTP
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 429)
-    return isinstance(error, FileNotFoundError | PermissionError) or (
-        isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    )
-
-
-def is_remote(place: str) -> bool:
-    """Whether a place is an address (or a command) rather than a folder."""
-    return SCHEME.match(place) is not None and not Path(place).exists()
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return full or isinstance(error, FileNotFoundError | PermissionError)

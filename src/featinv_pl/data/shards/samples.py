@@ -5,7 +5,7 @@ import json
 from functools import lru_cache
 from math import isnan, nan
 from tokenize import TokenError
-from typing import Any, Literal, NotRequired, TypeVar
+from typing import Any, Literal, NotRequired, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ Storage = Literal["float16", "int8"]
 MAX_COSINE_LOSS = 1e-3  # of a map rounded to bytes, averaged over its locations
 MOST_META = 1 << 16  # bytes of a sample's JSON; a path and a few numbers are some hundred
 HALF_INFINITY = 0x7C00  # a half's exponent bits, all set in infinities and NaN alone
+MEMBERS = {"features": "features.npy", "logits": "logits.npy", "moments": "latent.npy"}
+STEPS = "steps.npy"
 
 
 class Sample(TypedDict):
@@ -60,30 +62,21 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
     Raises:
         UserError: Values do not fit half precision, or bytes would change a map too much.
     """
-    views = batch.get("view") or [None] * len(batch["key"])
-    fooled = batch.get("fooled", torch.full_like(batch["labels"], torch.nan, dtype=torch.float)).tolist()
-    named = zip(batch["labels"].tolist(), batch["source"], batch["key"], views, fooled, strict=True)
-    half = _half(batch["features"], "features", batch["key"])
-    features = {"features.npy": half}
+    tensors = {suffix: _half(cast(Any, batch)[name], name, batch["key"]) for name, suffix in MEMBERS.items()}
     if storage == "int8":
         quantised, steps = quantise(batch["features"].float())
-        features = {"features.npy": quantised, "steps.npy": steps}
-    tensors = {
-        **features,
-        "logits.npy": _half(batch["logits"], "logits", batch["key"]),
-        "latent.npy": _half(batch["moments"], "moments", batch["key"]),
-    }
+        del tensors[MEMBERS["features"]]
+        tensors = {MEMBERS["features"]: quantised, STEPS: steps, **tensors}
+    meta: list[dict[str, Any]] = [
+        {"label": label, "source": source, "key": key}
+        for label, source, key in zip(batch["labels"].tolist(), batch["source"], batch["key"], strict=True)
+    ]
+    for entry, view in zip(meta, batch.get("view", []), strict=False):
+        entry |= {} if view is None else {"view": view}
+    for entry, fooled in zip(meta, batch.get("fooled", torch.empty(0)).tolist(), strict=False):
+        entry |= {} if isnan(fooled) else {"fooled": bool(fooled)}
     return {
-        "meta": [
-            {
-                "label": label,
-                "source": source,
-                "key": key,
-                **({} if view is None else {"view": view}),
-                **({} if isnan(deceived) else {"fooled": bool(deceived)}),
-            }
-            for label, source, key, view, deceived in named
-        ],
+        "meta": meta,
         "members": {suffix: tensor.cpu().numpy() for suffix, tensor in tensors.items()},
         "images": to_uint8(batch["images"]).permute(0, 2, 3, 1).cpu().numpy(),
     }
@@ -92,17 +85,20 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
 def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, bytes]:
     """Turn one sample of a batch into the members of a tar.
 
-    The image comes last, so that training, which has no need of it, reads what precedes it in one go.
+    The image comes last, so that training, which does not need it, reads the rest in one go.
 
     Args:
         arrays: The batch.
         index: Which sample.
         image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
     """
+    image = io.BytesIO()
+    options = {"quality": 95} if image_format == "jpg" else {}
+    Image.fromarray(arrays["images"][index]).save(image, {"jpg": "JPEG", "png": "PNG"}[image_format], **options)
     return {
         "json": json.dumps(arrays["meta"][index]).encode(),
         **{suffix: _encode_array(values[index]) for suffix, values in arrays["members"].items()},
-        image_format: _encode_image(arrays["images"][index], image_format),
+        image_format: image.getvalue(),
     }
 
 
@@ -112,22 +108,24 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
     Args:
         members: Bytes by suffix, such as `features.npy`.
         storage: As given to `prepare`.
-        image_size: Side of the picture; None leaves it out, as training has no need of it.
+        image_size: Side of the image; None leaves it out.
 
     Raises:
         ValueError, KeyError: The entry is damaged; `ShardSet` adds where.
     """
     meta = json.loads(bytes(members["json"][:MOST_META]))
+    if not -1 <= int(meta["label"]) < 1 << 31:
+        raise ValueError("a label that is not a class")
+    dtypes = {"features": np.int8 if storage == "int8" else np.float16, "logits": np.float16, "moments": np.float16}
+    tensors = {name: _decode_array(members[MEMBERS[name]], dtype) for name, dtype in dtypes.items()}
     if storage == "int8":
-        steps = torch.from_numpy(_decode_array(members["steps.npy"], np.float32))
-        features = (torch.from_numpy(_decode_array(members["features.npy"], np.int8)) * steps[:, None, None]).half()
-    else:
-        features = torch.from_numpy(_decode_array(members["features.npy"], np.float16))
+        steps = _decode_array(members[STEPS], np.float32)
+        tensors["features"] = (tensors["features"] * steps[:, None, None]).half()
     sample: Sample = {
-        "features": features,
-        "logits": torch.from_numpy(_decode_array(members["logits.npy"], np.float16)),
-        "moments": torch.from_numpy(_decode_array(members["latent.npy"], np.float16)),
-        "labels": _label(meta["label"]),
+        "features": tensors["features"],
+        "logits": tensors["logits"],
+        "moments": tensors["moments"],
+        "labels": int(meta["label"]),
         "source": str(meta["source"]),
         "key": str(meta["key"]),
     }
@@ -136,7 +134,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
     if image_size is not None:
         image = Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"]), formats=("PNG", "JPEG"))
         if image.size != (image_size, image_size):  # before it is unpacked: a few bytes can claim any size
-            raise ValueError(f"a picture of {image.width} x {image.height} pixels instead of {image_size}")
+            raise ValueError(f"an image of {image.width} x {image.height} pixels instead of {image_size}")
         sample["images"] = from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
     return sample
 
@@ -161,26 +159,18 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
     worst = (loss.sum(dim=(1, 2)) / somewhere.sum(dim=(1, 2)).clamp(min=1)).max().item()
     if worst > MAX_COSINE_LOSS:
         raise UserError(
-            f"--trainer.callbacks.storage: int8 would change a feature map by {worst:.1e} in cosine, and at most "
-            f"{MAX_COSINE_LOSS:g} is allowed. Store float16."
+            f"`storage`: int8 would change a feature map by {worst:.1e} in cosine, and at most {MAX_COSINE_LOSS:g} is "
+            "allowed. Store float16."
         )
     return quantised.to(torch.int8), steps
-
-
-def _encode_image(pixels: NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    buffer = io.BytesIO()
-    options = {"quality": 95} if image_format == "jpg" else {}
-    Image.fromarray(pixels).save(buffer, {"jpg": "JPEG", "png": "PNG"}[image_format], **options)
-    return buffer.getvalue()
 
 
 def _half(tensor: Tensor, name: str, keys: list[str]) -> Tensor:
     half = tensor.to(torch.float16)
     if not half.isfinite().all():
-        largest = tensor.abs().max().item()
         wrong = [key for key, one in zip(keys, half, strict=True) if not one.isfinite().all()]
         raise UserError(
-            f"The {name} do not fit half precision: their largest magnitude is {largest:g}. "
+            f"The {name} do not fit half precision: their largest magnitude is {tensor.abs().max().item():g}. "
             f"Of {len(keys)} samples this concerns {len(wrong)}, such as '{wrong[0]}'."
         )
     return half
@@ -192,28 +182,18 @@ def _encode_array(array: NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _decode_array(data: memoryview, dtype: type[np.generic]) -> NDArray[np.generic]:
+def _decode_array(data: memoryview, dtype: type[np.generic]) -> Tensor:
     """Read an array in numpy's format, without a copy: `np.load` takes longer over its header than over the rest."""
     length = 10 + int.from_bytes(data[8:10], "little")
     found, shape = _decode_header(bytes(data[:length]))
     if found != np.dtype(dtype):
         raise ValueError(f"dtype {found} instead of {np.dtype(dtype)}")
-    array: NDArray[np.generic] = np.frombuffer(data[length:], dtype).reshape(shape)
-    if dtype is np.float32 and not np.isfinite(array).all():
+    array: NDArray[Any] = np.frombuffer(data[length:], dtype).reshape(shape)
+    # numpy's own check of halves takes ten times as long.
+    finite = (array.view(np.uint16) & HALF_INFINITY) != HALF_INFINITY if dtype is np.float16 else np.isfinite(array)
+    if not finite.all():
         raise ValueError("a value that is not finite")
-    if dtype is np.float16:
-        bits = array.view(np.uint16) & HALF_INFINITY
-        if (bits == HALF_INFINITY).any():
-            raise ValueError("a value that is not finite")
-    return array
-
-
-def _label(value: Any) -> int:
-    """A label, which a tensor of them can hold."""
-    label = int(value)
-    if not -1 <= label < 1 << 31:
-        raise ValueError("a label that is no class")
-    return label
+    return torch.from_numpy(array)
 
 
 @lru_cache(maxsize=64)
@@ -233,20 +213,18 @@ def _decode_header(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]
 
 def collate_samples(samples: list[Sample]) -> Batch:
     """Stack samples to a batch, in half precision."""
-    # torch's own function stacks right into the memory that a worker shares with its parent.
-    batch: Batch = {
-        "features": default_collate([sample["features"] for sample in samples]),
-        "logits": default_collate([sample["logits"] for sample in samples]),
-        "moments": default_collate([sample["moments"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-        "source": [sample["source"] for sample in samples],
-        "key": [sample["key"] for sample in samples],
+    batch: Any = {
+        name: [cast(Any, sample)[name] for sample in samples] for name in (*MEMBERS, "labels", "source", "key")
     }
+    for name in MEMBERS:  # torch's own function stacks right into the memory that a worker shares with its parent
+        batch[name] = default_collate(batch[name])
+    batch["labels"] = torch.tensor(batch["labels"])
     if any("fooled" in sample for sample in samples):
         batch["fooled"] = torch.tensor([float(sample.get("fooled", nan)) for sample in samples])
     if "images" in samples[0]:
         batch["images"] = default_collate([sample["images"] for sample in samples])
-    return batch
+    collated: Batch = batch
+    return collated
 
 
 Stored = TypeVar("Stored", Sample, Batch)
@@ -254,7 +232,6 @@ Stored = TypeVar("Stored", Sample, Batch)
 
 def widen(stored: Stored) -> Stored:
     """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
-    stored["features"] = stored["features"].float()
-    stored["logits"] = stored["logits"].float()
-    stored["moments"] = stored["moments"].float()
+    values: Any = stored
+    values |= {name: values[name].float() for name in MEMBERS}
     return stored

@@ -10,29 +10,25 @@ from featinv_pl.errors import UserError
 
 
 def verify(folder: Path) -> bool:
-    """Check the set in a folder, or all sets below it, and print what was found.
+    """Check the set in a folder, or all sets below it, and print the result.
 
     Returns:
-        Whether all is well.
+        Whether nothing is damaged.
     """
-    well = True
+    intact = True
     for path in find_sets("", folder).values():
         try:
             shards = ShardSet(path, "", "verify", on_error="skip")
         except UserError as error:  # the manifest itself
             print(f"{path}: damaged\n  {error}")
-            well = False
+            intact = False
             continue
-        problems = list(_problems(shards))
-        unreadable = len(shards.manifest["unreadable"])
-        print(
-            f"{path}: {'damaged' if problems else 'whole'}: {len(shards.manifest['shards'])} shards, "
-            f"{shards.manifest['samples']} samples" + (f", {unreadable} unreadable images" if unreadable else "")
-        )
-        for problem in problems:
-            print(f"  {problem}")
-        well = well and not problems
-    return well
+        problems, manifest = list(_problems(shards)), shards.manifest
+        unreadable = f", {len(manifest['unreadable'])} unreadable images" if manifest["unreadable"] else ""
+        state = f"{path}: {'damaged' if problems else 'complete'}: {len(manifest['shards'])} shards"
+        print("\n  ".join([f"{state}, {manifest['samples']} samples{unreadable}", *problems]))
+        intact = intact and not problems
+    return intact
 
 
 def _problems(shards: ShardSet) -> Iterator[str]:
@@ -41,8 +37,6 @@ def _problems(shards: ShardSet) -> Iterator[str]:
     for path in sorted(shards.folder.glob("*.tar")):
         if path.name not in listed:
             yield f"'{path}' is not in the manifest. Move it elsewhere."
-    if shards.manifest["samples"] != sum(shard["samples"] for shard in shards.manifest["shards"]):
-        yield "The manifest's number of samples is not that of its shards. Extract the features anew."
     number = 0
     for shard in shards.shards:
         path = shards.folder / shard["name"]

@@ -1,7 +1,7 @@
-"""Writing a shard set, so that it can be interrupted at any moment and go on where it stopped.
+"""Writing a shard set, which can be interrupted at any moment and resumes where it stopped.
 
 The samples of a source are numbered, and shard n holds those from n * shard_size on, whoever computes
-it. Whole shards are the unit of work: ranks share out those that are missing, and a batch never
+it. Complete shards are the unit of work: ranks divide those that are missing, and a batch never
 reaches across two shards, so that the bytes of a shard depend neither on the number of processes nor
 on what was computed before.
 """
@@ -14,7 +14,6 @@ import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,13 @@ from featinv_pl.errors import UserError
 from featinv_pl.files import PARTIAL, named, publish, write_bytes
 from featinv_pl.types import Batch, Provenance
 
-ENCODERS = 2  # threads; compressing a picture takes about as long as a GPU takes for its features
+ENCODERS = 2  # threads; compressing an image takes about as long as a GPU takes for its features
 BATCHES_IN_FLIGHT = 2
 BLOCK = tarfile.BLOCKSIZE
 
 
 class ShardFile:
-    """A tar in progress, which gets its name and its index when it is whole.
+    """A tar in progress, which gets its name and its index when it is complete.
 
     The format is the standard library's; the file is written here because webdataset's writer tells
     neither where members lie nor what they hold.
@@ -55,21 +54,16 @@ class ShardFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.partial = path, path.with_name(path.name + PARTIAL)
         self.entries: list[Entry] = []
         self.unreadable: list[Unreadable] = []
-        self._file = self._partial.open("wb")
+        self._file = self.partial.open("wb")
         self._sha256 = hashlib.sha256()
-
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(self.path.name + PARTIAL)
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Append an entry."""
-        self.entries.append(
-            {"key": key, "members": {suffix: self._append(f"{key}.{suffix}", data) for suffix, data in members.items()}}
-        )
+        places = {suffix: self._append(f"{key}.{suffix}", data) for suffix, data in members.items()}
+        self.entries.append({"key": key, "members": places})
 
     def _append(self, name: str, data: bytes) -> Member:
         info = tarfile.TarInfo(name)
@@ -95,18 +89,18 @@ class ShardFile:
         }
         with named(self.path):
             self._file.close()
-            publish(self._partial, self.path)
+            publish(self.partial, self.path)
         write_bytes(index_path(self.path), json.dumps(index).encode())
 
     def abandon(self) -> None:
-        """Let go of an unfinished tar."""
+        """Remove an unfinished tar."""
         with contextlib.suppress(OSError):  # of a full disk, which refuses again what was not flushed yet
             self._file.close()
-        self._partial.unlink(missing_ok=True)
+        self.partial.unlink(missing_ok=True)
 
 
 class ShardSetWriter:
-    """Writes one process's share of a set, going on where an earlier run has stopped.
+    """Writes one process's share of a set, and resumes where an earlier run has stopped.
 
     Args:
         folder: Where to.
@@ -135,60 +129,54 @@ class ShardSetWriter:
     ) -> None:
         self.folder, self.source, self.settings, self.provenance = folder, source, settings, provenance
         self.max_bad_fraction = max_bad_fraction
-        self.finished = self._compare()
+        self._begun = {"settings": settings, "provenance": provenance}
+        self.finished = self._is_finished()
         self.unreadable = 0
         self.missing: list[range] = []
-        for number, samples in enumerate(shard_ranges(settings)):
-            index = None if self.finished else _whole(self._path(number))
-            if index is not None:
-                self.unreadable += len(index["unreadable"])
-            elif not self.finished:
+        for number, samples in enumerate([] if self.finished else shard_ranges(settings)):
+            index = _complete(self._path(number))
+            if index is None:
                 self.missing.append(samples)
+            else:
+                self.unreadable += len(index["unreadable"])
         self.share = self.missing[rank::world_size]
         self.bytes_written = self.samples_written = 0
         self._numbers = iter([number for samples in self.share for number in samples])
         self._ends = {samples[-1] for samples in self.share}
         self._encoders = ThreadPoolExecutor(ENCODERS)
-        self._in_flight: deque[list[tuple[Unreadable, Future[dict[str, bytes]] | None]]] = deque()
+        self._in_flight: deque[tuple[Unreadable, Future[dict[str, bytes]] | None]] = deque()
         self._shard: ShardFile | None = None
 
-    def _compare(self) -> bool:
-        """Whether a finished set is there; one with other settings is refused, as is an unfinished one."""
-        theirs: Any = None
+    def _is_finished(self) -> bool:
+        """Whether a finished set is there; one of other settings is refused, finished or not."""
         finished = (self.folder / MANIFEST).is_file()
-        if finished:
-            theirs = dict(read_manifest(self.folder, "--trainer.callbacks.folder"))
-        elif (self.folder / BEGUN).is_file():
-            try:
-                theirs = json.loads((self.folder / BEGUN).read_bytes())
-            except (JSONDecodeError, UnicodeDecodeError):
-                theirs = {}
-        elif any(self.folder.glob("*.tar")):
-            raise UserError(
-                f"--trainer.callbacks.folder: '{self.folder}' holds tars, and neither {MANIFEST} nor {BEGUN} says what "
-                "they are, so they are left as they are. Choose another folder, or remove them first."
-            )
-        if theirs is not None:
-            different = _differences(theirs, self._begun)
-            state = "a finished" if finished else "part of a"
-            if different:
+        if not finished and not (self.folder / BEGUN).is_file():
+            if any(self.folder.glob("*.tar")):
                 raise UserError(
-                    f"--trainer.callbacks.folder: '{self.folder}' already holds {state} shard set, made with other "
-                    f"settings ({'; '.join(different)}), which is left as it is. "
-                    "Use those settings, choose another folder, or remove it first."
+                    f"`folder`: '{self.folder}' holds tars, and neither {MANIFEST} nor {BEGUN} says what they are, so "
+                    "they are left as they are. Choose another folder, or remove them first."
                 )
+            return False
+        different = _differences(read_manifest(self.folder, "`folder`") if finished else self._noted(), self._begun)
+        if different:
+            raise UserError(
+                f"`folder`: '{self.folder}' already holds {'a finished' if finished else 'part of a'} shard set, made "
+                f"with other settings ({'; '.join(different)}), which is left as it is. Use those settings, choose "
+                "another folder, or remove it first."
+            )
         return finished
 
-    @property
-    def _begun(self) -> dict[str, Any]:
-        return {"settings": self.settings, "provenance": self.provenance}
+    def _noted(self) -> Any:
+        try:
+            return json.loads((self.folder / BEGUN).read_bytes())
+        except ValueError:
+            return {}
 
     def begin(self) -> None:
         """Note the settings, and remove what an interrupted run has left half-written. For one rank alone."""
         if self.finished:
             (self.folder / BEGUN).unlink(missing_ok=True)  # of a run that was interrupted at its very end
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             for partial in self.folder.glob(f"*{PARTIAL}"):
                 partial.unlink()
             write_bytes(self.folder / BEGUN, to_json(self._begun))
@@ -196,22 +184,16 @@ class ShardSetWriter:
     def add(self, batch: Batch) -> None:
         """Take in the next batch of this rank's share, from any device.
 
-        Pictures are compressed by threads while the networks look at the next batch. They get arrays:
+        Threads compress images while the networks compute the next batch. They get arrays:
         torch's operations start threads of their own, which fail in threads of a forked process.
         """
-        arrays = prepare(batch, self.settings["storage"])
+        arrays, image_format = prepare(batch, self.settings["storage"]), self.settings["image_format"]
+        while len(self._in_flight) > (BATCHES_IN_FLIGHT - 1) * self.settings["batch_size"]:
+            self._write_next()
         reasons = batch.get("unreadable") or [""] * len(batch["key"])
-        self._in_flight.append(
-            [
-                (
-                    {"key": key, "reason": reason},
-                    None if reason else self._encoders.submit(encode, arrays, index, self.settings["image_format"]),
-                )
-                for index, (key, reason) in enumerate(zip(batch["key"], reasons, strict=True))
-            ]
-        )
-        while len(self._in_flight) > BATCHES_IN_FLIGHT:
-            self._write_batch()
+        for index, (key, reason) in enumerate(zip(batch["key"], reasons, strict=True)):
+            entry = None if reason else self._encoders.submit(encode, arrays, index, image_format)
+            self._in_flight.append(({"key": key, "reason": reason}, entry))
 
     @property
     def bytes_per_sample(self) -> float:
@@ -221,31 +203,36 @@ class ShardSetWriter:
     def flush(self) -> None:
         """Write what has been taken in."""
         while self._in_flight:
-            self._write_batch()
+            self._write_next()
 
-    def _write_batch(self) -> None:
-        for image, entry in self._in_flight.popleft():
-            number = next(self._numbers)
-            if self._shard is None:
-                self._shard = ShardFile(self._path(number // self.settings["shard_size"]))
-            if entry is None:
-                self._note_unreadable(image, self._shard)
-            else:
-                members = entry.result()
-                self._shard.add(f"{number:09d}", members)
-                self.bytes_written += sum(BLOCK + len(data) + -len(data) % BLOCK for data in members.values())
-                self.samples_written += 1
-            if number in self._ends:
-                self._shard.finish()
-                self._shard = None
+    def _write_next(self) -> None:
+        (image, entry), number = self._in_flight.popleft(), next(self._numbers)
+        if self._shard is None:
+            self._shard = ShardFile(self._path(number // self.settings["shard_size"]))
+        if entry is None:
+            self._shard.unreadable.append(image)
+            self.unreadable += 1
+            self._check_unreadable(image, self.unreadable)
+        else:
+            members = entry.result()
+            self._shard.add(f"{number:09d}", members)
+            self.bytes_written += sum(BLOCK + len(data) + -len(data) % BLOCK for data in members.values())
+            self.samples_written += 1
+        if number in self._ends:
+            self._shard.finish()
+            self._shard = None
 
-    def _note_unreadable(self, image: Unreadable, shard: ShardFile) -> None:
-        shard.unreadable.append(image)
-        self.unreadable += 1
-        check_unreadable([image], self.unreadable, self.settings, self.max_bad_fraction)
+    def _check_unreadable(self, last: Unreadable, count: int) -> None:
+        """Give up when too many images cannot be read."""
+        if count > self.max_bad_fraction * self.settings["samples"]:
+            raise UserError(
+                f"`max_bad_fraction`: {count} of {self.settings['samples']} images cannot be read, the last of them "
+                f"'{last['key']}' ({last['reason']}), and at most {self.max_bad_fraction:g} of all may be left out. "
+                "Repair or remove them, or allow more; complete shards are kept."
+            )
 
     def close(self) -> None:
-        """Let go of an unfinished shard."""
+        """Abandon an unfinished shard."""
         self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._shard is not None:
             self._shard.abandon()
@@ -269,7 +256,8 @@ class ShardSetWriter:
                     "index_sha256": hashlib.sha256(data).hexdigest(),
                 }
             )
-        check_unreadable(unreadable, len(unreadable), self.settings, self.max_bad_fraction)
+        if unreadable:
+            self._check_unreadable(unreadable[-1], len(unreadable))
         write_manifest(
             self.folder,
             {
@@ -295,19 +283,8 @@ def shard_ranges(settings: Settings) -> list[range]:
     return [range(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
-def check_unreadable(named: list[Unreadable], count: int, settings: Settings, max_bad_fraction: float) -> None:
-    """Give up when too many images cannot be read."""
-    if count > max_bad_fraction * settings["samples"]:
-        image = named[-1]
-        raise UserError(
-            f"--trainer.callbacks.max_bad_fraction: {count} of {settings['samples']} images cannot be read, the last "
-            f"of them '{image['key']}' ({image['reason']}), and at most {max_bad_fraction:g} of all may be left out. "
-            "Repair or remove them, or allow more; whole shards are kept."
-        )
-
-
-def _whole(path: Path) -> Index | None:
-    """The index of a tar that is whole. An index follows its tar, so only what came later can have harmed it."""
+def _complete(path: Path) -> Index | None:
+    """The index of a tar that is complete. An index follows its tar, so only what came later can have harmed it."""
     try:
         index = INDEX.validate_json(index_path(path).read_bytes())
         return index if path.stat().st_size == index["bytes"] else None
