@@ -28,7 +28,8 @@ from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
 from featinv_pl.publishing import import_official
 from featinv_pl.sampling.diffusion import denoising_target
-from featinv_pl.sampling.sampler import Sampler, sample
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.sampling.solvers import sample
 
 HERE = Path(__file__).parent / "golden"
 GOLDEN = json.loads((HERE / "golden.json").read_text())

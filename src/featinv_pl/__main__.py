@@ -221,7 +221,7 @@ def _add_sampler(parser: ArgumentParser) -> None:
 
 def _sampler_changes(options: Namespace) -> dict[str, Any]:
     """The fields of the sampler that were given."""
-    from featinv_pl.sampling.refinement import Refinement
+    from featinv_pl.sampling.sampler import Refinement
 
     prefix = "sampler."
     changes = {name.removeprefix(prefix): value for name, value in vars(options).items() if name.startswith(prefix)}

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import machine
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.sampling.sampler import AUTHORS, SCHEDULERS, Sampler
+from featinv_pl.sampling.sampler import AUTHORS, Sampler
+from featinv_pl.sampling.solvers import SCHEDULERS
 from featinv_pl.tasks.inversion import FeatureInversion
 
 SCALE = AUTHORS.guidance_scale

@@ -14,7 +14,8 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.supported import read_schedule
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
-from featinv_pl.sampling.sampler import Sampler, sample
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.sampling.solvers import sample
 
 SCHEDULER = "scheduler/scheduler_config.json"
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.sampling.diffusion import implied_prediction
-from featinv_pl.sampling.refinement import Refinement, refined
-from featinv_pl.sampling.sampler import Sampler, sample
+from featinv_pl.sampling.refinement import refined
+from featinv_pl.sampling.sampler import Refinement, Sampler
+from featinv_pl.sampling.solvers import sample
 
 
 @pytest.fixture

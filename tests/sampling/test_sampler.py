@@ -15,8 +15,8 @@ from torch import Tensor
 from featinv_pl.errors import UserError
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.guidance import Denoiser
-from featinv_pl.sampling.refinement import Refinement
-from featinv_pl.sampling.sampler import AUTHORS, SCHEDULERS, Sampler, sample
+from featinv_pl.sampling.sampler import AUTHORS, Refinement, Sampler
+from featinv_pl.sampling.solvers import SCHEDULERS, sample
 
 SOLVERS: list[Any] = list(get_args(get_type_hints(Sampler)["scheduler"]))
 SHAPE = (2, 4, 4, 4)

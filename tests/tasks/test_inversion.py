@@ -19,8 +19,7 @@ from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.finite import FiniteGuard
 from featinv_pl.sampling.objective import Objective
-from featinv_pl.sampling.refinement import Refinement
-from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.sampling.sampler import Refinement, Sampler
 from featinv_pl.tasks.inversion import Adapt, FeatureInversion
 from featinv_pl.tasks.pretraining import Classifier
 from featinv_pl.types import Batch

@@ -16,7 +16,8 @@ from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.guidance import Denoiser, weighted, within
 from featinv_pl.sampling.noise import keyed_noise
 from featinv_pl.sampling.refinement import refined
-from featinv_pl.sampling.sampler import Sampler, sample
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.sampling.solvers import sample
 
 RECOMPILATIONS = 32  # UNet and ControlNet share functions of diffusers, compiled for each batch size and for any
 

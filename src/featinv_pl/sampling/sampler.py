@@ -1,22 +1,50 @@
-"""Sampling: from noise to latents, by any denoiser."""
+"""How reconstructions are sampled: settings that check themselves, and import no torch."""
 
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any, ClassVar, Literal, Self
 
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from pydantic import ConfigDict, TypeAdapter
-from torch import Tensor
 
 from featinv_pl.errors import UserError
-from featinv_pl.sampling.guidance import Denoiser
-from featinv_pl.sampling.refinement import Refinement
-
-SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
-SPACINGS = {"ddim": "leading", "dpm": "linspace", "unipc": "linspace"}  # as diffusers, and measured in docs/better.md
-
 
 MOST = 1000  # candidates or gradient steps, each of which takes its time
+FRACTIONS = "Give two fractions of the noise schedule, such as [0.1, 0.8], the smaller one first."
+TENTH = "0.1 is a tenth of the latents' spread"
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Gradient steps towards the target map, through the classifier itself.
+
+    At each denoising step the estimate of the clean latents is decoded and classified, and moved against the
+    gradient of its map's distance to the target (guidance by a clean estimate, as in FreeDoM, arXiv 2303.09833,
+    and in arXiv 2509.07936). The gradient passes through autoencoder and backbone, not through the prior.
+    The defaults suit a trained control; without one it takes larger steps at all levels of noise, such as 5 of 0.1.
+
+    Args:
+        steps: Gradient steps at each denoising step.
+        step_size: How far a gradient step moves latents of unit variance: the root mean square of their change.
+        distance: What is decreased: 1 - cosine, mean over locations, or `l2`, the squared error relative to
+            the target's square.
+        interval: Where, in fractions of the noise schedule: 0 is the clean end, 1 pure noise.
+        target: The cosine at which an image is left as it is.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    steps: int = 3
+    step_size: float = 0.02
+    distance: Literal["cosine", "l2"] = "cosine"
+    interval: tuple[float, float] = (0.0, 0.3)
+    target: float = 1.0
+
+    def __post_init__(self) -> None:
+        low, high = self.interval
+        _check("sampler.refine.steps", self.steps, 1 <= self.steps <= MOST, f"Give 1 to {MOST}.")
+        _check("sampler.refine.step_size", self.step_size, self.step_size > 0, f"Give a number above 0; {TENTH}.")
+        _check("sampler.refine.interval", list(self.interval), 0 <= low < high <= 1, FRACTIONS)
+        _check("sampler.refine.target", self.target, -1 <= self.target <= 1, "Give a cosine, from -1 to 1.")
 
 
 @dataclass(frozen=True)
@@ -52,17 +80,12 @@ class Sampler:
     spacing: Literal["leading", "trailing", "linspace"] | None = None
 
     def __post_init__(self) -> None:
-        low, high = self.guidance_interval
-        for name, value, valid in (
-            ("steps", self.steps, self.steps >= 1),
-            ("guidance_scale", self.guidance_scale, isfinite(self.guidance_scale)),
-            ("best_of", self.best_of, 1 <= self.best_of <= MOST),
-            ("refine.steps", self.refine and self.refine.steps, self.refine is None or self.refine.steps <= MOST),
-            ("guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1),
-            ("control_scale", self.control_scale, 0 <= self.control_scale < inf),
-        ):
-            if not valid:
-                raise UserError(f"`sampler.{name}` cannot be {value}. {_RANGES[name]}")
+        scale, control, (low, high) = self.guidance_scale, self.control_scale, self.guidance_interval
+        _check("sampler.steps", self.steps, self.steps >= 1, "Give at least 1.")
+        _check("sampler.guidance_scale", scale, isfinite(scale), "Give a number; 1 disables guidance.")
+        _check("sampler.guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1, FRACTIONS)
+        _check("sampler.control_scale", control, 0 <= control < inf, "Give at least 0; the control was trained for 1.")
+        _check("sampler.best_of", self.best_of, 1 <= self.best_of <= MOST, f"Give 1 to {MOST}.")
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -75,37 +98,9 @@ class Sampler:
         return TypeAdapter(cls).validate_python({"spacing": "leading", **known})  # of files older than the field
 
 
+def _check(name: str, value: object, valid: bool, advice: str) -> None:
+    if not valid:
+        raise UserError(f"`{name}` cannot be {value}. {advice}")
+
+
 AUTHORS = Sampler("ddim", steps=50, guidance_scale=1.75, guidance="text", spacing="leading")
-_RANGES = {
-    "steps": "Give at least 1.",
-    "guidance_scale": "Give a number; 1 disables guidance.",
-    "best_of": f"Give 1 to {MOST}.",
-    "refine.steps": f"Give at most {MOST}.",
-    "guidance_interval": "Give two fractions of the noise schedule, such as [0.1, 0.8], the smaller one first.",
-    "control_scale": "Give at least 0; the control was trained for 1.",
-}
-
-
-def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: Sampler) -> Tensor:
-    """Sample latents from noise.
-
-    Args:
-        denoiser: Predicts noise, or velocity where the schedule says so.
-        noise: (B, channels, h, w), standard normal.
-        schedule: The schedule that the prior was trained with.
-        sampler: Which solver, and how many steps.
-
-    Returns:
-        Latents of the shape of `noise`, scaled to unit variance.
-    """
-    longest = schedule.config.num_train_timesteps - 2  # with its offset, more would leave the schedule
-    if sampler.steps > longest:
-        raise UserError(f"`sampler.steps` must be at most {longest} for this prior, and is {sampler.steps}.")
-    # A solver has state, so each call makes its own. Spacing is explicit: the prior's configuration may say anything.
-    spacing = sampler.spacing or SPACINGS[sampler.scheduler]
-    solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing=spacing)
-    solver.set_timesteps(sampler.steps, device=noise.device)
-    latents: Tensor = noise * solver.init_noise_sigma
-    for timestep in solver.timesteps:
-        latents = solver.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0]
-    return latents
