@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from torchmetrics.image.fid import NoTrainInceptionV3
 
+from featinv_pl.__main__ import main
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.metrics import weights
 from featinv_pl.types import Batch
-from tiny import extract_digits, make_classifier, make_inverter, make_prior
+from tiny import extract_digits, extraction, make_classifier, make_inverter, make_prior, write
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
 # Modules of tests with some.
-CALLBACKS = "bench,test_cli,test_reliability,test_resume,test_runs,test_shard_writer,test_tracking"
+CALLBACKS = "bench,test_callback,test_cli,test_reliability,test_resume,test_runs,test_shard_writer,test_tracking"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -71,6 +72,18 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prior(tmp_path_factory.mktemp("frozen"))
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("extraction")
+    settings = extraction(
+        classifier_folder, prior_folder, ["train", "val", "clean", "corrupted/contrast/3", "corrupted/pixelate/5"]
+    )
+    settings["trainer"] |= {"default_root_dir": str(folder)}
+    settings["trainer"]["callbacks"][0]["init_args"]["folder"] = str(folder / "shards")
+    main(["predict", "--config", write(folder / "extract.yaml", settings)])
+    return folder / "shards"
 
 
 @pytest.fixture

@@ -101,6 +101,8 @@ def test_overfitting_a_few_batches_is_refused(capsys: pytest.CaptureFixture[str]
     ("option", "advice"),
     [
         ("hidden_channels", "'hidden_channels' of an earlier version is model.encoder.hidden_channels now"),
+        ("judge", "'judge' of an earlier version is judge of the Evaluation callback now"),
+        ("arms.other", "'arms' of an earlier version is samplers of the Evaluation callback now"),
         ("null_map", "'null_map' of an earlier version has been removed"),
         ("sampler.text_scale", "'text_scale' of an earlier version has been removed"),
     ],
@@ -113,3 +115,11 @@ def test_options_of_earlier_versions_are_named(option: str, advice: str, capsys:
         with pytest.raises(SystemExit):
             main(["fit", "--config", config, *given])
         assert advice in re.sub("`|--", "", capsys.readouterr().err)
+
+
+def test_callbacks_of_earlier_versions_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = {"callbacks": [{"class_path": "PerSource", "init_args": {"clean": "val"}}]}
+    config = write(Path("old.yaml"), {"model": MODEL, "trainer": trainer})
+    with pytest.raises(SystemExit):
+        main(["test", "--config", config])
+    assert "'PerSource' of an earlier version is part of the Evaluation callback now." in capsys.readouterr().err

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -75,10 +76,14 @@ def test_the_table_is_that_of_the_plan() -> None:
     expected = {
         (name, sampler)
         for name, run in plan.runs.items()
-        for sampler in ("own", *run.set.get("model", {}).get("init_args", {}).get("arms", {}))
+        for sampler in ("own", *_samplers(run.set.get("trainer", {}).get("callbacks", [])))
     }
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d\.\d+ ± .* 3 \|$", BETTER, re.MULTILINE)
     assert set(rows) == expected
+
+
+def _samplers(callbacks: list[dict[str, Any]]) -> list[str]:
+    return [name for one in callbacks for name in one.get("init_args", {}).get("samplers", {})]
 
 
 def test_commands_of_reliability_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior
     home = tmp_path_factory.mktemp("run")
     frozen = ["--model.backbone", str(classifier_folder)]
     callbacks = [
-        {"class_path": "PerSource"},
+        {"class_path": "Evaluation"},
         {"class_path": "ModelCheckpoint", "init_args": {"dirpath": "runs/demo/spatial", "filename": "inversion"}},
     ]
     with contextlib.chdir(home):

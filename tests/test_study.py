@@ -20,11 +20,12 @@ def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
     extract["trainer"]["limit_predict_batches"] = 1
     extract["data"]["init_args"]["batch_size"] = 16
     inverter = inversion(classifier_folder, prior_folder)
-    saver, scores, _, grid = inverter["trainer"]["callbacks"]
+    saver, evaluation = inverter["trainer"]["callbacks"]
     del inverter["seed_everything"], inverter["trainer"]["default_root_dir"]
-    scores["init_args"] = {"clean": "val"}
-    inverter["trainer"] |= {"val_check_interval": 1, "callbacks": [saver, scores, grid]}
-    inverter["model"]["init_args"]["judge"] = str(classifier_folder)
+    evaluation["init_args"] |= {"clean": "val", "judge": str(classifier_folder)}
+    inverter["trainer"]["val_check_interval"] = 1
+    options = {**evaluation["init_args"], "samplers": {"best": {"steps": 2, "best_of": 2}}}
+    several = {"callbacks": [saver, {**evaluation, "init_args": options}]}
     inverter["data"]["init_args"]["test"] = {"val": "shards/val"}
     Path("extract.yaml").write_text(yaml.safe_dump(extract))
     Path("inverter.yaml").write_text(yaml.safe_dump(inverter))
@@ -36,7 +37,7 @@ def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
         "source": "val",
         "seeds": [3, 5],
         "runs": {
-            "plain": {"set": {"model": {"init_args": {"arms": {"best": {"steps": 2, "best_of": 2}}}}}},
+            "plain": {"set": {"trainer": several}},
             "fewer": {
                 "set": {
                     "trainer": {"max_steps": 1},

@@ -56,9 +56,7 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
             "val_check_interval": 2,
             "callbacks": [
                 {"class_path": "ModelCheckpoint", "init_args": {"filename": "inversion"}},
-                {"class_path": "PerSource"},
-                {"class_path": "DrawnImages"},
-                {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
+                {"class_path": "Evaluation", "init_args": {"num_images": 3}},
             ],
         },
         "model": {

@@ -24,9 +24,7 @@ import featinv_pl.data.images.corrupted
 import featinv_pl.data.images.digits
 import featinv_pl.data.images.folders
 import featinv_pl.data.shards.datamodule
-import featinv_pl.evaluation.drawn
-import featinv_pl.evaluation.per_source
-import featinv_pl.evaluation.reconstruction_grid
+import featinv_pl.evaluation.callback
 import featinv_pl.runtime.averaging
 import featinv_pl.tasks.extraction
 import featinv_pl.tasks.inversion
@@ -35,7 +33,7 @@ import featinv_pl.tasks.shard_writer  # noqa: F401
 from featinv_pl.config import MODE, ConfigParser
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError, options_spelled
-from featinv_pl.evaluation.dry_run import BATCHES, Plan
+from featinv_pl.evaluation.trial import BATCHES
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.changes import Changes
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
@@ -185,17 +183,18 @@ class FeatinvCLI(LightningCLI):
 
     def _plan(self) -> None:
         """Let an extraction or a test do nothing but estimate itself."""
-        trainer = self.config[self.subcommand].trainer
-        writers = [callback for callback in trainer.callbacks or [] if callback.class_path.endswith(".ShardWriter")]
-        if self.subcommand == "predict" and writers:
-            for writer in writers:
-                writer.init_args.plan = True
-        elif self.subcommand == "test":
-            trainer.callbacks, trainer.limit_test_batches = [Plan()], BATCHES
-        else:
+        trainer, command = self.config[self.subcommand].trainer, str(self.subcommand)
+        kind, option = {"predict": ("ShardWriter", "plan"), "test": ("Evaluation", "dry_run")}.get(command, ("", ""))
+        found = [one for one in trainer.callbacks or [] if option and one.class_path.endswith(f".{kind}")]
+        if not found:
             raise UserError(
-                "--plan: only test, and predict with a ShardWriter among --trainer.callbacks, can be planned."
+                "--plan: only test with an Evaluation, and predict with a ShardWriter, among --trainer.callbacks can "
+                "be estimated."
             )
+        for one in found:
+            one.init_args[option] = True
+        if command == "test":
+            trainer.callbacks, trainer.limit_test_batches = found, BATCHES
         trainer.logger, self.save_config_callback = False, None
 
 

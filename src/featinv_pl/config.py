@@ -22,9 +22,12 @@ MOVED = {
     **dict.fromkeys(("dropout", "min_snr_gamma", "consistency", "consistency_below"), "`model.objective.{}`"),
     **dict.fromkeys(("activation_checkpointing", "channels_last", "compile"), "`model.execution.{}`"),
     **dict.fromkeys(("control", "train"), "`model.adapt.{}`"),
+    **dict.fromkeys(("judge", "num_samples"), "`{}` of the Evaluation callback"),
+    "arms": "`samplers` of the Evaluation callback",
+    **dict.fromkeys(("PerSource", "ReconstructionGrid", "DrawnImages"), "part of the Evaluation callback"),
     **dict.fromkeys(("dropout_features", "dropout_prompt", "null_map", "text_scale"), ""),
 }
-"""Options of earlier versions, and where they are now; empty for those that have been removed."""
+"""Options and callbacks of earlier versions, and where they are now; empty for those that have been removed."""
 
 
 class ConfigParser(Parser):
@@ -32,11 +35,12 @@ class ConfigParser(Parser):
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """End with the error, which for an option of an earlier version is one sentence."""
-        found = re.search(r"(?:ption '|NestedArg\(key='(?:\w+\.)*)(\w+)'", message)
-        if found is not None and found[1] in MOVED:
-            place = MOVED[found[1]].format(found[1])
+        found = re.findall(r"(?:ption '|NestedArg\(key='|import path string: )([\w.]+)", message)
+        names = [name for dotted in found for name in (dotted.split(".")[-1], dotted.split(".")[0])]
+        if (old := next((name for name in names if name in MOVED), None)) is not None:
+            place = MOVED[old].format(old)
             now = f"is {place} now" if place else "has been removed, since it did not pay: leave it out"
-            raise UserError(f"The option '{found[1]}' of an earlier version {now}.")
+            raise UserError(f"'{old}' of an earlier version {now}.")
         super().error(message, *args, **kwargs)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from featinv_pl.config import merge
 from featinv_pl.errors import UserError, user_error
-from featinv_pl.evaluation.arms import ARMS, INVERSION
-from featinv_pl.evaluation.reconstruction_grid import FIRST, PICTURES
+from featinv_pl.evaluation.methods import INVERSION, LABELS
+from featinv_pl.evaluation.pictures import FIRST, PICTURES
 from featinv_pl.evaluation.results import METRICS, Name, aligned, by_name, read_document
 from featinv_pl.explore.study import SCORES, Row, cells, dots, markdown, strips
 from featinv_pl.files import read_yaml, write_bytes
@@ -232,8 +232,8 @@ def _rows(plan: Plan) -> list[Row]:
     for name in plan.runs:
         paths = [plan.folder / name / str(seed) / METRICS for seed in plan.seeds]
         found = [by_name(read_document(path, "PLAN")) for path in paths if path.is_file()]
-        arms = dict.fromkeys(key.arm for run in found for key in run if key.source == plan.source)
-        for arm in (INVERSION, *(arm for arm in arms if arm not in ARMS)):
+        arms = dict.fromkeys(key.method for run in found for key in run if key.test_set == plan.source)
+        for arm in (INVERSION, *(arm for arm in arms if arm not in LABELS)):
             values = {
                 score: [run[key]["value"] for run in found if (key := Name(plan.source, score, arm)) in run]
                 for score in SCORES

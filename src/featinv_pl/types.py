@@ -1,4 +1,4 @@
-"""What travels between the rooms: batches, reconstructions, and the range of image values.
+"""What travels between the rooms: batches, observations, and the range of image values.
 
 Shapes use B for the batch, C for feature channels, h and w for the feature map, K for classes.
 """
@@ -20,8 +20,6 @@ class Observation(TypedDict):
     """(B, C, h, w), the penultimate feature map."""
     logits: Tensor
     """(B, K)."""
-    partners: NotRequired[list[str]]
-    """Keys of the images, where these are other images of the same test set."""
 
 
 class View(TypedDict):
@@ -70,21 +68,6 @@ class Batch(Observation):
     before it."""
     skipped: NotRequired[list[str]]
     """Why samples that belong here were left out; the data module takes it away before a model sees it."""
-    drawn: NotRequired[dict[str, dict[int, Tensor]]]
-    """By arm and row, (3, H, W) bytes: reconstructions that an interrupted test has drawn."""
-
-
-class Reconstruction(Observation):
-    """Reconstructions from feature maps, sent back through the backbone."""
-
-    ceiling: Observation
-    """The originals after the prior's autoencoder alone: what no inversion can surpass."""
-    arms: NotRequired[dict[str, Observation]]
-    """By name, reconstructions from the same maps that were drawn in other ways."""
-    sample_images: NotRequired[Tensor]
-    """(B, n, 3, H, W): n reconstructions from each map, of which the first is that above."""
-    sample_features: NotRequired[Tensor]
-    """(B, n, C, h, w), their maps."""
 
 
 class Provenance(TypedDict):

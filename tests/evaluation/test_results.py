@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from featinv_pl.evaluation.arms import ARMS
+from featinv_pl.evaluation.methods import LABELS
 from featinv_pl.evaluation.results import METRICS, SCORES, Name, Results, Score, aligned, by_name
 from featinv_pl.metrics.estimates import Estimate
 
@@ -43,9 +43,9 @@ def test_every_arm_is_calibrated_and_in_the_table() -> None:
         found.values[Name("clean", "cosine", arm)] = Estimate(np.array([value]))
     found.derive()
     calibrated = {
-        name.arm: score["value"]
+        name.method: score["value"]
         for name, score in found.scores.items()
-        if (name.source, name.score) == ("clean", "cosine_calibrated")
+        if (name.test_set, name.score) == ("clean", "cosine_calibrated")
     }
     expected = {"inversion": 0.5 / 0.6, "refined": 0.55 / 0.6, "neighbour": 0.4 / 0.6}
     assert calibrated == pytest.approx(expected, abs=0.01)
@@ -79,7 +79,7 @@ def test_what_is_not_a_number_is_left_out() -> None:
     document = json.loads(results().files()[METRICS])
     assert "fd_tiny" not in document["scores"]["clean"]["inversion"]
     assert set(document) == {"samples", "scores", "notes", "provenance"}
-    assert list(document["scores"]["clean"]) == [arm for arm in ARMS if arm in ("inversion", "ceiling", "floor")]
+    assert list(document["scores"]["clean"]) == [arm for arm in LABELS if arm in ("inversion", "ceiling", "floor")]
 
 
 def test_replicates_that_are_not_finite_do_not_spoil_an_interval() -> None:
@@ -90,7 +90,7 @@ def test_replicates_that_are_not_finite_do_not_spoil_an_interval() -> None:
 
 def test_the_table_shows_whole_data_sets() -> None:
     lines = aligned(results().table()).splitlines()
-    assert lines[0].split() == ["source", "n", "arm", "cosine", "cosine_calibrated", "fd_tiny"]
+    assert lines[0].split() == ["test", "set", "n", "method", "cosine", "cosine_calibrated", "fd_tiny"]
     assert [line.split()[:3] for line in lines[2:]] == [
         [source, "50", arm] for source in ("clean", "c") for arm in ("reconstruction", "autoencoder", "floor")
     ]

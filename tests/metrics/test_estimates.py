@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from featinv_pl.evaluation.relative import Relative
+from featinv_pl.evaluation.scores import relative
 from featinv_pl.metrics.agreement import Agreement
 from featinv_pl.metrics.estimates import Estimate, wilson
 from featinv_pl.metrics.pairing import ImageSums, ratios
@@ -90,6 +90,4 @@ def test_relative_scores_are_of_common_images_alone() -> None:
 
 
 def test_a_clean_set_that_is_missing_is_named() -> None:
-    relative = Relative("val")
-    relative.add("hard/one", ["hard"], {"key": ["a"], "cosine": [0.5]})
-    assert "relative to 'val'" in relative.estimates(0)[1][0]
+    assert "relative to 'val'" in relative({"hard": ImageSums(4)}, ImageSums(4), "val", 0)[1][0]

@@ -173,8 +173,7 @@ def _make_run(parts: Path, shards: Path) -> None:
             "val_check_interval": 1,
             "callbacks": [
                 {"class_path": "ModelCheckpoint", "init_args": saver},
-                {"class_path": "PerSource"},
-                {"class_path": "ReconstructionGrid", "init_args": {"num_images": 3}},
+                {"class_path": "Evaluation", "init_args": {"num_images": 3}},
             ],
         },
         "model": {

@@ -64,8 +64,7 @@ def prepare(root: Path) -> Path:
         "enable_progress_bar": False,
         "callbacks": [
             {"class_path": "torture.observers.Recorder"},
-            {"class_path": "PerSource"},
-            {"class_path": "DrawnImages"},
+            {"class_path": "Evaluation", "init_args": {"num_images": 0}},
         ],
     }
     test["data"]["init_args"] |= {"batch_size": 8, "test": {"val": "shards/val", "train": "shards/train"}}
@@ -165,12 +164,14 @@ def extracted(folder: Path) -> dict[str, bytes]:
 
 def drawn(folder: Path) -> int:
     """How many batches have been drawn."""
-    return len(list(folder.glob("run/drawn/*.safetensors")))
+    return len(list(folder.glob("run/reconstructions/*.safetensors")))
 
 
 def scores(folder: Path) -> dict[str, Any]:
     """What a test writes, but its date. How its images are shared out among files depends on where it was stopped."""
-    found: dict[str, Any] = {n: data for n, data in files(folder / "run").items() if not n.startswith("drawn/")}
+    found: dict[str, Any] = {
+        n: data for n, data in files(folder / "run").items() if not n.startswith("reconstructions/")
+    }
     found["metrics.json"] = json.loads(found["metrics.json"])
     del found["metrics.json"]["provenance"]["date"]
     return found

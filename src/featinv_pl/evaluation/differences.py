@@ -1,4 +1,4 @@
-"""How far two tested inverters are apart on the same images, with intervals that know that the images are the same."""
+"""Differences between two tested inverters, paired by image."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,23 +11,23 @@ from featinv_pl.metrics.estimates import Estimate
 from featinv_pl.metrics.pairing import ImageSums, estimates
 
 SCORES = {"cosine": False, "agreement@1": True}
-"""By name, whether it is a share."""
+"""The scores that are compared, and whether each is a share."""
 REPLICATES = 1000
 
 
-def differences(one: Path, other: Path, sources: Iterable[str]) -> dict[str, Estimate]:
-    """What one inverter has more than another, by score.
+def differences(one: Path, other: Path, test_sets: Iterable[str]) -> dict[str, Estimate]:
+    """The scores of one inverter minus those of another.
 
     Images are matched by test set and key, and resampled by key: the corruptions of one image are one image.
 
     Args:
-        one: The folder of a run, as `test` has left it.
+        one: The folder of a run, as `test` leaves it.
         other: That of another.
-        sources: Test sets of both, taken together.
+        test_sets: Test sets of both, taken together.
     """
     sums = ImageSums(2 * len(SCORES))
-    for source in sources:
-        (keys, ours), (others, theirs) = (_samples(folder, source) for folder in (one, other))
+    for test_set in test_sets:
+        (keys, ours), (others, theirs) = (_samples(folder, test_set) for folder in (one, other))
         common, first, second = np.intersect1d(keys, others, assume_unique=True, return_indices=True)
         values = np.stack([ours[first], theirs[second]])
         values[:, ~np.isfinite(values).all(0)] = np.nan
@@ -37,9 +37,9 @@ def differences(one: Path, other: Path, sources: Iterable[str]) -> dict[str, Est
     return {score: own - theirs for score, own, theirs in pairs}
 
 
-def _samples(folder: Path, source: str) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
+def _samples(folder: Path, test_set: str) -> tuple[NDArray[np.str_], NDArray[np.float64]]:
     """Keys, and (images, scores)."""
-    table = read_samples(folder, source, [source])
+    table = read_samples(folder, test_set, [test_set])
     missing = np.full(len(table), np.nan)
     columns = [table[name].to_numpy().astype(np.float64) if name in table.column_names else missing for name in SCORES]
     return np.array(table["key"].to_pylist()), np.stack(columns, axis=1)

@@ -1,7 +1,6 @@
-"""Pictures and tables for the loggers that take some: what W&B and TensorBoard each make of them.
+"""Pictures and tables for the loggers that accept them: W&B and TensorBoard.
 
-Callbacks hand everything to every logger and know none of them. Another logger takes part once its
-functions are registered here; until then it gets nothing but scalars and the configuration.
+Another logger takes part once its functions are registered here; until then it gets scalars and the configuration only.
 """
 
 from functools import singledispatch
@@ -23,11 +22,11 @@ def last_step(trainer: Trainer) -> int:
 
 @singledispatch
 def log_picture(logger: Logger, name: str, pixels: Pixels, caption: str, step: int) -> None:
-    """Log a picture. Loggers of figures alone, such as CSVLogger, leave it out.
+    """Log a picture. Loggers of scalars only, such as CSVLogger, ignore it.
 
     Args:
         logger: Any of Lightning's.
-        name: Where it belongs, such as `reconstructions/val/first`.
+        name: Such as `reconstructions/val/first`.
         pixels: (H, W, 3) bytes.
         caption: What it shows.
         step: That of `last_step`.
@@ -47,20 +46,12 @@ def _(logger: TensorBoardLogger, name: str, pixels: Pixels, caption: str, step: 
 
 @singledispatch
 def log_table(logger: Logger, name: str, table: list[list[str]], caption: str, step: int) -> None:
-    """Log a table. Loggers of figures alone, such as CSVLogger, leave it out.
-
-    Args:
-        logger: Any of Lightning's.
-        name: Where it belongs, such as `scores/test`.
-        table: The head, then the rows.
-        caption: What it shows.
-        step: That of `last_step`.
-    """
+    """Log a table, head first, likewise."""
 
 
 @log_table.register
 def _(logger: WandbLogger, name: str, table: list[list[str]], caption: str, step: int) -> None:
-    # A panel of W&B that shows a table has a title, its name, and no caption.
+    # W&B's panel of a table has a title, its name, and no caption.
     logger.log_table(name, columns=table[0], data=table[1:], step=step)
 
 

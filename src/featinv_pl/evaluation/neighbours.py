@@ -1,4 +1,4 @@
-"""A baseline that looks up instead of inverting: the training image with the most similar map."""
+"""A baseline that looks up instead of inverting: the training image with the most similar feature map."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -23,18 +23,18 @@ READ, COMPARED = 64, 1 << 26  # images read at a time, and numbers that are comp
 
 
 class Neighbours:
-    """The training image with the most similar map, by the mean over locations of the cosine.
+    """The training image with the most similar feature map, by the cosine averaged over locations.
 
-    All images are searched. Every rank holds their maps in half precision; where these take more than `memory`, they
-    are averaged over coarser grids, in the end over all locations. The search then gives `CANDIDATES`, whose whole
+    All images are searched. Every rank holds their maps in half precision. If these take more than `memory`, they
+    are averaged over coarser grids, at most over all locations; the search then gives `CANDIDATES`, whose complete
     maps, read from the shards, decide.
 
     Args:
-        trainer: That of the test.
+        trainer: Of the test.
         training: The shard set to search.
         num_workers: Processes that read.
         device: Where to search.
-        memory: Bytes on the device, twice that while the maps are read. It is more if one vector for each image is.
+        memory: Bytes on the device, twice that while maps are read; more only if one vector per image is more.
 
     Raises:
         UserError: The shards cannot be read.
@@ -62,8 +62,7 @@ class Neighbours:
         """The neighbours of a batch."""
         queries = batch["features"].to(self.device)
         found = [self._nearest(query, rows) for query, rows in zip(queries, self._candidates(queries), strict=True)]
-        samples = collate_samples(found)
-        device = batch["features"].device
+        samples, device = collate_samples(found), batch["features"].device
         return {
             "images": samples["images"].to(device),
             "features": samples["features"].to(device),
@@ -71,7 +70,7 @@ class Neighbours:
         }
 
     def _candidates(self, queries: Tensor) -> list[list[int]]:
-        """Numbers of training samples for each map (B, C, h, w), the most similar first."""
+        """Numbers of training samples for each map (B, C, h, w), most similar first."""
         targets = summarise(queries, self.grid)
         found = []
         for first in range(0, len(self.vectors), step := max(COMPARED // targets.shape[1], 1)):
@@ -83,7 +82,7 @@ class Neighbours:
         return self.numbers[rows.gather(1, best)].tolist()
 
     def _nearest(self, query: Tensor, numbers: list[int]) -> Sample:
-        """Of the candidates of a map (C, h, w) the nearest whose picture can be read."""
+        """The nearest candidate of a map (C, h, w) whose picture can be read."""
         if not self.exact:
             maps = torch.stack([self.maps.stored(number)["features"] for number in numbers]).to(self.device)
             size = (query.shape[1], query.shape[2])
@@ -93,7 +92,7 @@ class Neighbours:
         return next(sample for sample in pictures if sample is not None)
 
     def _picture(self, number: int) -> Sample | None:
-        """A sample with its picture; None if that is damaged, in a set that skips such samples."""
+        """A sample with its picture; None if it is damaged and the set skips such samples."""
         try:
             return self.pictures[number]
         except DamagedError:
@@ -103,7 +102,7 @@ class Neighbours:
 
 
 class _Summaries(Dataset[tuple[Tensor, Tensor]]):
-    """What is searched, a batch at a time: numbers of samples, and their summaries in half precision."""
+    """Numbers of samples and their maps, averaged over a grid, in half precision: a batch at a time."""
 
     def __init__(self, shards: ShardSet, grid: tuple[int, int]) -> None:
         self.shards, self.grid = shards, grid
@@ -122,11 +121,11 @@ class _Summaries(Dataset[tuple[Tensor, Tensor]]):
 
 
 def summarise(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Maps (B, C, h, w), averaged over a grid, as vectors (B, D) whose products are sums of its places' cosines."""
+    """Maps (B, C, h, w), averaged over a grid, as vectors (B, D) whose products are sums of the cells' cosines."""
     return normalize(adaptive_avg_pool2d(maps.float(), grid), dim=1).flatten(1)
 
 
 def _grids(size: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ever coarser ones, from that of the map itself."""
+    """Grids from that of the map itself to ever coarser ones."""
     height, width = size
     return ((min(side, height), min(side, width)) for side in range(max(size), 0, -1))

@@ -1,23 +1,22 @@
 """Plots of scores: against the severity of corruptions, and their distributions over samples."""
 
-import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from featinv_pl.evaluation.arms import ARMS, INVERSION, label
+from featinv_pl.evaluation.methods import INVERSION, LABELS, label
 from featinv_pl.evaluation.results import Document, Name, by_name, column, read_samples
+from featinv_pl.pages.pictures import figure_png
 
 LINE_STYLES = ("-", "--", ":", "-.")
 CURVES = {"cosine": "cosine of the feature maps", "agreement@1": "agreement of the predicted class"}
 
 
-def severity(source: str) -> tuple[str, int] | None:
-    """(corruption, severity) of a source such as `imagenet-c/fog/3`."""
-    parts = source.split("/")
+def severity(test_set: str) -> tuple[str, int] | None:
+    """(corruption, severity) of a test set such as `imagenet-c/fog/3`."""
+    parts = test_set.split("/")
     return (parts[-2], int(parts[-1])) if len(parts) > 2 and parts[-1].isdigit() else None
 
 
@@ -26,13 +25,13 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
 
     Args:
         runs: The scores of one or more inverters by name. Each has a line style, each corruption a colour.
-        clean: The source at severity 0.
+        clean: The test set at severity 0.
     """
-    sources = {source: found for run in runs.values() for source in run["samples"] if (found := severity(source))}
-    if not sources:
+    test_sets = {name: found for run in runs.values() for name in run["samples"] if (found := severity(name))}
+    if not test_sets:
         return None
     figure = Figure(figsize=(12, 5), layout="constrained")
-    corruptions = sorted({corruption for corruption, _ in sources.values()})
+    corruptions = sorted({corruption for corruption, _ in test_sets.values()})
     palette = colormaps["tab20" if len(corruptions) > 10 else "tab10"]
     colours = {corruption: palette(number) for number, corruption in enumerate(corruptions)}
     panels = figure.subplots(1, len(CURVES))
@@ -40,7 +39,7 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
         for style, (run, document) in zip(LINE_STYLES * len(runs), runs.items(), strict=False):
             scores = by_name(document)
             for corruption, colour in colours.items():
-                names = {found[1]: Name(source, score) for source, found in sources.items() if found[0] == corruption}
+                names = {found[1]: Name(one, score) for one, found in test_sets.items() if found[0] == corruption}
                 points = sorted((level, name) for level, name in {0: Name(clean, score), **names}.items())
                 shown = {level: scores[name] for level, name in points if name in scores}
                 values = [point["value"] for point in shown.values()]
@@ -52,33 +51,26 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
         axes.set(xlabel="severity of the corruption (0: clean)", ylabel=title)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, fontsize="small", loc="outside right upper")
-    return png(figure)
+    return figure_png(figure)
 
 
-def cosine_histograms(runs: Mapping[str, Path], sources: list[str], known: Iterable[str]) -> bytes:
-    """How the cosine is distributed over the samples of each source, for every arm, as PNG.
+def cosine_histograms(runs: Mapping[str, Path], groups: list[str], test_sets: Iterable[str]) -> bytes:
+    """The distribution of the cosine over the images of each group, for every method, as PNG.
 
     Args:
-        runs: Folders of inverters by name, as `test` has left them. The first gives the other arms.
-        sources: Sources, or groups of them.
-        known: All sources of these runs.
+        runs: Folders of inverters by name, as `test` leaves them. The first gives the baselines.
+        groups: Test sets, or groups of them.
+        test_sets: All test sets of these runs.
     """
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axes, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         for number, (run, folder) in enumerate(runs.items()):
-            table = read_samples(folder, source, known)
-            for arm in (INVERSION,) if number else ARMS:
-                if (name := column("cosine", arm)) in table.column_names:
+            table = read_samples(folder, group, test_sets)
+            for method in (INVERSION,) if number else LABELS:
+                if (name := column("cosine", method)) in table.column_names:
                     values = table[name].drop_null().to_numpy()
-                    title = run if arm == INVERSION else label(arm)
+                    title = run if method == INVERSION else label(method)
                     axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=title)
-        axes.set(xlabel="cosine of the feature maps", title=source, yticks=[])
+        axes.set(xlabel="cosine of the feature maps", title=group, yticks=[])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
-    return png(figure)
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return figure_png(figure)

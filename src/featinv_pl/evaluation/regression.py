@@ -1,4 +1,4 @@
-"""A baseline that has learned from the training shards: a regression of latents on feature maps."""
+"""A baseline that learns from the training shards: a regression of latents on feature maps."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,15 +28,15 @@ FILE, IDENTITY = "regression.safetensors", "identity"
 
 
 class Regression:
-    """Decodes the latents that a regression expects of a map.
+    """Decodes the latents that a regression predicts from a feature map.
 
-    The regression is fitted to the training shards, in an order that the seed decides, and kept in
+    The regression is fitted to the training shards, in an order that the seed determines, and kept in
     `<default_root_dir>/regression.safetensors` for further tests with the same shards and seed. Each rank fits it,
     so that none waits for another for long, and takes the weights of the first.
 
     Args:
-        trainer: That of the test.
-        module: A `FeatureInversion`, whose autoencoder and classifier are used.
+        trainer: Of the test.
+        inverter: An `Inverter`, whose autoencoder and classifier are used.
         training: The training shards.
         num_workers: Processes that read.
 
@@ -44,10 +44,13 @@ class Regression:
         UserError: The shards cannot be read, or the fit diverges.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, training: ShardSet, num_workers: int) -> None:
-        self.trainer, self.module, self.training, self.num_workers = trainer, module, training, num_workers
+    def __init__(self, trainer: Trainer, inverter: Any, training: ShardSet, num_workers: int) -> None:
+        self.trainer, self.inverter, self.training, self.num_workers = trainer, inverter, training, num_workers
         seed, path = torch.initial_seed(), Path(trainer.default_root_dir) / FILE
-        self.network = self._network(seed)
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            shape = inverter.prior.latent_grid(inverter.image_size)
+            self.network = LatentRegression(inverter.classifier.feature_shape, shape).to(inverter.device)
         self.order = ShuffledBatches(training.shard_sizes, min(BATCH_SIZE, len(training)), 0, 1, seed)
         self.steps = min(STEPS, EPOCHS * len(self.order))
         settings = f"{seal(training.manifest)} {self.network} seed {seed}, {self.steps} steps of {BATCH_SIZE}"
@@ -63,19 +66,10 @@ class Regression:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Observation:
-        """What the classifier sees in the images of a batch's expected latents."""
-        module: Any = self.module
-        with self.trainer.precision_plugin.forward_context():  # in which the autoencoder's weights may be kept
-            images = module.inverter.prior.autoencoder.decode(self.network(batch["features"]))
-        observation: Observation = module.inverter.classifier.classify(images)
+        """Decode the predicted latents of a batch and classify the images."""
+        images = self.inverter.prior.autoencoder.decode(self.network(batch["features"]))
+        observation: Observation = self.inverter.classifier.classify(images)
         return observation
-
-    def _network(self, seed: int) -> LatentRegression:
-        module: Any = self.module
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            shape = module.inverter.prior.latent_grid(module.inverter.image_size)
-            return LatentRegression(module.inverter.classifier.feature_shape, shape).to(module.device)
 
     def _fit(self) -> dict[str, Tensor]:
         """Fit the network; its weights, on the CPU."""
@@ -86,26 +80,25 @@ class Regression:
         return {name: value.cpu() for name, value in self.network.state_dict().items()}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Maps and mean latents of one epoch after another."""
-        module: Any = self.module
+        """Feature maps and mean latents of one epoch after another."""
         order: list[Sequence[int]] = []
         while len(order) < self.steps:
             order += self.order
             self.order.set_epoch(self.order.epoch + 1)
         reader, batches = BatchReader(self.training, half=True), Batches(order[: self.steps])
-        read = loader(reader, batches, self.num_workers, again=False)
+        read, device = loader(reader, batches, self.num_workers, again=False), self.inverter.device
         for batch in progress(self.trainer, "regression", "step", read):
-            moments = batch["moments"].to(module.device).float()
-            mean = module.inverter.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
-            yield batch["features"].to(module.device).float(), mean
+            moments = batch["moments"].to(device).float()
+            mean = self.inverter.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+            yield batch["features"].to(device).float(), mean
 
 
 def _read(path: Path, identity: str) -> dict[str, Tensor] | None:
-    """Weights that are kept under that identity, if any."""
+    """The weights in a file, if they have that identity."""
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
             same = (file.metadata() or {}).get(IDENTITY) == identity
             return {name: file.get_tensor(name) for name in names} if same else None
-    except (OSError, SafetensorError):  # it is not there, or damaged: it will be fitted
+    except (OSError, SafetensorError):  # missing or damaged: fit again
         return None

@@ -1,8 +1,9 @@
-"""One self-contained page from scored inversions: pictures, tables, curves."""
+"""One self-contained page from tested inverters: pictures, tables, curves."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,26 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation import differences
-from featinv_pl.evaluation.arms import ARMS, INVERSION, label
-from featinv_pl.evaluation.plots import cosine_histograms, png, severity_curves
-from featinv_pl.evaluation.reconstruction_grid import EXTREMES, FACTS_FILE, FIRST, PICTURES
+from featinv_pl.evaluation.methods import INVERSION, LABELS, label
+from featinv_pl.evaluation.pictures import EXTREMES, FACTS_FILE, FIRST, PICTURES
+from featinv_pl.evaluation.plots import cosine_histograms, severity_curves
 from featinv_pl.evaluation.results import METRICS, Document, Name, Score, as_score, by_name, cell, read_document
 from featinv_pl.files import read_json, write_bytes
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.pages.page import data_uri, picture_uri, render
-from featinv_pl.pages.pictures import open_picture
+from featinv_pl.pages.pictures import figure_png, open_picture
 
 STAGES = "stages.json"
-ADVICE = "Test again with the ReconstructionGrid callback."
+ADVICE = "Test again with the Evaluation callback and pictures (`num_images`)."
+HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
 CONDITIONS = (
     *("agreement@1_right", "agreement@1_wrong", "label@1_wrong"),
     *("agreement@1_resisted", "agreement@1_fooled", "label@1_fooled"),
 )
-HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
-
 
 TableRow = tuple[str, int, str, list[str]]
-"""Source, number of images, what is scored, and its scores."""
+"""Test set, number of images, method, and its scores."""
 
 
 class Tiles(TypedDict):
@@ -53,13 +53,12 @@ class Record(TypedDict):
     seconds: float
 
 
-TILES = TypeAdapter(Tiles)
-RECORDS = TypeAdapter(dict[str, Record])
+TILES, RECORDS = TypeAdapter(Tiles), TypeAdapter(dict[str, Record])
 
 
 @dataclass(frozen=True)
-class Inverter:
-    """One scored inverter.
+class Tested:
+    """One tested inverter.
 
     Attributes:
         name: Name of its folder.
@@ -71,52 +70,60 @@ class Inverter:
     folder: Path
     document: Document
 
-    @property
+    @cached_property
     def scores(self) -> dict[Name, Score]:
         """All scores."""
         return by_name(self.document)
 
-    def tiles(self, source: str, kind: str) -> Tiles:
+    @property
+    def fidelity(self) -> float:
+        """The mean of its cosines over test sets and groups."""
+        cosines = [
+            score["value"] for name, score in self.scores.items() if (name.score, name.method) == ("cosine", INVERSION)
+        ]
+        return sum(cosines) / max(len(cosines), 1)
+
+    @property
+    def pictured(self) -> set[str]:
+        """The test sets that have pictures."""
+        root = self.folder / PICTURES
+        return {path.parent.parent.relative_to(root).as_posix() for path in root.rglob(FACTS_FILE)}
+
+    def tiles(self, test_set: str, kind: str) -> Tiles:
         """Predictions of the pictured images."""
-        path = self.folder / PICTURES / source / kind / FACTS_FILE
-        try:
-            tiles = TILES.validate_python(read_json(path, "report", ADVICE))
-        except ValidationError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"report: '{path}' describes no pictures ({reason}). {ADVICE}") from error
+        path = self.folder / PICTURES / test_set / kind / FACTS_FILE
+        tiles = _validated(TILES, path, ADVICE)
         scored, pictured = self.document["provenance"]["checkpoint"]["digest"], str(tiles["checkpoint"])
         if pictured != scored:
             raise UserError(
                 f"report: the pictures in '{path.parent}' are of other weights ({pictured[:8]}) than the scores in "
-                f"'{self.folder / METRICS}' ({scored[:8]}). Test again with PerSource and ReconstructionGrid."
+                f"'{self.folder / METRICS}' ({scored[:8]}). {ADVICE}"
             )
         return tiles
 
-    @property
-    def pictured(self) -> set[str]:
-        """The sources of which there are pictures."""
-        root = self.folder / PICTURES
-        return {path.parent.parent.relative_to(root).as_posix() for path in root.rglob(FACTS_FILE)}
-
-    def strip(self, source: str, kind: str, row: str) -> Image.Image:
+    def strip(self, test_set: str, kind: str, row: str) -> Image.Image:
         """The picture of one row of tiles."""
-        return open_picture(self.folder / PICTURES / source / kind / f"{row}.png", "report")
+        return open_picture(self.folder / PICTURES / test_set / kind / f"{row}.png", "report")
 
 
 def report(folder: Path) -> None:
-    """Write `report.html`, `metrics.json` and `overview.png` from the inverters scored below a folder.
+    """Write `report.html`, `metrics.json` and `overview.png` from the inverters tested below a folder.
 
     Args:
-        folder: Holds one folder per inverter, as `test` has left it.
+        folder: Holds one folder per inverter, as `test` leaves it.
+
+    Raises:
+        UserError: There is no inverter, or nothing that all have.
     """
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
-    sources = _sources(inverters)
-    if not sources:
+    test_sets = _test_sets(inverters)
+    if not test_sets:
         found = "; ".join(map(_found, inverters))
         raise UserError(f"report: '{folder}' has no test set with scores and pictures of every one: {found}. {ADVICE}")
-    groups = list(dict.fromkeys(source.split("/")[0] for source in sources))
-    curves = severity_curves(documents)
+    groups = list(dict.fromkeys(test_set.split("/")[0] for test_set in test_sets))
+    last = {test_set.split("/")[0]: test_set for test_set in test_sets}
+    curves, folders = severity_curves(documents), {inverter.name: inverter.folder for inverter in inverters}
     page = render(
         "report.html",
         inverters=inverters,
@@ -126,53 +133,42 @@ def report(folder: Path) -> None:
         conditional=_table(inverters, groups, CONDITIONS),
         compared=list(differences.SCORES),
         differences=_differences(inverters, groups),
-        notes=[
-            (inverter.name, note)
-            for inverter in inverters
-            for note in (*_origin(inverter.document), *inverter.document["notes"])
-        ],
+        notes=[(one.name, note) for one in inverters for note in (*_origin(one.document), *one.document["notes"])],
         curves=curves and data_uri(curves),
-        histograms=data_uri(
-            cosine_histograms({inverter.name: inverter.folder for inverter in inverters}, groups, sources)
-        ),
-        pictures=[(source, _rows(inverters, source)) for source in sources],
+        histograms=data_uri(cosine_histograms(folders, groups, test_sets)),
+        pictures=[(test_set, _rows(inverters, test_set)) for test_set in test_sets],
         extremes=[
-            (f"{group}, {inverter.name}", _extremes(inverter, source))
+            (f"{group}, {inverter.name}", _extremes(inverter, test_set))
             for inverter in inverters
-            for group, source in _last_of(groups, sources).items()
+            for group, test_set in last.items()
         ],
         all_scores=_all_scores(inverters),
-        stages=_stages(folder / STAGES),
+        stages=_validated(RECORDS, folder / STAGES, "Remove it.") if (folder / STAGES).is_file() else {},
     )
-    metrics = json.dumps(documents, indent=2) + "\n"
-    write_bytes(folder / METRICS, metrics.encode())
-    write_bytes(folder / "overview.png", _overview(inverters, _last_of(groups, sources)))
+    write_bytes(folder / METRICS, (json.dumps(documents, indent=2) + "\n").encode())
+    write_bytes(folder / "overview.png", _overview(inverters, last))
     write_bytes(folder / "report.html", page.encode())
 
 
-def _stages(path: Path) -> dict[str, Record]:
-    """The commands that made all this, if a demo has left them."""
-    if not path.is_file():
-        return {}
+def _validated(kind: TypeAdapter[Any], path: Path, advice: str) -> Any:
+    """The content of a JSON file of that kind."""
     try:
-        return RECORDS.validate_python(read_json(path, "report", "Remove it."))
+        return kind.validate_python(read_json(path, "report", advice))
     except ValidationError as error:
-        raise UserError(
-            f"report: '{path}' lists no stages ({' '.join(str(error).split())[:300]}). Remove it."
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"report: '{path}' does not have the expected content ({reason}). {advice}") from error
 
 
-def _inverters(folder: Path) -> list[Inverter]:
-    """The scored inverters, the most faithful first."""
+def _inverters(folder: Path) -> list[Tested]:
+    """The tested inverters, the most faithful first."""
     found = [
-        Inverter(path.parent.name, path.parent, read_document(path, "report")) for path in folder.glob(f"*/{METRICS}")
+        Tested(path.parent.name, path.parent, read_document(path, "report")) for path in folder.glob(f"*/{METRICS}")
     ]
     if not found:
         raise UserError(
             f"report: there is no scored inverter below '{folder}', that is, no <name>/{METRICS}. "
-            "Run `featinv-pl test` with the PerSource callback and a default_root_dir below that folder first."
+            "Run `featinv-pl test` with the Evaluation callback and a default_root_dir below that folder first."
         )
-
     for inverter in found:
         command = inverter.document["provenance"]["command"]
         if command != "test":
@@ -180,66 +176,62 @@ def _inverters(folder: Path) -> list[Inverter]:
                 f"report: the scores in '{inverter.folder / METRICS}' are those of `{command}`, and a report shows "
                 "those of `test`. Run `featinv-pl test`, or give the folder above that of the run."
             )
-
-    def fidelity(inverter: Inverter) -> float:
-        found = inverter.scores.items()
-        cosines = [score["value"] for name, score in found if (name.score, name.arm) == ("cosine", INVERSION)]
-        return sum(cosines) / max(len(cosines), 1)
-
-    return sorted(found, key=fidelity, reverse=True)
+    return sorted(found, key=lambda inverter: inverter.fidelity, reverse=True)
 
 
-def _table(inverters: list[Inverter], groups: list[str], scores: Sequence[str]) -> list[TableRow]:
-    """Source, number of samples, arm and scores: each inverter, then what they are measured against."""
-    arms = [(inverter, INVERSION, inverter.name) for inverter in inverters]
-    arms += [(inverters[0], arm, label(arm)) for arm in ARMS if arm != INVERSION]
+def _test_sets(inverters: Sequence[Tested]) -> list[str]:
+    """Test sets scored and pictured by every inverter: data sets first, then corruptions by name and severity."""
+    known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
+    return sorted(set.intersection(*known), key=lambda test_set: (test_set.count("/"), test_set))
+
+
+def _found(inverter: Tested) -> str:
+    """What there is of an inverter, in an error's words."""
+    scored, pictured = (
+        ", ".join(dict.fromkeys(test_set.split("/")[0] for test_set in sorted(names))) or "nothing"
+        for names in (inverter.document["samples"], inverter.pictured)
+    )
+    return f"'{inverter.name}' has scores of {scored} and pictures of {pictured}"
+
+
+def _table(inverters: Sequence[Tested], groups: Sequence[str], scores: Sequence[str]) -> list[TableRow]:
+    """Each inverter, then the baselines, on every group."""
+    methods = [(inverter, INVERSION, inverter.name) for inverter in inverters]
+    methods += [(inverters[0], method, label(method)) for method in LABELS if method != INVERSION]
     rows = []
     for group in groups:
-        for inverter, arm, title in arms:
-            cells = [cell(inverter.scores.get(Name(group, score, arm))) for score in scores]
+        for inverter, method, title in methods:
+            cells = [cell(inverter.scores.get(Name(group, score, method))) for score in scores]
             if any(cells):
                 rows.append((group, inverter.document["samples"][group], title, cells))
     return rows
 
 
-def _differences(inverters: list[Inverter], groups: list[str]) -> list[TableRow]:
-    """Source, number of images, and what the most faithful inverter has more than each other on these."""
+def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> list[TableRow]:
+    """The most faithful inverter minus each other, on the images of both."""
     rows = []
+    first, *others = inverters
     for group in groups:
-        for other in inverters[1:]:
-            common = inverters[0].document["samples"].keys() & other.document["samples"].keys()
-            below = [source for source in sorted(common) if f"{source}/".startswith(f"{group}/")]
-            sources = [source for source in below if not any(more.startswith(f"{source}/") for more in below)]
-            found = differences.differences(inverters[0].folder, other.folder, sources)
+        for other in others:
+            common = first.document["samples"].keys() & other.document["samples"].keys()
+            below = [one for one in sorted(common) if f"{one}/".startswith(f"{group}/")]
+            test_sets = [one for one in below if not any(more.startswith(f"{one}/") for more in below)]
+            found = differences.differences(first.folder, other.folder, test_sets)
             cells = [cell(as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
-            rows.append((group, found["cosine"].count or 0, f"{inverters[0].name} - {other.name}", cells))
+            rows.append((group, found["cosine"].count or 0, f"{first.name} - {other.name}", cells))
     return rows
 
 
-def _all_scores(inverters: list[Inverter]) -> list[tuple[str, list[float | None]]]:
-    """Every score under its whole name, with its value for each inverter."""
-    found = [inverter.scores for inverter in inverters]
-    names = sorted({name for scores in found for name in scores})
-    return [(str(name), [scores[name]["value"] if name in scores else None for scores in found]) for name in names]
-
-
-def _sources(inverters: list[Inverter]) -> list[str]:
-    """Sources scored and pictured by every inverter: data sets first, then corruptions by name and severity."""
-    known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
-    return sorted(set.intersection(*known), key=lambda source: (source.count("/"), source))
-
-
-def _found(inverter: Inverter) -> str:
-    """What there is of an inverter, in an error's words."""
-    scored, pictured = (
-        ", ".join(dict.fromkeys(source.split("/")[0] for source in sorted(sources))) or "nothing"
-        for sources in (inverter.document["samples"], inverter.pictured)
-    )
-    return f"'{inverter.name}' has scores of {scored} and pictures of {pictured}"
+def _all_scores(inverters: Sequence[Tested]) -> list[tuple[str, list[float | None]]]:
+    """Every score by its full name, with its value for each inverter."""
+    names = sorted({name for inverter in inverters for name in inverter.scores})
+    return [
+        (str(name), [one.scores[name]["value"] if name in one.scores else None for one in inverters]) for name in names
+    ]
 
 
 def _origin(document: Document) -> list[str]:
-    """Which weights were scored, and whether their checkpoint holds others by now."""
+    """Which weights were scored, and whether their checkpoint has changed since."""
     provenance = document["provenance"]
     checkpoint = provenance["checkpoint"]
     digest, path = checkpoint["digest"], Path(checkpoint["path"] or "")
@@ -252,47 +244,39 @@ def _origin(document: Document) -> list[str]:
     return notes if checkpoint["path"] else [f"tested on {provenance['date']} without a checkpoint"]
 
 
-def _last_of(groups: list[str], sources: list[str]) -> dict[str, str]:
-    """The last source of each group."""
-    return {group: [source for source in sources if source.split("/")[0] == group][-1] for group in groups}
-
-
-def _extremes(inverter: Inverter, source: str) -> list[dict[str, Any]]:
-    """Rows of the best, median and worst images of one inverter."""
-    facts = inverter.tiles(source, EXTREMES)
-    classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
-    return [
-        {"name": row, "image": picture_uri(inverter.strip(source, EXTREMES, row)), "classes": shown}
-        for row, shown in classes.items()
-    ]
-
-
-def _rows(inverters: list[Inverter], source: str) -> list[dict[str, Any]]:
+def _rows(inverters: Sequence[Tested], test_set: str) -> list[dict[str, Any]]:
     """Rows of a picture: the original, the autoencoder alone, and each inverter."""
     first = inverters[0]
-    tiles = first.tiles(source, FIRST)
-    rows: list[dict[str, Any]] = [
-        {"name": "original", "image": first.strip(source, FIRST, "original"), "classes": tiles["prediction"]},
-        {"name": "autoencoder", "image": first.strip(source, FIRST, "autoencoder"), "classes": []},
-    ]
-    for inverter in inverters:
-        facts = inverter.tiles(source, FIRST)
-        image = inverter.strip(source, FIRST, "reconstruction")
-        rows.append({"name": inverter.name, "image": image, "classes": facts["reconstruction_prediction"]})
-    return [{**row, "image": picture_uri(row["image"])} for row in rows]
+    shown = {"original": first.tiles(test_set, FIRST)["prediction"], "autoencoder": []}
+    rows = [_row(name, first.strip(test_set, FIRST, name), classes) for name, classes in shown.items()]
+    for one in inverters:
+        classes = one.tiles(test_set, FIRST)["reconstruction_prediction"]
+        rows.append(_row(one.name, one.strip(test_set, FIRST, "reconstruction"), classes))
+    return rows
 
 
-def _overview(inverters: list[Inverter], chosen: dict[str, str]) -> bytes:
+def _extremes(inverter: Tested, test_set: str) -> list[dict[str, Any]]:
+    """Rows of the best, median and worst images of one inverter."""
+    facts = inverter.tiles(test_set, EXTREMES)
+    classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
+    return [_row(name, inverter.strip(test_set, EXTREMES, name), shown) for name, shown in classes.items()]
+
+
+def _row(name: str, picture: Image.Image, classes: Sequence[str | int]) -> dict[str, Any]:
+    return {"name": name, "image": picture_uri(picture), "classes": classes}
+
+
+def _overview(inverters: Sequence[Tested], chosen: Mapping[str, str]) -> bytes:
     """One picture: originals above their reconstructions, as PNG."""
     height = (0.8 * (len(inverters) + 1) + 0.4) * len(chosen)
     figure = Figure(figsize=(9, height), layout="constrained")
     parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
-    for part, source in zip(parts, chosen.values(), strict=True):
-        rows = [("original", inverters[0].strip(source, FIRST, "original"))]
-        rows += [(inverter.name, inverter.strip(source, FIRST, "reconstruction")) for inverter in inverters]
-        part.suptitle(source, fontsize="medium")
+    for part, test_set in zip(parts, chosen.values(), strict=True):
+        rows = [("original", inverters[0].strip(test_set, FIRST, "original"))]
+        rows += [(inverter.name, inverter.strip(test_set, FIRST, "reconstruction")) for inverter in inverters]
+        part.suptitle(test_set, fontsize="medium")
         for axes, (name, picture) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
             axes.imshow(np.asarray(picture), aspect="equal")
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
             axes.set(xticks=[], yticks=[])
-    return png(figure)
+    return figure_png(figure)

@@ -1,4 +1,4 @@
-"""The scores of one evaluation: what follows from them, and the files and table that show them."""
+"""The scores of one evaluation, those derived from them, and the files and table that show them."""
 
 import csv
 import io
@@ -15,10 +15,10 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.arms import CEILING, FLOOR, INVERSION, label, ordered
+from featinv_pl.evaluation.methods import CEILING, FLOOR, INVERSION, label, ordered
+from featinv_pl.evaluation.provenance import Provenance
 from featinv_pl.files import read_json
 from featinv_pl.metrics.estimates import Estimate
-from featinv_pl.runtime.provenance import Evaluation
 
 METRICS = "metrics.json"
 SCORES = "scores.csv"
@@ -29,23 +29,23 @@ PREFIXES = ("", "judge_")
 
 
 class Name(NamedTuple):
-    """Which score, of which test set or group of them, and of which arm.
+    """A score of a method on a test set or a group of them.
 
-    It stays a structure, in memory and in `metrics.json`, and becomes text here alone, for loggers and
-    `ModelCheckpoint`: `<test set>/<score>` for the inversion itself, `<test set>/<score>.<arm>` for the others.
+    It is a structure in memory and in `metrics.json`, and becomes text here only, for loggers and `ModelCheckpoint`:
+    `<test set>/<score>` for the inverter's own sampler, `<test set>/<score>.<method>` for the others.
     """
 
-    source: str
+    test_set: str
     score: str
-    arm: str = INVERSION
+    method: str = INVERSION
 
     def __str__(self) -> str:
-        return f"{self.source}/{column(self.score, self.arm)}"
+        return f"{self.test_set}/{column(self.score, self.method)}"
 
 
-def column(score: str, arm: str) -> str:
-    """What a score of an arm is called within its test set. Neither a score's name nor an arm's has a dot."""
-    return score if arm == INVERSION else f"{score}.{arm}"
+def column(score: str, method: str) -> str:
+    """The name of a method's score within its test set. Names of scores and methods have no dots."""
+    return score if method == INVERSION else f"{score}.{method}"
 
 
 class Score(TypedDict):
@@ -55,30 +55,30 @@ class Score(TypedDict):
     low: NotRequired[float]
     high: NotRequired[float]
     n: NotRequired[int]
-    """How many images count, if not all of the test set."""
+    """Images that count, if not all of the test set."""
 
 
 class Document(TypedDict):
     """The content of `metrics.json`."""
 
     samples: dict[str, int]
-    """By test set or group, how many images count."""
+    """Images that count, by test set or group."""
     scores: dict[str, dict[str, dict[str, Score]]]
-    """By test set or group, arm and score."""
+    """By test set or group, method and score."""
     notes: list[str]
     """What is missing, and why."""
-    provenance: Evaluation
+    provenance: Provenance
 
 
 DOCUMENT = TypeAdapter(Document)
 
 
 def by_name(document: Document) -> dict[Name, Score]:
-    """The scores of a document under their whole names."""
+    """The scores of a document by their full names."""
     return {
-        Name(source, score, arm): found
-        for source, arms in document["scores"].items()
-        for arm, scores in arms.items()
+        Name(test_set, score, method): found
+        for test_set, methods in document["scores"].items()
+        for method, scores in methods.items()
         for score, found in scores.items()
     }
 
@@ -90,97 +90,96 @@ class Results:
     Attributes:
         values: Scores with their uncertainty.
         counts: Images that count, by test set or group.
-        notes: What users should know of these scores: what is missing, and why.
-        provenance: What was scored, of scores that are written.
+        notes: What users should know about these scores: what is missing, and why.
+        provenance: What was scored; None if the scores are not written.
     """
 
     values: dict[Name, Estimate] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    provenance: Evaluation | None = None
+    provenance: Provenance | None = None
 
     def derive(self) -> None:
         """Add scores that follow from others.
 
-        `cosine_calibrated`, of every arm, is where its cosine lies between floor and ceiling, if these are
-        in order. `cosine_difference` and `agreement@1_difference`, of every other arm, are what the inversion has
-        more than it.
+        `cosine_calibrated` of a method is the position of its cosine between floor and ceiling, if the ceiling is
+        higher. `cosine_difference` and `agreement@1_difference` of a method are the inverter's score minus its own.
         """
-        for source in self.counts:
+        for test_set in self.counts:
             for prefix in PREFIXES:
-                self._calibrate(source, f"{prefix}cosine")
+                self._calibrate(test_set, f"{prefix}cosine")
                 for score in COMPARED:
-                    self._compare(source, f"{prefix}{score}")
+                    self._compare(test_set, f"{prefix}{score}")
 
-    def _calibrate(self, source: str, cosine: str) -> None:
-        floor, ceiling = (self.values.get(Name(source, cosine, arm)) for arm in (FLOOR, CEILING))
+    def _calibrate(self, test_set: str, cosine: str) -> None:
+        floor, ceiling = (self.values.get(Name(test_set, cosine, method)) for method in (FLOOR, CEILING))
         if floor is None or ceiling is None or not ceiling.values[0] > floor.values[0]:
             return
-        for arm in self.arms:
-            own = self.values.get(Name(source, cosine, arm))
-            if own is not None and arm not in (FLOOR, CEILING):
-                self.values[Name(source, f"{cosine}_calibrated", arm)] = (own - floor) / (ceiling - floor)
+        for method in self.methods:
+            own = self.values.get(Name(test_set, cosine, method))
+            if own is not None and method not in (FLOOR, CEILING):
+                self.values[Name(test_set, f"{cosine}_calibrated", method)] = (own - floor) / (ceiling - floor)
 
-    def _compare(self, source: str, score: str) -> None:
-        own = self.values.get(Name(source, score))
-        for arm in self.arms:
-            other = self.values.get(Name(source, score, arm))
-            if own is not None and other is not None and arm != INVERSION:
-                self.values[Name(source, f"{score}_difference", arm)] = own - other
+    def _compare(self, test_set: str, score: str) -> None:
+        own = self.values.get(Name(test_set, score))
+        for method in self.methods:
+            other = self.values.get(Name(test_set, score, method))
+            if own is not None and other is not None and method != INVERSION:
+                self.values[Name(test_set, f"{score}_difference", method)] = own - other
 
     @property
-    def arms(self) -> list[str]:
-        """Names of all arms that have scores, in the order of tables."""
-        return ordered(dict.fromkeys(name.arm for name in self.values))
+    def methods(self) -> list[str]:
+        """All methods that have scores, in the order of tables."""
+        return ordered(dict.fromkeys(name.method for name in self.values))
 
     @property
     def scores(self) -> dict[Name, Score]:
-        """Every score that there is, ordered by test set as it was evaluated, and by arm as in tables."""
-        sources, arms = list(self.counts), self.arms
-        names = sorted(self.values, key=lambda name: (sources.index(name.source), arms.index(name.arm)))
+        """All scores that are not NaN or Inf, by test set as evaluated and by method as in tables."""
+        test_sets, methods = list(self.counts), self.methods
+        names = sorted(self.values, key=lambda name: (test_sets.index(name.test_set), methods.index(name.method)))
         found = {name: self.values[name] for name in names if np.isfinite(self.values[name].values[0])}
-        return {name: as_score(estimate, self.counts[name.source]) for name, estimate in found.items()}
+        return {name: as_score(estimate, self.counts[name.test_set]) for name, estimate in found.items()}
 
     @property
     def document(self) -> Document:
         """What `metrics.json` holds."""
         scores: dict[str, dict[str, dict[str, Score]]] = {}
         for name, found in self.scores.items():
-            scores.setdefault(name.source, {}).setdefault(name.arm, {})[name.score] = found
+            scores.setdefault(name.test_set, {}).setdefault(name.method, {})[name.score] = found
         return {
             "samples": self.counts,
             "scores": scores,
             "notes": self.notes,
-            "provenance": cast(Evaluation, self.provenance),
+            "provenance": cast(Provenance, self.provenance),
         }
 
     def files(self) -> dict[str, bytes]:
         """`metrics.json` and `scores.csv`."""
         rows = io.StringIO()
         writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["source", "arm", "score", "value", "low", "high", "n"])
+        writer.writerow(["test_set", "method", "score", "value", "low", "high", "n"])
         for name, found in self.scores.items():
             interval = (found.get("low", ""), found.get("high", ""))
-            size = found.get("n", self.counts[name.source])
-            writer.writerow([name.source, name.arm, name.score, found["value"], *interval, size])
+            size = found.get("n", self.counts[name.test_set])
+            writer.writerow([name.test_set, name.method, name.score, found["value"], *interval, size])
         return {METRICS: (json.dumps(self.document, indent=2) + "\n").encode(), SCORES: rows.getvalue().encode()}
 
     def table(self) -> list[list[str]]:
-        """Headline scores with their intervals: a head, then a row for each whole data set and arm."""
+        """Headline scores with their intervals: a head, then a row for each complete data set and method."""
         scores = self.scores
         extra = sorted({name.score for name in self.values if name.score.startswith(("fd_", "fid"))})
         columns = [name for name in (*HEADLINES, *extra) if any(key.score == name for key in self.values)]
-        table = [["source", "n", "arm", *columns]]
-        for source in (name for name in self.counts if "/" not in name):
-            for arm in self.arms:
-                cells = [cell(scores.get(Name(source, score, arm))) for score in columns]
+        table = [["test set", "n", "method", *columns]]
+        for test_set in (name for name in self.counts if "/" not in name):
+            for method in self.methods:
+                cells = [cell(scores.get(Name(test_set, score, method))) for score in columns]
                 if any(cells):
-                    table.append([source, str(self.counts[source]), label(arm), *cells])
+                    table.append([test_set, str(self.counts[test_set]), label(method), *cells])
         return table
 
 
 def as_score(estimate: Estimate, count: int) -> Score:
-    """A score as it is written, of a test set of so many images."""
+    """An estimate as it is written, for a test set of `count` images."""
     score: Score = {"value": float(estimate.values[0])}
     if estimate.interval is not None:
         score |= {"low": estimate.interval[0], "high": estimate.interval[1]}
@@ -211,8 +210,11 @@ def read_document(path: Path, option: str) -> Document:
     Args:
         path: The file.
         option: The option that named it, for errors.
+
+    Raises:
+        UserError: It cannot be read, or holds something else.
     """
-    advice = "Test again with the PerSource callback."
+    advice = "Test again with the Evaluation callback."
     contents = read_json(path, option, advice)
     try:
         return DOCUMENT.validate_python(contents)
@@ -224,20 +226,20 @@ def read_document(path: Path, option: str) -> Document:
         ) from error
 
 
-def samples_path(root: Path, source: str) -> Path:
-    """Where the scores of each sample of a source are written."""
-    return root / SAMPLES / f"{source}.parquet"
+def samples_path(root: Path, test_set: str) -> Path:
+    """The file for the scores of each image of a test set."""
+    return root / SAMPLES / f"{test_set}.parquet"
 
 
-def read_samples(root: Path, group: str, sources: Iterable[str]) -> Any:
-    """The scores of each sample of a source, or of a group of sources, as a table of pyarrow.
+def read_samples(root: Path, group: str, test_sets: Iterable[str]) -> Any:
+    """The scores of each image of a test set, or of a group of them, as a table of pyarrow.
 
     Args:
         root: The folder of a run.
-        group: The source or group.
-        sources: All sources of the run: its folder may hold samples of earlier ones.
+        group: The test set or group.
+        test_sets: All test sets of the run: its folder may hold tables of earlier ones.
     """
-    paths = [samples_path(root, source) for source in sources if f"{source}/".startswith(f"{group}/")]
+    paths = [samples_path(root, test_set) for test_set in test_sets if f"{test_set}/".startswith(f"{group}/")]
     tables = [_table(path) for path in paths if path.is_file()]
     if not tables:
         raise UserError(f"there are no scores of the samples of '{group}' in '{root / SAMPLES}'. Test again.")

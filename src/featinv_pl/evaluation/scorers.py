@@ -1,5 +1,6 @@
-"""The networks that score: what each sees of originals and reconstructions, and by which metrics this is compared."""
+"""The networks that score reconstructions, and the metrics that compare what they make of originals and of these."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.arms import FLOOR, INVERSION, ORIGINAL
+from featinv_pl.evaluation.methods import FLOOR, INVERSION, ORIGINAL
 from featinv_pl.metrics.agreement import Agreement, AttackSuccess, ConditionalAgreement, LabelAccuracy
 from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
 from featinv_pl.metrics.frechet import FrechetDistance
@@ -20,6 +21,7 @@ from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.metrics.similarity import MapSimilarity
 from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, Lpips, Weights
+from featinv_pl.nets.backbone import Backbone
 from featinv_pl.runtime.ranks import agree
 
 Classes = Sequence[int] | None
@@ -28,110 +30,110 @@ Classes = Sequence[int] | None
 
 @dataclass(frozen=True)
 class Scorer:
-    """A network and the metrics that compare what it sees.
+    """A network and the metrics that compare its outputs.
 
     Attributes:
         prefix: Of the names of its scores.
-        observe: From images to an observation; None for the backbone, whose observations travel with the batch.
+        create: Makes new metrics for a test set.
+        observe: From images to an observation; None for the inverter's classifier, which has classified them already.
         classifies: Whether it has classes.
-        create: Makes new metrics for a test set: those of each image, and those of whole sets.
     """
 
     prefix: str
-    observe: Callable[[Tensor], Mapping[str, Any]] | None
-    classifies: bool
     create: Callable[[Classes], list[Metric]]
+    observe: Callable[[Tensor], Mapping[str, Any]] | None = None
+    classifies: bool = False
 
-    def metrics(self, arm: str, classes: Classes) -> list[Metric]:
-        """New metrics for an arm."""
+    def metrics(self, method: str, classes: Classes) -> list[Metric]:
+        """New metrics for a method."""
         made = self.create(classes)
-        if arm == FLOOR:
-            # Another image of a set is an image of that set: as a distance between sets, it says nothing.
+        if method == FLOOR:  # another image of a set is an image of that set: it has no distance between sets
             made = [metric for metric in made if isinstance(metric, SampleMetric)]
-        if arm == ORIGINAL:  # which agrees with itself, but not always with its label
+        if method == ORIGINAL:  # it agrees with itself, but not always with its label
             return [metric for metric in made if isinstance(metric, LabelAccuracy | AttackSuccess)]
-        if arm != INVERSION:
+        if method != INVERSION:
             made = [metric for metric in made if not isinstance(metric, PixelDiversity | MapDiversity)]
         return [metric for metric in made if not isinstance(metric, AttackSuccess)]
 
 
-def scorers(
-    module: Any, replicates: int, diverse: bool, inception: Weights, alexnet: Weights
-) -> tuple[list[Scorer], list[str]]:
-    """The networks that score an inverter, and notes on what cannot be scored.
+def classifier_scorer(classifier: Backbone, replicates: int, diverse: bool) -> Scorer:
+    """The inverter's classifier.
 
     Args:
-        module: A `FeatureInversion`.
-        replicates: See `SampleMetric`; 0 leaves all but the backbone out.
-        diverse: Whether there are several reconstructions from each map.
-        inception: See `PerSource`.
-        alexnet: See `PerSource`.
+        classifier: Of the inverter.
+        replicates: See `SampleMetric`.
+        diverse: Whether there are several samples of each feature map.
     """
-    backbone, judge, notes = module.inverter.classifier, module.judge, []
-    channels, name = backbone.feature_shape[0], network_name(backbone)
+    channels, name = classifier.feature_shape[0], _network_name(classifier)
 
-    def own(classes: Classes) -> list[Metric]:
-        return [
-            MapSimilarity(replicates),
-            PixelSimilarity(replicates),
-            *(_classes(replicates, classes) if backbone.classifies else []),
-            *([PixelDiversity(replicates), MapDiversity(replicates)] if diverse else []),
-            FrechetDistance(channels, f"fd_{name}"),
-            KernelDistance(channels, f"kd_{name}"),
-        ]
+    def create(classes: Classes) -> list[Metric]:
+        made: list[Metric] = [MapSimilarity(replicates), PixelSimilarity(replicates)]
+        if classifier.classifies:
+            made += [Agreement(replicates), LabelAccuracy(replicates, classes)]
+            made += [ConditionalAgreement(replicates), AttackSuccess(replicates)]
+        if diverse:
+            made += [PixelDiversity(replicates), MapDiversity(replicates)]
+        return [*made, FrechetDistance(channels, f"fd_{name}"), KernelDistance(channels, f"kd_{name}")]
 
-    found = [Scorer("", None, backbone.classifies, own)]
-    if not backbone.classifies:
-        notes.append(f"there are no scores of classes: '{backbone.title}' has no classes, so its maps alone are scored")
-    if replicates == 0:
-        return found, notes
-    if judge is not None:
+    return Scorer("", create, classifies=classifier.classifies)
 
-        def judged(classes: Classes) -> list[Metric]:
-            return [MapSimilarity(replicates), *([Agreement(replicates)] if judge.classifies else [])]
 
-        found.append(Scorer("judge_", judge.classify, judge.classifies, judged))
-    network = _published("fid and kid", Inception, inception, "inception", notes)
-    if network is not None:
-        features = network.to(module.device)
-        found.append(Scorer("", lambda images: {"features": features(images)}, False, _inception_distances))
-    network = _published("lpips", Lpips, alexnet, "alexnet", notes)
-    if network is not None:
-        distance = network.to(module.device)
+def judge_scorer(judge: Backbone, replicates: int) -> Scorer:
+    """The held-out classifier."""
+
+    def create(classes: Classes) -> list[Metric]:
+        return [MapSimilarity(replicates), *([Agreement(replicates)] if judge.classifies else [])]
+
+    return Scorer("judge_", create, judge.classify, judge.classifies)
+
+
+def published_scorers(
+    inception: Weights, alexnet: Weights, replicates: int, device: Any, note: Callable[[str], None]
+) -> list[Scorer]:
+    """The networks whose published weights define `fid`, `kid` and `lpips`, as far as there are these weights.
+
+    Args:
+        inception: See `Evaluation`, as for the next.
+        alexnet: AlexNet's.
+        replicates: See `SampleMetric`.
+        device: Of the networks.
+        note: Called with the reason why scores are missing.
+    """
+    found = []
+    if (network := _published("fid and kid", Inception, inception, "inception", note)) is not None:
+        features = network.to(device)
         found.append(
-            Scorer("", lambda images: {"images": images}, False, lambda _: [PerceptualDistance(distance, replicates)])
+            Scorer(
+                "",
+                lambda _: [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")],
+                lambda images: {"features": features(images)},
+            )
         )
-    return found, notes
+    if (network := _published("lpips", Lpips, alexnet, "alexnet", note)) is not None:
+        distance = network.to(device)
+        found.append(
+            Scorer("", lambda _: [PerceptualDistance(distance, replicates)], lambda images: {"images": images})
+        )
+    return found
 
 
-def _published(scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, notes: list[str]) -> Any:
+def _published(
+    scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, note: Callable[[str], None]
+) -> nn.Module | None:
     """A network of published weights, on all ranks or on none: some alone would wait for the others' scores."""
     try:
-        return agree(lambda: kind(weights, f"PerSource.{option}"))
+        return agree(lambda: kind(weights, f"`{option}`"))
     except UserError as error:
         if isinstance(weights, Path):
             raise
-        notes.append(f"no {scores}: {error}")
-        if weights is not None:  # asked for: a long test is not the time to wait with that
-            rank_zero_only(print)(f"Note: {notes[-1]}")
+        note(f"no {scores}: {error}")
+        if weights is not None:  # requested, so say so before a long test and not only after it
+            rank_zero_only(logging.getLogger("featinv_pl").warning)("Note: no %s: %s", scores, error)
         return None
 
 
-def _classes(replicates: int, classes: Classes) -> list[Metric]:
-    return [
-        Agreement(replicates),
-        LabelAccuracy(replicates, classes),
-        ConditionalAgreement(replicates),
-        AttackSuccess(replicates),
-    ]
-
-
-def _inception_distances(classes: Classes) -> list[Metric]:
-    return [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")]
-
-
-def network_name(backbone: Any) -> str:
-    """What timm calls the architecture, and the weights if they are its own, as part of a score's name."""
-    config = backbone.model.pretrained_cfg
-    parts = [config["architecture"], "" if Path(backbone.name).is_dir() else config.get("tag")]
+def _network_name(classifier: Backbone) -> str:
+    """The name of the architecture in timm, and of the weights if they are its own, as part of a score's name."""
+    config = classifier.model.pretrained_cfg
+    parts = [config["architecture"], "" if Path(classifier.name).is_dir() else config.get("tag")]
     return re.sub(r"[^\w-]", "-", "-".join(part for part in parts if part))

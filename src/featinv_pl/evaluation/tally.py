@@ -1,4 +1,4 @@
-"""What is known of a test set while it is evaluated."""
+"""The scores of one test set while it is evaluated."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,33 +9,34 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from featinv_pl.evaluation.arms import FLOOR
-from featinv_pl.evaluation.references import OTHERS, Floor
+from featinv_pl.evaluation.baselines import PARTNERS, Floor
+from featinv_pl.evaluation.methods import FLOOR
+from featinv_pl.evaluation.reconstructions import Reconstruction
 from featinv_pl.evaluation.results import Name, column
 from featinv_pl.evaluation.scorers import Scorer
 from featinv_pl.metrics.estimates import Estimate
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.runtime.ranks import of_all_ranks
-from featinv_pl.types import Batch, Observation
+from featinv_pl.types import Batch
 
 
 @dataclass
 class Tally:
-    """What is known so far of one test set, or of a group of them.
+    """The scores so far of one test set, or of a group of them.
 
     Attributes:
-        source: Its name.
+        test_set: Its name.
         scorers: The networks that score it.
-        metrics: By number of the scorer and by arm.
+        metrics: By number of the scorer and by method.
+        floor: Its baseline of other images; None if it has no others.
+        classes: Labels of its classes, where they are a part of the classifier's.
         columns: The table of images.
         left_out: Keys of images that cannot be scored.
-        floor: Partners for the floor; None where there are none.
-        classes: Labels of its classes, where they are a part of the classifier's.
         count: Images that count, on all ranks.
-        parts: Test sets that it is made of.
+        parts: Test sets that it consists of.
     """
 
-    source: str
+    test_set: str
     scorers: Sequence[Scorer]
     metrics: dict[tuple[int, str], list[Metric]]
     floor: Floor | None = None
@@ -45,45 +46,40 @@ class Tally:
     count: int = 0
     parts: int = 1
 
-    def update(self, batch: Batch, arms: dict[str, Observation]) -> None:
-        """Add a batch.
-
-        Args:
-            batch: The originals.
-            arms: What each arm has of them.
-        """
-        arms, batch = self._finite(arms, batch)
+    def update(self, batch: Batch, made: Mapping[str, Reconstruction]) -> None:
+        """Add a batch and its reconstructions by method."""
+        batch, made = self._finite(batch, made)
         if not batch["key"]:
             return
         given = {"fooled": torch.full(batch["labels"].shape, torch.nan).to(batch["logits"]), **batch}
         columns: dict[str, list[Any]] = {"key": batch["key"], "label": batch["labels"].tolist()}
         for number, scorer in enumerate(self.scorers):
             target = {**given, **scorer.observe(batch["images"])} if scorer.observe else given
-            for arm, observation in arms.items():
-                if metrics := self.metrics.get((number, arm)):
-                    preds = scorer.observe(observation["images"]) if scorer.observe else observation
-                    if scorer.classifies:
-                        columns[column(f"{scorer.prefix}predicted", arm)] = preds["logits"].argmax(1).tolist()
-                    for name, values in _update(metrics, preds, target, observation.get("partners")):
-                        if name != "label@1_all" or self.classes is not None:
-                            columns[column(f"{scorer.prefix}{name}", arm)] = values
+            for method, reconstruction in made.items():
+                if not (metrics := self.metrics.get((number, method))):
+                    continue
+                preds = scorer.observe(reconstruction["images"]) if scorer.observe else reconstruction
+                if scorer.classifies:
+                    columns[column(f"{scorer.prefix}predicted", method)] = preds["logits"].argmax(1).tolist()
+                for name, values in _update(metrics, preds, target, reconstruction.get("partners")):
+                    if name != "label@1_all" or self.classes is not None:
+                        columns[column(f"{scorer.prefix}{name}", method)] = values
         for name, values in columns.items():
             self.columns.setdefault(name, []).extend(values)
 
-    def _finite(self, arms: dict[str, Observation], batch: Batch) -> tuple[dict[str, Observation], Batch]:
-        """Leave out images with a value that is not finite, from all arms, and remember their keys."""
-        tensors = [item[key] for item in (batch, *arms.values()) for key in ("features", "logits")]
+    def _finite(self, batch: Batch, made: Mapping[str, Reconstruction]) -> tuple[Batch, Mapping[str, Reconstruction]]:
+        """Leave images with NaN or Inf out of all methods, and remember their keys."""
+        tensors = [item[key] for item in (batch, *made.values()) for key in ("features", "logits")]
         good = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
         if good.all():
-            return arms, batch
+            return batch, made
         rows = good.nonzero().flatten().tolist()
         self.left_out += [key for row, key in enumerate(batch["key"]) if row not in rows]
-        return {arm: cast(Observation, _rows(observation, rows)) for arm, observation in arms.items()}, cast(
-            Batch, _rows(batch, rows)
-        )
+        chosen = {method: _rows(reconstruction, rows) for method, reconstruction in made.items()}
+        return cast(Batch, _rows(batch, rows)), cast(dict[str, Reconstruction], chosen)
 
     def gather(self) -> None:
-        """Take over what other ranks have seen; metrics do so by themselves."""
+        """Join the tables of all ranks; metrics synchronise themselves."""
         ranks = of_all_ranks((self.columns, self.left_out))
         names = dict.fromkeys(name for columns, _ in ranks for name in columns)
         self.columns = {name: [value for part, _ in ranks for value in part.get(name, [])] for name in names}
@@ -100,19 +96,18 @@ class Tally:
         self.count += part.count
 
     def estimates(self) -> Iterator[tuple[Name, Estimate, Metric]]:
-        """Every score, and the metric that gave it. Ranks wait for each other."""
-        for (number, arm), metrics in self.metrics.items():
+        """Every score and its metric. Ranks wait for each other."""
+        for (number, method), metrics in self.metrics.items():
             for metric in metrics:
                 with warnings.catch_warnings():  # a rank without images has updated nothing, and a group only merges
                     warnings.filterwarnings("ignore", "The ``compute`` method")
                     values = metric.compute()
                 for name, value in values.items():
-                    if name == "label@1_all" and self.classes is None:
-                        continue  # the same as label@1
-                    full = Name(self.source, f"{self.scorers[number].prefix}{name}", arm)
-                    yield full, self._estimate(metric, name, arm, value), metric
+                    if name != "label@1_all" or self.classes is not None:  # else it equals label@1
+                        full = Name(self.test_set, f"{self.scorers[number].prefix}{name}", method)
+                        yield full, self._estimate(metric, name, method, value), metric
 
-    def _estimate(self, metric: Metric, name: str, arm: str, value: Tensor) -> Estimate:
+    def _estimate(self, metric: Metric, name: str, method: str, value: Tensor) -> Estimate:
         values = value.reshape(-1).double().cpu().numpy()
         if not isinstance(metric, SampleMetric):
             return Estimate(values)
@@ -120,13 +115,13 @@ class Tally:
         if name not in metric.shares:
             return Estimate(values, count)
         units = count / max(self.parts, 1)
-        return Estimate.of_share(values, count, min(units, OTHERS) if arm == FLOOR else units)
+        return Estimate.of_share(values, count, min(units, PARTNERS) if method == FLOOR else units)
 
 
 def _update(
     metrics: Sequence[Metric], preds: Mapping[str, Any], target: Mapping[str, Any], partners: list[str] | None
 ) -> Iterator[tuple[str, list[float]]]:
-    """Add a batch to metrics, and give back each image's scores by name."""
+    """Add a batch to metrics, and return the scores of its images by name."""
     for metric in metrics:
         ours, theirs = cast(Any, metric).reads
         wanted = target[theirs] if isinstance(theirs, str) else tuple(target[name] for name in theirs)
@@ -138,8 +133,8 @@ def _update(
             metric.update(preds[ours], wanted, target["key"])
 
 
-def _rows(item: Any, rows: list[int]) -> dict[str, Any]:
-    """Some rows of a batch or of an observation."""
+def _rows(item: Mapping[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Some rows of a batch or of a reconstruction."""
     return {
         name: [value[row] for row in rows] if isinstance(value, list) else value[rows]
         for name, value in item.items()

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import t as student
 
-from featinv_pl.evaluation.plots import png
-from featinv_pl.pages.pictures import picture_png
+from featinv_pl.pages.pictures import figure_png, picture_png
 
 SCORES = ("cosine_calibrated", "agreement@1", "judge_cosine_calibrated", "judge_agreement@1")
 TITLES = ("calibrated cosine", "agreement@1", "judge: calibrated cosine", "judge: agreement@1")
@@ -67,7 +66,7 @@ def dots(rows: Sequence[Row]) -> bytes:
     axes.grid(axis="x", alpha=0.4)
     axes.set_xlabel("calibrated cosine, a mark for each seed")
     figure.legend(loc="outside upper right", ncols=2)
-    return png(figure)
+    return figure_png(figure)
 
 
 def strips(pictures: Mapping[str, Path]) -> bytes:

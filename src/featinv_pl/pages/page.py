@@ -13,9 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from featinv_pl.evaluation.plots import png
 from featinv_pl.files import write_bytes
-from featinv_pl.pages.pictures import picture_png
+from featinv_pl.pages.pictures import figure_png, picture_png
 
 TILE, PLOT, TEXT = 1.2, 2.8, 0.17  # inches: side of a picture, height of a plot, height of a line
 RED = "#b00020"
@@ -91,7 +90,7 @@ class Report(ABC):
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows of a result."""
-        return png(self.figure())
+        return figure_png(self.figure())
 
     def save(self, folder: Path) -> None:
         """Write the page, the figure and the facts, each whole or not at all."""
@@ -135,4 +134,4 @@ def _plot_uri(section: Section) -> str:
     assert section.plot
     figure = Figure(figsize=(6, PLOT), dpi=150, layout="constrained")
     section.plot(figure.subplots())
-    return data_uri(png(figure))
+    return data_uri(figure_png(figure))

@@ -102,6 +102,11 @@ class Progress(ProgressBar):
             self.bar = None
 
 
+def hide_score_tables(trainer: Trainer) -> None:
+    """Keep Lightning from printing a line for each score at the end of `validate` and `test`."""
+    trainer.validate_loop.verbose = trainer.test_loop.verbose = False
+
+
 def progress(trainer: Trainer, name: str, unit: str, items: Iterable[Item]) -> Iterable[Item]:
     """Show a line for what is done before a stage, on the first rank, if the stage has one."""
     shown: Iterable[Item] = tqdm(

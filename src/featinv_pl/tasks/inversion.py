@@ -13,7 +13,6 @@ from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.arms import check_names
 from featinv_pl.inverter.compatibility import IDENTITY, check_checkpoint, check_control, check_shards, fill_control
 from featinv_pl.inverter.inverter import Execution, Inverter
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
@@ -26,7 +25,7 @@ from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.optimisation import optimise, plain
-from featinv_pl.types import Batch, Observation, Reconstruction, from_uint8, key_hash
+from featinv_pl.types import Batch, key_hash
 
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -86,13 +85,8 @@ class FeatureInversion(Clipped):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         execution: Execution = Execution(),  # noqa: B008
-        judge: str | None = None,
-        num_samples: int = 1,
-        arms: dict[str, Sampler] | None = None,
     ) -> None:
         super().__init__()
-        if num_samples < 1:
-            raise UserError(f"`num_samples` must be at least 1, and is {num_samples}.")
         classifier = Backbone(backbone, weights, layer, input_size)
         self.inverter = Inverter(classifier, Prior(prior), encoder, image_size, conditioning, sampler)
         if adapt is not None:
@@ -102,10 +96,6 @@ class FeatureInversion(Clipped):
         self.optimizer_factory, self.lr_scheduler_factory = plain(optimizer), plain(lr_scheduler)
         self.loaded_step = 0  # of the checkpoint
         self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
-        self.judge = Backbone(judge) if judge else None
-        self.num_samples = num_samples
-        self.arms = arms or {}
-        check_names(self.arms)
 
     def _adapt(self, adapt: Adapt) -> None:
         control, encoder_alone = self.inverter.control, adapt.train == "encoder"
@@ -162,7 +152,7 @@ class FeatureInversion(Clipped):
         return distances.sum()
 
     @torch.no_grad()
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Reconstruction:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss of a batch at noise and timesteps that never change, so that curves compare."""
         inverter, prior = self.inverter, self.inverter.prior
         moments, features = batch["moments"], inverter.condition(batch["features"])
@@ -175,53 +165,9 @@ class FeatureInversion(Clipped):
         loss = functional.mse_loss(prediction, denoising_target(prior.schedule, latents, noise, timesteps))
         self.val_loss(loss, len(moments))
         self.log("val/loss", self.val_loss, add_dataloader_idx=False)
-        return self._reconstruct(batch)
 
-    # Evaluation
-
-    @torch.no_grad()
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Reconstruction:
-        """Reconstruct a batch, in all the ways and as many times as are asked for."""
-        outputs = self._reconstruct(batch)
-        if self.arms:
-            outputs["arms"] = {name: self._draw(batch, sampler, name) for name, sampler in self.arms.items()}
-        if self.num_samples > 1:
-            seed, features = torch.initial_seed(), batch["features"]
-            samples: list[Observation] = [outputs]
-            for number in range(1, self.num_samples):
-                keys = [f"{key} sample {number}" for key in batch["key"]]
-                samples.append(self.inverter.classifier.classify(self.inverter.reconstruct(features, keys, seed)))
-            outputs["sample_images"] = torch.stack([observation["images"] for observation in samples], dim=1)
-            outputs["sample_features"] = torch.stack([observation["features"] for observation in samples], dim=1)
-        return outputs
-
-    def _reconstruct(self, batch: Batch) -> Reconstruction:
-        """Reconstruct a batch from its maps, and once more by the autoencoder alone."""
-        moments = batch["moments"]
-        mean = self.inverter.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
-        ceiling = self.inverter.classifier.classify(self.inverter.prior.autoencoder.decode(mean))
-        observation = self._draw(batch, self.inverter.sampler)
-        return {
-            "images": observation["images"],
-            "features": observation["features"],
-            "logits": observation["logits"],
-            "ceiling": ceiling,
-        }
-
-    def _draw(self, batch: Batch, sampler: Sampler, arm: str = "") -> Observation:
-        """Reconstructions of a batch as the backbone sees them; those that are drawn already are not drawn again."""
-        stored = batch.get("drawn", {}).get(arm, {})
-        drawn = {row: from_uint8(image.to(self.device)) for row, image in stored.items()}
-        missing = [row for row in range(len(batch["key"])) if row not in drawn]
-        if missing:
-            keys = [batch["key"][row] for row in missing]
-            images = self.inverter.reconstruct(batch["features"][missing], keys, torch.initial_seed(), sampler)
-            drawn |= dict(zip(missing, images, strict=True))
-        images = torch.stack([drawn[row] for row in range(len(batch["key"]))])
-        observation = self.inverter.classifier.classify(images)
-        # As bytes they would look like any image.
-        observation["features"][~images.flatten(1).isfinite().all(1)] = torch.nan
-        return observation
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Nothing: the `Evaluation` callback reconstructs and scores."""
 
     # What Lightning asks for
 

@@ -151,11 +151,11 @@ def test_sources_are_named_by_the_user(folder: Path, make_batch: MakeBatch, tmp_
     for name in ("fog/1", "fog/3"):
         write_set(tmp_path / "c" / name, make_batch(2, source=f"other/{name}"))
     data = FeatureShards(val=folder, test={"clean": folder, "imagenet-c": tmp_path / "c"}, batch_size=32)
-    assert data.sources("fit") == data.sources("validate") == ["val"]
-    assert data.sources("test") == ["clean", "imagenet-c/fog/1", "imagenet-c/fog/3"]
+    assert list(data.evaluated("fit")) == list(data.evaluated("validate")) == ["val"]
+    assert list(data.evaluated("test")) == ["clean", "imagenet-c/fog/1", "imagenet-c/fog/3"]
     batches = [batch for loader in data.test_dataloader() for batch in loader]
-    assert [set(batch["source"]) for batch in batches] == [{source} for source in data.sources("test")]
-    assert FeatureShards(test={"clean": folder}).sources("fit") == []
+    assert [set(batch["source"]) for batch in batches] == [{source} for source in data.evaluated("test")]
+    assert FeatureShards(test={"clean": folder}).evaluated("fit") == {}
 
 
 def test_manifests_of_all_sets_are_there_to_check(folder: Path, make_batch: MakeBatch, tmp_path: Path) -> None:

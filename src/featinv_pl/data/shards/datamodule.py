@@ -88,10 +88,6 @@ class FeatureShards(ResumableData, LightningDataModule):
             return {name: shards for name, shards in self.test.items() if name not in self.too_small}
         return {} if self.val is None else {"val": self.val}
 
-    def sources(self, stage: str) -> list[str]:
-        """The names of those sets."""
-        return list(self.evaluated(stage))
-
     @property
     def too_small(self) -> list[str]:
         """Test sets with fewer samples than processes, which would wait for each other: they are left out."""

@@ -1,0 +1,251 @@
+"""The evaluation of an inverter, in validation and in testing."""
+
+import io
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from PIL import Image
+
+from featinv_pl.data.shards.reader import ShardSet
+from featinv_pl.errors import UserError
+from featinv_pl.evaluation.baselines import from_training_shards
+from featinv_pl.evaluation.loggers import last_step, log_picture, log_table
+from featinv_pl.evaluation.methods import INVERSION, check_names, label
+from featinv_pl.evaluation.pictures import PICTURES, Pictures, check_number
+from featinv_pl.evaluation.plots import cosine_histograms, severity_curves
+from featinv_pl.evaluation.provenance import describe
+from featinv_pl.evaluation.reconstructions import CACHE, ImageCache, Reconstructions
+from featinv_pl.evaluation.results import HEADLINES, METRICS, Results, aligned
+from featinv_pl.evaluation.scorers import Scorer, classifier_scorer, judge_scorer, published_scorers
+from featinv_pl.evaluation.scores import Scores
+from featinv_pl.evaluation.trial import Trial
+from featinv_pl.files import write_bytes
+from featinv_pl.inverter.identity import sampling
+from featinv_pl.metrics.weights import Weights
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.runtime.progress import hide_score_tables
+from featinv_pl.runtime.ranks import hands_back_little
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.types import Batch
+
+REPLICATES = 1000
+log = logging.getLogger("featinv_pl")
+CAPTIONS = {
+    "scores": "with 95 % intervals",
+    "severity": "scores against the severity of corruptions, with 95 % intervals",
+    "histograms": "distribution of the cosine over the images of each test set",
+}
+
+
+class Evaluation(Callback):
+    """Reconstructs every batch of `validate` and `test`, and scores and shows the reconstructions.
+
+    Each score, `<test set>/<score>`, stands beside those of other methods by the same metrics on the same images:
+
+    * `<score>.floor`: another image of the test set, chosen by key (not for distances between sets).
+    * `<score>.ceiling`: the original through the prior's autoencoder alone.
+    * `label@1.original`: the original, that is, the accuracy of the classifier.
+    * `<score>.regression`: in `test`, the decoded latents that a small network, fitted to the training shards,
+      predicts from the feature map.
+    * `<score>.neighbour`: in `test`, the training image with the most similar feature map.
+    * `<score>.<name>`: in `test`, the reconstruction by the sampler of that name.
+
+    A test set `a/b/c` also counts for the groups `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
+    `scores.csv` with all scores and their 95 % intervals, `samples/<test set>.parquet` with every image, `plots/` and
+    `pictures/`. What cannot be scored is left out and named in a note; the rest is scored. `test` stores its
+    reconstructions below `reconstructions/`, from which the same command resumes after an interruption.
+
+    Args:
+        clean: The test set that corrupted ones are compared with.
+        judge: A held-out classifier, which neither training nor refinement has seen: it scores originals and
+            reconstructions too. A timm name or a folder, as for the backbone.
+        num_samples: Reconstructions of each feature map in `test`. The first is scored; from two on, so is how much
+            they differ.
+        samplers: Further samplers by name, whose reconstructions `test` scores beside those of the inverter's own,
+            such as one with refinement, or one without the control.
+        baselines: Those that are made from the training shards when a test starts.
+        num_images: Images of each test set in its pictures; 0 for no pictures.
+        inception: The Inception weights of 2015, which define `fid` and `kid`: a file, or `download` to fetch it
+            once. By default they are used if torch has downloaded them before.
+        alexnet: The AlexNet weights that define `lpips`, likewise.
+        dry_run: Let `test` time a few batches, print an estimate of the hours, and write nothing.
+    """
+
+    def __init__(
+        self,
+        clean: str = "clean",
+        judge: str | None = None,
+        num_samples: int = 1,
+        samplers: dict[str, Sampler] | None = None,
+        baselines: tuple[Literal["regression", "neighbour"], ...] = ("regression", "neighbour"),
+        num_images: int = 12,
+        inception: Weights = None,
+        alexnet: Weights = None,
+        dry_run: bool = False,
+    ) -> None:
+        if num_samples < 1:
+            raise UserError(f"`num_samples` must be at least 1, and is {num_samples}.")
+        check_names(samplers or {})
+        check_number(num_images)
+        self.clean, self.num_samples, self.samplers, self.baselines = clean, num_samples, samplers or {}, baselines
+        self.num_images, self.inception, self.alexnet, self.dry_run = num_images, inception, alexnet, dry_run
+        with torch.random.fork_rng(devices=[]):  # a control is initialised alike with and without a judge
+            self.judge = Backbone(judge) if judge else None
+        self.trial: Trial | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let a dry run read the first test set only."""
+        if self.dry_run and stage == "test":
+            self.sizes = cast(Any, trainer).datamodule.test_first_set_only()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make everything for a new evaluation."""
+        self._start(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make everything for a new evaluation."""
+        self._start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Reconstruct and score a batch."""
+        self._update(trainer, batch)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Reconstruct and score a batch."""
+        self._update(trainer, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish and log all scores."""
+        self._finish(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish and log all scores."""
+        self._finish(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write files and print a summary, now that the progress line is closed."""
+        self._end(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write files and print a summary, now that the progress line is closed."""
+        self._end(trainer)
+
+    def _start(self, trainer: Trainer, module: Any, stage: str) -> None:
+        data, inverter, testing = cast(Any, trainer).datamodule, module.inverter, stage == "test"
+        samplers, num_samples = (self.samplers, self.num_samples) if testing else ({}, 1)
+        if self.dry_run and testing:
+            self.trial = Trial(self.sizes, Reconstructions(inverter, samplers, num_samples))
+            return
+        hide_score_tables(trainer)  # a line for each of hundreds of scores; the summary replaces it
+        self.results, self.stage, self.step = Results(), stage, last_step(trainer)
+        self.training = trainer.state.fn == "fit"
+        self.writes = trainer.is_global_zero and not self.training
+        # `validate` has a folder of its own, so that it leaves what `test` wrote.
+        self.root = Path(trainer.default_root_dir) / ("validate" if trainer.state.fn == "validate" else "")
+        how = {} if self.training else sampling(inverter, str(trainer.precision))
+        baselines, cache = {}, None
+        if testing:
+            for name in data.too_small:
+                self._note(f"{name}: left out, for it has fewer samples than there are processes")
+            baselines = from_training_shards(trainer, inverter, data, self.baselines, self._note)
+            cache = ImageCache(self.root / CACHE, {**inverter.identity(), **how})
+        if self.writes:
+            self.results.provenance = describe(trainer, module, samplers, how)
+        self.reconstructions = Reconstructions(inverter, samplers, num_samples, baselines, cache)
+        test_sets, methods = data.evaluated(stage), self.reconstructions.methods
+        scorers = self._scorers(inverter, num_samples > 1)
+        self._note_losses(test_sets)
+        samples = self.root if self.writes else None
+        self.scores = Scores(self.results, test_sets, scorers, methods, inverter, self.clean, samples)
+        folder, weights = self.root / PICTURES, how.get("control")
+        self.pictures = Pictures(self.num_images, list(samplers), folder, weights, trainer.loggers, self.step)
+
+    @property
+    def _replicates(self) -> int:
+        """None in the middle of training, where an interval is not worth its time."""
+        return 0 if self.training else REPLICATES
+
+    def _scorers(self, inverter: Any, diverse: bool) -> list[Scorer]:
+        classifier, count = inverter.classifier, self._replicates
+        if not classifier.classifies:
+            self._note(f"there are no scores of classes: '{classifier.title}' has no classes, so its maps are scored")
+        found = [classifier_scorer(classifier, count, diverse)]
+        if self.training:
+            return found
+        if self.judge is not None:
+            found.append(judge_scorer(self.judge.to(inverter.device), count))
+        return found + published_scorers(self.inception, self.alexnet, count, inverter.device, self._note)
+
+    def _note_losses(self, test_sets: Mapping[str, ShardSet]) -> None:
+        lossy = [name for name, one in test_sets.items() if one.manifest["settings"]["image_format"] == "jpg"]
+        if lossy and self.writes:
+            others = f" and {len(lossy) - 1} others" * (len(lossy) > 1)
+            self._note(
+                f"{lossy[0]}{others}: the originals are stored as JPEGs and reconstructions are not, which affects "
+                "scores of images (psnr, ssim, lpips, fid, kid)"
+            )
+
+    def _note(self, text: str) -> None:
+        self.results.notes.append(text)
+
+    def _update(self, trainer: Trainer, batch: Batch) -> None:
+        if self.trial is not None:
+            with trainer.precision_plugin.forward_context():
+                self.trial.update(batch)
+            return
+        tally = self.scores.open(batch["source"][0])
+        with trainer.precision_plugin.forward_context():
+            made = self.reconstructions(batch, tally.floor)
+        tally.update(batch, made)
+        if self.num_images:
+            self.pictures.update(batch, made)
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Close all test sets, and give the scores to loggers, to callbacks that monitor one, and to the caller."""
+        if self.trial is not None:
+            return
+        self.scores.finish(self._replicates)
+        self.pictures.show()
+        found = self.results.scores
+        logged = {str(name): score["value"] for name, score in found.items()}
+        if hands_back_little(trainer):
+            for logger in trainer.loggers:
+                logger.log_metrics(logged, self.step)
+            own = (name for name in found if name.method == INVERSION and "/" not in name.test_set)
+            logged = {str(name): found[name]["value"] for name in own if self.training or name.score in HEADLINES}
+        module.log_dict(logged, sync_dist=True)  # the same on all ranks, but without this Lightning warns of each
+
+    def _end(self, trainer: Trainer) -> None:
+        if self.trial is not None:
+            if trainer.is_global_zero:
+                print("\n" + self.trial.estimate(trainer.world_size))
+        elif self.writes:
+            if "val/loss" in trainer.callback_metrics:
+                print(f"val/loss {trainer.callback_metrics['val/loss']:.4f}")
+            for name, data in self.results.files().items():
+                write_bytes(self.root / name, data)
+            print("\n" + aligned(self.results.table()))
+            for note in self.results.notes:
+                log.warning("Note: %s", note)
+            self._plot(trainer)
+            print(f"{len(self.results.scores)} scores in {self.root / METRICS}")
+
+    def _plot(self, trainer: Trainer) -> None:
+        """Write the plots, and give them to the loggers together with the table."""
+        title, complete = label(INVERSION), [name for name in self.results.counts if "/" not in name]
+        plots = {"severity": severity_curves({title: self.results.document}, self.clean)}
+        if complete:
+            plots["histograms"] = cosine_histograms({title: self.root}, complete, self.results.counts)
+        for name, png in plots.items():
+            if png is not None:
+                write_bytes(self.root / "plots" / f"{name}.png", png)
+                pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+                for logger in trainer.loggers:
+                    log_picture(logger, f"plots/{name}", pixels, CAPTIONS[name], self.step)
+        for logger in trainer.loggers:
+            log_table(logger, f"scores/{self.stage}", self.results.table(), CAPTIONS["scores"], self.step)

@@ -1,0 +1,43 @@
+"""The methods whose reconstructions of the same images are scored: samplers and baselines."""
+
+import re
+from collections.abc import Iterable
+
+from featinv_pl.errors import UserError
+
+INVERSION, CEILING, REGRESSION, NEIGHBOUR, FLOOR, ORIGINAL = (
+    *("inversion", "ceiling", "regression"),
+    *("neighbour", "floor", "original"),
+)
+LABELS = {
+    INVERSION: "reconstruction",  # by the inverter's own sampler
+    CEILING: "autoencoder",  # the original through the prior's autoencoder alone
+    REGRESSION: "regression",  # the decoded latents that a small network predicts from the feature map
+    NEIGHBOUR: "neighbour",  # the training image with the most similar feature map
+    FLOOR: "floor",  # another image of the test set
+    ORIGINAL: "original",
+}
+"""What tables and pictures call them, in the order of tables. Further samplers follow under their own names."""
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Methods in the order of tables."""
+    names = list(names)
+    return [name for name in LABELS if name in names] + [name for name in names if name not in LABELS]
+
+
+def label(method: str) -> str:
+    """What tables and pictures call a method."""
+    return LABELS.get(method, method)
+
+
+def check_names(samplers: Iterable[str]) -> None:
+    """Refuse names of further samplers that cannot be part of a score's name, or that another method has."""
+    taken = {*LABELS, *LABELS.values(), "own"}  # the study's word for the inverter's sampler
+    for name in samplers:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise UserError(
+                f"`samplers`: '{name}' cannot be part of a score's name. Use letters, digits, - and _ only."
+            )
+        if name in taken:
+            raise UserError(f"`samplers`: '{name}' is the name of another method. Choose another name.")

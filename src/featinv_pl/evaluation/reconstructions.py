@@ -1,0 +1,158 @@
+"""Every way of reconstructing a batch that is scored, and the cache from which an interrupted test resumes."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NotRequired, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from featinv_pl.evaluation.methods import CEILING, FLOOR, INVERSION, ORIGINAL
+from featinv_pl.files import write_bytes
+from featinv_pl.inverter.identity import hashed
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.types import Batch, Observation, from_uint8, to_uint8
+
+CACHE = "reconstructions"
+Baseline = Callable[[Batch], Observation]
+logger = logging.getLogger("featinv_pl")
+
+
+class Reconstruction(Observation):
+    """Reconstructions of a batch by one method, as the classifier reads them."""
+
+    partners: NotRequired[list[str]]
+    """Keys of the images, where these are other images of the same test set."""
+    sample_images: NotRequired[Tensor]
+    """(B, n, 3, H, W): n samples of each feature map, of which the first is in `images`."""
+    sample_features: NotRequired[Tensor]
+    """(B, n, C, h, w), their feature maps."""
+
+
+class ImageCache:
+    """Stores reconstructed images, so that an interrupted test resumes with the same command.
+
+    An image is found by everything that determines it: identity and control of the inverter, precision, seed,
+    sampler, key and feature map. Tests with other batch sizes, numbers of processes, metrics, held-out classifiers
+    or pictures therefore reuse it, and a change of the model or of the data is never overlooked.
+
+    Args:
+        folder: Gets one file of bytes for each batch and sampler. It may be removed at any time.
+        model: Identity and sampling settings of the inverter.
+    """
+
+    def __init__(self, folder: Path, model: Mapping[str, Any]) -> None:
+        self.folder, self.model = folder, model
+        self.files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.files |= dict.fromkeys(file.keys(), path)
+            except (OSError, SafetensorError):
+                logger.warning("'%s' cannot be read; its images are reconstructed again.", path)
+
+    def names(self, sampler: Sampler, keys: Sequence[str], features: Tensor) -> list[str]:
+        """The names under which the reconstructions of feature maps (B, C, h, w) are stored."""
+        model, maps = hashed({**self.model, "sampler": asdict(sampler)}), features.cpu().contiguous().numpy()
+        return [
+            hashlib.blake2b(f"{model} {key}".encode() + one.tobytes(), digest_size=16).hexdigest()
+            for key, one in zip(keys, maps, strict=True)
+        ]
+
+    def read(self, names: Sequence[str]) -> dict[int, Tensor]:
+        """The images (3, H, W) in [-1, 1] that are stored, by position among the names."""
+        return {place: self._image(name) for place, name in enumerate(names) if name in self.files}
+
+    def _image(self, name: str) -> Tensor:
+        with safe_open(self.files[name], "pt") as file:
+            return from_uint8(file.get_tensor(name))
+
+    def write(self, images: Mapping[str, Tensor]) -> None:
+        """Store images (3, H, W) under their names, except those with NaN or Inf, which bytes cannot express."""
+        finite = {name: to_uint8(image).cpu().contiguous() for name, image in images.items() if image.isfinite().all()}
+        if finite:
+            write_bytes(self.folder / f"{next(iter(finite))}.safetensors", save(finite))
+
+
+class Reconstructions:
+    """Reconstructs batches by every method.
+
+    Args:
+        inverter: The `Inverter`.
+        samplers: Further samplers by name.
+        num_samples: Reconstructions of each feature map by the inverter's own sampler.
+        baselines: Baselines by name, as functions of a batch.
+        cache: Where sampled images are stored; None to store none.
+    """
+
+    def __init__(
+        self,
+        inverter: Any,
+        samplers: Mapping[str, Sampler],
+        num_samples: int = 1,
+        baselines: Mapping[str, Baseline] | None = None,
+        cache: ImageCache | None = None,
+    ) -> None:
+        self.inverter, self.samplers, self.num_samples = inverter, samplers, num_samples
+        self.baselines, self.cache = baselines or {}, cache
+
+    @property
+    def methods(self) -> list[str]:
+        """The names of all methods that every test set has."""
+        return [INVERSION, *self.samplers, CEILING, ORIGINAL, *self.baselines]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, floor: Baseline | None = None) -> dict[str, Reconstruction]:
+        """Reconstruct a batch by every method.
+
+        Args:
+            batch: The originals.
+            floor: The baseline of their test set, if it has one.
+        """
+        baselines = self.baselines if floor is None else {**self.baselines, FLOOR: floor}
+        made = {
+            INVERSION: self._samples(batch),
+            CEILING: self._ceiling(batch),
+            ORIGINAL: cast(Reconstruction, batch),
+            **{name: self._sample(batch, sampler) for name, sampler in self.samplers.items()},
+        }
+        return made | {name: cast(Reconstruction, baseline(batch)) for name, baseline in baselines.items()}
+
+    def _samples(self, batch: Batch) -> Reconstruction:
+        first, *others = (
+            self._sample(batch, self.inverter.sampler, f" sample {number}" if number else "")
+            for number in range(self.num_samples)
+        )
+        if others:
+            first["sample_images"] = torch.stack([one["images"] for one in (first, *others)], dim=1)
+            first["sample_features"] = torch.stack([one["features"] for one in (first, *others)], dim=1)
+        return first
+
+    def _sample(self, batch: Batch, sampler: Sampler, suffix: str = "") -> Reconstruction:
+        """Sample one reconstruction of each feature map, except those that the cache has."""
+        features, keys = batch["features"], [key + suffix for key in batch["key"]]
+        names = keys if self.cache is None else self.cache.names(sampler, keys, features)
+        stored = {} if self.cache is None else self.cache.read(names)
+        images = {row: image.to(features.device) for row, image in stored.items()}
+        missing = [row for row in range(len(keys)) if row not in images]
+        if missing:
+            chosen = [keys[row] for row in missing]
+            new = self.inverter.reconstruct(features[missing], chosen, torch.initial_seed(), sampler)
+            images |= dict(zip(missing, new, strict=True))
+            if self.cache is not None:
+                self.cache.write({names[row]: images[row] for row in missing})
+        stacked = torch.stack([images[row] for row in range(len(keys))])
+        observation = cast(Reconstruction, self.inverter.classifier.classify(stacked))
+        # Quantised NaNs look like valid pixels, so the features are marked instead.
+        observation["features"][~stacked.flatten(1).isfinite().all(1)] = torch.nan
+        return observation
+
+    def _ceiling(self, batch: Batch) -> Reconstruction:
+        autoencoder, moments = self.inverter.prior.autoencoder, batch["moments"]
+        mean = autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+        return cast(Reconstruction, self.inverter.classifier.classify(autoencoder.decode(mean)))
