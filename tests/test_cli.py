@@ -211,7 +211,7 @@ def test_finished_shards_are_never_overwritten(
     before = files(Path("shards/val"))
     config = write(Path("extract.yaml"), extraction(classifier_folder, prior_folder, ["val"]))
     main(["predict", "--config", config])
-    assert "already holds the finished shard set" in capsys.readouterr().out
+    assert "already holds the finished shard set" in capsys.readouterr().err
     refused(["predict", "--config", config, "--data.batch_size=15"], capsys, "batch_size: 30 there, 15 here")
     assert files(Path("shards/val")) == before
 

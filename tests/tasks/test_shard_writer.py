@@ -82,7 +82,7 @@ def test_labels_views_and_storage(config: str, capsys: pytest.CaptureFixture[str
     (batch,) = loader
     classes = {"n01440764": 9, "n01443537": -1, "n02123045": 1}
     assert manifest["settings"]["classes"] == classes
-    assert "Note: mine: 1 of 3 classes, such as 'n01443537', are not among" in capsys.readouterr().out
+    assert "mine: 1 of 3 classes, such as 'n01443537', are not among" in capsys.readouterr().err
     assert [classes[key.split("/")[0]] for key in batch["key"]] == batch["labels"].tolist()
     assert {key.split("#")[1] for key in batch["key"][:SIZE]} == {"0"}
     assert len(set(batch["key"])) == 3 * SIZE

@@ -28,8 +28,8 @@ class Attack:
     def __post_init__(self) -> None:
         if self.epsilon < 1 or self.step <= 0 or self.steps < 1:
             raise UserError(
-                "--model.attack: epsilon and steps must be at least 1 and step above 0, and are "
-                f"{self.epsilon}, {self.steps} and {self.step}."
+                f"`attack`: epsilon and steps must be at least 1, step above 0, and are {self.epsilon}, {self.steps} "
+                f"and {self.step}."
             )
 
 

@@ -1,5 +1,6 @@
-"""Feature extraction: images in, feature maps, logits and latents out, by `featinv-pl predict`."""
+"""Feature extraction: images in, feature maps, logits and moments out, by `featinv-pl predict`."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +18,19 @@ from featinv_pl.sampling.noise import generator
 from featinv_pl.tasks.attacks import Attack, attack
 from featinv_pl.types import Batch, ImageBatch, Provenance, from_uint8, to_uint8
 
+log = logging.getLogger(__name__)
+
 
 class FeatureExtraction(LightningModule):
-    """Looks at images through a backbone, and encodes them to latents.
+    """Classifies images, and encodes them to the moments of their latents.
 
     Args:
         backbone: The classifier: a timm name or a folder written by fitting a `Classifier`.
-        autoencoder: The prior's autoencoder: a folder in diffusers' layout, or what `--model.prior` takes.
+        autoencoder: The prior's autoencoder: a folder in diffusers' layout, or whatever names a prior.
         image_size: Side of the images that are stored and encoded: the prior's resolution.
         weights: The classifier's weights: `pretrained`, `random`, or a file.
         layer: The classifier's layer whose output is the feature map.
-        input_size: Side of the images that the classifier sees, if not that of its configuration.
+        input_size: Side of the images that the classifier gets, if not that of its configuration.
     """
 
     def __init__(
@@ -45,9 +48,12 @@ class FeatureExtraction(LightningModule):
         self.image_size = image_size
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
-        """See a batch; its images are stored at the prior's resolution."""
+        """Classify a batch; its images are stored at the prior's resolution."""
         features, logits = self.backbone(batch["images"])
-        images = self._resize(batch["images"])
+        images, size = batch["images"], [self.image_size, self.image_size]
+        if list(images.shape[-2:]) != size:
+            images = transforms.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
+        images = from_uint8(to_uint8(images))
         return {
             "images": images,
             "features": features,
@@ -67,12 +73,6 @@ class FeatureExtraction(LightningModule):
     def _labels(self, batch: ImageBatch) -> Tensor:
         """(B,) labels as the classifier counts them: those of the data module are numbered by its own classes."""
         return torch.tensor([self.backbone.classes.label(name) for name in batch["class_name"]]).to(batch["labels"])
-
-    def _resize(self, images: Tensor) -> Tensor:
-        size = [self.image_size, self.image_size]
-        if list(images.shape[-2:]) != size:
-            images = transforms.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
-        return from_uint8(to_uint8(images))
 
     @property
     def provenance(self) -> Provenance:
@@ -94,7 +94,7 @@ class AdversarialExtraction(FeatureExtraction):
     """Turns images into adversarial ones against the backbone itself, then into feature shards.
 
     An image without a class, or of a class that is not among the backbone's, is attacked from the class that the
-    backbone predicts. Each sample stores whether its attack succeeded, and the success rate is printed at the end.
+    backbone predicts. Each sample stores whether its attack succeeded, and the success rate is logged at the end.
 
     Args:
         attack: How far and in how many steps.
@@ -105,33 +105,32 @@ class AdversarialExtraction(FeatureExtraction):
         super().__init__(**kwargs)
         if not self.backbone.classifies:
             raise UserError(
-                f"--model.backbone: '{self.backbone.name}' has no classes, so that there is nothing to attack. Give a "
-                "classifier."
+                f"`backbone`: '{self.backbone.name}' has no classes, so there is nothing to attack. Give a classifier."
             )
         self.attack = attack
         self._outcomes: list[Tensor] = []
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
-        """Attack a batch, then see it."""
+        """Attack a batch, then classify it."""
         images, labels = batch["images"], self._labels(batch)
         predicted = self.backbone(images)[1].argmax(1)
         classes = torch.where(labels >= 0, labels, predicted)
         start = torch.stack([torch.rand(images.shape[1:], generator=generator("attack", key)) for key in batch["key"]])
         attacked = attack(self.backbone.logits, images, classes, (2 * start - 1).to(images), self.attack)
-        seen = super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
-        fooled = (seen["logits"].argmax(1) != classes).float().where(predicted == classes, torch.nan)
+        extracted = super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
+        fooled = (extracted["logits"].argmax(1) != classes).float().where(predicted == classes, torch.nan)
         readable = [not reason for reason in batch["unreadable"]]
         self._outcomes.append(torch.stack([fooled, (labels < 0).to(fooled)], dim=1)[readable].cpu())
-        return {**seen, "fooled": fooled}
+        return {**extracted, "fooled": fooled}
 
     def teardown(self, stage: str) -> None:
-        """Print the success rate."""
+        """Log the success rate."""
         outcomes, unknown = torch.cat(self._outcomes).unbind(1) if self._outcomes else torch.zeros(2, 0)
         self._outcomes = []
         counts = torch.stack([(outcomes == 1).sum(), outcomes.isfinite().sum(), unknown.sum()]).to(self.device)
         fooled, right, guessed = (int(count) for count in self.trainer.strategy.reduce(counts, reduce_op="sum"))
         if self.trainer.is_global_zero and right:
-            print(
+            log.info(
                 f"The attack succeeded on {fooled} of {right} images that were classified correctly "
                 f"({fooled / right:.0%}), {self.attack.epsilon} grey levels away at most."
                 + (f" Of {guessed} without a known label, the predicted class counts as correct." if guessed else "")

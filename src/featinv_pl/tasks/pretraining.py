@@ -124,7 +124,7 @@ class Classifier(Pretraining):
                 f"`num_classes` is {self.num_classes}, and the images to train on have {len(data.classes)} classes "
                 f"({_listed(data.classes)}). Give that number, or a folder of as many class folders."
             )
-        for name, images in (("train", data.training_images()), ("val", data.validation_images())):
+        for name, images in (("train", data.train), ("val", data.val)):
             for key, folder in images.names() if images else ():
                 if folder not in data.classes:
                     raise UserError(f"`data.{name}`: '{key}' is not of any class of training. Remove it.")

@@ -1,5 +1,6 @@
 """Writes what `FeatureExtraction` predicts as feature shards."""
 
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -7,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 
 from featinv_pl.data.images.datamodule import ImageData, ImageSource
 from featinv_pl.data.order import cut
@@ -16,26 +18,28 @@ from featinv_pl.data.shards.writer import ShardSetWriter, shard_ranges
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch, Provenance
 
+log = logging.getLogger(__name__)
+
 TRIAL_BATCHES = 8
 
 
 class ShardWriter(Callback):
     """Writes one shard set per source, as `<folder>/<source>/`.
 
-    Interrupted at any moment, the same command goes on after the last whole shard, on as many
+    Interrupted at any moment, the same command resumes after the last complete shard, on as many
     processes as there are then, and leaves byte for byte what it would have left uninterrupted. The
-    manifest of a source follows when its shards are whole.
+    manifest of a source follows when its shards are complete.
 
     Args:
         folder: Where the shard sets go, if not directly below the run's folder.
         shard_size: Samples per shard; best a multiple of the batch size, since no batch reaches
             across two shards.
         image_format: `png` keeps every bit; `jpg`, of quality 95, suits training sets of large photographs, whose
-            pictures are not scored.
+            images are not scored.
         storage: Of feature maps: `float16`, or `int8` with a step for each channel, in half the space.
         max_bad_fraction: Give up when more than this share of a source's images cannot be read; those
             that cannot are named in the manifest.
-        plan: After a short trial print samples, shards, bytes and hours, and write nothing.
+        plan: A dry run: after a short trial print samples, shards, bytes and hours, and write nothing.
     """
 
     folder: Path
@@ -50,16 +54,14 @@ class ShardWriter(Callback):
         plan: bool = False,
     ) -> None:
         if shard_size < 1:
-            raise UserError(f"--trainer.callbacks.shard_size must be at least 1, and is {shard_size}.")
+            raise UserError(f"`shard_size` must be at least 1, and is {shard_size}.")
         if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"--trainer.callbacks.max_bad_fraction is a share of 0 to 1, and is {max_bad_fraction}.")
+            raise UserError(f"`max_bad_fraction` is a share of 0 to 1, and is {max_bad_fraction}.")
         self.given, self.shard_size, self.image_format, self.storage = folder, shard_size, image_format, storage
         self.max_bad_fraction, self.plan = max_bad_fraction, plan
         self.writers: dict[str, ShardSetWriter] = {}
         self.trial: Trial | None = None
         self._space_checked = False
-
-    # Before: what is left to do
 
     def unfinished_folders(self, root: Path, data: Any) -> list[Path]:
         """The folders of the shard sets that are still to be made of a data module's images.
@@ -76,45 +78,33 @@ class ShardWriter(Callback):
         data = getattr(trainer, "datamodule", None)
         if not isinstance(data, ImageData) or not data.predicted:
             raise UserError(
-                "--data: there is nothing to extract features of. Give DigitsData with sources, or FolderData with "
+                "`data`: there is nothing to extract features of. Give DigitsData with sources, or FolderData with "
                 "folders to predict, such as --data.predict.mine=FOLDER."
             )
         self.folder = self.given or Path(trainer.default_root_dir)
-        model = cast(Any, pl_module)
-        provenance = cast(Provenance, model.provenance)
-        self.writers = {
-            images.source: ShardSetWriter(
-                self.folder / images.source,
-                images.source,
-                self._settings(images, model.labels(images.classes), data.batch_size, trainer.limit_predict_batches),
-                provenance,
-                trainer.global_rank,
-                trainer.world_size,
-                self.max_bad_fraction,
+        model, ranks = cast(Any, pl_module), (trainer.global_rank, trainer.world_size)
+        provenance: Provenance = model.provenance
+        for images in data.predicted:
+            classes = model.labels(images.classes)
+            settings = self._settings(images, classes, data.batch_size, trainer.limit_predict_batches)
+            self.writers[images.source] = ShardSetWriter(
+                self.folder / images.source, images.source, settings, provenance, *ranks, self.max_bad_fraction
             )
-            for images in data.predicted
-        }
         trainer.strategy.barrier()  # all ranks have seen the same shards before any rank adds some
-        data.batches = {
-            source: cut(writer.share, data.batch_size) for source, writer in self.writers.items() if writer.missing
-        }
-        if self.plan:
-            self._begin_trial(data)
-        elif trainer.is_global_zero:
+        left = {source: writer for source, writer in self.writers.items() if writer.missing}
+        if self.plan and left:
+            source, writer = next(iter(left.items()))
+            self.trial = Trial(source, writer.settings, provenance)
+            data.extract_only({source: cut(self.trial.writer.share, data.batch_size)[:TRIAL_BATCHES]})
+        else:
+            data.extract_only({source: cut(writer.share, data.batch_size) for source, writer in left.items()})
+        if trainer.is_global_zero and not self.plan:
             for source, writer in self.writers.items():
                 writer.begin()
                 _note_classes(source, writer.settings)
                 if writer.finished:
-                    print(f"'{self.folder / source}' already holds the finished shard set, which is left as it is.")
+                    log.info("'%s' already holds the finished shard set, which is left as it is.", writer.folder)
         trainer.strategy.barrier()  # what an interrupted run has left is removed before any rank writes
-
-    def _begin_trial(self, data: ImageData) -> None:
-        """Write a few batches of the first source with something to do, elsewhere."""
-        source = next(iter(data.batches), None)
-        if source is not None:
-            writer = self.writers[source]
-            self.trial = Trial(source, writer.settings, writer.provenance)
-            data.batches = {source: cut(self.trial.writer.share, data.batch_size)[:TRIAL_BATCHES]}
 
     def _settings(
         self, images: ImageSource, classes: dict[str, int], batch_size: int, limit: int | float | None
@@ -131,25 +121,16 @@ class ShardWriter(Callback):
             "storage": self.storage,
         }
         if isinstance(limit, int):
-            batches = cut(shard_ranges(settings), batch_size)
-            settings["samples"] = sum(map(len, batches[:limit]))
+            settings["samples"] = sum(map(len, cut(shard_ranges(settings), batch_size)[:limit]))
         elif limit not in (None, 1.0):
             raise UserError(
-                f"--trainer.limit_predict_batches must be a whole number of batches here, and is {limit}: "
-                "the share of an extraction that goes on after an interruption would be another each time."
+                f"`limit_predict_batches` must be a whole number of batches here, and is {limit}: the share of an "
+                "extraction that resumes after an interruption would be another each time."
             )
         return settings
 
-    # Meanwhile
-
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write a batch to the set of its source."""
         prediction = cast(Batch, outputs)
@@ -166,20 +147,19 @@ class ShardWriter(Callback):
         return sum(len(samples) for writer in self.writers.values() for samples in writer.missing)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of unfinished shards; whole ones stay."""
+        """Abandon unfinished shards; complete ones stay."""
         for writer in self.writers.values():
             writer.close()
         if self.trial is not None:
             self.trial.close()
-
-    # Afterwards
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the manifests. Here, because Lightning calls no other hook on ranks with nothing to predict."""
         if stage != "predict":
             return
         if self.plan:
-            self._print_plan(trainer)
+            size, rate = self.trial.close() if self.trial is not None else (0.0, 1.0)
+            self._print_estimate(size, rate, trainer.world_size)
             return
         for writer in self.writers.values():
             writer.flush()
@@ -190,29 +170,26 @@ class ShardWriter(Callback):
                 if not writer.finished:
                     writer.finish()
 
-    def _print_plan(self, trainer: Trainer) -> None:
-        """Print what the extraction will take; refuse it if the disk is too small."""
-        bytes_per_sample, rate = self.trial.close() if self.trial is not None else (0.0, 1.0)
-        if not trainer.is_global_zero:
-            return
-        lines = [("source", "samples", "shards", "to do", "GB to do")]
+    @rank_zero_only
+    def _print_estimate(self, size: float, rate: float, ranks: int) -> None:
+        """Print what the extraction will take, by a trial's bytes per sample and samples per second."""
+        row = "{:{width}}{:>12}{:>12}{:>12}{:>12}".format
+        width = max(map(len, ["source", *self.writers]))
+        print(row("source", "samples", "shards", "to do", "GB to do", width=width))
         for source, writer in self.writers.items():
             shards, to_do = len(shard_ranges(writer.settings)), sum(map(len, writer.missing))
-            size = f"{to_do * bytes_per_sample / 1e9:.3f}"
-            lines.append((source, str(writer.settings["samples"]), str(shards), str(to_do), size))
-        width = max(len(line[0]) for line in lines)
-        print("\n".join(f"{line[0]:{width}}" + "".join(f"{cell:>12}" for cell in line[1:]) for line in lines))
-        samples, ranks = self._samples_to_do(), trainer.world_size
+            print(row(source, writer.settings["samples"], shards, to_do, f"{to_do * size / 1e9:.3f}", width=width))
+        samples = self._samples_to_do()
         print(
-            f"{samples} samples of {bytes_per_sample / 1e3:.1f} kB: {samples * bytes_per_sample / 1e9:.3f} GB, "
-            f"and about {samples / rate / ranks / 3600:.2f} hours on {ranks} processes of {rate:.1f} samples per "
-            "second, by a short trial."
+            f"{samples} samples of {size / 1e3:.1f} kB: {samples * size / 1e9:.3f} GB, and about "
+            f"{samples / rate / ranks / 3600:.2f} hours on {ranks} processes of {rate:.1f} samples per second, by a "
+            "short trial."
         )
-        check_space(self.folder, samples * bytes_per_sample)
+        check_space(self.folder, samples * size)
 
 
 class Trial:
-    """A few batches written into a temporary folder, to see how long they take and how large they are.
+    """A few batches written into a temporary folder, to measure how long they take and how large they are.
 
     Args:
         source: Name of the source.
@@ -223,13 +200,13 @@ class Trial:
     def __init__(self, source: str, settings: Settings, provenance: Provenance) -> None:
         self._folder = TemporaryDirectory()
         self.writer = ShardSetWriter(Path(self._folder.name), source, settings, provenance, max_bad_fraction=1)
-        self._times: list[float] = []
+        self._start = 0.0
         self._samples: list[int] = []
 
     def add(self, batch: Batch) -> None:
-        """Write a batch, and note when it came."""
+        """Write a batch; the clock starts when the first has come."""
         self.writer.add(batch)
-        self._times.append(time.monotonic())
+        self._start = self._start or time.monotonic()
         self._samples.append(len(batch["key"]))
 
     def close(self) -> tuple[float, float]:
@@ -239,13 +216,12 @@ class Trial:
             Bytes per sample, and samples per second after the first batch.
         """
         self.writer.flush()
-        end = time.monotonic()
+        seconds = time.monotonic() - self._start
         self.writer.close()
         self._folder.cleanup()
         if not self._samples:
             return 0.0, 1.0
-        counted = sum(self._samples[1:]) or self._samples[0]
-        return self.writer.bytes_per_sample, counted / (end - self._times[0])
+        return self.writer.bytes_per_sample, (sum(self._samples[1:]) or self._samples[0]) / seconds
 
 
 def _note_classes(source: str, settings: Settings) -> None:
@@ -253,13 +229,13 @@ def _note_classes(source: str, settings: Settings) -> None:
     classes = settings.get("classes", {})
     unknown = [name for name, label in classes.items() if label < 0]
     if unknown:
-        print(
-            f"Note: {source}: {len(unknown)} of {len(classes)} classes, such as '{unknown[0]}', are not among the "
+        log.warning(
+            f"{source}: {len(unknown)} of {len(classes)} classes, such as '{unknown[0]}', are not among the "
             "classifier's, as far as its label_names or the order of ImageNet tell. Their images get the label -1, "
             "and label@1 leaves them out."
         )
     elif not classes:
-        print(f"Note: {source}: the images lie in no class folders, so they get the label -1, and there is no label@1.")
+        log.warning(f"{source}: the images lie in no class folders, so they get the label -1, and there is no label@1.")
 
 
 def check_space(folder: Path, needed: float) -> None:
@@ -273,7 +249,7 @@ def check_space(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(
-            f"--trainer.callbacks.folder: the shards still to be written need about {needed / 1e9:.2f} GB, and "
-            f"'{folder}' has {free / 1e9:.2f} GB free. Make room, choose another disk, or store less "
-            "(--trainer.callbacks.storage=int8, --trainer.callbacks.image_format=jpg, fewer views)."
+            f"`folder`: the shards still to be written need about {needed / 1e9:.2f} GB, and '{folder}' has "
+            f"{free / 1e9:.2f} GB free. Free space, choose another disk, or store less (`storage`: int8, "
+            "`image_format`: jpg, fewer views)."
         )

@@ -44,7 +44,7 @@ def test_gives_every_corruption_of_every_source() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"corruptions": ["sepia"]}, "no corruption 'sepia'"),
+        ({"corruptions": ["sepia"]}, "`corruptions` are among gaussian_noise, .*sepia"),
         ({"severities": [0]}, "among 1 to 5"),
         ({"severities": []}, "Give at least one"),
     ],

@@ -93,7 +93,7 @@ def test_every_suffix_counts_and_nothing_that_systems_leave() -> None:
 
 def test_pictures_that_are_not_read_are_not_passed_over() -> None:
     save("root/a.jpg", "root/b.HEIC")
-    with pytest.raises(UserError, match=r"'root/b\.HEIC' is a picture of a type that is not read"):
+    with pytest.raises(UserError, match=r"'root/b\.HEIC' is an image of a type that is not read"):
         find_sources("x", Path("root"))
 
 
@@ -160,7 +160,7 @@ def test_refuses_what_holds_no_images() -> None:
     Path("root/a/b").mkdir(parents=True)
     with pytest.raises(UserError, match="no images in"):
         find_sources("x", Path("root"))
-    with pytest.raises(UserError, match=r"no folder '.*nowhere' for the source 'x'"):
+    with pytest.raises(UserError, match=r"no folder '.*nowhere'"):
         find_sources("x", Path("nowhere"))
     save("root/a/b/c.png")
     Path("root/a/loop").symlink_to("..")

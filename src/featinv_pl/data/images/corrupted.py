@@ -6,11 +6,9 @@ import torch
 
 from featinv_pl.data.images.corruptions import CORRUPTIONS, corrupt
 from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
-from featinv_pl.data.images.severities import SEVERITIES
+from featinv_pl.data.images.severities import LEVELS
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8, key_hash, to_uint8
-
-LEVELS = len(next(iter(SEVERITIES.values()))[0])
 
 
 class CorruptedImages(ImageSource):
@@ -27,21 +25,11 @@ class CorruptedImages(ImageSource):
     def __init__(self, images: ImageSource, corruption: str, severity: int) -> None:
         self.images, self.corruption, self.severity = images, corruption, severity
         self.source = f"{images.source}-corrupted/{corruption}/{severity}"
-        self.views, self.classes = images.views, images.classes
-
-    @property
-    def num_images(self) -> int:
-        """As many as the other source has."""
-        return self.images.num_images
+        self.preparation = f"{images.preparation}; {corruption} of severity {severity}, generated"
+        self.num_images, self.views, self.classes = images.num_images, images.views, images.classes
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Those of the other source."""
         return self.images.names()
-
-    @property
-    def preparation(self) -> str:
-        """That of the other source, then the corruption."""
-        return f"{self.images.preparation}; {self.corruption} of severity {self.severity}, generated"
 
     def __getitem__(self, item: int) -> ImageSample:
         sample = self.images[item]
@@ -67,15 +55,13 @@ class CorruptedData(ImageData):
         severities: list[int] | None = None,
     ) -> None:
         corruptions = list(CORRUPTIONS) if corruptions is None else corruptions
-        severities = list(range(1, LEVELS + 1)) if severities is None else severities
-        unknown = [name for name in corruptions if name not in CORRUPTIONS]
-        if unknown:
+        severities = list(LEVELS) if severities is None else severities
+        if not corruptions or not {*corruptions} <= CORRUPTIONS.keys():
             raise UserError(
-                f"--data.corruptions: there is no corruption '{unknown[0]}'. Choose among: {', '.join(CORRUPTIONS)}."
+                f"`corruptions` are among {', '.join(CORRUPTIONS)}, and are {corruptions}. Give at least one."
             )
-        if not corruptions or not set(severities) <= set(range(1, LEVELS + 1)) or not severities:
-            raise UserError(f"--data.severities are among 1 to {LEVELS}, and are {severities}. Give at least one.")
-
+        if not severities or not {*severities} <= {*LEVELS}:
+            raise UserError(f"`severities` are among 1 to {len(LEVELS)}, and are {severities}. Give at least one.")
         predicted = [
             CorruptedImages(images, corruption, severity)
             for images in data.predicted

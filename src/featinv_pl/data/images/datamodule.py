@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -35,28 +35,22 @@ class ImageSource(Dataset[ImageSample], ABC):
 
     Attributes:
         source: Its name.
+        num_images: Number of images, whatever the number of views.
+        preparation: How an image becomes a sample, for the manifest.
         classes: Names of the classes that number the labels.
         views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes
             first, then view 1 of all, so that any stretch is a fair sample.
     """
 
     source: str
+    num_images: int
+    preparation: str
     classes: tuple[str, ...] = ()
     views: int = 0
 
     @abstractmethod
     def names(self) -> Iterator[tuple[str, str]]:
         """Key of each image and name of its class, empty where there is none."""
-
-    @property
-    @abstractmethod
-    def num_images(self) -> int:
-        """Number of images, whatever the number of views."""
-
-    @property
-    @abstractmethod
-    def preparation(self) -> str:
-        """How an image becomes a sample, for the manifest."""
 
     def __len__(self) -> int:
         return self.num_images * max(self.views, 1)
@@ -71,15 +65,9 @@ class ImageSource(Dataset[ImageSample], ABC):
 
 def collate_images(samples: list[ImageSample]) -> ImageBatch:
     """Stack samples to a batch."""
-    return {
-        "images": torch.stack([sample["images"] for sample in samples]),
-        "labels": torch.tensor([sample["labels"] for sample in samples]),
-        "class_name": [sample["class_name"] for sample in samples],
-        "source": [sample["source"] for sample in samples],
-        "key": [sample["key"] for sample in samples],
-        "view": [sample["view"] for sample in samples],
-        "unreadable": [sample["unreadable"] for sample in samples],
-    }
+    batch: Any = {name: [cast(Any, sample)[name] for sample in samples] for name in samples[0]}
+    stacked: ImageBatch = batch | {"images": torch.stack(batch["images"]), "labels": torch.tensor(batch["labels"])}
+    return stacked
 
 
 class ImageBatches(Dataset[ImageBatch]):
@@ -93,68 +81,59 @@ class ImageBatches(Dataset[ImageBatch]):
 
 
 class ImageData(ResumableData, LightningDataModule):
-    """What all data modules of images share: sources to extract features of.
+    """What all data modules of images share.
 
     Args:
-        predicted: The sources, which `predict` reads one after the other.
+        predicted: The sources to extract features of, which `predict` reads one after the other.
         batch_size: Images per batch.
         num_workers: Processes that read images.
+        train: What `fit` trains on.
+        val: What `fit` validates on.
 
     Attributes:
-        batches: The samples of each batch that `predict` reads, by source: at first all, of which
-            `ShardWriter` leaves what this process has still to compute.
+        classes: Names of the classes that number the labels of `train` and `val`.
     """
 
-    def __init__(self, predicted: Sequence[ImageSource], batch_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        predicted: Sequence[ImageSource],
+        batch_size: int,
+        num_workers: int = 0,
+        train: ImageSource | None = None,
+        val: ImageSource | None = None,
+    ) -> None:
         super().__init__(batch_size)
         if num_workers:
             start_server(type(self).__module__)
         # A process may have nothing left to extract of a source while others have.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.predicted, self.num_workers = predicted, num_workers
-        self.batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
+        self.predicted, self.num_workers, self.train, self.val = predicted, num_workers, train, val
+        self.classes = next((images.classes for images in (train, val) if images is not None), ())
+        self._batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
+
+    def extract_only(self, batches: dict[str, list[Sequence[int]]]) -> None:
+        """Let `predict` read these samples of each batch by source, instead of all samples of all sources."""
+        self._batches = batches
 
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
         """One loader for each source of which something is left to do."""
         return [
-            loader(ImageBatches(images), Batches(self.batches[images.source]), self.num_workers, again=False)
+            loader(ImageBatches(images), Batches(self._batches[images.source]), self.num_workers)
             for images in self.predicted
-            if images.source in self.batches
+            if images.source in self._batches
         ]
 
-    def training_images(self) -> ImageSource | None:
-        """What `fit` trains on, if anything."""
-        return None
-
-    def validation_images(self) -> ImageSource | None:
-        """What `fit` validates on, if anything."""
-        return None
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes that number the labels of both: those of training, where there is some."""
-        images = self.training_images() or self.validation_images()
-        return () if images is None else images.classes
-
     def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """The training images, in a new order each epoch."""
-        images = self.training_images()
-        if images is None:
-            raise UserError("--data.train: fit needs a folder of training images.")
-        return self.training_loader(images)
+        """The training images in complete batches, in another order each epoch; too few for a batch are one."""
+        if self.train is None:
+            raise UserError("`data.train`: fit needs a folder of training images.")
+        self.batch_size = min(self.batch_size, max(len(self.train) // self.rank[1], 1))
+        batches = self.training_batches([len(self.train)], torch.initial_seed())
+        return loader(ImageBatches(self.train), batches, self.num_workers, again=True)
 
     def val_dataloader(self) -> list[DataLoader[ImageBatch]]:
-        """The validation images, if any."""
-        images = self.validation_images()
-        return [] if images is None else [self.evaluation_loader(images)]
-
-    def training_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
-        """Shuffled anew each epoch, in whole batches; of fewer images than a batch all are one."""
-        self.batch_size = min(self.batch_size, max(len(images) // self.rank[1], 1))
-        batches = self.training_batches([len(images)], torch.initial_seed())
-        return loader(ImageBatches(images), batches, self.num_workers, again=True)
-
-    def evaluation_loader(self, images: ImageSource) -> DataLoader[ImageBatch]:
-        """In order."""
-        batches = self.evaluation_batches(len(images), images.source)
-        return loader(ImageBatches(images), batches, self.num_workers, again=True)
+        """The validation images in order, if any."""
+        if self.val is None:
+            return []
+        batches = self.evaluation_batches(len(self.val), self.val.source)
+        return [loader(ImageBatches(self.val), batches, self.num_workers, again=True)]

@@ -36,39 +36,29 @@ class DigitImages(ImageSource):
         known = kind in SPLITS and not corruption
         if not known and (kind != "corrupted" or len(corruption) != 2 or not corruption[1].isdecimal()):
             raise UserError(
-                f"--data.sources: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
+                f"`sources`: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
                 f"corrupted/<corruption>/<severity>, with a corruption among {', '.join(CORRUPTIONS)}."
             )
         if limit is not None and limit < 1:
-            raise UserError(f"--data.limit must be at least 1, and is {limit}.")
-        self.source = source
+            raise UserError(f"`limit` must be at least 1, and is {limit}.")
+        self.source, self.preparation = source, f"{IMAGE_SIZE} px, {source}"
         self.indices = split_indices()["clean" if corruption else kind][:limit]
+        self.num_images = len(self.indices)
         self.corruption = (corruption[0], int(corruption[1])) if corruption else None
         self[0]  # an unknown corruption or severity is an error now, not in the middle of a run
 
-    @property
-    def num_images(self) -> int:
-        """Number of digits."""
-        return len(self.indices)
-
     def names(self) -> Iterator[tuple[str, str]]:
-        """Index among all digits, and digit."""
         return ((f"{index:04d}", str(digits().target[index])) for index in self.indices)
-
-    @property
-    def preparation(self) -> str:
-        """The resolution, and the corruption if any."""
-        return f"{IMAGE_SIZE} px, {self.source}"
 
     def __getitem__(self, item: int) -> ImageSample:
         index = int(self.indices[item])
-        image = digit_images()[index]
+        image, label = digit_images()[index], int(digits().target[index])
         if self.corruption is not None:
             image = corrupt(image, *self.corruption, seed=index)
         return {
             "images": from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)),
-            "labels": int(digits().target[index]),
-            "class_name": str(digits().target[index]),
+            "labels": label,
+            "class_name": str(label),
             "source": self.source,
             "key": f"{index:04d}",
             "view": None,
@@ -87,21 +77,15 @@ class DigitsData(ImageData):
 
     def __init__(self, sources: list[str] | None = None, limit: int | None = None, batch_size: int = 64) -> None:
         predicted = [DigitImages(source, limit if source.startswith("corrupted") else None) for source in sources or []]
-        super().__init__(predicted, batch_size)
+        super().__init__(predicted, batch_size, train=DigitImages("train"), val=DigitImages("val"))
 
-    def training_images(self) -> DigitImages:
-        """The training split."""
-        return DigitImages("train")
 
-    def validation_images(self) -> DigitImages:
-        """The validation split."""
-        return DigitImages("val")
+# Below, scikit-learn is imported where it is needed: it takes a tenth of every other command's start.
 
 
 @functools.cache
 def digits() -> Any:
     """The data set as scikit-learn gives it: 8x8 images with values 0 to 16."""
-    # Here and below: a tenth of every other command's start would be spent on importing it.
     from sklearn.datasets import load_digits
 
     return load_digits()

@@ -10,9 +10,9 @@ import torch
 from timm.data import create_transform
 from torchvision.transforms.v2 import functional as transforms
 
+from featinv_pl.data.images.crops import RATIO, SCALE, random_view, take_view
 from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
 from featinv_pl.data.images.layouts import NO_CLASS, find_sources, first_per_class, in_order, labelled_images
-from featinv_pl.data.images.views import RATIO, SCALE, random_view, take_view
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
@@ -53,8 +53,6 @@ class FolderImages(ImageSource):
         tolerant: bool = False,
         classes: Sequence[str] | None = None,
     ) -> None:
-        if not root.is_dir():
-            raise UserError(f"--data: there is no folder '{root}' for the source '{source}'. Check the path.")
         images = labelled_images(root)
         if per_class is not None:
             images = first_per_class(images, per_class)
@@ -67,33 +65,24 @@ class FolderImages(ImageSource):
         named = [name for name in self._class_names if name != NO_CLASS]
         self.classes = tuple(named if classes is None else classes)
         self._labels = {name: label for label, name in enumerate(self.classes)}
-        self.root, self.source, self.image_size, self.crop_pct = root, source, image_size, crop_pct
+        self.root, self.source, self.num_images, self.image_size = root, source, len(images), image_size
         self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
-        # That of `Backbone.crop` too: what a classifier is shown is what its published accuracy was measured on.
+        # That of `Backbone.crop` too: a classifier is shown what its published accuracy was measured on.
         size = (3, image_size, image_size)
         self._central_crop = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, normalize=False)
-
-    @property
-    def num_images(self) -> int:
-        """Number of files."""
-        return len(self._names)
+        if views:
+            flips = "horizontal and vertical" if vertical_flip else "horizontal"
+            self.preparation = (
+                f"{views} views of seed {seed}: random crop of {SCALE[0]:g} to {SCALE[1]:g} of the area, aspect "
+                f"{RATIO[0]:.2f} to {RATIO[1]:.2f}, {image_size} px, bicubic, {flips} flips"
+            )
+        else:
+            whole = f" of {floor(image_size / crop_pct)}" if crop_pct < 1 else ""
+            self.preparation = f"central crop of {crop_pct:g}, {image_size}{whole} px, bicubic"
 
     def names(self) -> Iterator[tuple[str, str]]:
-        """Path below the root, and class, of each file."""
         for name, place in zip(self._names, self._places, strict=True):
             yield os.fsdecode(name), self._class_names[place]
-
-    @property
-    def preparation(self) -> str:
-        """Crop, views and flips."""
-        if not self.views:
-            whole = f" of {floor(self.image_size / self.crop_pct)}" if self.crop_pct < 1 else ""
-            return f"central crop of {self.crop_pct:g}, {self.image_size}{whole} px, bicubic"
-        flips = "horizontal and vertical" if self.vertical_flip else "horizontal"
-        return (
-            f"{self.views} views of seed {self.seed}: random crop of {SCALE[0]:g} to {SCALE[1]:g} of the area, "
-            f"aspect {RATIO[0]:.2f} to {RATIO[1]:.2f}, {self.image_size} px, bicubic, {flips} flips"
-        )
 
     def __getitem__(self, item: int) -> ImageSample:
         number, index = divmod(item, self.num_images)
@@ -112,17 +101,15 @@ class FolderImages(ImageSource):
         except NoImageError as error:
             if not self.tolerant:
                 raise UserError(
-                    f"--data: '{self.root / name}' cannot be read as an image ({error}). Remove or replace it."
+                    f"`data`: '{self.root / name}' cannot be read as an image ({error}). Remove or replace it."
                 ) from error
             return {**sample, "unreadable": str(error)}
         if self.views:
-            view = random_view(image, name, number, self.seed, self.vertical_flip)
-            sample["view"] = view
-            pixels = transforms.pil_to_tensor(take_view(image, view, self.image_size))
+            sample["view"] = random_view(image, name, number, self.seed, self.vertical_flip)
+            pixels = transforms.pil_to_tensor(take_view(image, sample["view"], self.image_size))
         else:
             pixels = self._central_crop(image)
-        sample["images"] = from_uint8(pixels)
-        return sample
+        return {**sample, "images": from_uint8(pixels)}
 
 
 class FolderData(ImageData):
@@ -163,25 +150,17 @@ class FolderData(ImageData):
         num_workers: int = 0,
     ) -> None:
         if views < 0:
-            raise UserError(f"--data.views must be 0 (the central crop) or more, and is {views}.")
+            raise UserError(f"`views` must be 0 (the central crop) or more, and is {views}.")
         if per_class is not None and per_class < 1:
-            raise UserError(f"--data.per_class must be at least 1, and is {per_class}.")
+            raise UserError(f"`per_class` must be at least 1, and is {per_class}.")
         if not 0 < crop_pct <= 1:
-            raise UserError(f"--data.crop_pct is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
+            raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
         predicted = [
             FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, per_class, tolerant=True)
             for name, folder in (predict or {}).items()
             for source, root in find_sources(name, folder).items()
         ]
-        super().__init__(predicted, batch_size, num_workers)
-        self.train = FolderImages(train, "train", image_size, crop_pct) if train else None
-        classes = self.train.classes if self.train else None
-        self.val = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
-
-    def training_images(self) -> FolderImages | None:
-        """The folder to train on."""
-        return self.train
-
-    def validation_images(self) -> FolderImages | None:
-        """That for validation."""
-        return self.val
+        training = FolderImages(train, "train", image_size, crop_pct) if train else None
+        classes = training.classes if training else None
+        validation = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
+        super().__init__(predicted, batch_size, num_workers, training, validation)

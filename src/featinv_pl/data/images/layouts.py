@@ -13,36 +13,31 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from featinv_pl.data.images.severities import SEVERITIES
+from featinv_pl.data.images.severities import LEVELS, SEVERITIES
 from featinv_pl.decoding import SUFFIXES
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_text
 
 WNID = re.compile(r"n\d{8}")
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
-LEVELS = frozenset(str(level) for level in range(1, len(next(iter(SEVERITIES.values()))[0]) + 1))
 LITTER = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"})
 UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", ".psd", ".dng", ".cr2", ".nef", ".arw"})
+READ = ", ".join(sorted(SUFFIXES))
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, whose validation images lie in one folder
 NO_CLASS = ""
 
 
-@dataclass(frozen=True)
-class Folder:
-    """A folder without what holds no images.
-
-    Attributes:
-        path: Where it lies.
-        images: Names of the images directly in it, sorted.
-        folders: Those below that hold images at any depth, sorted by name.
-    """
+class Folder(NamedTuple):
+    """A folder without what holds no images."""
 
     path: Path
     images: list[str]
+    """Names of the images directly in it, sorted."""
     folders: list["Folder"]
+    """Those below that hold images at any depth, sorted by name."""
 
     @property
     def name(self) -> str:
@@ -55,11 +50,6 @@ class Folder:
         for folder in self.folders:
             yield from folder.below(f"{prefix}{folder.name}/")
 
-    @property
-    def first(self) -> Path:
-        """Some image, for errors."""
-        return self.path / next(self.below())
-
 
 def find_sources(name: str, root: Path) -> dict[str, Path]:
     """Sources at or below a folder, by name: `<name>/<path below>` where there are several.
@@ -67,8 +57,6 @@ def find_sources(name: str, root: Path) -> dict[str, Path]:
     Raises:
         UserError: There is no such folder, no image in it, or more than one way to read it.
     """
-    if not root.is_dir():
-        raise UserError(f"--data: there is no folder '{root}' for the source '{name}'. Check the path.")
     return {
         name if path == root else f"{name}/{path.relative_to(root).as_posix()}": path for path in _sources(_read(root))
     }
@@ -84,7 +72,7 @@ def labelled_images(root: Path) -> list[tuple[str, str]]:
     sources = _sources(folder)
     if sources != [root]:
         named = ", ".join(f"'{path.relative_to(root)}'" for path in sources[:5])
-        raise UserError(f"--data: '{root}' holds several sets of images ({named}). Give one of them.")
+        raise UserError(f"`data`: '{root}' holds several sets of images ({named}). Give one of them.")
     if (root / ANNOTATIONS).is_file() and len(folder.folders) == 1:
         return _annotated(folder)
     if not folder.folders:
@@ -116,62 +104,54 @@ def first_per_class(images: list[tuple[str, str]], limit: int) -> list[tuple[str
     return chosen
 
 
-# Reading
-
-
 def _read(root: Path) -> Folder:
+    if not root.is_dir():
+        raise UserError(f"`data`: there is no folder '{root}'. Check the path.")
     folder = _folder(root, ())
     if not folder.images and not folder.folders:
-        raise UserError(
-            f"--data: no images in '{root}' or below '{root}/<class>/'. Known suffixes: {', '.join(sorted(SUFFIXES))}."
-        )
+        raise UserError(f"`data`: no images in '{root}' or below '{root}/<class>/'. Known suffixes: {READ}.")
     return folder
 
 
 def _folder(path: Path, above: tuple[Path, ...]) -> Folder:
     resolved = path.resolve()
     if resolved in above:
-        raise UserError(f"--data: '{path}' is a link to a folder that contains it. Remove it.")
+        raise UserError(f"`data`: '{path}' is a link to a folder that contains it. Remove it.")
     images, folders = [], []
-    with os.scandir(path) as entries:
-        for entry in sorted(entries, key=lambda one: one.name):
-            suffix = os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith(".") or entry.name in LITTER:
-                continue
-            if os.path.isdir(path / entry.name):  # which, unlike `entry`, takes a link to itself for no folder
-                folders.append(_folder(path / entry.name, (*above, resolved)))
-            elif suffix in UNREAD:
-                raise UserError(
-                    f"--data: '{path / entry.name}' is a picture of a type that is not read. Convert or remove it. "
-                    f"Types that are: {', '.join(sorted(SUFFIXES))}."
-                )
-            elif suffix in SUFFIXES:
-                images.append(entry.name)
+    for name in sorted(os.listdir(path)):
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith(".") or name in LITTER:
+            continue
+        if os.path.isdir(path / name):
+            folders.append(_folder(path / name, (*above, resolved)))
+        elif suffix in UNREAD:
+            raise UserError(
+                f"`data`: '{path / name}' is an image of a type that is not read. Convert or remove it. Types that "
+                f"are: {READ}."
+            )
+        elif suffix in SUFFIXES:
+            images.append(name)
     return Folder(path, images, [folder for folder in folders if folder.images or folder.folders])
 
 
 def _annotated(folder: Folder) -> list[tuple[str, str]]:
     """Tiny ImageNet's validation images, whose classes stand in a table."""
-    lines = read_text(folder.path / ANNOTATIONS, "--data", "Copy it again.").splitlines()
+    lines = read_text(folder.path / ANNOTATIONS, "`data`", "Copy it again.").splitlines()
     classes = dict(line.split("\t")[:2] for line in lines if "\t" in line)
     images = [(path, classes.get(path.rpartition("/")[2], NO_CLASS)) for path in folder.below()]
     return sorted(images, key=lambda image: (image[1], image[0]))
 
 
-# Telling sources from classes
-
-
 def _sources(folder: Folder) -> list[Path]:
     """The sources at or below a folder."""
-    folders = folder.folders
-    if folder.images and folders:
+    if folder.images and folder.folders:
         raise UserError(
-            f"--data: '{folder.path}' holds images, such as '{folder.images[0]}', beside folders of images, such as "
-            f"'{folders[0].name}'. If it is a set without classes, move the folders elsewhere; if the folders are its "
-            "classes, move the images."
+            f"`data`: '{folder.path}' holds images, such as '{folder.images[0]}', beside folders of images, such as "
+            f"'{folder.folders[0].name}'. If it is a set without classes, move the folders elsewhere; if the folders "
+            "are its classes, move the images."
         )
     if _holds_sources(folder):
-        return [path for one in folders for path in _sources(one)]
+        return [path for one in folder.folders for path in _sources(one)]
     return [folder.path]
 
 
@@ -180,33 +160,30 @@ def _holds_sources(folder: Folder) -> bool:
     wnids = {name for name in names if WNID.fullmatch(name)}
     if wnids and wnids != names:
         raise UserError(
-            f"--data: '{folder.path / min(names - wnids)}' is not named by wnid, and folders beside it are, such as "
+            f"`data`: '{folder.path / min(names - wnids)}' is not named by wnid, and folders beside it are, such as "
             f"'{min(wnids)}'. If it is not a class, move it elsewhere; if it is, name all classes by wnid."
         )
     if wnids or not names:
         return False
     splits = {name for name in names if name.lower() in SPLITS}
-    deep = [one for one in folder.folders if not one.images]
-    if splits == names or any(map(_has_wnids, folder.folders)) or (folder.name in SEVERITIES and names <= LEVELS):
+    severities = folder.name in SEVERITIES and names <= {*map(str, LEVELS)}
+    if splits == names or severities or any(map(_has_wnids, folder.folders)):
         return True
+    deep = [one for one in folder.folders if not one.images]
     if not deep or (len(deep) < len(names) and not splits & {one.name for one in deep}):
         return False
     if len(deep) == len(names) and not splits and len({one.name for outer in deep for one in outer.folders}) == 1:
         return False  # such as `<class>/images/`
-    if len(names) == 1 or names <= set(SEVERITIES):
+    if len(names) == 1 or names <= SEVERITIES.keys():
         return True
-    raise _ambiguous(folder, deep[0])
+    outer, inner = deep[0].name, deep[0].folders[0].name
+    raise UserError(
+        f"`data`: '{folder.path}' can be read in two ways: '{outer}' is a class, with images of it in "
+        f"'{outer}/{inner}'; or '{outer}' is a set of images, of which '{inner}' is a class. For the first, move the "
+        f"images up into '{outer}'; for the second, give each set a name of its own, such as "
+        f"--data.predict.{outer}={deep[0].path}."
+    )
 
 
 def _has_wnids(folder: Folder) -> bool:
     return any(WNID.fullmatch(one.name) or _has_wnids(one) for one in folder.folders)
-
-
-def _ambiguous(folder: Folder, deep: Folder) -> UserError:
-    inner = deep.folders[0].name
-    return UserError(
-        f"--data: '{folder.path}' can be read in two ways: '{deep.name}' is a class, with images of it in "
-        f"'{deep.name}/{inner}'; or '{deep.name}' is a set of images, of which '{inner}' is a class. For the first, "
-        f"move the images up into '{deep.name}'; for the second, give each set a name of its own, such as "
-        f"--data.predict.{deep.name}={deep.path}."
-    )

@@ -82,3 +82,4 @@ SEVERITIES: Final[dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
     ),
 }
 """For each corruption: its constants for photographs, and for small images, at severities 1 to 5."""
+LEVELS = range(1, 6)
