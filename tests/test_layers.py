@@ -13,10 +13,11 @@ LAYERS = (
     {"runtime", "pages", "inverter"},
     {"tasks", "evaluation", "explore"},
     {"trust"},
-    {"config", "commands", "publishing"},
+    {"config", "options", "publishing"},
     {"cli"},
     {"stages"},
     {"demo", "study"},
+    {"commands"},
     {"__main__"},
 )
 NO_LIGHTNING = ("inverter", "nets", "sampling", "metrics", "types", "errors", "decoding", "files")

@@ -301,16 +301,6 @@ def test_reconstruct_refuses_a_bad_picture_before_it_draws(
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("--num_samples", "0"), ("--num_samples", "-2"), ("--sampler.steps", "0"), ("--seed", "x")]
-)
-def test_reconstruct_refuses_numbers(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["reconstruct", "--model", "model", "a.png", "--out", "out", option, value])
-    assert stop.value.code == 2
-    assert option in capsys.readouterr().err
-
-
 # Folders that will not do
 
 

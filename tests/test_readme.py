@@ -49,9 +49,15 @@ def test_command_is_understood(
         assert all(option in known for option in args if option.startswith("--"))
 
 
-def test_pages_show_every_command() -> None:
+def test_list_of_commands_is_that_of_the_command() -> None:
+    listed = re.findall(r"^featinv-pl (\S+) .* # (.*)$", README.partition("## Commands")[2], re.MULTILINE)
+    assert listed == [(name, command.does) for name, command in COMMANDS.items()]
+
+
+def test_pages_show_every_command_that_explores() -> None:
     shown = {command.split()[1] for command in shell_commands()}
-    assert shown >= {"export", "import", "reconstruct", "predict", "fit", *COMMANDS}
+    explore = {"concepts", "steer", "interpolate", "compose", "compare", "app"}
+    assert shown >= {"export", "import", "reconstruct", "predict", "fit", *explore}
 
 
 def test_python_of_the_readme_is_that_of_the_model_card() -> None:
@@ -71,9 +77,7 @@ def test_overrides_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--model.help", "FeatureInversion"])
-    assert "Probability with which training replaces map and prompt together" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "Probability of replacing feature map and prompt together" in " ".join(capsys.readouterr().out.split())
 
 
 def test_make_targets_exist() -> None:

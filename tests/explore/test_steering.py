@@ -155,8 +155,8 @@ def test_command_masks(command: list[str], picture: Path) -> None:
         (["--strengths", "nan"], "--strengths: the edited map reaches nan"),
         (["--box", "0,0,33,2"], "--box: 0,0,33,2 .* does not lie within the image, .* of 32x32 pixels"),
         (["--box", "-1,0,3,2"], "--box: -1,0,3,2 .* does not lie within the image"),
-        (["--mask", "small.png"], "--mask: 'small.png' has 3x5 pixels, and '.*' 32x32"),
-        (["--mask", "black.png"], "--mask: 'black.png' is black wherever the classifier looks"),
+        (["--mask", "small.png"], "--mask: 'small.png' has 3x5 pixels, and '.*' has 32x32"),
+        (["--mask", "black.png"], "--mask: 'black.png' is black within the classifier's crop"),
         (["--mask", "none.png"], "--mask: 'none.png' cannot be read as a picture"),
         (["--concept", "7"], "--concept: there is no concept '7'"),
     ],
@@ -176,11 +176,11 @@ def test_command_refuses(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--strengths", "-2:2"], "is FROM:TO:COUNT or values between commas, and is '-2:2'"),
+        (["--strengths", "-2:2"], "must be FROM:TO:COUNT or values separated by commas, and is '-2:2'"),
         (["--strengths", "0:1:0"], "must be at least 1, and is 0"),
-        (["--strengths", "much"], "is FROM:TO:COUNT or values between commas, and is 'much'"),
-        (["--out", "found/concepts.json"], "is a folder, and 'found/concepts.json' is a file"),
-        (["--box", "1,2,3"], "is TOP,LEFT,HEIGHT,WIDTH in pixels, and is '1,2,3'"),
+        (["--strengths", "much"], "must be FROM:TO:COUNT or values separated by commas, and is 'much'"),
+        (["--out", "found/concepts.json"], "must be a folder, and 'found/concepts.json' is a file"),
+        (["--box", "1,2,3"], "must be TOP,LEFT,HEIGHT,WIDTH in pixels, and is '1,2,3'"),
     ],
 )
 def test_spelling(options: list[str], message: str, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:

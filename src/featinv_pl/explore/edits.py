@@ -3,11 +3,15 @@
 All are functions of tensors: maps (B, C, h, w), and the weight (h, w) in [0, 1] with which each location is changed.
 """
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d, normalize
 
 from featinv_pl.errors import UserError
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.pages.pictures import open_picture
 
 Box = tuple[int, int, int, int]
 """Top, left, height and width in pixels."""
@@ -64,6 +68,27 @@ def box_mask(box: Box, size: tuple[int, int]) -> Tensor:
     mask = torch.zeros(size)
     mask[top : top + height, left : left + width] = 1
     return mask
+
+
+def picture_mask(path: Path, original: Path, pipeline: FeatInvPipeline) -> Tensor:
+    """A mask (H, W) in [0, 1] from a picture that is white inside, cropped as the original is.
+
+    Raises:
+        UserError: The picture is of another size than the original, or black.
+    """
+    mask, picture = open_picture(path, "`mask`"), open_picture(original)
+    if mask.size != picture.size:
+        raise UserError(
+            f"`mask`: '{path}' has {mask.width}x{mask.height} pixels, and '{original}' has "
+            f"{picture.width}x{picture.height}. Give a mask of the picture's size."
+        )
+    cropped = (pipeline.crop([mask])[0].mean(0) + 1) / 2
+    if not cropped.any():
+        raise UserError(
+            f"`mask`: '{path}' is black within the classifier's crop, so nothing would change. "
+            "Paint white what to change."
+        )
+    return cropped
 
 
 def location_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:

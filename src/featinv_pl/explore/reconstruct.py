@@ -17,7 +17,7 @@ SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
 SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
 
 
-def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_samples: int, seed: int) -> None:
+def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_samples: int, seed: int) -> str:
     """Write reconstructions as PNGs, a contact sheet, and their cosines and predictions as JSON.
 
     Two heat maps end each row of the sheet: where the reconstructions lose the map, and, of several samples, where the
@@ -29,6 +29,9 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
         folder: Where to: `<stem>-<number>.png`, `contact_sheet.png`, `reconstructions.json`.
         num_samples: Reconstructions of each picture.
         seed: Of the noise.
+
+    Returns:
+        A summary in a sentence.
     """
     pictures = [open_picture(path) for path in paths]
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +62,8 @@ def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_
     cosine = sum(cosine for cosine, _ in scored) / len(scored)
     same = f", {sum(same for _, same in scored)} classified as their original"
     classified = same if pipeline.inverter.classifier.classifies else ""
-    print(
-        f"{len(scored)} reconstructions of {len(paths)} pictures in {folder}: mean cosine {cosine:.3f}{classified}; "
-        f"see {folder / SHEET}"
-    )
+    number = f"{len(scored)} reconstructions of {len(paths)} pictures"
+    return f"{number}: mean cosine {cosine:.3f}{classified}.\nOpen {folder / SHEET}."
 
 
 def _sheet(rows: list[list[Any]]) -> Image.Image:

@@ -1,0 +1,87 @@
+"""The table of commands, and the options that it generates."""
+
+import subprocess
+import sys
+from argparse import ArgumentParser
+from dataclasses import fields
+
+import pytest
+
+from featinv_pl.__main__ import main
+from featinv_pl.commands import COMMANDS
+from featinv_pl.options import add_sampler, changed
+from featinv_pl.sampling.sampler import AUTHORS, Refinement, Sampler
+
+SAMPLING = ("reconstruct", "steer", "interpolate", "compose", "compare", "app")
+FIELDS = [f"sampler.{field.name}" for field in fields(Sampler) if field.name != "refine"]
+FIELDS += [f"sampler.refine.{field.name}" for field in fields(Refinement)]
+
+
+def test_help_names_every_command_and_needs_no_torch() -> None:
+    """Of `featinv-pl` and of each command of ours, in one process."""
+    code = """
+import contextlib, sys
+from featinv_pl.__main__ import run
+from featinv_pl.commands import COMMANDS
+run(["--help"])
+assert "jsonargparse" not in sys.modules
+for name, command in COMMANDS.items():
+    if command.run:
+        with contextlib.suppress(SystemExit):
+            run([name, "--help"])
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for name, command in COMMANDS.items():
+        assert f"  {name:11}  {command.does}\n" in done.stdout
+        assert command.run is None or f"usage: featinv-pl {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_every_command_that_samples_has_the_options_of_the_sampler(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    assert not [field for field in FIELDS if f"--{field} " not in printed]
+    assert "disables guidance and halves the cost" in " ".join(printed.split())  # as the docstring says
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", AUTHORS),
+        ("--sampler.steps 3 --sampler.scheduler unipc", Sampler("unipc", 3, 1.75, "text", spacing="leading")),
+        ("--sampler.guidance_interval 0.1 0.8", {"guidance_interval": (0.1, 0.8)}),
+        ("--sampler.refine.steps 2 --sampler.refine.target 0.9", {"refine": Refinement(2, target=0.9)}),
+        ("--sampler.best_of 4 --sampler.guidance_scale=-1", {"best_of": 4, "guidance_scale": -1.0}),
+    ],
+)
+def test_options_replace_fields_of_the_models_own_sampler(line: str, expected: object) -> None:
+    parser = ArgumentParser()
+    add_sampler(parser)
+    sampler = changed(AUTHORS, parser.parse_args(line.split()))
+    if isinstance(expected, dict):
+        assert {name: getattr(sampler, name) for name in expected} == expected
+    else:
+        assert sampler == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--num_samples", "0"], 2, "argument --num_samples: must be at least 1, and is 0"),
+        (["--seed", "x"], 2, "argument --seed: invalid int value"),
+        (["--sampler.scheduler", "euler"], 2, "argument --sampler.scheduler: invalid choice"),
+        (["--sampler.steps", "0"], 1, "--sampler.steps cannot be 0. Give at least 1."),
+        (["--sampler.refine.steps", "0"], 1, "--sampler.refine.steps cannot be 0. Give 1 to 1000."),
+    ],
+)
+def test_refuses_values_before_it_loads_a_model(
+    options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["reconstruct", "--model", "nowhere", "a.png", "--out", "out", *options])
+    assert stop.value.code == code
+    assert message in capsys.readouterr().err
