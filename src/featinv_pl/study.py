@@ -89,7 +89,7 @@ def study(path: Path, jobs: int, config: Path | None = None) -> bool:
     """Run a study, or what is missing of it.
 
     Its folder gets the table as `study.md` and `study.json`, all scores as `study.png`, and the first images of each
-    row as `pictures.png`, if the runs have a ReconstructionGrid.
+    row as `pictures.png`.
 
     Args:
         path: Its YAML file; see `Plan`.

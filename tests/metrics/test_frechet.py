@@ -96,5 +96,5 @@ def test_vectors_are_taken_as_they_are() -> None:
 
 def test_refuses_maps_of_another_width() -> None:
     metric = FrechetDistance(CHANNELS + 1, "fd_tiny")
-    with pytest.raises(UserError, match=f"made for {CHANNELS + 1} features, and there are {CHANNELS}"):
+    with pytest.raises(UserError, match=f"`num_features` is {CHANNELS + 1}, and there are {CHANNELS}"):
         metric.update(*maps(3))

@@ -23,9 +23,6 @@ class Floor:
     """Another image of the same test set, chosen at random by key among 64 fixed ones.
 
     An image therefore has the same partner on every rank, in every batch and order.
-
-    Args:
-        samples: The test set.
     """
 
     def __init__(self, samples: Dataset[Sample]) -> None:
@@ -53,15 +50,7 @@ class Floor:
 def from_training_shards(
     trainer: Trainer, inverter: Any, data: Any, wanted: Sequence[str], note: Callable[[str], None]
 ) -> dict[str, Baseline]:
-    """Fit or read the baselines that need training shards.
-
-    Args:
-        trainer: Of the test.
-        inverter: The `Inverter`.
-        data: The `FeatureShards`.
-        wanted: Names of baselines.
-        note: Called with the reason why one is missing.
-    """
+    """The wanted baselines that need the training shards of `FeatureShards`; `note` is told why one is missing."""
     shards = {REGRESSION: data.train, NEIGHBOUR: data.train if data.neighbours is None else data.neighbours}
     found: dict[str, Baseline] = {}
     for name in wanted:

@@ -4,11 +4,11 @@ import io
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from featinv_pl.data.shards.reader import ShardSet
@@ -16,10 +16,10 @@ from featinv_pl.errors import UserError
 from featinv_pl.evaluation.baselines import from_training_shards
 from featinv_pl.evaluation.loggers import last_step, log_picture, log_table
 from featinv_pl.evaluation.methods import INVERSION, check_names, label
-from featinv_pl.evaluation.pictures import PICTURES, Pictures, check_number
+from featinv_pl.evaluation.pictures import POOL, Pictures
 from featinv_pl.evaluation.plots import cosine_histograms, severity_curves
 from featinv_pl.evaluation.provenance import describe
-from featinv_pl.evaluation.reconstructions import CACHE, ImageCache, Reconstructions
+from featinv_pl.evaluation.reconstructions import ImageCache, Reconstructions
 from featinv_pl.evaluation.results import HEADLINES, METRICS, Results, aligned
 from featinv_pl.evaluation.scorers import Scorer, classifier_scorer, judge_scorer, published_scorers
 from featinv_pl.evaluation.scores import Scores
@@ -34,12 +34,12 @@ from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch
 
 REPLICATES = 1000
-log = logging.getLogger("featinv_pl")
 CAPTIONS = {
     "scores": "with 95 % intervals",
     "severity": "scores against the severity of corruptions, with 95 % intervals",
     "histograms": "distribution of the cosine over the images of each test set",
 }
+log = logging.getLogger("featinv_pl")
 
 
 class Evaluation(Callback):
@@ -90,56 +90,48 @@ class Evaluation(Callback):
     ) -> None:
         if num_samples < 1:
             raise UserError(f"`num_samples` must be at least 1, and is {num_samples}.")
+        if not 0 <= num_images <= POOL:
+            raise UserError(f"`num_images` must be 0 to {POOL}, and is {num_images}.")
         check_names(samplers or {})
-        check_number(num_images)
         self.clean, self.num_samples, self.samplers, self.baselines = clean, num_samples, samplers or {}, baselines
         self.num_images, self.inception, self.alexnet, self.dry_run = num_images, inception, alexnet, dry_run
         with torch.random.fork_rng(devices=[]):  # a control is initialised alike with and without a judge
             self.judge = Backbone(judge) if judge else None
         self.trial: Trial | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let a dry run read the first test set only."""
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.dry_run and stage == "test":
-            self.sizes = cast(Any, trainer).datamodule.test_first_set_only()
+            self.trial = Trial(trainer.datamodule.test_first_set_only())
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make everything for a new evaluation."""
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._start(trainer, pl_module, "validate")
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make everything for a new evaluation."""
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._start(trainer, pl_module, "test")
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        """Reconstruct and score a batch."""
         self._update(trainer, batch)
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        """Reconstruct and score a batch."""
         self._update(trainer, batch)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish and log all scores."""
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._finish(trainer, pl_module)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish and log all scores."""
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._finish(trainer, pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write files and print a summary, now that the progress line is closed."""
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._end(trainer)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write files and print a summary, now that the progress line is closed."""
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         self._end(trainer)
 
-    def _start(self, trainer: Trainer, module: Any, stage: str) -> None:
-        data, inverter, testing = cast(Any, trainer).datamodule, module.inverter, stage == "test"
+    def _start(self, trainer: Any, module: Any, stage: str) -> None:
+        data, inverter, testing = trainer.datamodule, module.inverter, stage == "test"
         samplers, num_samples = (self.samplers, self.num_samples) if testing else ({}, 1)
-        if self.dry_run and testing:
-            self.trial = Trial(self.sizes, Reconstructions(inverter, samplers, num_samples))
+        if self.trial is not None:
+            self.reconstructions = Reconstructions(inverter, samplers, num_samples)
             return
         hide_score_tables(trainer)  # a line for each of hundreds of scores; the summary replaces it
         self.results, self.stage, self.step = Results(), stage, last_step(trainer)
@@ -153,7 +145,7 @@ class Evaluation(Callback):
             for name in data.too_small:
                 self._note(f"{name}: left out, for it has fewer samples than there are processes")
             baselines = from_training_shards(trainer, inverter, data, self.baselines, self._note)
-            cache = ImageCache(self.root / CACHE, {**inverter.identity(), **how})
+            cache = ImageCache(self.root, {**inverter.identity(), **how})
         if self.writes:
             self.results.provenance = describe(trainer, module, samplers, how)
         self.reconstructions = Reconstructions(inverter, samplers, num_samples, baselines, cache)
@@ -162,8 +154,8 @@ class Evaluation(Callback):
         self._note_losses(test_sets)
         samples = self.root if self.writes else None
         self.scores = Scores(self.results, test_sets, scorers, methods, inverter, self.clean, samples)
-        folder, weights = self.root / PICTURES, how.get("control")
-        self.pictures = Pictures(self.num_images, list(samplers), folder, weights, trainer.loggers, self.step)
+        weights = how.get("control")
+        self.pictures = Pictures(self.num_images, list(samplers), self.root, weights, trainer.loggers, self.step)
 
     @property
     def _replicates(self) -> int:
@@ -196,7 +188,7 @@ class Evaluation(Callback):
     def _update(self, trainer: Trainer, batch: Batch) -> None:
         if self.trial is not None:
             with trainer.precision_plugin.forward_context():
-                self.trial.update(batch)
+                self.trial.update(self.reconstructions, batch)
             return
         tally = self.scores.open(batch["source"][0])
         with trainer.precision_plugin.forward_context():
@@ -205,7 +197,7 @@ class Evaluation(Callback):
         if self.num_images:
             self.pictures.update(batch, made)
 
-    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+    def _finish(self, trainer: Trainer, module: Any) -> None:
         """Close all test sets, and give the scores to loggers, to callbacks that monitor one, and to the caller."""
         if self.trial is not None:
             return
@@ -223,7 +215,7 @@ class Evaluation(Callback):
     def _end(self, trainer: Trainer) -> None:
         if self.trial is not None:
             if trainer.is_global_zero:
-                print("\n" + self.trial.estimate(trainer.world_size))
+                print(f"\n{self.trial.estimate(trainer.world_size)}")
         elif self.writes:
             if "val/loss" in trainer.callback_metrics:
                 print(f"val/loss {trainer.callback_metrics['val/loss']:.4f}")

@@ -22,15 +22,7 @@ def last_step(trainer: Trainer) -> int:
 
 @singledispatch
 def log_picture(logger: Logger, name: str, pixels: Pixels, caption: str, step: int) -> None:
-    """Log a picture. Loggers of scalars only, such as CSVLogger, ignore it.
-
-    Args:
-        logger: Any of Lightning's.
-        name: Such as `reconstructions/val/first`.
-        pixels: (H, W, 3) bytes.
-        caption: What it shows.
-        step: That of `last_step`.
-    """
+    """Log a picture at the step that `last_step` returns. Loggers of scalars only, such as CSVLogger, ignore it."""
 
 
 @log_picture.register

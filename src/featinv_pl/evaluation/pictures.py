@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.errors import UserError
 from featinv_pl.evaluation.loggers import Pixels, log_picture
 from featinv_pl.evaluation.methods import CEILING, INVERSION, ORIGINAL, label
 from featinv_pl.evaluation.reconstructions import Reconstruction
@@ -29,18 +27,10 @@ POOL = 128
 FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One image by every method, (3, H, W) bytes each, and its facts."""
-
-    images: dict[str, Tensor]
-    facts: dict[str, Any]
-
-
 class Pictures:
     """Writes and logs images of every test set: original, autoencoder, and a reconstruction by each sampler.
 
-    `<folder>/<test set>/first/` gets one strip of tiles per method (`original.png`, `autoencoder.png`,
+    `pictures/<test set>/first/` gets one strip of tiles per method (`original.png`, `autoencoder.png`,
     `reconstruction.png`, and one for each further sampler) with the first images, which are the same for every
     inverter, and `tiles.json` with labels, predicted classes, cosines, and the digest of the weights. `extremes/`
     gets the same of the best, the median and the worst images by cosine among the first 128; test sets are stored in
@@ -49,7 +39,7 @@ class Pictures:
     Args:
         num_images: Tiles per test set.
         samplers: Names of further samplers.
-        folder: Where to.
+        root: The folder of the run.
         checkpoint: Digest of the weights, if it is known.
         loggers: Of the trainer.
         step: See `log_picture`.
@@ -59,70 +49,66 @@ class Pictures:
         self,
         num_images: int,
         samplers: Sequence[str],
-        folder: Path,
+        root: Path,
         checkpoint: str | None,
         loggers: Sequence[Logger],
         step: int,
     ) -> None:
-        self.num_images, self.folder, self.checkpoint = num_images, folder, checkpoint
+        self.num_images, self.folder, self.checkpoint = num_images, root / PICTURES, checkpoint
         self.rows = {method: label(method) for method in (ORIGINAL, CEILING, INVERSION, *samplers)}
         self.loggers, self.step = loggers, step
-        self.tiles: list[Tile] = []
         self.test_set: str | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.tiles: dict[str, list[Tensor]] = {name: [] for name in self.rows.values()}
+        self.facts: dict[str, list[Any]] = {name: [] for name in FACTS}
 
     def update(self, batch: Batch, made: Mapping[str, Reconstruction]) -> None:
         """Keep the first images of a test set, and show those of the set before it."""
         if batch["source"][0] != self.test_set:
             self.show()
             self.test_set = batch["source"][0]
-        rows = range(min(len(batch["key"]), POOL - len(self.tiles)))
-        strips = {name: to_uint8(made[method]["images"][: len(rows)]).cpu() for method, name in self.rows.items()}
+        left = POOL - len(self.facts["cosine"])
+        for method, name in self.rows.items():
+            self.tiles[name] += to_uint8(made[method]["images"][:left]).cpu().unbind()
         cosines = cosine_similarity(made[INVERSION]["features"], batch["features"]).mean((1, 2)).tolist()
         classes = [
             ["none" if index < 0 else index for index in predicted(item["logits"]).tolist()]
             for item in (batch, made[INVERSION])
         ]
         facts = (batch["labels"].tolist(), *classes, [round(cosine, 4) for cosine in cosines])
-        self.tiles += [
-            Tile(
-                {name: strip[row] for name, strip in strips.items()},
-                {name: values[row] for name, values in zip(FACTS, facts, strict=True)},
-            )
-            for row in rows
-        ]
+        for name, values in zip(FACTS, facts, strict=True):
+            self.facts[name] += values[:left]
 
     @rank_zero_only
     def show(self) -> None:
         """Write and log the pictures of the last test set."""
         if self.test_set is None:
             return
-        for name, tiles in ((FIRST, self.tiles[: self.num_images]), (EXTREMES, self._extremes())):
+        first = list(range(len(self.facts["cosine"])))[: self.num_images]
+        for name, chosen in ((FIRST, first), (EXTREMES, self._extremes())):
             folder = self.folder / self.test_set / name
-            strips = {row: _strip([tile.images[row] for tile in tiles]) for row in self.rows.values()}
+            strips = {row: _strip([tiles[index] for index in chosen]) for row, tiles in self.tiles.items()}
             for row, strip in strips.items():
                 write_bytes(folder / f"{row}.png", picture_png(Image.fromarray(strip)))
-            facts = {fact: [tile.facts[fact] for tile in tiles] for fact in FACTS}
+            facts = {fact: [values[index] for index in chosen] for fact, values in self.facts.items()}
             write_bytes(folder / FACTS_FILE, json.dumps({"checkpoint": self.checkpoint, **facts}).encode())
             picture = np.concatenate(list(strips.values()))
             caption = f"{self.test_set}, {name}, from top to bottom: {', '.join(strips)}"
             for logger in self.loggers:
                 log_picture(logger, f"reconstructions/{self.test_set}/{name}", picture, caption, self.step)
-        self.tiles, self.test_set = [], None
+        self.test_set = None
+        self._forget()
 
-    def _extremes(self) -> list[Tile]:
+    def _extremes(self) -> list[int]:
         """A third each of the best, the median and the worst; if they are few, all from best to worst."""
-        ranked = sorted(self.tiles, key=lambda tile: -tile.facts["cosine"])
-        third = self.num_images // 3
+        cosines, third = self.facts["cosine"], self.num_images // 3
+        ranked = sorted(range(len(cosines)), key=lambda index: -cosines[index])
         if len(ranked) <= 3 * third or not third:
             return ranked[: self.num_images]
         middle = (len(ranked) - third) // 2
         return ranked[:third] + ranked[middle : middle + third] + ranked[-third:]
-
-
-def check_number(num_images: int) -> None:
-    """Refuse more pictures than the extremes are chosen from."""
-    if not 0 <= num_images <= POOL:
-        raise UserError(f"`num_images` must be 0 to {POOL}, and is {num_images}.")
 
 
 def _strip(tiles: Sequence[Tensor]) -> Pixels:

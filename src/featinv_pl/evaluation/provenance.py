@@ -14,39 +14,28 @@ from featinv_pl.sampling.sampler import Sampler
 
 
 class Checkpoint(TypedDict):
-    """The control that was scored."""
+    """The control that was scored, and the digest of its weights."""
 
     path: str | None
-    """None for weights that do not come from a checkpoint."""
     step: int
     digest: str
-    """Of the weights, wherever they are stored."""
 
 
 class Provenance(TypedDict):
     """Where scores come from."""
 
     command: str
-    """`test` or `validate`."""
     date: str
     checkpoint: Checkpoint
     model: dict[str, Any]
     """The identity of the inverter."""
     sampling: dict[str, Any]
-    """Precision, seed and samplers."""
     code: dict[str, Any]
     shards: dict[str, str]
 
 
 def describe(trainer: Trainer, module: Any, samplers: Mapping[str, Sampler], sampling: Mapping[str, Any]) -> Provenance:
-    """Describe the evaluation that is about to begin.
-
-    Args:
-        trainer: Of `validate` or `test`.
-        module: The `FeatureInversion`.
-        samplers: Further samplers by name.
-        sampling: What `inverter.identity.sampling` says.
-    """
+    """Describe an evaluation of a `FeatureInversion` that begins, with further samplers and what `sampling` says."""
     how, origin = dict(sampling), provenance(trainer)
     used = {name: asdict(sampler) for name, sampler in {INVERSION: module.inverter.sampler, **samplers}.items()}
     return {

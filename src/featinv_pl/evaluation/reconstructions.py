@@ -42,14 +42,15 @@ class ImageCache:
     or pictures therefore reuse it, and a change of the model or of the data is never overlooked.
 
     Args:
-        folder: Gets one file of bytes for each batch and sampler. It may be removed at any time.
+        root: The folder of the run. `reconstructions/` below it gets a file of bytes for each batch and sampler; it may
+            be removed at any time.
         model: Identity and sampling settings of the inverter.
     """
 
-    def __init__(self, folder: Path, model: Mapping[str, Any]) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, root: Path, model: Mapping[str, Any]) -> None:
+        self.folder, self.model = root / CACHE, model
         self.files: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
                     self.files |= dict.fromkeys(file.keys(), path)
@@ -66,11 +67,12 @@ class ImageCache:
 
     def read(self, names: Sequence[str]) -> dict[int, Tensor]:
         """The images (3, H, W) in [-1, 1] that are stored, by position among the names."""
-        return {place: self._image(name) for place, name in enumerate(names) if name in self.files}
-
-    def _image(self, name: str) -> Tensor:
-        with safe_open(self.files[name], "pt") as file:
-            return from_uint8(file.get_tensor(name))
+        found = {}
+        for place, name in enumerate(names):
+            if name in self.files:
+                with safe_open(self.files[name], "pt") as file:
+                    found[place] = from_uint8(file.get_tensor(name))
+        return found
 
     def write(self, images: Mapping[str, Tensor]) -> None:
         """Store images (3, H, W) under their names, except those with NaN or Inf, which bytes cannot express."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,9 @@ TableRow = tuple[str, int, str, list[str]]
 
 
 class Tiles(TypedDict):
-    """What the page shows below pictures."""
+    """What the page shows below pictures, and the digest of the weights that were tested."""
 
     checkpoint: str | None
-    """Digest of the weights that were tested."""
     prediction: list[str | int]
     reconstruction_prediction: list[str | int]
 
@@ -58,13 +58,7 @@ TILES, RECORDS = TypeAdapter(Tiles), TypeAdapter(dict[str, Record])
 
 @dataclass(frozen=True)
 class Tested:
-    """One tested inverter.
-
-    Attributes:
-        name: Name of its folder.
-        folder: Holds `metrics.json`, `samples/` and `pictures/`.
-        document: The content of `metrics.json`.
-    """
+    """A tested inverter: its name, the folder with what `test` left, and the content of `metrics.json` there."""
 
     name: str
     folder: Path
@@ -107,10 +101,7 @@ class Tested:
 
 
 def report(folder: Path) -> None:
-    """Write `report.html`, `metrics.json` and `overview.png` from the inverters tested below a folder.
-
-    Args:
-        folder: Holds one folder per inverter, as `test` leaves it.
+    """Write `report.html`, `metrics.json` and `overview.png` into a folder that holds a folder per tested inverter.
 
     Raises:
         UserError: There is no inverter, or nothing that all have.
@@ -151,7 +142,6 @@ def report(folder: Path) -> None:
 
 
 def _validated(kind: TypeAdapter[Any], path: Path, advice: str) -> Any:
-    """The content of a JSON file of that kind."""
     try:
         return kind.validate_python(read_json(path, "report", advice))
     except ValidationError as error:
@@ -160,7 +150,6 @@ def _validated(kind: TypeAdapter[Any], path: Path, advice: str) -> Any:
 
 
 def _inverters(folder: Path) -> list[Tested]:
-    """The tested inverters, the most faithful first."""
     found = [
         Tested(path.parent.name, path.parent, read_document(path, "report")) for path in folder.glob(f"*/{METRICS}")
     ]
@@ -186,7 +175,6 @@ def _test_sets(inverters: Sequence[Tested]) -> list[str]:
 
 
 def _found(inverter: Tested) -> str:
-    """What there is of an inverter, in an error's words."""
     scored, pictured = (
         ", ".join(dict.fromkeys(test_set.split("/")[0] for test_set in sorted(names))) or "nothing"
         for names in (inverter.document["samples"], inverter.pictured)
@@ -195,15 +183,13 @@ def _found(inverter: Tested) -> str:
 
 
 def _table(inverters: Sequence[Tested], groups: Sequence[str], scores: Sequence[str]) -> list[TableRow]:
-    """Each inverter, then the baselines, on every group."""
     methods = [(inverter, INVERSION, inverter.name) for inverter in inverters]
     methods += [(inverters[0], method, label(method)) for method in LABELS if method != INVERSION]
     rows = []
-    for group in groups:
-        for inverter, method, title in methods:
-            cells = [cell(inverter.scores.get(Name(group, score, method))) for score in scores]
-            if any(cells):
-                rows.append((group, inverter.document["samples"][group], title, cells))
+    for group, (inverter, method, title) in product(groups, methods):
+        cells = [cell(inverter.scores.get(Name(group, score, method))) for score in scores]
+        if any(cells):
+            rows.append((group, inverter.document["samples"][group], title, cells))
     return rows
 
 
@@ -211,19 +197,17 @@ def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> list[Tab
     """The most faithful inverter minus each other, on the images of both."""
     rows = []
     first, *others = inverters
-    for group in groups:
-        for other in others:
-            common = first.document["samples"].keys() & other.document["samples"].keys()
-            below = [one for one in sorted(common) if f"{one}/".startswith(f"{group}/")]
-            test_sets = [one for one in below if not any(more.startswith(f"{one}/") for more in below)]
-            found = differences.differences(first.folder, other.folder, test_sets)
-            cells = [cell(as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
-            rows.append((group, found["cosine"].count or 0, f"{first.name} - {other.name}", cells))
+    for group, other in product(groups, others):
+        common = first.document["samples"].keys() & other.document["samples"].keys()
+        below = [one for one in sorted(common) if f"{one}/".startswith(f"{group}/")]
+        test_sets = [one for one in below if not any(more.startswith(f"{one}/") for more in below)]
+        found = differences.differences(first.folder, other.folder, test_sets)
+        cells = [cell(as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
+        rows.append((group, found["cosine"].count or 0, f"{first.name} - {other.name}", cells))
     return rows
 
 
 def _all_scores(inverters: Sequence[Tested]) -> list[tuple[str, list[float | None]]]:
-    """Every score by its full name, with its value for each inverter."""
     names = sorted({name for inverter in inverters for name in inverter.scores})
     return [
         (str(name), [one.scores[name]["value"] if name in one.scores else None for one in inverters]) for name in names
@@ -245,7 +229,6 @@ def _origin(document: Document) -> list[str]:
 
 
 def _rows(inverters: Sequence[Tested], test_set: str) -> list[dict[str, Any]]:
-    """Rows of a picture: the original, the autoencoder alone, and each inverter."""
     first = inverters[0]
     shown = {"original": first.tiles(test_set, FIRST)["prediction"], "autoencoder": []}
     rows = [_row(name, first.strip(test_set, FIRST, name), classes) for name, classes in shown.items()]
@@ -256,7 +239,6 @@ def _rows(inverters: Sequence[Tested], test_set: str) -> list[dict[str, Any]]:
 
 
 def _extremes(inverter: Tested, test_set: str) -> list[dict[str, Any]]:
-    """Rows of the best, median and worst images of one inverter."""
     facts = inverter.tiles(test_set, EXTREMES)
     classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
     return [_row(name, inverter.strip(test_set, EXTREMES, name), shown) for name, shown in classes.items()]

@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, cast
 
@@ -85,19 +86,15 @@ def by_name(document: Document) -> dict[Name, Score]:
 
 @dataclass
 class Results:
-    """All scores of an evaluation.
-
-    Attributes:
-        values: Scores with their uncertainty.
-        counts: Images that count, by test set or group.
-        notes: What users should know about these scores: what is missing, and why.
-        provenance: What was scored; None if the scores are not written.
-    """
+    """All scores of an evaluation."""
 
     values: dict[Name, Estimate] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    """Images that count, by test set or group."""
     notes: list[str] = field(default_factory=list)
+    """What is missing, and why."""
     provenance: Provenance | None = None
+    """What was scored; None if the scores are not written."""
 
     def derive(self) -> None:
         """Add scores that follow from others.
@@ -105,27 +102,18 @@ class Results:
         `cosine_calibrated` of a method is the position of its cosine between floor and ceiling, if the ceiling is
         higher. `cosine_difference` and `agreement@1_difference` of a method are the inverter's score minus its own.
         """
-        for test_set in self.counts:
-            for prefix in PREFIXES:
-                self._calibrate(test_set, f"{prefix}cosine")
-                for score in COMPARED:
-                    self._compare(test_set, f"{prefix}{score}")
-
-    def _calibrate(self, test_set: str, cosine: str) -> None:
-        floor, ceiling = (self.values.get(Name(test_set, cosine, method)) for method in (FLOOR, CEILING))
-        if floor is None or ceiling is None or not ceiling.values[0] > floor.values[0]:
-            return
-        for method in self.methods:
-            own = self.values.get(Name(test_set, cosine, method))
-            if own is not None and method not in (FLOOR, CEILING):
-                self.values[Name(test_set, f"{cosine}_calibrated", method)] = (own - floor) / (ceiling - floor)
-
-    def _compare(self, test_set: str, score: str) -> None:
-        own = self.values.get(Name(test_set, score))
-        for method in self.methods:
-            other = self.values.get(Name(test_set, score, method))
-            if own is not None and other is not None and method != INVERSION:
-                self.values[Name(test_set, f"{score}_difference", method)] = own - other
+        for test_set, prefix, score in product(self.counts, PREFIXES, COMPARED):
+            names = {method: Name(test_set, f"{prefix}{score}", method) for method in self.methods}
+            found = {method: self.values[name] for method, name in names.items() if name in self.values}
+            floor, ceiling, inverter = (found.get(method) for method in (FLOOR, CEILING, INVERSION))
+            for method, own in found.items():
+                between = score == "cosine" and method not in (FLOOR, CEILING)
+                if between and floor and ceiling and ceiling.values[0] > floor.values[0]:
+                    self.values[Name(test_set, f"{prefix}cosine_calibrated", method)] = (own - floor) / (
+                        ceiling - floor
+                    )
+                if inverter and method != INVERSION:
+                    self.values[Name(test_set, f"{prefix}{score}_difference", method)] = inverter - own
 
     @property
     def methods(self) -> list[str]:
@@ -205,11 +193,7 @@ def aligned(table: list[list[str]]) -> str:
 
 
 def read_document(path: Path, option: str) -> Document:
-    """Read a `metrics.json`.
-
-    Args:
-        path: The file.
-        option: The option that named it, for errors.
+    """Read a `metrics.json`, which `option` has named.
 
     Raises:
         UserError: It cannot be read, or holds something else.
@@ -232,7 +216,7 @@ def samples_path(root: Path, test_set: str) -> Path:
 
 
 def read_samples(root: Path, group: str, test_sets: Iterable[str]) -> Any:
-    """The scores of each image of a test set, or of a group of them, as a table of pyarrow.
+    """The scores of each image of a test set or group, as a table of pyarrow.
 
     Args:
         root: The folder of a run.

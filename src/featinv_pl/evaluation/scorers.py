@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,14 @@ Classes = Sequence[int] | None
 
 @dataclass(frozen=True)
 class Scorer:
-    """A network and the metrics that compare its outputs.
-
-    Attributes:
-        prefix: Of the names of its scores.
-        create: Makes new metrics for a test set.
-        observe: From images to an observation; None for the inverter's classifier, which has classified them already.
-        classifies: Whether it has classes.
-    """
+    """A network and the metrics that compare its outputs."""
 
     prefix: str
+    """Of the names of its scores."""
     create: Callable[[Classes], list[Metric]]
+    """Makes new metrics for a test set."""
     observe: Callable[[Tensor], Mapping[str, Any]] | None = None
+    """From images to an observation; None for the inverter's classifier, which has classified them already."""
     classifies: bool = False
 
     def metrics(self, method: str, classes: Classes) -> list[Metric]:
@@ -57,13 +54,7 @@ class Scorer:
 
 
 def classifier_scorer(classifier: Backbone, replicates: int, diverse: bool) -> Scorer:
-    """The inverter's classifier.
-
-    Args:
-        classifier: Of the inverter.
-        replicates: See `SampleMetric`.
-        diverse: Whether there are several samples of each feature map.
-    """
+    """The inverter's classifier, which compares several samples of each feature map too if the test is `diverse`."""
     channels, name = classifier.feature_shape[0], _network_name(classifier)
 
     def create(classes: Classes) -> list[Metric]:
@@ -90,39 +81,26 @@ def judge_scorer(judge: Backbone, replicates: int) -> Scorer:
 def published_scorers(
     inception: Weights, alexnet: Weights, replicates: int, device: Any, note: Callable[[str], None]
 ) -> list[Scorer]:
-    """The networks whose published weights define `fid`, `kid` and `lpips`, as far as there are these weights.
+    """The networks whose published weights define `fid`, `kid` and `lpips`; `note` is told why one is missing."""
 
-    Args:
-        inception: See `Evaluation`, as for the next.
-        alexnet: AlexNet's.
-        replicates: See `SampleMetric`.
-        device: Of the networks.
-        note: Called with the reason why scores are missing.
-    """
+    def distances(_: Classes) -> list[Metric]:
+        return [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")]
+
     found = []
-    if (network := _published("fid and kid", Inception, inception, "inception", note)) is not None:
-        features = network.to(device)
-        found.append(
-            Scorer(
-                "",
-                lambda _: [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")],
-                lambda images: {"features": features(images)},
-            )
-        )
-    if (network := _published("lpips", Lpips, alexnet, "alexnet", note)) is not None:
-        distance = network.to(device)
-        found.append(
-            Scorer("", lambda _: [PerceptualDistance(distance, replicates)], lambda images: {"images": images})
-        )
+    if (features := _published("fid and kid", Inception, inception, "inception", device, note)) is not None:
+        found.append(Scorer("", distances, lambda images: {"features": features(images)}))
+    if (distance := _published("lpips", Lpips, alexnet, "alexnet", device, note)) is not None:
+        metric = partial(PerceptualDistance, distance, replicates)
+        found.append(Scorer("", lambda _: [metric()], lambda images: {"images": images}))
     return found
 
 
 def _published(
-    scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, note: Callable[[str], None]
+    scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, device: Any, note: Callable[[str], None]
 ) -> nn.Module | None:
     """A network of published weights, on all ranks or on none: some alone would wait for the others' scores."""
     try:
-        return agree(lambda: kind(weights, f"`{option}`"))
+        return agree(lambda: kind(weights, f"`{option}`")).to(device)
     except UserError as error:
         if isinstance(weights, Path):
             raise

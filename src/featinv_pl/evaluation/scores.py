@@ -28,8 +28,6 @@ RELATIVE = {"cosine": False, "agreement@1": True, "agreement@5": True, "label@1"
 class Scores:
     """Scores test sets one after the other, on all ranks alike: closing one waits for the others.
 
-    A set `a/b/c` also counts for the groups `a/b` and `a`.
-
     Args:
         results: Gets the scores and notes.
         test_sets: By name, in the order in which they are evaluated.
@@ -37,7 +35,7 @@ class Scores:
         methods: Those that every test set has.
         inverter: The `Inverter`.
         clean: The test set that groups are compared with.
-        samples: The folder of the run, for a table of each test set's images; None to write none.
+        root: The folder of the run, for a table of each test set's images; None to write none.
     """
 
     def __init__(
@@ -48,17 +46,20 @@ class Scores:
         methods: Sequence[str],
         inverter: Any,
         clean: str,
-        samples: Path | None,
+        root: Path | None,
     ) -> None:
         self.results, self.test_sets, self.scorers, self.methods = results, test_sets, scorers, methods
         self.num_classes, self.device = inverter.classifier.num_classes, inverter.device
-        self.clean, self.samples = clean, samples
+        self.clean, self.root = clean, root
         self.pending = list(test_sets)
         self.current: Tally | None = None
         self.groups: dict[str, Tally] = {}
         self.sums: dict[str, ImageSums] = {}
         self.reference = ImageSums(len(RELATIVE))
         self.biased: dict[str, list[str]] = {}
+
+    def _note(self, text: str) -> None:
+        self.results.notes.append(text)
 
     def open(self, test_set: str) -> Tally:
         """The tally of a test set; those before it are closed."""
@@ -72,7 +73,7 @@ class Scores:
             self._next()
         for name, sets in self.biased.items():
             others = f" and {len(sets) - 1} others" * (len(sets) > 1)
-            self.results.notes.append(
+            self._note(
                 f"{name} is biased upwards where there are no more samples than features, such as in {sets[0]}{others}"
             )
         self.results.derive()
@@ -81,7 +82,6 @@ class Scores:
         self.results.notes += notes
 
     def _next(self) -> None:
-        """Close the current test set, and open the one that follows."""
         if self.current is not None:
             self._close(self.current)
         self.current = self._opened(self.pending.pop(0)) if self.pending else None
@@ -92,7 +92,7 @@ class Scores:
             try:
                 floor = agree(lambda: Floor(samples))
             except UserError as error:
-                self.results.notes.append(f"{test_set}: there is no floor: {error}")
+                self._note(f"{test_set}: there is no floor: {error}")
         classes = self._classes(test_set, samples.manifest["settings"].get("classes", {}))
         methods = self.methods if floor is None else [*self.methods, FLOOR]
         return Tally(test_set, self.scorers, self._metrics(methods, classes), floor, classes)
@@ -102,14 +102,13 @@ class Scores:
         classes = sorted({label for label in labels.values() if 0 <= label < self.num_classes})
         if not 1 < len(classes) < self.num_classes:
             return None
-        self.results.notes.append(
+        self._note(
             f"{test_set}: label@1 is taken over the {len(classes)} classes of the set, as is usual for ImageNet-A and "
             f"-R, and label@1_all over all {self.num_classes} of the classifier"
         )
         return classes
 
     def _metrics(self, methods: Iterable[str], classes: Classes = None) -> dict[tuple[int, str], list[Metric]]:
-        """New metrics by number of the scorer and by method."""
         made = {
             (number, method): [metric.to(self.device) for metric in scorer.metrics(method, classes)]
             for method in methods
@@ -118,23 +117,20 @@ class Scores:
         return {key: metrics for key, metrics in made.items() if metrics}
 
     def _close(self, tally: Tally) -> None:
-        """Compute the scores of a test set, write its table, and add it to its groups."""
         tally.gather()
         name, columns = tally.test_set, tally.columns
         if tally.left_out:
             example = tally.left_out[0]
-            self.results.notes.append(
-                f"{name}: left out {len(tally.left_out)} samples with NaN or Inf, such as '{example}'"
-            )
+            self._note(f"{name}: left out {len(tally.left_out)} samples with NaN or Inf, such as '{example}'")
         foreign = sum(label >= self.num_classes for label in columns.get("label", []))
         if foreign and self.scorers[0].classifies:
-            self.results.notes.append(
+            self._note(
                 f"{name}: {foreign} labels are not among the classifier's {self.num_classes} classes and do not count. "
                 "Do they belong to another data set?"
             )
         self._score(tally)
-        if tally.count and self.samples is not None:
-            write_bytes(samples_path(self.samples, name), samples_file(columns))
+        if tally.count and self.root is not None:
+            write_bytes(samples_path(self.root, name), samples_file(columns))
         groups = groups_of(name)
         kept = [self.sums.setdefault(group, ImageSums(len(RELATIVE))) for group in groups]
         kept += [self.reference] if name == self.clean else []
@@ -152,7 +148,7 @@ class Scores:
 
     def _score(self, tally: Tally) -> None:
         if not tally.count:
-            self.results.notes.append(f"{tally.test_set}: no sample could be scored")
+            self._note(f"{tally.test_set}: no sample could be scored")
             return
         self.results.counts[tally.test_set] = tally.count
         for name, estimate, metric in tally.estimates():
@@ -162,9 +158,7 @@ class Scores:
             if isinstance(metric, FrechetDistance) and tally.count <= metric.num_features:
                 self.biased.setdefault(name.score, []).append(tally.test_set)
             if np.isnan(estimate.values[0]):
-                self.results.notes.append(
-                    f"{tally.test_set}: {tally.count} samples are too few for {name.score}, which needs 2"
-                )
+                self._note(f"{tally.test_set}: {tally.count} samples are too few for {name.score}, which needs 2")
 
 
 def groups_of(test_set: str) -> list[str]:

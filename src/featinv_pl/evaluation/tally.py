@@ -13,7 +13,7 @@ from featinv_pl.evaluation.baselines import PARTNERS, Floor
 from featinv_pl.evaluation.methods import FLOOR
 from featinv_pl.evaluation.reconstructions import Reconstruction
 from featinv_pl.evaluation.results import Name, column
-from featinv_pl.evaluation.scorers import Scorer
+from featinv_pl.evaluation.scorers import Classes, Scorer
 from featinv_pl.metrics.estimates import Estimate
 from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.runtime.ranks import of_all_ranks
@@ -22,29 +22,22 @@ from featinv_pl.types import Batch
 
 @dataclass
 class Tally:
-    """The scores so far of one test set, or of a group of them.
-
-    Attributes:
-        test_set: Its name.
-        scorers: The networks that score it.
-        metrics: By number of the scorer and by method.
-        floor: Its baseline of other images; None if it has no others.
-        classes: Labels of its classes, where they are a part of the classifier's.
-        columns: The table of images.
-        left_out: Keys of images that cannot be scored.
-        count: Images that count, on all ranks.
-        parts: Test sets that it consists of.
-    """
+    """The scores so far of one test set, or of a group of them."""
 
     test_set: str
     scorers: Sequence[Scorer]
     metrics: dict[tuple[int, str], list[Metric]]
+    """By number of the scorer and by method."""
     floor: Floor | None = None
-    classes: Sequence[int] | None = None
+    classes: Classes = None
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    """The table of images."""
     left_out: list[str] = field(default_factory=list)
+    """Keys of images that cannot be scored."""
     count: int = 0
+    """Images that count, on all ranks."""
     parts: int = 1
+    """Test sets that it consists of."""
 
     def update(self, batch: Batch, made: Mapping[str, Reconstruction]) -> None:
         """Add a batch and its reconstructions by method."""

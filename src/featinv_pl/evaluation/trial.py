@@ -12,21 +12,16 @@ BATCHES = 3
 
 
 class Trial:
-    """Times the reconstruction of a few batches of the first test set.
+    """Times the reconstruction of a few batches of the first test set, given the sizes of all."""
 
-    Args:
-        sizes: Of all test sets.
-        reconstructions: What is timed.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], reconstructions: Reconstructions) -> None:
-        self.sizes, self.reconstructions = sizes, reconstructions
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = sizes
         self.timed: list[tuple[float, int]] = []
 
-    def update(self, batch: Batch) -> None:
+    def update(self, reconstructions: Reconstructions, batch: Batch) -> None:
         """Time a batch."""
         start = time.perf_counter()
-        self.reconstructions(batch)[INVERSION]["logits"].cpu()  # waits for the result
+        reconstructions(batch)[INVERSION]["logits"].cpu()  # waits for the result
         self.timed.append((time.perf_counter() - start, len(batch["key"])))
 
     def estimate(self, processes: int) -> str:
@@ -35,5 +30,5 @@ class Trial:
         seconds = sum(time for time, _ in timed) / sum(samples for _, samples in timed) / processes
         sizes = {**self.sizes, "all": sum(self.sizes.values())}
         rows = [[name, str(size), f"{size * seconds / 3600:.2g}"] for name, size in sizes.items()]
-        source = f"From {len(timed)} batches at {seconds:.3g} s a sample, on {processes} processes."
-        return f"{aligned([['test set', 'samples', 'hours'], *rows])}\n{source}"
+        table = aligned([["test set", "samples", "hours"], *rows])
+        return f"{table}\nFrom {len(timed)} batches at {seconds:.3g} s a sample, on {processes} processes."

@@ -14,9 +14,6 @@ class Agreement(SampleMetric):
     `agreement@1` and `agreement@5`: the share of samples whose original top-1 class is in the
     reconstruction's top 1 and top 5. `overlap@5`: the share that the two top-5 sets have in common.
     With fewer than five classes, five stands for all of them.
-
-    Args:
-        replicates: See `SampleMetric`.
     """
 
     higher_is_better = True
@@ -38,9 +35,9 @@ class Agreement(SampleMetric):
 class LabelAccuracy(SampleMetric):
     """The share of samples whose reconstruction is classified as its label says.
 
-    `label@1` is taken over the classes of the test set, as it is published of ImageNet-A and -R, which have 200 of a
-    classifier's 1000; `label@1_all` over all classes of the classifier. Samples without a label (-1), or whose label
-    is no class of the classifier, do not count.
+    `label@1` is taken over the classes of the test set, as is published for ImageNet-A and -R, which have 200 of a
+    classifier's 1000; `label@1_all` over all classes of the classifier. Samples without a label (-1), or with a label
+    that the classifier does not know, do not count.
 
     Args:
         replicates: See `SampleMetric`.
@@ -58,7 +55,7 @@ class LabelAccuracy(SampleMetric):
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K) with labels (B,)."""
-        known = (target >= 0) & (target < preds.shape[1])
+        known = _known(target, preds)
         hits = torch.stack([within(preds, self.classes).argmax(1), preds.argmax(1)], dim=1) == target.unsqueeze(1)
         return hits.double().where(known.unsqueeze(1), torch.nan)
 
@@ -74,9 +71,6 @@ class ConditionalAgreement(SampleMetric):
     `agreement@1_fooled`, `label@1_fooled` and `agreement@1_resisted` are the same of adversarial images with which
     the attack succeeded, and of those with which it did not. An attack needs no label, so agreement counts those
     without one.
-
-    Args:
-        replicates: See `SampleMetric`.
     """
 
     higher_is_better = True
@@ -91,7 +85,7 @@ class ConditionalAgreement(SampleMetric):
     def score(self, preds: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Compare logits (B, K) with the original's logits, labels (B,), and whether it is fooled: 1, 0 or NaN."""
         logits, labels, fooled = target
-        known = (labels >= 0) & (labels < logits.shape[1])
+        known = _known(labels, logits)
         wrong = (logits.argmax(1) != labels).double().where(known, torch.nan)
         agrees, hits = ((preds.argmax(1) == wanted).double() for wanted in (logits.argmax(1), labels))
         hits = hits.where(known, torch.nan)
@@ -106,11 +100,7 @@ class ConditionalAgreement(SampleMetric):
 
 
 class AttackSuccess(SampleMetric):
-    """`attack_success`: the share of adversarial images with which the attack succeeded.
-
-    Args:
-        replicates: See `SampleMetric`.
-    """
+    """`attack_success`: the share of adversarial images with which the attack succeeded."""
 
     higher_is_better = True
     names = ("attack_success",)
@@ -121,6 +111,11 @@ class AttackSuccess(SampleMetric):
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
         """Whether each original was fooled: 1, 0 or NaN, (B,); its logits do not matter."""
         return target.double().unsqueeze(1)
+
+
+def _known(labels: Tensor, logits: Tensor) -> Tensor:
+    """Which labels are classes of the classifier."""
+    return (labels >= 0) & (labels < logits.shape[1])
 
 
 def within(logits: Tensor, classes: Sequence[int] | None) -> Tensor:

@@ -11,11 +11,7 @@ from featinv_pl.metrics.sample_metric import SampleMetric
 
 
 class PixelDiversity(SampleMetric):
-    """`diversity_pixels`: root mean square difference of pixels in [0, 1], over all pairs of a map's samples.
-
-    Args:
-        replicates: See `SampleMetric`.
-    """
+    """`diversity_pixels`: root mean square difference of pixels in [0, 1], over all pairs of a map's samples."""
 
     names = ("diversity_pixels",)
     reads = ("sample_images", "images")
@@ -26,11 +22,7 @@ class PixelDiversity(SampleMetric):
 
 
 class MapDiversity(SampleMetric):
-    """`diversity_maps`: 1 - cosine of the samples' maps, mean over locations and over all pairs of a map's samples.
-
-    Args:
-        replicates: See `SampleMetric`.
-    """
+    """`diversity_maps`: 1 - cosine of the samples' maps, mean over locations and over all pairs of a map's samples."""
 
     names = ("diversity_maps",)
     reads = ("sample_features", "features")

@@ -1,4 +1,4 @@
-"""Scores with their uncertainty: what a bootstrap and Wilson's intervals say of means, shares and their comparison."""
+"""Scores with their uncertainty, by a bootstrap and by Wilson's intervals, and comparisons of them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +18,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score and what is known of its uncertainty.
-
-    Differences and ratios are taken replicate by replicate, so that they are paired.
+    """A score with its uncertainty. Differences and ratios are taken replicate by replicate, so they are paired.
 
     Attributes:
         values: The score, and its replicates if it was resampled.

@@ -13,9 +13,8 @@ from featinv_pl.errors import UserError
 class FrechetDistance(Metric):
     """Fréchet distance in the feature space of a network, such as `fd_<backbone>`.
 
-    Only with the Inception weights of 2015 may it be called `fid`; figures of different networks are
-    not comparable. It is biased upwards when there are few samples for the number of features, so
-    compare figures of equal n only.
+    It is `fid` only with the Inception weights of 2015; values of different networks are not comparable. It is biased
+    upwards when there are few samples for the number of features, so compare values of equal n only.
 
     Args:
         num_features: Channels of the feature map, or width of the feature vector.
@@ -31,21 +30,13 @@ class FrechetDistance(Metric):
 
     def __init__(self, num_features: int, name: str) -> None:
         super().__init__()
-        self.num_features = num_features
-        self.name = name
-        size = num_features
+        self.num_features, self.name, size = num_features, name, num_features
         self.add_state("sums", torch.zeros(2, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("outers", torch.zeros(2, size, size, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, keys: Sequence[str] | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            preds: Of reconstructions: feature maps (B, C, h, w), which are pooled, or vectors (B, D).
-            target: Of originals.
-            keys: Not needed; every metric takes them.
-        """
+        """Add a batch of maps (B, C, h, w), which are pooled, or vectors (B, D): reconstructions and originals."""
         for side, features in enumerate((preds, target)):
             pooled = pool(features, self.num_features)
             self.sums[side] += pooled.sum(0)
@@ -68,24 +59,16 @@ def pool(features: Tensor, num_features: int) -> Tensor:
         UserError: There are not `num_features` features.
     """
     if features.shape[1] != num_features:
-        raise UserError(
-            f"A distance was made for {num_features} features, and there are {features.shape[1]}. Give it that number."
-        )
+        raise UserError(f"`num_features` is {num_features}, and there are {features.shape[1]} features.")
     features = features.double()
     return features.flatten(2).mean(2) if features.ndim > 2 else features
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> Tensor:
-    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau, 1982).
+    """Squared 2-Wasserstein distance of two Gaussians (Dowson and Landau, 1982), by means (D,) and covariances (D, D).
 
     The trace of the root of the product of covariances is taken from a symmetric matrix with the same
-    eigenvalues, sqrt(A) B sqrt(A), which is faster and stays real where a set has few samples.
-
-    Args:
-        mean_a: (D,), float64, as all others.
-        covariance_a: (D, D).
-        mean_b: (D,).
-        covariance_b: (D, D).
+    eigenvalues, sqrt(A) B sqrt(A), which is faster and stays real where a set has few samples. All are float64.
     """
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -20,7 +20,7 @@ class KernelDistance(Metric):
     samples whose keys have the smallest hashes. They are a random subset too, but one that takes constant
     memory and does not depend on batches, order or ranks. A set of at most `size` samples is used completely.
 
-    Only with the Inception weights of 2015 may it be called `kid`.
+    It is `kid` only with the Inception weights of 2015.
 
     Args:
         num_features: Channels of the feature map, or width of the feature vector.
@@ -41,13 +41,7 @@ class KernelDistance(Metric):
         self.add_state("chosen", empty, dist_reduce_fx=_smallest)
 
     def update(self, preds: Tensor, target: Tensor, keys: Sequence[str]) -> None:
-        """Add a batch.
-
-        Args:
-            preds: Of reconstructions: feature maps (B, C, h, w), which are pooled, or vectors (B, D).
-            target: Of originals.
-            keys: Names of the samples, which decide whether they count.
-        """
+        """Add a batch of maps (B, C, h, w), which are pooled, or vectors (B, D), whose keys decide if they count."""
         hashes = torch.tensor([key_hash(key) for key in keys], dtype=torch.float64, device=self.chosen.device)
         wanted = hashes <= self.chosen[-1, 0]
         if wanted.any():
@@ -77,12 +71,8 @@ def _smallest(states: Tensor) -> Tensor:
 def kernel_distance(a: Tensor, b: Tensor) -> Tensor:
     """Unbiased estimate, from n pairs, of the squared maximum mean discrepancy with k(x, y) = (x y / D + 1)^3.
 
-    Row i of `a` and row i of `b` may depend on each other, such as a reconstruction and its original; all three
-    terms are means over i != j (Gretton et al., JMLR 13, 2012, lemma 6).
-
-    Args:
-        a: (n, D).
-        b: (n, D).
+    Row i of `a` and row i of `b`, both (n, D), may depend on each other, such as a reconstruction and its original;
+    all three terms are means over i != j (Gretton et al., JMLR 13, 2012, lemma 6).
     """
     size, width = a.shape
 

@@ -1,4 +1,4 @@
-"""Scores of the same images in two places, such as corrupted and clean, or of two runs: compared image by image."""
+"""Comparison of scores image by image, such as of corrupted and clean images, or of two runs."""
 
 from collections.abc import Sequence
 
@@ -28,12 +28,7 @@ class ImageSums:
         self.sums, self.counts = np.zeros((2, 0, width))
 
     def add(self, keys: Sequence[str], values: NDArray[np.float64]) -> None:
-        """Add a test set.
-
-        Args:
-            keys: Of its images.
-            values: (images, width).
-        """
+        """Add a test set: the keys of its images, and values (images, width)."""
         places = [self.rows.setdefault(key, len(self.rows)) for key in keys]
         more = [(0, len(self.rows) - len(self.sums)), (0, 0)]
         self.sums, self.counts = np.pad(self.sums, more), np.pad(self.counts, more)

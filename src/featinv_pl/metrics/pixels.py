@@ -17,9 +17,6 @@ class PixelSimilarity(SampleMetric):
     `psnr` is the peak signal-to-noise ratio in dB, at most 100, which stands for equal images; `ssim` the
     structural similarity of luminance (Wang et al., 2004), averaged, as there, over the locations whose window
     of 11 pixels lies within the image.
-
-    Args:
-        replicates: See `SampleMetric`.
     """
 
     higher_is_better = True

@@ -1,4 +1,4 @@
-"""Means over samples, with all that a bootstrap of them needs, in constant memory."""
+"""Means over samples and their bootstrap, in constant memory."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -14,17 +14,15 @@ from featinv_pl.types import key_hash
 
 
 class SampleMetric(Metric):
-    """Scores that every sample has by itself, averaged over samples.
+    """Scores of single samples, averaged over samples.
 
-    A subclass says what it compares and how. A value that is not finite does not count, such as the
-    accuracy of a sample without a label.
+    NaN and Inf do not count, such as the accuracy of a sample without a label.
 
-    The state holds the mean and that of each replicate of a Poisson bootstrap (Chamandy et al.,
-    Estimating uncertainty for massive data streams, 2012): in a replicate, a sample counts as often
-    as a Poisson variable of mean 1, seeded by the sample's key, says. So intervals need no second
-    pass, add up over ranks, and do not depend on the order of samples. Metrics of the same samples
-    have the same weights, so that their replicates are paired; sources that show the same image
-    under the same key, such as its corruptions, are resampled by image.
+    The state holds the mean and that of each replicate of a Poisson bootstrap (Chamandy et al., Estimating
+    uncertainty for massive data streams, 2012): in a replicate, a sample counts as often as a Poisson variable of
+    mean 1, seeded by the sample's key. Intervals therefore need no second pass, add up over ranks, and do not depend
+    on the order of samples. Metrics of the same samples have the same weights, so their replicates are paired; test
+    sets with the same image under the same key, such as its corruptions, are resampled by image.
 
     Args:
         replicates: How often to resample; 0 is the mean alone.
@@ -36,11 +34,10 @@ class SampleMetric(Metric):
 
     full_state_update = False
     names: ClassVar[tuple[str, ...]]
-    """What the scores are called."""
     shares: ClassVar[tuple[str, ...]] = ()
-    """Those that are 0 or 1 for every sample, so that their means are shares."""
+    """Scores that are 0 or 1 for every sample, so that their means are shares."""
     listed: ClassVar[bool] = True
-    """Whether the table of samples has the values: those that follow from others it need not have."""
+    """Whether the table of samples lists them; those that follow from others are not listed."""
     reads: ClassVar[tuple[str, str | tuple[str, ...]]]
     """Which entry of the reconstruction, and which one or ones of the original, the metric compares."""
     sums: Tensor
@@ -57,31 +54,19 @@ class SampleMetric(Metric):
 
     @abstractmethod
     def score(self, preds: Tensor, target: Any) -> Tensor:
-        """Score each sample.
-
-        Args:
-            preds: Of reconstructions, (B, ...).
-            target: Of originals, (B, ...), one or several as `reads` says.
-
-        Returns:
-            (B, number of scores), float64.
-        """
+        """Scores (B, number of scores), float64, of reconstructions (B, ...) and what `reads` says of the originals."""
 
     def update(
-        self,
-        preds: Tensor,
-        target: Any,
-        keys: Sequence[str] | None = None,
-        partners: Sequence[str] | None = None,
+        self, preds: Tensor, target: Any, keys: Sequence[str] | None = None, partners: Sequence[str] | None = None
     ) -> None:
         """Add a batch.
 
         Args:
-            preds: Of reconstructions, (B, ...).
+            preds: Of reconstructions, as for `score`.
             target: Of originals, as for `score`.
-            keys: Names of the samples. They seed the bootstrap, which needs them.
-            partners: Names of the images that `preds` are of, where these are other images of the set, shared by
-                samples: a replicate draws them too (the pigeonhole bootstrap of Owen, 2007).
+            keys: Names of the samples, which seed the bootstrap.
+            partners: Names of the images in `preds`, if these are other images of the set, shared by samples: they are
+                resampled too (the pigeonhole bootstrap of Owen, 2007).
         """
         self.latest = self.score(preds, target)
         finite = self.latest.isfinite()

@@ -1,6 +1,6 @@
 """How alike two feature maps are."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ class MapSimilarity(SampleMetric):
     of the flattened maps, `cosine_pooled` that of the spatial means; each is averaged over samples.
     `cosine_q05` is the 5 % quantile over samples of the mean over locations, read off a histogram of
     4,000 bins, so that memory is constant: it is exact to 0.0005.
-
-    Args:
-        replicates: See `SampleMetric`.
     """
 
     higher_is_better = True
@@ -41,25 +38,14 @@ class MapSimilarity(SampleMetric):
         pooled = cosine_similarity(preds.mean((2, 3)), target.mean((2, 3)))
         return torch.stack([local.mean(1), local.quantile(0.5, dim=1), flat, pooled], dim=1)
 
-    def update(
-        self,
-        preds: Tensor,
-        target: Tensor,
-        keys: Sequence[str] | None = None,
-        partners: Sequence[str] | None = None,
-    ) -> None:
+    def update(self, preds: Tensor, target: Tensor, *names: Any) -> None:
         """Add a batch of feature maps (B, C, h, w); see `SampleMetric`."""
-        super().update(preds, target, keys, partners)
+        super().update(preds, target, *names)
         bins = ((self.latest[:, 0] + 1) / 2 * BINS).long().clamp(0, BINS - 1)
         self.histogram += torch.bincount(bins, minlength=BINS)
 
     def compute(self) -> dict[str, Tensor]:
         """See `SampleMetric`; the quantile has no replicates."""
-        return {**super().compute(), "cosine_q05": self._quantile()}
-
-    def _quantile(self) -> Tensor:
-        count = self.histogram.sum()
-        if count == 0:
-            return self.sums.new_tensor(torch.nan)
-        below = self.histogram.cumsum(0) < QUANTILE * count
-        return (below.sum() + 0.5) / BINS * 2 - 1
+        below = self.histogram.cumsum(0) < QUANTILE * self.histogram.sum()
+        quantile = (below.sum() + 0.5) / BINS * 2 - 1
+        return {**super().compute(), "cosine_q05": quantile.where(self.histogram.any(), torch.nan)}

@@ -1,4 +1,4 @@
-"""Networks whose published weights some scores are defined by: FID's Inception, and LPIPS' AlexNet."""
+"""Networks whose published weights define some scores: FID's Inception, and LPIPS' AlexNet."""
 
 import hashlib
 from http.client import HTTPException
@@ -24,21 +24,14 @@ PATIENCE = 10  # seconds to wait for a server's answer
 Weights = Literal["download"] | Path | None
 """`download` to fetch it once, a file, or None for the file that torch has downloaded before, if any.
 
-The word comes first, as jsonargparse tries one after the other, and anything can be a path.
+The literal comes first: jsonargparse tries one after the other, and any string can be a path.
 """
 
 
 class Inception(nn.Module):
-    """The Inception network of 2015 by which FID and KID are defined, as torch-fidelity ports it.
+    """The Inception network of 2015 that defines FID and KID, as torch-fidelity ports it; for arguments see `find`.
 
     Images are resized to 299 pixels as TensorFlow 1 did, without antialiasing, as in the original FID.
-
-    Args:
-        weights: Where its weights are.
-        option: The option that named them, for errors.
-
-    Raises:
-        UserError: They are not there, or are not the published ones.
     """
 
     def __init__(self, weights: Weights, option: str) -> None:
@@ -56,14 +49,9 @@ class Inception(nn.Module):
 
 
 class Lpips(nn.Module):
-    """LPIPS with AlexNet (Zhang et al., arXiv 1801.03924): a distance between images.
+    """LPIPS with AlexNet (Zhang et al., arXiv 1801.03924): a distance between images; for arguments see `find`.
 
-    Args:
-        weights: Where AlexNet's weights are. Those that LPIPS adds come with torchmetrics.
-        option: The option that named them, for errors.
-
-    Raises:
-        UserError: They are not there, or are not the published ones.
+    The weights that LPIPS adds to AlexNet's come with torchmetrics.
     """
 
     def __init__(self, weights: Weights, option: str) -> None:
@@ -82,15 +70,15 @@ class Lpips(nn.Module):
 
 
 def find(url: str, weights: Weights, option: str) -> Path:
-    """The file of published weights, checked by the beginning of its SHA-256 in its name.
+    """The file of weights that are published at a URL, checked by the beginning of its SHA-256 in its name.
 
     Args:
         url: Where it is published.
         weights: Where it is.
-        option: The option that says so, for errors.
+        option: Names that argument in errors.
 
     Raises:
-        UserError: It is not there, cannot be downloaded, or is not what was published.
+        UserError: It is missing, cannot be downloaded, or is not what was published.
     """
     kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     shown = Path("~", kept.relative_to(Path.home())) if kept.is_relative_to(Path.home()) else kept
