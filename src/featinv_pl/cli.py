@@ -20,9 +20,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported so that a configuration can name these classes without their path.
-import featinv_pl.data.images.corrupted
+import featinv_pl.data.images.datamodule
 import featinv_pl.data.images.digits
-import featinv_pl.data.images.folders
 import featinv_pl.data.shards.datamodule
 import featinv_pl.evaluation.callback
 import featinv_pl.runtime.averaging
@@ -184,7 +183,7 @@ class FeatinvCLI(LightningCLI):
     def _plan(self) -> None:
         """Let an extraction or a test do nothing but estimate itself."""
         trainer, command = self.config[self.subcommand].trainer, str(self.subcommand)
-        kind, option = {"predict": ("ShardWriter", "plan"), "test": ("Evaluation", "dry_run")}.get(command, ("", ""))
+        kind, option = {"predict": ("ShardWriter", "dry_run"), "test": ("Evaluation", "dry_run")}.get(command, ("", ""))
         found = [one for one in trainer.callbacks or [] if option and one.class_path.endswith(f".{kind}")]
         if not found:
             raise UserError(

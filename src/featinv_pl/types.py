@@ -67,7 +67,7 @@ class Batch(Observation):
     """(B,), of adversarial images: 1 where the attack succeeded, 0 where it did not, NaN where the classifier was wrong
     before it."""
     skipped: NotRequired[list[str]]
-    """Why samples that belong here were left out; the data module takes it away before a model sees it."""
+    """Why samples that belong here were left out: they are damaged."""
 
 
 class Provenance(TypedDict):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.__main__ import main
-from featinv_pl.data.images.folders import FolderData
+from featinv_pl.data.images.datamodule import FolderData
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import Settings
 from featinv_pl.data.shards.samples import ImageFormat, Storage, quantise

@@ -15,9 +15,10 @@ from PIL import Image
 
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
-from featinv_pl.data.images.datamodule import collate_images
+from featinv_pl.data.images.datamodule import FolderData
 from featinv_pl.data.images.digits import DigitImages
-from featinv_pl.data.images.folders import FolderData, FolderImages
+from featinv_pl.data.images.folders import FolderImages
+from featinv_pl.data.images.sources import collate_images
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import read_manifest
 from featinv_pl.errors import UserError

@@ -29,11 +29,11 @@ DIED = re.compile(r"DataLoader worker \(pid|unable to \w+ (shared memory|file)")
 Item = TypeVar("Item")
 
 
-def start_server(module: str) -> None:
+def start_server(*modules: str) -> None:
     """Start this process's server, unless it runs: it imports what workers need while the run is still preparing.
 
     Args:
-        module: Where the dataset's class is defined.
+        modules: Where the classes of datasets are defined.
 
     Raises:
         UserError: This process is a worker itself, which imports the user's script.
@@ -43,7 +43,7 @@ def start_server(module: str) -> None:
             "`num_workers`: each worker imports the script that starts it, which must not start the run again. Put "
             "the script's commands below `if __name__ == '__main__':`, or set `num_workers` to 0."
         )
-    forkserver.set_forkserver_preload([module])
+    forkserver.set_forkserver_preload([*modules])
     # Ctrl-C, and SIGTERM from a scheduler, reach the whole group. The run answers: it saves at the end of a step, for
     # which it still needs its workers. Blocked signals stay blocked in processes that are started now.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

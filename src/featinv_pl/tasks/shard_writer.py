@@ -10,7 +10,8 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from featinv_pl.data.images.datamodule import ImageData, ImageSource
+from featinv_pl.data.images.datamodule import ImageData
+from featinv_pl.data.images.sources import ImageSource
 from featinv_pl.data.order import cut
 from featinv_pl.data.shards.manifest import MANIFEST, Settings
 from featinv_pl.data.shards.samples import ImageFormat, Storage
@@ -39,7 +40,7 @@ class ShardWriter(Callback):
         storage: Of feature maps: `float16`, or `int8` with a step for each channel, in half the space.
         max_bad_fraction: Give up when more than this share of a source's images cannot be read; those
             that cannot are named in the manifest.
-        plan: A dry run: after a short trial print samples, shards, bytes and hours, and write nothing.
+        dry_run: After a short trial print samples, shards, bytes and hours, and write nothing.
     """
 
     folder: Path
@@ -51,14 +52,14 @@ class ShardWriter(Callback):
         image_format: ImageFormat = "png",
         storage: Storage = "float16",
         max_bad_fraction: float = 0.001,
-        plan: bool = False,
+        dry_run: bool = False,
     ) -> None:
         if shard_size < 1:
             raise UserError(f"`shard_size` must be at least 1, and is {shard_size}.")
         if not 0 <= max_bad_fraction <= 1:
             raise UserError(f"`max_bad_fraction` is a share of 0 to 1, and is {max_bad_fraction}.")
         self.given, self.shard_size, self.image_format, self.storage = folder, shard_size, image_format, storage
-        self.max_bad_fraction, self.plan = max_bad_fraction, plan
+        self.max_bad_fraction, self.dry_run = max_bad_fraction, dry_run
         self.writers: dict[str, ShardSetWriter] = {}
         self.trial: Trial | None = None
         self._space_checked = False
@@ -92,13 +93,13 @@ class ShardWriter(Callback):
             )
         trainer.strategy.barrier()  # all ranks have seen the same shards before any rank adds some
         left = {source: writer for source, writer in self.writers.items() if writer.missing}
-        if self.plan and left:
+        if self.dry_run and left:
             source, writer = next(iter(left.items()))
             self.trial = Trial(source, writer.settings, provenance)
             data.extract_only({source: cut(self.trial.writer.share, data.batch_size)[:TRIAL_BATCHES]})
         else:
             data.extract_only({source: cut(writer.share, data.batch_size) for source, writer in left.items()})
-        if trainer.is_global_zero and not self.plan:
+        if trainer.is_global_zero and not self.dry_run:
             for source, writer in self.writers.items():
                 writer.begin()
                 _note_classes(source, writer.settings)
@@ -157,7 +158,7 @@ class ShardWriter(Callback):
         """Write the manifests. Here, because Lightning calls no other hook on ranks with nothing to predict."""
         if stage != "predict":
             return
-        if self.plan:
+        if self.dry_run:
             size, rate = self.trial.close() if self.trial is not None else (0.0, 1.0)
             self._print_estimate(size, rate, trainer.world_size)
             return

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from featinv_pl.data.images.corrupted import CorruptedData, CorruptedImages
+from featinv_pl.data.images.corrupted import CorruptedImages
 from featinv_pl.data.images.corruptions import CORRUPTIONS, corrupt
+from featinv_pl.data.images.datamodule import CorruptedData
 from featinv_pl.data.images.digits import DigitImages, DigitsData
 from featinv_pl.errors import UserError
 from featinv_pl.types import key_hash, to_uint8

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
-from featinv_pl.data.images.folders import ORDER_SEED, FolderData, FolderImages
+from featinv_pl.data.images.datamodule import FolderData
+from featinv_pl.data.images.folders import ORDER_SEED, FolderImages
 from featinv_pl.errors import UserError
 from featinv_pl.types import to_uint8
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from featinv_pl.data.images.folders import FolderData, FolderImages
+from featinv_pl.data.images.datamodule import FolderData
+from featinv_pl.data.images.folders import FolderImages
 from featinv_pl.data.images.layouts import find_sources, first_per_class, labelled_images
 from featinv_pl.decoding import SUFFIXES
 from featinv_pl.errors import UserError

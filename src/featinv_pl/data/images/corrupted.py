@@ -4,10 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from featinv_pl.data.images.corruptions import CORRUPTIONS, corrupt
-from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
-from featinv_pl.data.images.severities import LEVELS
-from featinv_pl.errors import UserError
+from featinv_pl.data.images.corruptions import corrupt
+from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.types import from_uint8, key_hash, to_uint8
 
 
@@ -37,35 +35,3 @@ class CorruptedImages(ImageSource):
         corrupted = corrupt(pixels, self.corruption, self.severity, seed=key_hash(sample["key"]))
         images = from_uint8(torch.from_numpy(corrupted).permute(2, 0, 1))
         return {**sample, "images": images, "source": self.source}
-
-
-class CorruptedData(ImageData):
-    """What another data module gives to `predict`, by every corruption at every severity.
-
-    Args:
-        data: The other data module, such as folders of images.
-        corruptions: Names; by default the 15 of ImageNet-C and its 4 for validation.
-        severities: 1 to 5.
-    """
-
-    def __init__(
-        self,
-        data: ImageData,
-        corruptions: list[str] | None = None,
-        severities: list[int] | None = None,
-    ) -> None:
-        corruptions = list(CORRUPTIONS) if corruptions is None else corruptions
-        severities = list(LEVELS) if severities is None else severities
-        if not corruptions or not {*corruptions} <= CORRUPTIONS.keys():
-            raise UserError(
-                f"`corruptions` are among {', '.join(CORRUPTIONS)}, and are {corruptions}. Give at least one."
-            )
-        if not severities or not {*severities} <= {*LEVELS}:
-            raise UserError(f"`severities` are among 1 to {len(LEVELS)}, and are {severities}. Give at least one.")
-        predicted = [
-            CorruptedImages(images, corruption, severity)
-            for images in data.predicted
-            for corruption in corruptions
-            for severity in severities
-        ]
-        super().__init__(predicted, data.batch_size, data.num_workers)

@@ -1,83 +1,22 @@
-"""Images with their labels and names, and how extraction and training read them."""
+"""Images as LightningDataModules: how extraction and training read them."""
 
-import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict, cast
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from featinv_pl.data.images.corrupted import CorruptedImages
+from featinv_pl.data.images.corruptions import CORRUPTIONS
+from featinv_pl.data.images.folders import FolderImages
+from featinv_pl.data.images.layouts import find_sources
+from featinv_pl.data.images.severities import LEVELS
+from featinv_pl.data.images.sources import ImageBatches, ImageSource
 from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
-from featinv_pl.types import ImageBatch, View
-
-
-class ImageSample(TypedDict):
-    """One entry of an `ImageBatch`."""
-
-    images: Tensor
-    """(3, H, W) in [-1, 1]."""
-    labels: int
-    """The place of the class among the source's `classes`; -1 where there is none."""
-    class_name: str
-    source: str
-    key: str
-    view: View | None
-    unreadable: str
-
-
-class ImageSource(Dataset[ImageSample], ABC):
-    """Images of one source, in a fixed order.
-
-    Attributes:
-        source: Its name.
-        num_images: Number of images, whatever the number of views.
-        preparation: How an image becomes a sample, for the manifest.
-        classes: Names of the classes that number the labels.
-        views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes
-            first, then view 1 of all, so that any stretch is a fair sample.
-    """
-
-    source: str
-    num_images: int
-    preparation: str
-    classes: tuple[str, ...] = ()
-    views: int = 0
-
-    @abstractmethod
-    def names(self) -> Iterator[tuple[str, str]]:
-        """Key of each image and name of its class, empty where there is none."""
-
-    def __len__(self) -> int:
-        return self.num_images * max(self.views, 1)
-
-    def digest(self) -> str:
-        """SHA-256 of keys and classes: two sources of the same digest hold the same samples in the same order."""
-        sha256 = hashlib.sha256()
-        for key, class_name in self.names():
-            sha256.update(f"{key}\0{class_name}\n".encode())
-        return sha256.hexdigest()
-
-
-def collate_images(samples: list[ImageSample]) -> ImageBatch:
-    """Stack samples to a batch."""
-    batch: Any = {name: [cast(Any, sample)[name] for sample in samples] for name in samples[0]}
-    stacked: ImageBatch = batch | {"images": torch.stack(batch["images"]), "labels": torch.tensor(batch["labels"])}
-    return stacked
-
-
-class ImageBatches(Dataset[ImageBatch]):
-    """A source read a batch at a time: its index is the list of samples in a batch."""
-
-    def __init__(self, images: ImageSource) -> None:
-        self.images = images
-
-    def __getitem__(self, numbers: Sequence[int]) -> ImageBatch:
-        return collate_images([self.images[number] for number in numbers])
+from featinv_pl.types import ImageBatch
 
 
 class ImageData(ResumableData, LightningDataModule):
@@ -104,7 +43,7 @@ class ImageData(ResumableData, LightningDataModule):
     ) -> None:
         super().__init__(batch_size)
         if num_workers:
-            start_server(type(self).__module__)
+            start_server(*{type(images).__module__ for images in (*predicted, train, val) if images is not None})
         # A process may have nothing left to extract of a source while others have.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.predicted, self.num_workers, self.train, self.val = predicted, num_workers, train, val
@@ -137,3 +76,89 @@ class ImageData(ResumableData, LightningDataModule):
             return []
         batches = self.evaluation_batches(len(self.val), self.val.source)
         return [loader(ImageBatches(self.val), batches, self.num_workers, again=True)]
+
+
+class FolderData(ImageData):
+    """Folders of images, as batches.
+
+    Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/`
+    (ImageNet-V2) or in `<class>/`, at any depth, or in the folder itself if they have no labels.
+
+    Args:
+        train: A folder to train on. Its classes, in the order of their names, number the labels.
+        val: One for validation, which may lack some of those classes.
+        predict: Folders by name of source, for extraction. A folder of several sources, such as
+            ImageNet-C's `<corruption>/<severity>/<wnid>/`, gives `<name>/<corruption>/<severity>`.
+        image_size: Side of the square crop.
+        crop_pct: Share of the shorter side that the central crop keeps. Images that were cropped
+            before, as those of ImageNet-C to 224 px, want 1 and that size.
+        views: Extract so many random views of each image (crop, horizontal flip) in place of the
+            central crop, as training wants it.
+        vertical_flip: Flip half of the views upside down, as the paper's authors did.
+        seed: Seed of the views.
+        per_class: Extract only so many images of each class, the first by file name.
+        batch_size: Images per batch.
+        num_workers: Processes that read images.
+    """
+
+    def __init__(
+        self,
+        train: Path | None = None,
+        val: Path | None = None,
+        predict: dict[str, Path] | None = None,
+        image_size: int = 256,
+        crop_pct: float = 1.0,
+        views: int = 0,
+        vertical_flip: bool = False,
+        seed: int = 0,
+        per_class: int | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        if views < 0:
+            raise UserError(f"`views` must be 0 (the central crop) or more, and is {views}.")
+        if per_class is not None and per_class < 1:
+            raise UserError(f"`per_class` must be at least 1, and is {per_class}.")
+        if not 0 < crop_pct <= 1:
+            raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
+        predicted = [
+            FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, per_class, tolerant=True)
+            for name, folder in (predict or {}).items()
+            for source, root in find_sources(name, folder).items()
+        ]
+        training = FolderImages(train, "train", image_size, crop_pct) if train else None
+        classes = training.classes if training else None
+        validation = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
+        super().__init__(predicted, batch_size, num_workers, training, validation)
+
+
+class CorruptedData(ImageData):
+    """What another data module gives to `predict`, by every corruption at every severity.
+
+    Args:
+        data: The other data module, such as folders of images.
+        corruptions: Names; by default the 15 of ImageNet-C and its 4 for validation.
+        severities: 1 to 5.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        corruptions: list[str] | None = None,
+        severities: list[int] | None = None,
+    ) -> None:
+        corruptions = list(CORRUPTIONS) if corruptions is None else corruptions
+        severities = list(LEVELS) if severities is None else severities
+        if not corruptions or not {*corruptions} <= CORRUPTIONS.keys():
+            raise UserError(
+                f"`corruptions` are among {', '.join(CORRUPTIONS)}, and are {corruptions}. Give at least one."
+            )
+        if not severities or not {*severities} <= {*LEVELS}:
+            raise UserError(f"`severities` are among 1 to {len(LEVELS)}, and are {severities}. Give at least one.")
+        predicted = [
+            CorruptedImages(images, corruption, severity)
+            for images in data.predicted
+            for corruption in corruptions
+            for severity in severities
+        ]
+        super().__init__(predicted, data.batch_size, data.num_workers)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from featinv_pl.data.images.corruptions import CORRUPTIONS, corrupt
-from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
+from featinv_pl.data.images.datamodule import ImageData
+from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
 

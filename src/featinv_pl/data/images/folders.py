@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.data import create_transform
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.data.images.crops import RATIO, SCALE, random_view, take_view
-from featinv_pl.data.images.datamodule import ImageData, ImageSample, ImageSource
-from featinv_pl.data.images.layouts import NO_CLASS, find_sources, first_per_class, in_order, labelled_images
+from featinv_pl.data.images.layouts import NO_CLASS, first_per_class, in_order, labelled_images
+from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8
@@ -67,9 +67,9 @@ class FolderImages(ImageSource):
         self._labels = {name: label for label, name in enumerate(self.classes)}
         self.root, self.source, self.num_images, self.image_size = root, source, len(images), image_size
         self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
-        # That of `Backbone.crop` too: a classifier is shown what its published accuracy was measured on.
-        size = (3, image_size, image_size)
-        self._central_crop = create_transform(size, interpolation="bicubic", crop_pct=crop_pct, normalize=False)
+        # As `Backbone.crop`, by timm: a classifier gets what its published accuracy was measured on.
+        resize = Resize(floor(image_size / crop_pct), InterpolationMode.BICUBIC)
+        self._central_crop = Compose([resize, CenterCrop(image_size), PILToTensor()])
         if views:
             flips = "horizontal and vertical" if vertical_flip else "horizontal"
             self.preparation = (
@@ -110,57 +110,3 @@ class FolderImages(ImageSource):
         else:
             pixels = self._central_crop(image)
         return {**sample, "images": from_uint8(pixels)}
-
-
-class FolderData(ImageData):
-    """Folders of images, as batches.
-
-    Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/`
-    (ImageNet-V2) or in `<class>/`, at any depth, or in the folder itself if they have no labels.
-
-    Args:
-        train: A folder to train on. Its classes, in the order of their names, number the labels.
-        val: One for validation, which may lack some of those classes.
-        predict: Folders by name of source, for extraction. A folder of several sources, such as
-            ImageNet-C's `<corruption>/<severity>/<wnid>/`, gives `<name>/<corruption>/<severity>`.
-        image_size: Side of the square crop.
-        crop_pct: Share of the shorter side that the central crop keeps. Images that were cropped
-            before, as those of ImageNet-C to 224 px, want 1 and that size.
-        views: Extract so many random views of each image (crop, horizontal flip) in place of the
-            central crop, as training wants it.
-        vertical_flip: Flip half of the views upside down, as the paper's authors did.
-        seed: Seed of the views.
-        per_class: Extract only so many images of each class, the first by file name.
-        batch_size: Images per batch.
-        num_workers: Processes that read images.
-    """
-
-    def __init__(
-        self,
-        train: Path | None = None,
-        val: Path | None = None,
-        predict: dict[str, Path] | None = None,
-        image_size: int = 256,
-        crop_pct: float = 1.0,
-        views: int = 0,
-        vertical_flip: bool = False,
-        seed: int = 0,
-        per_class: int | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
-    ) -> None:
-        if views < 0:
-            raise UserError(f"`views` must be 0 (the central crop) or more, and is {views}.")
-        if per_class is not None and per_class < 1:
-            raise UserError(f"`per_class` must be at least 1, and is {per_class}.")
-        if not 0 < crop_pct <= 1:
-            raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
-        predicted = [
-            FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, per_class, tolerant=True)
-            for name, folder in (predict or {}).items()
-            for source, root in find_sources(name, folder).items()
-        ]
-        training = FolderImages(train, "train", image_size, crop_pct) if train else None
-        classes = training.classes if training else None
-        validation = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
-        super().__init__(predicted, batch_size, num_workers, training, validation)
