@@ -1,14 +1,19 @@
-# Each target sets up what it needs. PYTHON chooses the interpreter; PIP_FLAGS is handed to pip; JOBS is how many runs
-# of a study share the machine. SHORT=1 does what a target does on tiny parts: `make smoke` runs all of them so, in a
-# folder of its own.
+# Each target sets up what it needs. PYTHON chooses the interpreter; PIP_FLAGS is handed to pip; JOBS is how many steps
+# of the demo or of a study run at the same time; FLAGS is handed to the program that a target runs. SHORT=1 does what a
+# target does on tiny parts: `make smoke` runs all of them so, in a folder of its own.
 PYTHON ?= python3
 PIP_FLAGS ?=
 JOBS ?= 2
 STUDY ?= experiments/study/digits.yaml
-DEBUG := $(if $(SHORT),--config experiments/debug.yaml)
 BRIEF := $(if $(SHORT),--short)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# What is done is reused, and what was interrupted resumes. Digests in the names of files decide what is done.
+WORKFLOW := OMP_NUM_THREADS=1 $(BIN)/snakemake --cores $(JOBS) --nolock --rerun-incomplete --rerun-triggers mtime \
+	--scheduler greedy --quiet host reason $(if $(SHORT),--config overlay=experiments/debug.yaml) --snakefile
+# The table compares what is done, whatever has failed.
+COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-going $(FLAGS); status=$$?; \
+	$(BIN)/python experiments/study/table.py $(STUDY) && exit $$status
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 bench bench-data torture \
@@ -26,11 +31,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet $(PIP_FLAGS) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: install  ## the whole job on handwritten digits; FLAGS=--fresh starts over
-	$(BIN)/featinv-pl demo $(DEBUG) $(FLAGS)
+demo: install  ## the whole job on handwritten digits; FRESH=1 starts over, in an empty folder
+	$(if $(FRESH),$(if $(wildcard runs/demo),mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S)))
+	$(WORKFLOW) experiments/digits/Snakefile $(FLAGS)
 
 demo-once: install # what other targets read; FLAGS are theirs
-	$(BIN)/featinv-pl demo $(DEBUG)
+	$(WORKFLOW) experiments/digits/Snakefile
 
 smoke: install  ## every YAML and every target in its short form, as one table
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m smoke $(FLAGS)
@@ -52,11 +58,11 @@ format: install  ## rewrite the code in the project's style
 check: lint types test  ## all that CI runs
 
 study: demo-once  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
-	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study $(STUDY) $(DEBUG) --jobs $(JOBS)
+	$(COMPARED)
 
 study-cifar10: STUDY = experiments/study/cifar10.yaml
 study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about an hour
-	OMP_NUM_THREADS=1 $(BIN)/featinv-pl study $(STUDY) $(DEBUG) --jobs $(JOBS)
+	$(COMPARED)
 
 bench: demo-once  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BRIEF) $(FLAGS)
@@ -80,4 +86,4 @@ viz-digits: demo-once  ## whether steering and interpolation do what they claim,
 	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/viz_digits.py $(BRIEF)
 
 clean:  ## remove what runs and tests leave, but not .venv
-	rm -rf runs .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf runs .snakemake .coverage* .mypy_cache .pytest_cache .ruff_cache

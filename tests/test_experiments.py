@@ -1,6 +1,5 @@
 """Every shipped YAML says what the code accepts."""
 
-import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from featinv_pl.__main__ import overlaid
 from featinv_pl.cli import effective_config
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
-from featinv_pl.study import job, read_plan
+from smoke.targets import make, started
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -66,18 +65,25 @@ def test_yaml_is_parsed(name: str) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_run_of_a_study_is_parsed(name: str) -> None:
-    plan = read_plan(EXPERIMENTS / name)
-    Path("experiments").symlink_to(EXPERIMENTS)
-    for preparation in plan.prepare:
-        effective_config(shlex.split(preparation.command))
-    for run in plan.runs:
-        fit, test = (yaml.safe_load(effective_config(list(s.command))) for s in job(plan, run, 7, []).stages)
-        settings = fit["fit"]
-        assert settings["seed_everything"] == 7
-        assert settings["trainer"]["default_root_dir"] == str(plan.folder / run / "7")
-        assert test["test"]["model"] == settings["model"]
-        schedule = settings["model"]["init_args"]["lr_scheduler"]
-        assert schedule is None or schedule["init_args"]["total_steps"] == settings["trainer"]["max_steps"]
+    """As the workflow starts it, with one seed."""
+    plan = yaml.safe_load((EXPERIMENTS / name).read_text())
+    for needed in plan["needs"]:
+        Path(needed).mkdir(parents=True)
+    Path("plan.yaml").write_text(yaml.safe_dump({**plan, "seeds": [7]}, sort_keys=False))
+    models = {}
+    for command, *options in started(make("study-cifar10", short=False, STUDY="plan.yaml", FLAGS="--dry-run")):
+        if command == "export":
+            continue
+        settings = yaml.safe_load(effective_config([command, *options]))[command]
+        folder = settings["trainer"]["default_root_dir"]
+        if command == "fit":
+            models[folder] = settings["model"]
+            schedule = settings["model"]["init_args"]["lr_scheduler"]
+            assert schedule is None or schedule["init_args"]["total_steps"] == settings["trainer"]["max_steps"]
+        elif command == "test":
+            assert settings["seed_everything"] == 7
+            assert settings["model"] == models[folder]
+    assert {f"{plan['folder']}/{run}/7" for run in plan["runs"]} <= models.keys()
 
 
 def test_schedules_end_with_training() -> None:

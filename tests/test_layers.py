@@ -15,8 +15,6 @@ LAYERS = (
     {"trust"},
     {"config", "options", "publishing"},
     {"cli"},
-    {"stages"},
-    {"demo", "study"},
     {"commands"},
     {"__main__"},
 )

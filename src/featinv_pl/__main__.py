@@ -98,6 +98,8 @@ def run(args: list[str]) -> None:
         from featinv_pl.cli import train
 
         train(overlaid(args, os.environ.get(OVERLAY)))
+    elif name in ("demo", "study"):
+        raise UserError(f"`make {name}` runs the {name}, in the folder of the repository.")
     else:
         raise UserError(f"there is no command '{name}'. `featinv-pl --help` lists them.")
 

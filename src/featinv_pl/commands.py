@@ -205,26 +205,6 @@ def _report(parser: ArgumentParser, args: list[str]) -> None:
     print(f"Open {options.folder / 'report.html'}.")
 
 
-def _study(parser: ArgumentParser, args: list[str]) -> None:
-    parser.add_argument("plan", metavar="PLAN", type=Path, help="a YAML file, such as experiments/study/digits.yaml")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at the same time (%(default)s)")
-    parser.add_argument("--config", type=Path, help="an overlay for every run, such as experiments/debug.yaml")
-    options = parser.parse_args(args)
-    from featinv_pl.study import study
-
-    if not study(options.plan, options.jobs, options.config):
-        sys.exit(1)
-
-
-def _demo(parser: ArgumentParser, args: list[str]) -> None:
-    parser.add_argument("--fresh", action="store_true", help="start over instead of reusing stages that are done")
-    parser.add_argument("--config", type=Path, help="an overlay for every stage, such as experiments/debug.yaml")
-    options = parser.parse_args(args)
-    from featinv_pl.demo import demo
-
-    demo(options.fresh, options.config)
-
-
 class Command(NamedTuple):
     """A command: its line in `--help` and in the README, and what runs it."""
 
@@ -249,8 +229,6 @@ COMMANDS = {
     "import": Command("write the authors' checkpoint as a model folder", _import),
     "verify": Command("check feature shards against their manifest", _verify),
     "report": Command("write a page of scored inverters: pictures, tables, curves", _report),
-    "study": Command("compare ways of training and sampling, over several seeds", _study),
-    "demo": Command("run all of this on handwritten digits", _demo),
 }
 
 
