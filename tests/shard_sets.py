@@ -72,6 +72,13 @@ def write_set(
     return read_manifest(folder, OPTION)
 
 
+def flip(path: Path, offset: int) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 4
+    path.write_bytes(data)
+
+
 def replace_member(folder: Path, number: int, suffix: str, data: bytes | None) -> None:
     """Replace (or take out) one member of a sample in a set of one shard; tar, index and manifest agree."""
     manifest = json.loads((folder / MANIFEST).read_text())

@@ -27,7 +27,6 @@ from featinv_pl.data.images.corruptions import (
     zoom_blur,
 )
 from featinv_pl.data.images.digits import digit_images
-from featinv_pl.data.images.severities import SEVERITIES
 from featinv_pl.errors import UserError
 
 SHARED = ROOT.parent / "shared"
@@ -39,55 +38,6 @@ CERTAIN = (
     *("defocus_blur", "gaussian_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate"),
     "jpeg_compression",
 )
-
-
-def error(image: NDArray[np.uint8], name: str, severity: int, seed: int) -> float:
-    return float(np.square(corrupt(image, name, severity, seed).astype(float) - image).mean())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_keeps_the_format_and_the_original(name: str) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    kept = image.copy()
-    corrupted = corrupt(image, name, 3, seed=1)
-    assert corrupted.shape == image.shape
-    assert corrupted.dtype == np.uint8
-    assert np.array_equal(image, kept)
-
-
-def test_names_are_the_published_ones() -> None:
-    assert len(NAMES) == 15 + 4
-    for name in ("gaussian_noise", "glass_blur", "frost", "elastic_transform", "jpeg_compression", "saturate"):
-        assert name in NAMES
-    assert all(len(constants) == 5 for pair in SEVERITIES.values() for constants in pair)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [(32, 32), (72, 100)])
-def test_changes_an_image_at_every_severity(name: str, size: tuple[int, int]) -> None:
-    image = np.asarray(Image.fromarray(digit_images()[5]).resize(size[::-1])) // 2 + 40
-    image[..., 0] //= 2  # a colour, which saturation can change
-    for severity in range(1, 6):
-        corrupted = corrupt(image, name, severity, seed=0)
-        assert corrupted.shape == (*size, 3)
-        # CIFAR-10-C's smallest blurs reach no farther than a pixel.
-        assert not np.array_equal(corrupted, image) or (name == "defocus_blur" and severity < 4)
-
-
-@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "fog", "contrast", "gaussian_blur"])
-def test_grows_with_severity(name: str) -> None:
-    for index in range(4):
-        errors = [error(digit_images()[index], name, severity, seed=index) for severity in range(1, 6)]
-        assert 0 < errors[0] < errors[1] < errors[2] < errors[3] < errors[4]
-
-
-def test_constants_follow_the_size_of_the_image() -> None:
-    grey = np.full((64, 64, 3), 128, dtype=np.uint8)
-    small, large = (
-        error(np.pad(grey, ((0, more), (0, more), (0, 0)), "edge"), "gaussian_noise", 3, 0) for more in (0, 1)
-    )
-    assert small**0.5 / 255 == pytest.approx(0.08, rel=0.05)
-    assert large**0.5 / 255 == pytest.approx(0.18, rel=0.05)
 
 
 def test_formulas_by_hand() -> None:
@@ -104,6 +54,49 @@ def test_formulas_by_hand() -> None:
         assert blurred.sum() == pytest.approx(3)
     disc = defocus_blur(point, (3, 0.1), rng)[..., 0]
     assert (disc > 1e-6).sum() == 29  # points of the grid within 3 of the centre
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_severity_changes_an_image_by_its_seed_alone(name: str) -> None:
+    assert len(NAMES) == 15 + 4
+    for size in ((32, 32), (72, 100)):
+        image = np.asarray(Image.fromarray(digit_images()[5]).resize(size[::-1])) // 2 + 40
+        image[..., 0] //= 2  # a colour, which saturation can change
+        kept = image.copy()
+        for severity in range(1, 6):
+            corrupted = corrupt(image, name, severity, seed=7)
+            assert (corrupted.shape, corrupted.dtype) == ((*size, 3), np.uint8)
+            # CIFAR-10-C's smallest blurs reach no farther than a pixel.
+            assert not np.array_equal(corrupted, image) or (name == "defocus_blur" and severity < 4)
+        np.random.seed(1)
+        assert np.array_equal(corrupt(image, name, 5, seed=7), corrupted)
+        assert np.array_equal(corrupt(image, name, 5, seed=8), corrupted) == (name in CERTAIN)
+        assert np.array_equal(image, kept)
+
+
+@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "fog", "contrast", "gaussian_blur"])
+def test_grows_with_severity(name: str) -> None:
+    image = digit_images()[2]
+    errors = [np.square(corrupt(image, name, level, 0).astype(float) - image).mean() for level in range(1, 6)]
+    assert 0 < errors[0] < errors[1] < errors[2] < errors[3] < errors[4]
+
+
+@pytest.mark.parametrize(("side", "spread"), [(64, 0.08), (65, 0.18)])
+def test_constants_follow_the_size_of_the_image(side: int, spread: float) -> None:
+    grey = np.full((side, side, 3), 128, dtype=np.uint8)
+    noise = (corrupt(grey, "gaussian_noise", 3, seed=0).astype(float) - grey) / 255
+    assert noise.std() == pytest.approx(spread, rel=0.05)
+    white = corrupt(np.full_like(grey, 255), "gaussian_noise", 1, seed=0)
+    assert (white == 255).mean() > 0.4  # values saturate and never wrap
+    assert white.min() > 128
+
+
+def test_contrast_is_about_the_mean_of_each_channel_and_truncated() -> None:
+    image = np.array([[40, 100], [160, 220]], dtype=np.uint8)[..., None] // np.array([1, 2, 4], dtype=np.uint8)
+    mean = np.array([130, 65, 32.5])
+    lost = (image - mean) * 0.5 + mean - corrupt(image, "contrast", 2, seed=0)
+    assert -1e-9 < lost.min() <= 0.25
+    assert 0.75 <= lost.max() < 1 + 1e-9
 
 
 # Against the published functions (hendrycks/robustness), which were run with the seed i for the i-th image
@@ -131,7 +124,7 @@ def shares_above(change: NDArray[Any]) -> list[float]:
     return [float(energy[frequency > limit].sum() / energy.sum()) for limit in (1 / 16, 1 / 8, 1 / 4)]
 
 
-@pytest.mark.parametrize(("images", "severities"), [("cifar10-32px", range(1, 6)), ("imagenet-224px", (2, 5))])
+@pytest.mark.parametrize(("images", "severities"), [("cifar10-32px", range(1, 6)), ("imagenet-224px", (4,))])
 @pytest.mark.parametrize("name", COMPARED)
 def test_strength_and_spectrum_are_the_published_ones(name: str, images: str, severities: Any) -> None:
     statistics, originals = published(images)
@@ -189,38 +182,6 @@ def test_water_shines_in_drops_alone() -> None:
     assert added.min() == 0
     np.testing.assert_allclose(added.max((0, 1)), 0.5 * np.array([175, 238, 238]) / 255)
     assert 0.5 < (added == 0).all(2).mean() < 0.9
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_is_decided_by_its_seed(name: str) -> None:
-    image = digit_images()[0]
-    first = corrupt(image, name, 2, seed=7)
-    np.random.seed(1)
-    assert np.array_equal(corrupt(image, name, 2, seed=7), first)
-    assert np.array_equal(corrupt(image, name, 2, seed=8), first) == (name in CERTAIN)
-
-
-def test_noise_has_the_strength_of_its_severity() -> None:
-    grey = np.full((200, 200, 3), 128, dtype=np.uint8)
-    noise = corrupt(grey, "gaussian_noise", 1, seed=0) / 255 - grey / 255
-    assert noise.std() == pytest.approx(0.08, rel=0.02)
-    assert noise.mean() == pytest.approx(0, abs=0.002)
-
-
-def test_contrast_keeps_the_mean_and_scales_about_it() -> None:
-    image = np.array([[40, 100], [160, 220]], dtype=np.uint8)[..., None] // np.array([1, 2, 4], dtype=np.uint8)
-    mean = np.array([130, 65, 32.5])  # of each channel, so that colours stay
-    expected = (image - mean) * 0.5 + mean
-    lost = expected - corrupt(image, "contrast", 2, seed=0)
-    assert -1e-9 < lost.min() <= 0.25
-    assert 0.75 <= lost.max() < 1 + 1e-9  # truncated, not rounded
-
-
-def test_values_saturate_and_never_wrap() -> None:
-    white = np.full((16, 16, 3), 255, dtype=np.uint8)
-    noisy = corrupt(white, "gaussian_noise", 1, seed=0)
-    assert (noisy == 255).mean() > 0.4
-    assert noisy.min() > 128
 
 
 @pytest.mark.parametrize(

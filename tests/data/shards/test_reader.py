@@ -22,7 +22,7 @@ from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.data.shards.verification import verify
 from featinv_pl.errors import UserError
-from shard_sets import OPTION, replace_member, write_set
+from shard_sets import OPTION, flip, replace_member, write_set
 
 
 def half(tensor: Tensor) -> Tensor:
@@ -61,19 +61,10 @@ def test_manifest_describes_the_files(make_batch: MakeBatch, tmp_path: Path) -> 
     ]
     for shard in manifest["shards"]:
         data = (tmp_path / shard["name"]).read_bytes()
-        assert shard["bytes"] == len(data)
-        assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+        assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+        with tarfile.open(tmp_path / shard["name"]) as tar:  # nothing but the samples decides a byte
+            assert {(member.mtime, member.uname, member.gname) for member in tar} == {(0, "featinv", "featinv")}
     assert read_manifest(tmp_path, OPTION) == manifest
-
-
-def test_equal_content_gives_equal_bytes(make_batch: MakeBatch, tmp_path: Path) -> None:
-    one, other = (write_set(tmp_path / name, make_batch(3)) for name in ("one", "other"))
-    assert one == other
-    changed = make_batch(3)
-    changed["logits"][2, 0] += 0.5
-    assert write_set(tmp_path / "changed", changed)["shards"][0]["sha256"] != one["shards"][0]["sha256"]
-    with tarfile.open(tmp_path / "one" / one["shards"][0]["name"]) as tar:
-        assert {(member.mtime, member.uname, member.gname) for member in tar} == {(0, "featinv", "featinv")}
 
 
 def test_webdataset_reads_them(make_batch: MakeBatch, tmp_path: Path) -> None:
@@ -93,63 +84,48 @@ def test_webdataset_reads_them(make_batch: MakeBatch, tmp_path: Path) -> None:
 # Sets that will not do
 
 
-def without_folder(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
+def rewritten(change: Callable[[str], str]) -> Callable[[Path], Any]:
+    """Change the text of a manifest."""
+    return lambda folder: (folder / MANIFEST).write_text(change((folder / MANIFEST).read_text()))
 
 
-def without_manifest(folder: Path) -> None:
-    (folder / MANIFEST).unlink()
+def resealed(name: str) -> Callable[[Path], Any]:
+    """Give the first shard another name, in a manifest that is as it was written."""
+
+    def rename(folder: Path) -> None:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["shards"][0]["name"] = name
+        write_manifest(folder, manifest)
+
+    return rename
 
 
-def damaged_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text((folder / MANIFEST).read_text()[:-20])
-
-
-def manifest_of_nothing(folder: Path) -> None:
-    (folder / MANIFEST).write_text("[]")
-
-
-def manifest_without_sizes(folder: Path) -> None:
-    (folder / MANIFEST).write_text('{"format_version": 2, "shards": [{"name": "a.tar"}]}')
-
-
-def changed_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"num_classes": 10', '"num_classes": 12'))
-
-
-def respaced_manifest(folder: Path) -> None:
-    (folder / MANIFEST).write_text((folder / MANIFEST).read_text() + " ")
-
-
-def another_version(folder: Path) -> None:
-    (folder / MANIFEST).write_text('{"format_version": 99, "shards": []}')
-
-
-def without_shard(folder: Path) -> None:
-    next(folder.glob("*-00001.tar")).unlink()
-
-
-def short_shard(folder: Path) -> None:
-    shard = next(folder.glob("*-00001.tar"))
-    shard.write_bytes(shard.read_bytes()[:-512])
+def second(folder: Path) -> Path:
+    return next(folder.glob("*-00001.tar"))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (without_folder, "there is no folder '.*set'"),
-        (without_manifest, f"has no {MANIFEST}, so it is not a finished shard set"),
-        (damaged_manifest, f"{MANIFEST}' is damaged"),
-        (manifest_of_nothing, f"{MANIFEST}' is damaged"),
-        (manifest_without_sizes, f"{MANIFEST}' is damaged"),
-        (changed_manifest, f"{MANIFEST}' is damaged .it has changed since it was written"),
-        (respaced_manifest, f"{MANIFEST}' is damaged .it has changed since it was written"),
-        (another_version, "shard format 99, and this version reads 2"),
-        (without_shard, r"shard '.*-00001\.tar' is missing; its manifest says \d+ bytes"),
-        (short_shard, r"shard '.*-00001\.tar' has \d+ bytes; its manifest says \d+ bytes"),
+        (lambda folder: folder.rename(folder.with_name("elsewhere")), "there is no folder '.*set'"),
+        (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}, so it is not a finished shard set"),
+        (rewritten(lambda text: text[:-20]), "is damaged"),
+        (rewritten(lambda text: "[]"), "is damaged"),
+        (rewritten(lambda text: '{"format_version": 2, "shards": [{"name": "a.tar"}]}'), "is damaged"),
+        (rewritten(lambda text: text.replace("10", "12")), "is damaged .it has changed since it was written"),
+        (rewritten(lambda text: text + " "), "is damaged .it has changed since it was written"),
+        (rewritten(lambda text: '{"format_version": 99}'), "shard format 99, and this version reads 2"),
+        (lambda folder: second(folder).unlink(), r"-00001\.tar' is missing; its manifest says \d+ bytes"),
+        (lambda folder: second(folder).write_bytes(b""), r"-00001\.tar' has 0 bytes; its manifest says \d+ bytes"),
+        (lambda folder: index_path(second(folder)).unlink(), r"-00001\.json' is missing"),
+        (resealed("clean-00001.tar"), "it names a shard twice"),
+        *(
+            (resealed(name), r"is damaged .*shards\.0\.name String should match")
+            for name in ("../other.tar", "/etc/passwd", "a/b.tar", "..", ".hidden", "")
+        ),
     ],
 )
-def test_refuses_a_set(damage: Callable[[Path], None], message: str, make_batch: MakeBatch, tmp_path: Path) -> None:
+def test_refuses_a_set(damage: Callable[[Path], Any], message: str, make_batch: MakeBatch, tmp_path: Path) -> None:
     write_set(tmp_path / "set", make_batch(4), shard_size=2)
     damage(tmp_path / "set")
     with pytest.raises(UserError, match=f"{OPTION}: .*{message}"):
@@ -177,6 +153,7 @@ MAP = np.zeros((8, 4, 4), np.float16)
         ("json", None, "no member 'json'"),
         ("png", None, "no member 'jpg'"),
         ("features.npy", npy(MAP[:, :3]), r"a feature map of shape \(8, 3, 4\) instead of \(8, 4, 4\)"),
+        ("logits.npy", npy(np.zeros(9, np.float16)), r"logits of shape \(9,\)"),
         ("features.npy", npy(MAP + np.float16("nan")), "not finite"),
         ("latent.npy", npy(MAP + np.float16("inf")), "not finite"),
         ("features.npy", npy(MAP.astype(np.float32)), "float32 instead of float16"),
@@ -201,55 +178,33 @@ def test_names_a_damaged_sample_and_its_shard(
         shards[1]
 
 
-def test_names_a_sample_whose_logits_have_another_shape(make_batch: MakeBatch, tmp_path: Path) -> None:
-    write_set(tmp_path, make_batch(3))
-    replace_member(tmp_path, 1, "logits.npy", npy(np.zeros(9, np.float16)))
-    with pytest.raises(UserError, match=r"sample '000000001' of the shard '.*clean-00000\.tar'"):
-        ShardSet(tmp_path, "val", OPTION)[1]
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
 def test_any_flipped_byte_is_noticed(make_batch: MakeBatch, tmp_path: Path) -> None:
     """Headers, data and padding: tar itself would notice those of headers alone, and webdataset not even those."""
-    manifest = write_set(tmp_path, make_batch(2))
-    path = tmp_path / manifest["shards"][0]["name"]
-    whole = path.read_bytes()
-    end = len(whole) - 1024  # the tar's end, in which nothing lies
-    for offset in range(0, end, 97):
+    write_set(tmp_path, make_batch(2))
+    path, shards = tmp_path / "clean-00000.tar", ShardSet(tmp_path, "val", OPTION)
+    complete = path.read_bytes()
+    for offset in range(0, len(complete) - 1024, 397):  # but for the tar's end, in which nothing lies
         flip(path, offset)
-        shards = ShardSet(tmp_path, "val", OPTION)
         with pytest.raises(UserError, match=r"'00000000\d' of the shard '.*clean-00000\.tar' .* has changed since"):
             [shards[0], shards[1]]
-        path.write_bytes(whole)
-
-
-def test_a_changed_index_is_noticed(make_batch: MakeBatch, tmp_path: Path) -> None:
-    manifest = write_set(tmp_path, make_batch(2))
-    flip(index_path(tmp_path / manifest["shards"][0]["name"]), 300)
-    with pytest.raises(UserError, match=r"index '.*clean-00000\.json' is damaged"):
-        ShardSet(tmp_path, "val", OPTION)[0]
-
-
-def test_a_tar_cut_short_while_it_is_read_is_noticed(make_batch: MakeBatch, tmp_path: Path) -> None:
-    manifest = write_set(tmp_path, make_batch(2))
-    shards = ShardSet(tmp_path, "val", OPTION)
-    path = tmp_path / manifest["shards"][0]["name"]
-    path.write_bytes(path.read_bytes()[:-2048])
+        flip(path, offset)
+    path.write_bytes(complete[:-2048])
     assert shards[0]["key"] == "0-0"
     with pytest.raises(UserError, match=r"sample '000000001' .*: the shard ends before it"):
         shards[1]
 
 
+def test_a_changed_index_is_noticed(make_batch: MakeBatch, tmp_path: Path) -> None:
+    write_set(tmp_path, make_batch(2))
+    flip(tmp_path / "clean-00000.json", 300)
+    with pytest.raises(UserError, match=r"index '.*clean-00000\.json' is damaged"):
+        ShardSet(tmp_path, "val", OPTION)[0]
+
+
 def test_skips_and_says_what(make_batch: MakeBatch, tmp_path: Path) -> None:
-    manifest = write_set(tmp_path, make_batch(9), shard_size=3)
-    names = [shard["name"] for shard in manifest["shards"]]
-    flip(tmp_path / names[0], 700)
-    (tmp_path / names[1]).unlink()
+    write_set(tmp_path, make_batch(9), shard_size=3)
+    flip(tmp_path / "clean-00000.tar", 700)
+    (tmp_path / "clean-00001.tar").unlink()
     shards = ShardSet(tmp_path, "val", OPTION, on_error="skip")
     assert len(shards) == 6
     assert len(shards.skipped) == 3
@@ -259,16 +214,6 @@ def test_skips_and_says_what(make_batch: MakeBatch, tmp_path: Path) -> None:
     assert [re.findall(r"sample '(\d+)'", line) for line in batch["skipped"]] == [["000000000"]]
     with pytest.raises(UserError, match="All 1 samples of a batch are damaged"):
         shards.batch([0])
-
-
-def test_names_that_reach_outside_are_refused(make_batch: MakeBatch, tmp_path: Path) -> None:
-    write_set(tmp_path / "set", make_batch(1))
-    manifest = json.loads((tmp_path / "set" / MANIFEST).read_text())
-    for name in ("../other.tar", "/etc/passwd", "a/b.tar", "..", ".hidden", ""):
-        manifest["shards"][0]["name"] = name
-        write_manifest(tmp_path / "set", manifest)
-        with pytest.raises(UserError, match=r"is damaged .*shards\.0\.name String should match"):
-            ShardSet(tmp_path / "set", "val", OPTION)
 
 
 # Folders of sets

@@ -2,10 +2,8 @@
 
 import contextlib
 import gzip
-import resource
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -25,7 +23,7 @@ from shard_sets import write_set
 
 SIZE = 10
 ZEROS = bytes(1 << 16)
-MANY = 300 << 20  # bytes, of which no more should come than a manifest may have
+MANY = 150 << 20  # bytes, of which no more should come than a manifest may have
 
 
 class Server(ThreadingHTTPServer):
@@ -36,7 +34,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder: Path) -> None:
         self.asked: list[str] = []
         self.faults: dict[str, list[str]] = {}  # what to do wrong, one request after the other
-        self.sent = 0
+        self.sent, self.ended = 0, threading.Event()
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
 
     @property
@@ -54,7 +52,8 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_GET()
             return
         if fault == "silent":
-            time.sleep(3)
+            self.server.ended.wait()
+            return
         self.send_response(503 if fault == "busy" else 200)
         if fault == "dropped":
             self.send_header("Content-Length", "1000000")
@@ -79,6 +78,7 @@ def server(make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         yield server
+        server.ended.set()
         server.shutdown()
 
 
@@ -105,8 +105,6 @@ def test_reads_over_http_and_keeps_what_it_has_fetched(
     assert sorted(set(tars)) == [f"/set/clean-0000{number}.tar" for number in range(3)]
 
     server.asked.clear()
-    shutil.rmtree(tmp_path / "far/set", ignore_errors=False)
-    write_set(tmp_path / "far/set", make_batch(SIZE), shard_size=4)
     assert len(keys(shards(place, num_workers=num_workers))) == SIZE
     assert server.asked == [f"/set/{MANIFEST}"]
 
@@ -130,11 +128,6 @@ def test_what_was_damaged_on_the_way_is_never_kept(server: Server, tmp_path: Pat
     assert len(keys(data)) == SIZE
 
 
-def memory() -> int:
-    """The most that this process has ever had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-
-
 @pytest.mark.parametrize(
     ("name", "faults", "message"),
     [
@@ -150,14 +143,13 @@ def memory() -> int:
 def test_a_bad_server_is_refused_in_bounds(
     name: str, faults: list[str], message: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "SILENCE_S", 0.2)
+    if "silent" in faults:  # a busy machine may be silent for as long
+        monkeypatch.setattr(remote, "SILENCE_S", 0.2)
     server.faults[name] = faults
-    before = memory()
     with pytest.raises(UserError, match=message):
         keys(shards(f"{server.address}/set"))
     assert not faults
     assert server.sent < MANY
-    assert memory() - before < MANY
     assert not list(Path().rglob(f"cache/*/{name}*"))
 
 

@@ -3,7 +3,6 @@
 import io
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,11 +14,6 @@ from featinv_pl.data.shards import samples as entries
 from featinv_pl.data.shards.samples import ImageFormat, Sample, Storage, collate_samples, decode, prepare, quantise
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
-
-
-def half(tensor: Tensor) -> Tensor:
-    """What fp16 keeps."""
-    return tensor.half()
 
 
 def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
@@ -37,7 +31,7 @@ def test_png_entry_comes_back_whole(make_batch: MakeBatch) -> None:
     sample = back(encode(batch, 1, "png"))
     assert torch.equal(sample["images"], batch["images"][1])
     for name in ("features", "logits", "moments"):
-        assert torch.equal(sample[name], half(batch[name][1]))
+        assert torch.equal(sample[name], batch[name][1].half())
     assert sample["labels"] == batch["labels"][1]
     assert sample["source"] == "corrupted/fog/3"
     assert sample["key"] == "0-1"
@@ -50,7 +44,7 @@ def test_jpg_entry_keeps_what_is_seen(make_batch: MakeBatch) -> None:
     assert Image.open(io.BytesIO(members["jpg"])).format == "JPEG"
     sample = back(members)
     torch.testing.assert_close(sample["images"], batch["images"][0], rtol=0, atol=0.05)
-    assert torch.equal(sample["features"], half(batch["features"][0]))
+    assert torch.equal(sample["features"], batch["features"][0].half())
 
 
 def test_the_image_comes_last_and_is_optional(make_batch: MakeBatch) -> None:
@@ -113,10 +107,3 @@ def test_a_view_is_recorded(make_batch: MakeBatch) -> None:
     batch = make_batch(1)
     batch["view"] = [{"number": 2, "crop": (1, 2, 3, 4), "flips": "h"}]
     assert b'"view": {"number": 2, "crop": [1, 2, 3, 4], "flips": "h"}' in encode(batch, 0, "png")["json"]
-
-
-def test_reads_what_numpy_writes_and_numpy_reads_it(make_batch: MakeBatch) -> None:
-    batch = make_batch(1)
-    members = encode(batch, 0, "png")
-    array = np.load(io.BytesIO(members["features.npy"]), allow_pickle=False)
-    assert np.array_equal(array, batch["features"][0].half().numpy())

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.shards.manifest import MANIFEST
-from shard_sets import replace_member, write_set
+from shard_sets import flip, write_set
 
 
 def verify(*folders: Path) -> int:
@@ -26,12 +25,6 @@ def test_whole_sets(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == "".join(
         f"{tmp_path / name}: complete: 3 shards, 5 samples\n" for name in ("a", "b/1")
     )
-
-
-def flip(path: Path, offset: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 4
-    path.write_bytes(data)
 
 
 def test_each_damage_is_named(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,17 +47,6 @@ def test_each_damage_is_named(make_batch: MakeBatch, tmp_path: Path, capsys: pyt
     ):
         assert fragment in printed
     assert "00004" not in printed
-
-
-def test_values_are_checked_too(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_set(tmp_path, make_batch(3))
-    array = np.zeros((8, 4, 4), np.float16)
-    array[0, 0, 0] = np.nan
-    np.save("nan.npy", array)
-    replace_member(tmp_path, 1, "features.npy", Path("nan.npy").read_bytes())
-    assert verify(tmp_path) == 1
-    assert "'000000001' of the shard" in (printed := capsys.readouterr().out)
-    assert "not finite" in printed
 
 
 def test_all_folders_are_checked(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
