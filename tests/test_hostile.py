@@ -1,15 +1,12 @@
-"""Hostile and broken files: nothing runs, nothing is written elsewhere, and one message says what is wrong.
+"""Hostile and damaged files, a part of those of `make torture`: each is refused with one sentence, and nothing runs."""
 
-`make torture` tries ten times as much.
-"""
-
+import contextlib
+import io
 import json
 import os
 import pickle
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,113 +16,61 @@ import yaml
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from torture.damage import OUTCOMES, WRONG, Bench, Kind, Trial, damaged, figure, kinds, make_originals, revalued
-from torture.hostile_files import ANY, PICTURES, Runs, content
+from tiny import TRAINER
+from torture.hostile import Kind, kinds, make_originals, trial, trials
+from torture.spoils import ANY, BAD_PICTURES, Runs
 
 NAMES = [kind.name for kind in kinds(Path())]
-WITH_VALUES = [kind.name for kind in kinds(Path()) if kind.values]
-EVERY = {  # of what takes longer, a part will do here
-    "checkpoint": 3,
-    "model folder": 3,
-    "prior": 3,
-    "authors' checkpoint": 6,
-    "authors' weights": 3,
-    "scores of a run": 2,
-}
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("hostile")
-    make_originals(root)
-    return Bench(root)
+    with contextlib.redirect_stdout(io.StringIO()):
+        make_originals(root)
+    return root
 
 
-def of(name: str, bench: Bench) -> Kind:
-    return next(kind for kind in kinds(bench.root) if kind.name == name)
-
-
-class Judge:
-    """Takes trials, and keeps those that ended wrong."""
-
-    def __init__(self) -> None:
-        self.trials = 0
-        self.wrong: list[str] = []
-
-    def __call__(self, what: str, trial: Trial) -> None:
-        self.trials += 1
-        if trial.outcome in WRONG:
-            self.wrong.append(f"{what}: {trial.outcome}: {trial.said[-500:]}")
+def kind(name: str, root: Path) -> Kind:
+    return next(kind for kind in kinds(root / "parts") if kind.name == name)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_were_made_to_do_harm(name: str, bench: Bench) -> None:
-    kind, judge = of(name, bench), Judge()
-    for what, spoil in list(kind.spoils.items())[:: EVERY.get(name, 1)]:
-        judge(what, bench.trial(kind, spoil, authored=True))
-    assert judge.wrong == []
-    assert judge.trials >= 6
+def test_spoilt_files_end_in_one_sentence(name: str, root: Path) -> None:
+    ways = sum(len(spoils) for _, spoils, _ in kind(name, root).cases)
+    ended = list(trials(root, kind(name, root), number=2, every=max(1, ways // 6)))
+    assert [f"{what}: {wrong}" for what, wrong in ended if wrong] == []
+    assert len(ended) >= 7
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_that_were_damaged(name: str, bench: Bench) -> None:
-    judge = Judge()
-    damaged(bench, of(name, bench), 8, judge)
-    assert judge.wrong == []
-    assert judge.trials >= 5
-
-
-@pytest.mark.parametrize("name", WITH_VALUES)
-def test_values_that_nobody_expects(name: str, bench: Bench) -> None:
-    judge = Judge()
-    revalued(bench, of(name, bench), 10, judge)
-    assert judge.wrong == []
-    assert judge.trials >= 8
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_spoilt_is_read(name: str, bench: Bench) -> None:
-    """Or, of the plan of a study, comes to the check that stands behind all others."""
-    kind = of(name, bench)
-    assert bench.trial(kind, lambda folder: None, authored=False).outcome == "harmless"
-    ended, said = bench.unspoilt(kind)
-    assert ended == 0 or (name == "plan of a study" and "there is no 'nowhere'" in said)
-
-
-# Folders of pictures
+def test_what_is_not_spoilt_is_read(name: str, root: Path) -> None:
+    assert trial(root, kind(name, root), "*", lambda path: None, "never", authored=True) == "it passed for valid"
 
 
 def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
-    bench: Bench, capsys: pytest.CaptureFixture[str]
+    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All bad pictures in one folder, beside two good ones: they are left out, with the reason, if that is allowed."""
-    folder = Path("pictures")
-    folder.mkdir()
+    Path("pictures").mkdir()
     for number in range(2):
-        Image.effect_noise((40, 40), 90).convert("RGB").save(folder / f"good-{number}.png")
-    for number, data in enumerate(PICTURES.values()):
-        content(data)(folder / f"bad-{number}.png")
-    for spoil in ANY:
-        if spoil.__name__ not in ("a_folder", "missing"):
-            content(b"picture")(folder / f"{spoil.__name__}.png")
-            spoil(folder / f"{spoil.__name__}.png")
-    parts = bench.root / "parts"
+        Image.effect_noise((40, 40), 90).convert("RGB").save(f"pictures/good-{number}.png")
+    for number, data in enumerate(BAD_PICTURES.values()):
+        Path(f"pictures/bad-{number}.png").write_bytes(data)
+    others = [name for name in ANY if name not in ("folder", "missing")]
+    for name in others:
+        path = Path(f"pictures/{name}.png")
+        path.write_bytes(b"picture")
+        ANY[name](path)
+    frozen = {"backbone": str(classifier_folder), "autoencoder": str(prior_folder / "vae"), "image_size": 32}
     settings = {
-        "trainer": {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": "run"},
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {
-                "backbone": str(parts / "classifier"),
-                "autoencoder": str(parts / "prior/vae"),
-                "image_size": 32,
-            },
-        },
+        "trainer": {**TRAINER, "enable_progress_bar": False, "default_root_dir": "run"},
+        "model": {"class_path": "FeatureExtraction", "init_args": frozen},
         "data": {"class_path": "FolderData", "init_args": {"predict": {"pictures": "pictures"}, "image_size": 32}},
     }
-    writer = {"class_path": "ShardWriter", "init_args": {"folder": "shards"}}
     Path("predict.yaml").write_text(yaml.safe_dump(settings))
-    callback = f"--trainer.callbacks=[{json.dumps(writer)}]"
+    callback = f"--trainer.callbacks={json.dumps([{'class_path': 'ShardWriter', 'init_args': {'folder': 'shards'}}])}"
     with pytest.raises(SystemExit) as stop:
         main(["predict", "--config", "predict.yaml", callback])
     assert stop.value.code == 1
@@ -133,52 +78,41 @@ def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
     main(["predict", "--config", "predict.yaml", callback, "--trainer.callbacks.max_bad_fraction=1"])
     manifest = json.loads(Path("shards/pictures/manifest.json").read_text())
     reasons = {one["key"]: one["reason"] for one in manifest["unreadable"]}
-    assert manifest["samples"] + len(reasons) == len(PICTURES) + len(ANY)
+    assert manifest["samples"] == 2
+    assert len(reasons) == len(BAD_PICTURES) + len(others)
     assert all(reasons.values())
-    assert {"bad-0.png", "a_pipe_that_never_ends.png", "a_link_to_endless_zeros.png"} <= reasons.keys()
     assert not {"good-0.png", "good-1.png"} & reasons.keys()
     assert not Path("../ran").exists()
 
 
-# The judge
+# What judges
 
 
-def test_trials_see_what_must_not_happen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = of("picture", bench)
-    unspoilt = bench.unspoilt(kind)
+def refuse(message: str, status: int = 1) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(status)
 
-    def outcome(do: Callable[[], Any]) -> str:
-        def main(command: list[str]) -> None:
-            do()
 
-        with monkeypatch.context() as patched:
-            patched.setattr("torture.damage.main", main)
-            return bench.trial(kind, lambda folder: None, authored=False).outcome
-
-    def refuse(message: str, status: int = 1) -> None:
-        print(message, file=sys.stderr)
-        sys.exit(status)
-
-    monkeypatch.setattr("torture.damage.SECONDS", 1)
-    assert outcome(lambda: None) == "accepted"
-    bench.before[kind.name] = (1, unspoilt[1])
-    assert outcome(lambda: refuse("featinv-pl: error: 'in/picture.png' is none.")) == "refused"
-    assert outcome(lambda: refuse("usage", 2)) == "refused"
-    assert outcome(lambda: refuse("featinv-pl: error: something is wrong.")) == "unclear"
-    assert outcome(lambda: refuse("Traceback")) == "unclear"
-    assert outcome(lambda: [][0]) == "traceback"
-    assert outcome(lambda: os.system("touch ../ran")) == "ran code"
-    assert outcome(lambda: Path("../outside").write_text("changed")) == "wrote outside"
-    assert outcome(lambda: Path("new").touch()) == "wrote outside"
-    assert outcome(lambda: Path("in/picture.png").unlink()) == "wrote outside"
-    assert outcome(lambda: time.sleep(3)) == "too slow"
-    assert outcome(lambda: bytearray(3 << 30)) == "too much memory"
-    assert outcome(lambda: b"x" * (1200 << 20)) == "too much memory"
-    sealed = replace(kind, sealed=True)
-    with monkeypatch.context() as patched:
-        patched.setattr("torture.damage.main", lambda command: None)
-        assert bench.trial(sealed, lambda folder: None, authored=False).outcome == "undetected"
-    bench.before[kind.name] = unspoilt
+@pytest.mark.parametrize(
+    ("do", "wrong"),
+    [
+        (lambda: None, "passed for valid"),
+        (lambda: refuse("featinv-pl: error: 'in/picture.png' is damaged."), None),
+        (lambda: refuse("featinv-pl: error: something is wrong."), "said"),
+        (lambda: refuse("Traceback"), "ended with 1"),
+        (lambda: [][0], "ended with IndexError"),
+        (lambda: os.system("touch ../ran"), "ran code"),
+        (lambda: Path("../outside").write_text("changed"), "wrote"),
+        (lambda: Path("in/picture.png").unlink(), "wrote"),
+        (lambda: bytearray(3 << 30), "ended with MemoryError"),
+    ],
+)
+def test_a_trial_shows_what_must_not_happen(
+    do: Callable[[], Any], wrong: str | None, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torture.hostile.main", lambda command: do())
+    found = trial(root, kind("picture", root), "*", lambda path: None, "in/picture", authored=True)
+    assert wrong in found if wrong and found else found is wrong
 
 
 def test_a_pickle_does_run_without_care(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +121,3 @@ def test_a_pickle_does_run_without_care(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path / "place")
     pickle.loads(pickle.dumps(Runs()))
     assert Path("../ran").exists()
-
-
-def test_each_wrong_end_is_counted_once() -> None:
-    trials = [Trial(outcome, 1.5, 20, "") for outcome in OUTCOMES]
-    counted = figure("all", trials)
-    assert (counted.times, counted.lost, counted.unnoticed) == (10, 6, 1)
-    assert counted.note.startswith("1 refused, 1 harmless, 1 accepted, 1 undetected")
-    assert counted.note.endswith("at most 1.5 s and 20 MB")

@@ -1,4 +1,4 @@
-"""A short version of `make torture`; what spoilt files do is in test_hostile.py."""
+"""A short form of `make torture`: kills, ranks that end, full disks. Spoilt files are in test_hostile.py."""
 
 import random
 from pathlib import Path
@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from torture.disk import fill_disk
-from torture.kills import kill_stage, prepare, stages
+from torture.kills import fill_disk, kill_stage, prepare, stages
 from torture.ranks import compare_ranks, end_one_of_two
 from torture.table import Figure
 
-STAGES = stages()
-NAMES = [f"{stage.name}-{stage.ranks}" for stage in STAGES]
+STAGES = {f"{stage.name}-{stage.ranks}": stage for stage in stages()}
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +24,9 @@ def check(figure: Figure, times: int) -> None:
     assert figure.wrong == 0, str(figure)
 
 
-@pytest.mark.parametrize("number", range(len(STAGES)), ids=NAMES)
-def test_a_kill_loses_nothing(number: int, root: Path) -> None:
-    stage = STAGES[number]
-    check(kill_stage(root, stage, 2 if stage.ranks == 1 else 1, random.Random(number)), 1)
+@pytest.mark.parametrize("name", STAGES)
+def test_a_kill_loses_nothing(name: str, root: Path) -> None:
+    check(kill_stage(root, STAGES[name], 2 if STAGES[name].ranks == 1 else 1, random.Random(name)), 1)
 
 
 def test_one_rank_and_two_come_to_the_same(root: Path) -> None:
@@ -41,6 +38,6 @@ def test_ranks_end_together(root: Path) -> None:
     check(next(end_one_of_two(root, 1, random.Random(0))), 1)
 
 
-@pytest.mark.parametrize("number", [number for number, stage in enumerate(STAGES) if stage.ranks == 1])
-def test_a_full_disk_loses_nothing(number: int, root: Path) -> None:
-    check(fill_disk(root, STAGES[number], 1, random.Random(number)), 1)
+@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.ranks == 1])
+def test_a_full_disk_loses_nothing(name: str, root: Path) -> None:
+    check(fill_disk(root, STAGES[name], 1, random.Random(name)), 1)

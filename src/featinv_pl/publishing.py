@@ -18,12 +18,12 @@ from featinv_pl.files import read_yaml
 from featinv_pl.inverter.compatibility import load_control
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.model_folder import model_index, save_inverter
-from featinv_pl.nets import official
+from featinv_pl.nets import ldm
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.sources import read_checkpoint, read_weights
+from featinv_pl.nets.weights import read_checkpoint, read_weights
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
 
 CARD = "README.md"
@@ -88,17 +88,17 @@ def import_official(
     inverter = Inverter(classifier, Prior(prior), image_size=image_size, sampler=AUTHORS)
     heads = inverter.prior.unet.config.attention_head_dim
     for what, ours, theirs in (
-        ("UNet", inverter.prior.unet, official.unet(state, option, heads)),
-        ("autoencoder", inverter.prior.autoencoder.vae, official.autoencoder(state, option)),
+        ("UNet", inverter.prior.unet, ldm.unet(state, option, heads)),
+        ("autoencoder", inverter.prior.autoencoder.vae, ldm.autoencoder(state, option)),
     ):
-        difference = official.largest_difference(ours, theirs)
+        difference = ldm.largest_difference(ours, theirs)
         if not difference <= HALF_PRECISION:
             raise UserError(
                 f"--model.prior: the {what} of '{prior}' is not the one in '{checkpoint}' (a tensor differs by "
                 f"{difference:.2g} of its norm). Give the prior that the checkpoint was trained on."
             )
         print(f"{what}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
-    official.load_control(inverter.control, state, option)
+    ldm.load_control(inverter.control, state, option)
     encoder = inverter.control.encoder.config
     print(
         f"ControlNet with a feature encoder of {encoder.in_channels} -> {encoder.hidden_channels} -> "

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from featinv_pl.explore.reconstruct import Fidelity
+from featinv_pl.explore.fidelity import Fidelity
 from featinv_pl.types import Observation
 
 
@@ -27,10 +27,10 @@ def test_cosines_and_spread_are_those_of_each_place() -> None:
     assert found.facts["cosine_by_location"] == [[1.0, -1.0, 0.5]]
 
     picture = Image.new("RGB", (8, 8), "black")
-    lost, spread = found.tiles(picture)
-    assert lost.caption == "bright: lost\ncosine -1.000 to 1.000"
-    assert sum(lost.picture.getpixel((4, 4))) > sum(lost.picture.getpixel((0, 4)))  # type: ignore[arg-type]
-    assert sum(spread.picture.getpixel((5, 3))) > sum(spread.picture.getpixel((0, 0)))  # type: ignore[arg-type]
+    (lost, _, words), (spread, _, _) = found.tiles(picture)
+    assert words == "cosine -1.000 to 1.000"
+    assert sum(lost.getpixel((4, 4))) > sum(lost.getpixel((0, 4)))  # type: ignore[arg-type]
+    assert sum(spread.getpixel((5, 3))) > sum(spread.getpixel((0, 0)))  # type: ignore[arg-type]
 
 
 def test_one_sample_has_no_spread() -> None:

@@ -189,7 +189,7 @@ def test_another_text_encoder_does_not_get_stored_prompts(folder: Path, text_enc
 )
 def test_refuses_a_file_without_a_part(prefix: str, message: str, whole: State, tmp_path: Path) -> None:
     save_file({name: value for name, value in whole.items() if not name.startswith(prefix)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=f"--model.prior:? .*{message}"):
+    with pytest.raises(UserError, match=f"`prior`:? .*{message}"):
         Prior(str(tmp_path / "x.safetensors"))
 
 
@@ -207,7 +207,7 @@ def test_refuses_another_family(whole: State, tmp_path: Path) -> None:
     second = {name: value.flatten(1) if "proj_in.weight" in name else value for name, value in whole.items()}
     save_file(second, tmp_path / "x.safetensors")
     with pytest.raises(
-        UserError, match=r"--model.prior '.*x.safetensors': the UNet of the file is not that of Stable Diffusion 1"
+        UserError, match=r"`prior` '.*x.safetensors': the UNet of the file is not that of Stable Diffusion 1"
     ):
         Prior(str(tmp_path / "x.safetensors"))
 
@@ -215,7 +215,7 @@ def test_refuses_another_family(whole: State, tmp_path: Path) -> None:
 def test_refuses_a_prior_whose_tokenizer_cannot_be_had(whole: State, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     save_file(whole, tmp_path / "elsewhere" / "x.safetensors")
-    with pytest.raises(UserError, match=r"--model.prior: the prompts could not be encoded .*openai/clip-vit-large"):
+    with pytest.raises(UserError, match=r"`prior`: the prompts could not be encoded .*openai/clip-vit-large"):
         Prior(str(tmp_path / "elsewhere" / "x.safetensors"))
 
 

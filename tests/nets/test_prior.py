@@ -244,10 +244,10 @@ def test_names_a_missing_part(part: str, own_prior: Path) -> None:
     where, _, name = part.rpartition("/")
     message = {
         "config.json": rf"there is no file '.*prior/{where}/config\.json'",
-        "scheduler_config.json": f"has no {part}",
+        "scheduler_config.json": f"there is no file '.*{part}'",
         PROMPTS: f"has neither {PROMPTS} nor both text_encoder/ and tokenizer/",
     }[name]
-    with pytest.raises(UserError, match=f"--model.prior: {message}|--model.prior: '.*' {message}"):
+    with pytest.raises(UserError, match=f"`prior`: {message}|`prior`: '.*' {message}"):
         Prior(str(own_prior))
 
 
@@ -260,7 +260,7 @@ def test_refuses_a_file_without_a_weight(part: str, weight: str, own_prior: Path
     weights = load_file(file)
     del weights[weight]
     save_file(weights, file)
-    with pytest.raises(UserError, match=f"--model.prior: '.*{part}' lacks 1 weights .*such as {weight}"):
+    with pytest.raises(UserError, match=f"`prior`: '.*{part}' lacks 1 weights .*such as {weight}"):
         Prior(str(own_prior))
 
 
@@ -281,7 +281,7 @@ def pickle_that_runs(file: Path) -> None:
 @pytest.mark.parametrize("damage", [another_shape, truncated, pickle_that_runs, Path.unlink])
 def test_refuses_damaged_weights(damage: Callable[[Path], None], own_prior: Path) -> None:
     damage(own_prior / "unet" / WEIGHTS)
-    with pytest.raises(UserError, match=r"--model.prior: '.*unet' could not be loaded as UNet2DConditionModel"):
+    with pytest.raises(UserError, match=r"`prior`: '.*unet' could not be loaded as UNet2DConditionModel"):
         Prior(str(own_prior))
     assert not Path("ran").exists()
 
@@ -294,5 +294,5 @@ def test_refuses_damaged_small_parts(damage: str, own_prior: Path) -> None:
         save_file({"prompt": torch.zeros(1, 8)}, own_prior / PROMPTS)
     else:
         (own_prior / "scheduler/scheduler_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"--model\.prior"):
+    with pytest.raises(UserError, match=r"`prior`"):
         Prior(str(own_prior))

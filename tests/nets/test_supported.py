@@ -58,7 +58,7 @@ def test_what_is_not_supported_is_refused_by_training_and_by_extraction(
     part: str, changes: dict[str, Any], message: str, own_prior: Path
 ) -> None:
     edit(own_prior / part, changes)
-    with pytest.raises(UserError, match=rf"^--model\.prior: .*{message}"):
+    with pytest.raises(UserError, match=rf"^`prior`: .*{message}"):
         Prior(str(own_prior))
     for source in (own_prior, own_prior / "vae"):
         with pytest.raises(UserError, match=rf"^`autoencoder`: .*{message}"):

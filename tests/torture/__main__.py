@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from torture.damage import damage_files
-from torture.disk import fill_disk
-from torture.kills import kill_stage, prepare, stages
+from nets.test_families import LARGE, test_map_is_spatial_and_logits_are_timms
+from torture.hostile import damage_files
+from torture.kills import fill_disk, kill_stage, prepare, stages
 from torture.ranks import compare_ranks, end_one_of_two
 from torture.saving import kill_saving
 from torture.table import HEAD, Figure
@@ -31,8 +31,19 @@ def torture(root: Path, kills: int, mutations: int, rng: random.Random) -> Itera
     for stage in stages():
         if stage.ranks == 1:
             yield fill_disk(root, stage, max(kills // 4, 1), rng)
-    (root / "damage").mkdir()
-    yield from damage_files(root / "damage", mutations)
+    yield from damage_files(root / "hostile", mutations)
+    yield families()
+
+
+def families() -> Figure:
+    """The classifiers that take too long for `make test`."""
+    wrong = []
+    for name in LARGE:
+        try:
+            test_map_is_spatial_and_logits_are_timms(name)
+        except AssertionError:
+            wrong.append(name)
+    return Figure("classifiers of timm", "maps and logits", len(LARGE), len(wrong), ", ".join(wrong))
 
 
 def main() -> None:

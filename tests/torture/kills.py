@@ -1,7 +1,8 @@
-"""SIGKILL at any moment, and the same command again: what it comes to must be what it would have come to."""
+"""SIGKILL at any moment, or a full disk, and the same command again: its result must be as if nothing had happened."""
 
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from torture.table import Figure
 
 STEPS = 12  # of epochs of four, of which every second is saved and every third validated
 PATH = "run/inversion.ckpt"
+ONE_LINE = r"featinv-pl: error: .*'.*(File too large|No space left)"  # and the name of the file
+LEAST = 20_000  # bytes: what commands print and note goes to files too
 
 
 def prepare(root: Path) -> Path:
@@ -76,15 +79,7 @@ def prepare(root: Path) -> Path:
 
 @dataclass
 class Stage:
-    """A command that is killed, and how to tell what it has come to.
-
-    Attributes:
-        name: Of the stage.
-        args: The command line, which is the same each time.
-        marks: Counts what has been done in a folder.
-        left: All that has come of it, for comparison.
-        ranks: Processes.
-    """
+    """A command that is interrupted: how much it has done in a folder, and what it leaves there in the end."""
 
     name: str
     args: Sequence[str]
@@ -92,9 +87,19 @@ class Stage:
     left: Callable[[Path], Any]
     ranks: int = 1
 
+    def place(self, root: Path, name: str) -> Path:
+        """A folder with the configurations, and with the shards if they are not what is made."""
+        folder = root / f"{self.name}-{self.ranks}-{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for config in root.glob("*.yaml"):
+            shutil.copy(config, folder)
+        if self.name != "predict":
+            (folder / "shards").symlink_to(root / "shards")
+        return folder
+
 
 def stages() -> list[Stage]:
-    """All that are killed."""
     fit = ("fit", "--config", "fit.yaml", "--ckpt_path", "last")
     two = (*fit, *TWO, "--data.batch_size=8", "--data.num_workers=1")
     predict = ("predict", "--config", "extract.yaml")
@@ -103,18 +108,18 @@ def stages() -> list[Stage]:
         Stage("fit", two, lambda folder: len(samples(folder)), trained, ranks=2),
         Stage("predict", predict, shards, extracted),
         Stage("predict", (*predict, *TWO), shards, extracted, ranks=2),
-        Stage("test", ("test", "--config", "test.yaml"), drawn, scores),
+        Stage("test", ("test", "--config", "test.yaml"), batches, scores),
     ]
 
 
 def kill_stage(root: Path, stage: Stage, kills: int, rng: random.Random) -> Figure:
     """Kill a command and start it again until it is done; compare with one that nobody has killed."""
-    whole = workplace(root, stage, "whole")
-    run(stage.args, whole)
-    expected, total = stage.left(whole), stage.marks(whole)
-    done = lost = rounds = partly = 0
+    undisturbed = stage.place(root, "undisturbed")
+    run(stage.args, undisturbed)
+    expected, total = stage.left(undisturbed), stage.marks(undisturbed)
+    done = wrong = rounds = partly = 0
     while done < kills:
-        folder = workplace(root, stage, str(rounds))
+        folder = stage.place(root, str(rounds))
         rounds += 1
         for moment in islice(moments(partial(stage.marks, folder), total, folder, rng), kills - done):
             partly += stage.marks(folder) > 0
@@ -123,28 +128,29 @@ def kill_stage(root: Path, stage: Stage, kills: int, rng: random.Random) -> Figu
             done += 1
         else:
             run(stage.args, folder)
-        if (difference := unlike(stage.left(folder), expected)) is not None:
-            print(f"{folder}: {difference}", file=sys.stderr)
-            lost += 1
-    what = f"kill -9, {stage.ranks} process{'es' * (stage.ranks > 1)}"
+        wrong += differ(folder, stage.left(folder), expected)
     note = f"{partly} with work done before; {rounds} finished runs, the same to the bit"
-    return Figure(stage.name, what, done, lost, note=note)
+    return Figure(stage.name, f"kill -9, {stage.ranks} process{'es' * (stage.ranks > 1)}", done, wrong, note)
 
 
-def workplace(root: Path, stage: Stage, name: str) -> Path:
-    """A folder with the configurations, and with the shards if they are not what is made."""
-    folder = root / f"{stage.name}-{stage.ranks}-{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for config in root.glob("*.yaml"):
-        shutil.copy(config, folder)
-    if stage.name != "predict":
-        (folder / "shards").symlink_to(root / "shards")
-    return folder
+def fill_disk(root: Path, stage: Stage, times: int, rng: random.Random) -> Figure:
+    """Run a command whose files can grow only so large, then the same command with room; compare likewise."""
+    undisturbed = stage.place(root, "undisturbed")
+    run(stage.args, undisturbed)
+    expected, largest = stage.left(undisturbed), max(map(len, files(undisturbed).values()))
+    wrong = 0
+    for number in range(times):
+        folder = stage.place(root, f"full-{number}")
+        run(stage.args, folder, expected=1, largest=rng.randrange(LEAST, largest))
+        said = (folder / "output.txt").read_text()
+        wrong += "Traceback" in said or not re.search(ONE_LINE, said)
+        run(stage.args, folder)
+        wrong += differ(folder, stage.left(folder), expected)
+    return Figure(stage.name, "disk full", times, wrong, "one line each, and the same command resumes")
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but what was only configured."""
+    """Every file below a folder, except configurations."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -153,17 +159,14 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def shards(folder: Path) -> int:
-    """How many there are."""
     return len(list(folder.glob("shards/*/*.tar")))
 
 
 def extracted(folder: Path) -> dict[str, bytes]:
-    """What an extraction writes, however many processes it has."""
     return files(folder / "shards")
 
 
-def drawn(folder: Path) -> int:
-    """How many batches have been drawn."""
+def batches(folder: Path) -> int:
     return len(list(folder.glob("run/reconstructions/*.safetensors")))
 
 
@@ -178,7 +181,7 @@ def scores(folder: Path) -> dict[str, Any]:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """All that a training leaves, and all that it has ever said, which must be the same each time."""
+    """All that a training leaves, and all that it has ever logged and read, which must be the same each time."""
     checkpoint = torch.load(folder / PATH, weights_only=True)
     state = {name: checkpoint[name] for name in ("state_dict", "current_model_state", "averaging_state")}
     state |= {name: checkpoint[name] for name in ("optimizer_states", "lr_schedulers", "global_step", "epoch")}
@@ -195,11 +198,17 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def samples(folder: Path, rank: int = 0) -> dict[str, set[str]]:
-    """All that were ever seen in each step and in its validation."""
+    """All that were ever read in each step and in its validation."""
     seen: dict[str, set[str]] = {}
     for stage, step, keys in lines(folder / SEEN.format(rank)):
         seen.setdefault(f"{stage} {step}", set()).update(keys)
     return seen
+
+
+def differ(folder: Path, left: Any, expected: Any) -> bool:
+    if (difference := unlike(left, expected)) is not None:
+        print(f"{folder}: {difference}", file=sys.stderr)
+    return difference is not None
 
 
 def unlike(one: Any, other: Any, name: str = "") -> str | None:

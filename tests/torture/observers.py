@@ -1,4 +1,4 @@
-"""What runs under torture leave behind, beside their results: what they saw, and what their loggers were told."""
+"""What runs under torture leave beside their results: the samples that they read, and what their loggers were told."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ class Rows(Logger):
     name = version = "rows"
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """They are no metrics."""
+        pass
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with Path(ROWS).open("a") as file:
@@ -44,6 +44,6 @@ class Rows(Logger):
 
 
 def lines(path: Path) -> list[Any]:
-    """All whole lines: a kill may come within one."""
-    whole = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in whole if line.endswith("]")]
+    """All complete lines: a kill may come within one."""
+    found = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [json.loads(line) for line in found if line.endswith("]")]

@@ -1,7 +1,6 @@
 """The public command in processes of its own, which can be killed at chosen moments.
 
-Most are forks of this process, which has imported everything already: a kill then takes two seconds and not ten. Two
-ranks are then started as torchrun would, unless Lightning is to do that.
+Most are forks of this process, which has imported everything already; two ranks are then started as torchrun would.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from featinv_pl.__main__ import main
 
-IMPORTS = "torture.observers,test_reliability"
+ENVIRONMENT = {"FEATINV_IMPORTS": "torture.observers,test_reliability", "OMP_NUM_THREADS": "1"}
 PATIENCE_S = 180.0
 POLL_S = 0.002
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")
@@ -43,7 +42,7 @@ def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
-        os.environ |= environment(folder)
+        os.environ |= ENVIRONMENT | {"TMPDIR": str(folder)}
         torch.set_num_threads(1)
         if largest is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -78,16 +77,11 @@ def start_as_users_do(args: Sequence[str], folder: Path) -> int:
         return subprocess.Popen(
             [sys.executable, "-m", "featinv_pl", *args],
             cwd=folder,
-            env={**os.environ, **environment(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, **ENVIRONMENT, "TMPDIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)},
             stdout=file,
             stderr=file,
             start_new_session=True,
         ).pid
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """What these runs find set."""
-    return {"FEATINV_IMPORTS": IMPORTS, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
 
 
 def ended(child: int) -> int | None:
@@ -129,40 +123,22 @@ def run(
 
 
 def moments(marks: Callable[[], int], total: int, folder: Path, rng: random.Random) -> Iterator[Moment]:
-    """Moments spread over the work that is left, every other one in the middle of writing a file.
-
-    Args:
-        marks: Counts what has been done, such as batches.
-        total: What it counts in the end.
-        folder: Where files are written.
-        rng: Chooses.
-    """
+    """Moments spread over the work left, of which `marks` counts `total` in the end; half while a file is written."""
     while True:
-        before = marks()
-        yield reached(marks, before + rng.randrange(max(total - before, 1)), rng.uniform(0, 0.1))
-        before = marks()
-        yield writing(folder, reached(marks, before + rng.randrange(max(total - before, 1)), 0))
+        for writing in (folder, None):
+            before = marks()
+            yield moment(marks, before + rng.randrange(max(total - before, 1)), writing, rng.uniform(0, 0.1))
 
 
-def reached(marks: Callable[[], int], count: int, delay: float) -> Moment:
-    """So many seconds after so much has been done."""
+def moment(marks: Callable[[], int], count: int, writing: Path | None, delay: float) -> Moment:
+    """Once so much has been done: while a file in a folder has its temporary name, or some time later."""
     since: list[float] = []
 
     def now(seconds: float) -> bool:
         if not since and marks() > count:
             since.append(seconds)
-        return bool(since) and seconds >= since[0] + delay
-
-    return now
-
-
-def writing(folder: Path, after: Moment) -> Moment:
-    """While a file has its temporary name, after another moment; or half a second later, if none is written."""
-    since: list[float] = []
-
-    def now(seconds: float) -> bool:
-        if not since and after(seconds):
-            since.append(seconds)
-        return bool(since) and (any(folder.rglob("*.partial")) or seconds >= since[0] + 0.5)
+        if not since or writing is None:
+            return bool(since) and seconds >= since[0] + delay
+        return any(writing.rglob("*.partial")) or seconds >= since[0] + 0.5
 
     return now

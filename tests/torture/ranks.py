@@ -1,4 +1,4 @@
-"""Two ranks against one, ranks that die, and ranks that are asked to end."""
+"""Two ranks against one, and ranks that are killed or asked to end."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny import joined
-from torture.kills import stages, workplace
+from torture.kills import stages
 from torture.observers import ROWS, SEEN, lines
 from torture.processes import PATIENCE_S, TWO, ended, kill, run, start_as_users_do
 from torture.table import Figure
@@ -28,35 +28,33 @@ def compare_ranks(root: Path) -> Iterator[Figure]:
     one, two, extract, extract_by_two, test = stages()
     curves = []
     for stage in (one, two):
-        folder = workplace(root, stage, "parity")
+        folder = stage.place(root, "parity")
         run(stage.args, folder)
         curves.append(curve(folder))
     losses = [abs(curves[0][key] - curves[1].get(key, math.inf)) for key in curves[0]]
     wrong = sum(loss > LOSSES for loss in losses)
-    yield Figure("fit", "losses, 1 and 2 processes", len(losses), wrong, note=f"at most {max(losses):.0e} apart")
+    yield Figure("fit", "losses, 1 and 2 processes", len(losses), wrong, f"at most {max(losses):.0e} apart")
 
     found = []
     for ranks, more in ((1, ["--data.batch_size=10"]), (2, [*TWO, "--data.batch_size=5", "--data.num_workers=3"])):
-        folder = workplace(root, test, f"parity-{ranks}")
+        folder = test.place(root, f"parity-{ranks}")
         run([*test.args, *more, "--data.test.val=shards/val"], folder)
         seen = sorted(key for rank in range(ranks) for *_, keys in lines(folder / SEEN.format(rank)) for key in keys)
         found.append((joined(json.loads((folder / "run/metrics.json").read_text())), seen))
     (scores, seen), (others, same) = found
     apart = {name: abs(value - others[name]) for name, value in scores.items()}
     wrong = sum(difference > SCORES for difference in apart.values())
-    yield Figure(
-        "test", "scores, 1 and 2 processes", len(apart), wrong, note=f"at most {max(apart.values()):.0e} apart"
-    )
+    yield Figure("test", "scores, 1 and 2 processes", len(apart), wrong, f"at most {max(apart.values()):.0e} apart")
     twice = len(same) - len(set(same))
-    yield Figure("test", "samples, 1 and 2 processes", len(seen), twice + (same != seen), note="each seen once")
+    yield Figure("test", "samples, 1 and 2 processes", len(seen), twice + (same != seen), "each seen once")
 
     sets = []
     for stage in (extract, extract_by_two):
-        folder = workplace(root, stage, "parity")
+        folder = stage.place(root, "parity")
         run(stage.args, folder)
         sets.append(stage.left(folder))
     wrong = sum(sets[0].get(name) != sets[1].get(name) for name in sets[0].keys() | sets[1].keys())
-    yield Figure("predict", "files, 1 and 2 processes", len(sets[0]), wrong, note="the same to the byte")
+    yield Figure("predict", "files, 1 and 2 processes", len(sets[0]), wrong, "the same to the byte")
 
 
 def curve(folder: Path) -> dict[str, float]:
@@ -75,13 +73,13 @@ def end_one_of_two(root: Path, times: int, rng: random.Random) -> Iterator[Figur
         for number, what in ((signal.SIGKILL, "kill -9 of"), (signal.SIGTERM, "SIGTERM to")):
             wrong, longest = 0, 0.0
             for _ in range(times):
-                folder = workplace(root, stage, "ranks")
+                folder = stage.place(root, "ranks")
                 seconds, status = end_one(args, folder, number, rng)
                 longest = max(longest, seconds)
                 said = (folder / "output.txt").read_text()
                 wrong += seconds > LIMIT_S or status in (0, None) or "Traceback" in said
             note = f"both ended, after {longest:.0f} s at most"
-            yield Figure(stage.name, f"{what} one of 2 processes", times, wrong, note=note)
+            yield Figure(stage.name, f"{what} one of 2 processes", times, wrong, note)
 
 
 def end_one(args: list[str], folder: Path, number: int, rng: random.Random) -> tuple[float, int | None]:

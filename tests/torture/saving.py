@@ -65,4 +65,4 @@ def kill_saving(kills: int) -> Iterator[Figure]:
             broken, interrupted = kill_while_saving(how, Path(folder).absolute() / "a.ckpt", kills)
             tempfile.tempdir = None
         note = f"{interrupted} in the middle of it" if interrupted else ""  # Lightning's leaves nothing to tell by
-        yield Figure("saving 40 MB", f"kill -9, saved by {name}", kills, broken, note=note)
+        yield Figure("saving 40 MB", f"kill -9, saved by {name}", kills, broken, note)

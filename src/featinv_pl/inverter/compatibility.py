@@ -7,7 +7,8 @@ from typing import Any
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.identity import differences
 from featinv_pl.inverter.inverter import Inverter
-from featinv_pl.nets.sources import check_sums, fill, read_index
+from featinv_pl.nets.hub import check_sums, read_index
+from featinv_pl.nets.weights import fill
 from featinv_pl.types import Provenance
 
 IDENTITY = "inversion"  # the entry of a checkpoint that holds the identity of its inverter

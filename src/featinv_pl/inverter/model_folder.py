@@ -14,8 +14,8 @@ from featinv_pl.inverter.identity import Settings, differences
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
+from featinv_pl.nets.hub import INDEX, find_folder, read_index, write_sums
 from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.sources import INDEX, find_folder, read_index, write_sums
 from featinv_pl.sampling.sampler import Sampler
 
 CLASSIFIER, PRIOR = "backbone", "prior"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from featinv_pl.errors import UserError
-from featinv_pl.nets.sources import fill, read_weights
+from featinv_pl.nets.weights import fill, read_weights
 
 Residuals = tuple[list[Tensor], Tensor]
 """What a ControlNet adds to the UNet: one tensor per skip connection, and one for the middle."""

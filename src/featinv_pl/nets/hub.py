@@ -106,7 +106,9 @@ def _check_parts(folder: Path, option: str) -> None:
 def read_index(folder: Path, option: str) -> dict[str, Any]:
     """Read what a model folder, as `export` and `import` write it, says of itself."""
     advice = "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
-    return read_json(folder / INDEX, option, advice)
+    index = read_json(folder / INDEX, option, advice)
+    check_size(index, folder, option)
+    return index
 
 
 def write_sums(folder: Path) -> None:

@@ -7,16 +7,17 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_json
-from featinv_pl.nets import official
+from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import Residuals
 from featinv_pl.nets.frozen import Frozen
+from featinv_pl.nets.hub import find_folder, load_part
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import encode_prompts, read_prompts, write_prompts
-from featinv_pl.nets.sources import find_folder, load_part, read_weights
 from featinv_pl.nets.supported import check_prior, read_schedule
+from featinv_pl.nets.weights import read_weights
 
-OPTION = "--model.prior"
+OPTION, ADVICE = "`prior`", "Give a complete prior in diffusers' layout."
 FILES = ["unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*", PROMPTS]
 TOKENIZER = "openai/clip-vit-large-patch14"  # that of Stable Diffusion 1, which its original files do not hold
 
@@ -51,7 +52,7 @@ class Prior(Frozen):
         if prompt.shape[1:] != (width,) or empty.shape != prompt.shape:
             raise UserError(
                 f"{OPTION}: the prompts of '{source}' have the shapes {tuple(prompt.shape)} and "
-                f"{tuple(empty.shape)}; its UNet wants (tokens, {width}) for both. Make the prior anew."
+                f"{tuple(empty.shape)}; its UNet needs (tokens, {width}) for both. Copy the prior again."
             )
         self.register_buffer("prompt", prompt)
         self.register_buffer("empty", empty)
@@ -61,7 +62,7 @@ class Prior(Frozen):
         check_prior(folder, OPTION)
         self.autoencoder = LatentAutoencoder(load_part(AutoencoderKL, folder / "vae", OPTION))
         self.unet = load_part(UNet2DConditionModel, folder / "unet", OPTION)
-        self.schedule = read_schedule(_present(folder / "scheduler" / "scheduler_config.json"), OPTION)
+        self.schedule = read_schedule(folder / "scheduler" / "scheduler_config.json", OPTION)
         if (folder / PROMPTS).is_file():
             return read_prompts(folder / PROMPTS, OPTION)
         weights = sorted((folder / "text_encoder").glob("*.safetensors")) or sorted(
@@ -70,20 +71,20 @@ class Prior(Frozen):
         if not weights or not (folder / "tokenizer").is_dir():
             raise UserError(
                 f"{OPTION}: '{folder}' has neither {PROMPTS} nor both text_encoder/ and tokenizer/. "
-                "Give a prior that is whole; fitting a NoisePredictor writes one without text."
+                "Give a complete prior; fitting a NoisePredictor writes one without text."
             )
-        config = read_json(_present(folder / "text_encoder" / "config.json"), OPTION, "Make the prior anew.")
+        config = read_json(folder / "text_encoder" / "config.json", OPTION, ADVICE)
         return encode_prompts(read_weights(weights[0], OPTION), config, str(folder / "tokenizer"), OPTION)
 
     def _load_file(self, path: Path) -> tuple[Tensor, Tensor]:
         state, option = read_weights(path, OPTION), f"{OPTION} '{path}'"
-        self.autoencoder = LatentAutoencoder(official.autoencoder(state, option))
-        self.unet = official.unet(state, option)
-        self.schedule = official.schedule()
-        text_encoder = official.part(state, official.TEXT_ENCODER)
+        self.autoencoder = LatentAutoencoder(ldm.autoencoder(state, option))
+        self.unet = ldm.unet(state, option)
+        self.schedule = ldm.schedule()
+        text_encoder = ldm.part(state, ldm.TEXT_ENCODER)
         if not text_encoder:
-            raise UserError(f"{OPTION}: '{path}' has no text encoder ({official.TEXT_ENCODER}*). Give a whole file.")
-        config = official.text_encoder_config(text_encoder)
+            raise UserError(f"{OPTION}: '{path}' has no text encoder ({ldm.TEXT_ENCODER}*). Give a complete file.")
+        config = ldm.text_encoder_config(text_encoder)
         tokenizer = path.parent / "tokenizer"
         return encode_prompts(text_encoder, config, str(tokenizer) if tokenizer.is_dir() else TOKENIZER, OPTION)
 
@@ -133,12 +134,3 @@ class Prior(Frozen):
     def num_timesteps(self) -> int:
         """Length T of the noise schedule."""
         return int(self.schedule.config.num_train_timesteps)
-
-
-def _present(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(
-            f"{OPTION}: '{path.parents[1]}' has no {path.parent.name}/{path.name}. "
-            "Give a whole prior in diffusers' layout."
-        )
-    return path

@@ -1,4 +1,4 @@
-"""The output of a command: a self-contained page, a picture, and the facts."""
+"""What every command leaves: one page that needs nothing else, a picture, and the facts."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a paragraph, rows of pictures, a plot, a table with its header first."""
+    """A part of a page: a paragraph, rows of pictures, a plot, a table whose first row is its head."""
 
     title: str
     text: str = ""
@@ -41,21 +41,27 @@ class Section:
 
 
 class Report(ABC):
-    """A result with a page; its files are `<name>.html`, `<name>.png` and `<name>.json`."""
+    """A result that can be looked at.
+
+    Attributes:
+        name: Of its files: `<name>.html`, `<name>.png`, `<name>.json`.
+    """
 
     name: ClassVar[str]
 
     @property
     @abstractmethod
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """What the page is about."""
 
     @property
     @abstractmethod
     def lead(self) -> str:
-        """The first paragraph: what is shown, and what was measured."""
+        """What there is to see, and what was measured, in a paragraph."""
 
     @abstractmethod
-    def sections(self) -> list[Section]: ...
+    def sections(self) -> list[Section]:
+        """The parts of the page."""
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -83,11 +89,11 @@ class Report(ABC):
         return figure
 
     def _repr_png_(self) -> bytes:
-        """The figure, as a notebook shows it."""
+        """What a notebook shows of a result."""
         return figure_png(self.figure())
 
     def save(self, folder: Path) -> None:
-        """Write the page, the figure and the facts, each atomically, once all three are made."""
+        """Write the page, the figure and the facts, each whole or not at all."""
         facts = json.dumps(self.facts(), indent=2, allow_nan=False) + "\n"
         page = render("page.html", title=self.title, lead=self.lead, sections=self.sections())
         picture = self._repr_png_()
@@ -103,9 +109,12 @@ def _height(section: Section) -> float:
 
 def render(template: str, **values: Any) -> str:
     """Fill one of the templates of this folder."""
-    loader = PackageLoader("featinv_pl.pages", ".")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("featinv_pl.pages", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"picture_uri": picture_uri, "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)
