@@ -21,8 +21,9 @@ from tiny import extract_digits, extraction, make_classifier, make_inverter, mak
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
+pytest_plugins = ["trainings"]
 # Modules of tests with some.
-CALLBACKS = "bench,test_callback,test_cli,test_reliability,test_resume,test_runs,test_shard_writer,test_tracking"
+CALLBACKS = "bench,interrupts,test_callback,test_changes,test_cli,test_resuming,test_shard_writer,test_tracking"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

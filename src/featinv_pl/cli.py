@@ -1,6 +1,5 @@
 """LightningCLI with our models and data: a constructor's signature is its configuration."""
 
-import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,8 +14,7 @@ from jsonargparse import Namespace, capture_parser
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 # Imported so that a configuration can name these classes without their path.
@@ -37,6 +35,7 @@ from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.changes import Changes
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
 from featinv_pl.runtime.finite import FiniteGuard
+from featinv_pl.runtime.internals import CommandLine, savers, silence_tips
 from featinv_pl.runtime.progress import Progress
 from featinv_pl.runtime.ranks import join_ranks, ranks_together
 from featinv_pl.runtime.resuming import Resume
@@ -60,14 +59,16 @@ EXPECTED_WARNINGS = (
 )
 
 
-class FeatinvCLI(LightningCLI):
+class FeatinvCLI(CommandLine):
     """Lightning's commands, with one progress line and checkpoints that are there."""
 
     run_id: str | None = None
     """The run at W&B that a checkpoint continues."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with options_spelled(self._options), ExitStack() as self.claims:  # on folders, as long as the command runs
+        with ExitStack() as self.entered:  # what lasts as long as the command, such as claims on folders
+            for explained in (options_spelled(self._options), ranks_together(), workers_explained(), _explained()):
+                self.entered.enter_context(explained)
             super().__init__(*args, **kwargs)
 
     def _options(self) -> Iterator[str]:
@@ -77,12 +78,12 @@ class FeatinvCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(cast(list[str], args))
         settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
         if settings.trainer.overfit_batches:
             raise UserError(
-                "--trainer.overfit_batches: each epoch takes other batches here, so it would not take the same few. "
-                "Extract a small set (predict with --trainer.limit_predict_batches=N) and train on that."
+                "`overfit_batches`: each epoch takes other batches here, so it would not take the same few. Extract a "
+                "small set (predict with --trainer.limit_predict_batches=N) and train on that."
             )
         if (run := sweep_run()) is not None:  # runs of a sweep must not overwrite each other
             settings.trainer.default_root_dir = str(Path(settings.trainer.default_root_dir or SHELF) / run)
@@ -91,14 +92,11 @@ class FeatinvCLI(LightningCLI):
             return
         path = find_checkpoint(given, lambda: _checkpoint_places(settings.trainer))
         if path is None and not (training and given == "last"):
-            raise UserError(f"--ckpt_path {given}: there is no checkpoint yet. Run fit first, or give a file.")
+            raise UserError(f"`ckpt_path` {given}: there is no checkpoint yet. Run fit first, or give a file.")
         # `last` continues after every interruption; the first time there is nothing to continue from.
         settings.ckpt_path = None if path is None else str(path)
         if training and path is not None:
-            self.run_id = read_checkpoint(path, "--ckpt_path", map_location="meta").get(RUN_ID)
-
-    def _parse_ckpt_path(self) -> None:
-        """Leave out what Lightning does here: a checkpoint's hyper-parameters would win over the command line."""
+            self.run_id = read_checkpoint(path, "`ckpt_path`", map_location="meta").get(RUN_ID)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what belongs to the process rather than to a class."""
@@ -149,8 +147,8 @@ class FeatinvCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpoints()
         cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
-        for saver in trainer.checkpoint_callbacks:
-            if isinstance(saver, ModelCheckpoint) and saver.dirpath is None:
+        for saver in savers(trainer):
+            if saver.dirpath is None:
                 saver.dirpath = os.path.abspath(home(trainer))
         self._enter(trainer)
         return trainer
@@ -160,7 +158,7 @@ class FeatinvCLI(LightningCLI):
         settings = self.config[self.subcommand]
         if trainer.is_global_zero and not settings.plan:
             for folder in written_folders(trainer, self.datamodule, str(self.subcommand)):
-                self.claims.enter_context(claim(folder))
+                self.entered.enter_context(claim(folder))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which saves nothing
             refuse_used(trainer, settings.ckpt_path)
 
@@ -187,7 +185,7 @@ class FeatinvCLI(LightningCLI):
         found = [one for one in trainer.callbacks or [] if option and one.class_path.endswith(f".{kind}")]
         if not found:
             raise UserError(
-                "--plan: only test with an Evaluation, and predict with a ShardWriter, among --trainer.callbacks can "
+                "`plan`: only test with an Evaluation, and predict with a ShardWriter, among `trainer.callbacks` can "
                 "be estimated."
             )
         for one in found:
@@ -223,11 +221,11 @@ def train(args: list[str]) -> None:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    silence_tips()
     # Trades precision of float32 products for speed on GPUs with tensor cores, as Lightning recommends.
     torch.set_float32_matmul_precision("high")
     allow_imports()
-    with session(), ranks_together(), workers_explained(), _trainer_explained():
+    with session():
         copy_context().run(  # jsonargparse leaves the parser in a context variable, and with it model and trainer
             FeatinvCLI,
             args=args,
@@ -242,7 +240,7 @@ def train(args: list[str]) -> None:
 
 
 @contextmanager
-def _trainer_explained() -> Iterator[None]:
+def _explained() -> Iterator[None]:
     """Say in one line what Lightning refuses, such as a GPU that is not there.
 
     Raises:
@@ -251,12 +249,7 @@ def _trainer_explained() -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise UserError(f"--trainer: {' '.join(str(error).split())}") from error
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    """Lightning advertises services at the start of every run."""
-    return "Tip:" not in record.getMessage()
+        raise UserError(f"`trainer`: {' '.join(str(error).split())}") from error
 
 
 def effective_config(args: list[str]) -> str:

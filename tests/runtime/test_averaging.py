@@ -27,10 +27,10 @@ class History(Callback):
         self.validated: list[dict[str, Tensor]] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        self.weights.append({name: value.clone() for name, value in pl_module.control.state_dict().items()})
+        self.weights.append({name: value.clone() for name, value in pl_module.inverter.control.state_dict().items()})
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        self.validated.append({name: value.clone() for name, value in pl_module.control.state_dict().items()})
+        self.validated.append({name: value.clone() for name, value in pl_module.inverter.control.state_dict().items()})
 
 
 def averages(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -68,11 +68,11 @@ def test_average_is_validated_saved_and_kept(
         torch.testing.assert_close(model.inverter.control.state_dict()[name], value)
         assert torch.equal(saved["current_model_state"][f"control.{name}"], history.weights[-1][name])
     assert {name.split(".")[0] for name in saved["state_dict"]} == {"control"}
-    del model.frozen
-    assert model.frozen == frozen
+    del model.inverter.digests
+    assert model.inverter.digests == frozen
     assert any(not torch.equal(value, history.weights[-1][name]) for name, value in expected.items())
     copied: Any = average._average_model
-    assert copied.module.prior is model.prior  # frozen parts take no second place in memory
+    assert copied.module.inverter.prior is model.inverter.prior  # frozen parts take no second place in memory
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])

@@ -64,7 +64,7 @@ def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("contents", [[1, 2], {"state_dict": Runs(Path("ran"))}])
 def test_what_is_no_checkpoint_is_refused_and_never_run(contents: Any, tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "evil.ckpt")
-    with pytest.raises(UserError, match=r"--ckpt_path: '.*evil.ckpt' is"):
+    with pytest.raises(UserError, match=r"`ckpt_path`: '.*evil.ckpt' is"):
         AtomicCheckpoints().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
     assert not Path("ran").exists()
 
@@ -118,7 +118,9 @@ def test_leftovers_are_swept_up(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "young.ckpt.partial"]
 
 
-def test_the_newest_whole_one_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_complete_one_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
     def folders() -> list[Path]:
         return [tmp_path]
 
@@ -135,15 +137,15 @@ def test_the_newest_whole_one_is_found(tmp_path: Path, capsys: pytest.CaptureFix
 
     steps[2].write_bytes(steps[2].read_bytes()[:100])
     os.utime(steps[2], (10, 10))
-    capsys.readouterr()
+    caplog.clear()
     assert find_checkpoint("last", folders) == steps[1]
-    first, second = capsys.readouterr().err.splitlines()
-    assert f"'{steps[2]}' is damaged" in first
-    assert second == f"featinv-pl: --ckpt_path last: going on from '{steps[1]}'."
+    first, second = caplog.messages
+    assert f"--ckpt_path: '{steps[2]}' is damaged" in first
+    assert second == f"--ckpt_path last: resuming from '{steps[1]}'."
 
     for path in steps:
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="--ckpt_path last: none of 3 checkpoints is whole"):
+    with pytest.raises(UserError, match="`ckpt_path` last: none of 3 checkpoints is complete"):
         find_checkpoint("last", folders)
 
 
@@ -152,7 +154,7 @@ def test_the_best_is_found_wherever_the_run_is_now(tmp_path: Path) -> None:
         return [tmp_path / "run"]
 
     save(tmp_path / "run/checkpoints/last.ckpt", 1)
-    with pytest.raises(UserError, match="--ckpt_path best: no ModelCheckpoint of this run has a monitor"):
+    with pytest.raises(UserError, match="`ckpt_path` best: no ModelCheckpoint of this run has a monitor"):
         find_checkpoint("best", folders)
     states = {"ModelCheckpoint{}": {"monitor": "val/cosine", "best_model_path": "/once/best.ckpt"}}
     best = save(tmp_path / "run/checkpoints/best.ckpt", 2)

@@ -439,7 +439,7 @@ def test_gradients_of_fused_optimizers_are_clipped_in_bf16(
             {"plugins": MixedPrecision("16-mixed", "cpu"), "gradient_clip_val": 1.0},
             "in 16-mixed a fused AdamW unscales gradients only",
         ),
-        ({"gradient_clip_val": -1.0}, "--trainer.gradient_clip_val must be at least 0, and is -1.0"),
+        ({"gradient_clip_val": -1.0}, "`gradient_clip_val` must be at least 0, and is -1.0"),
     ],
 )
 def test_clipping_that_is_impossible_is_refused(

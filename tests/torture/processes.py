@@ -20,7 +20,7 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 
 from featinv_pl.__main__ import main
 
-ENVIRONMENT = {"FEATINV_IMPORTS": "torture.observers,test_reliability", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"FEATINV_IMPORTS": "torture.observers,interrupts", "OMP_NUM_THREADS": "1"}
 PATIENCE_S = 180.0
 POLL_S = 0.002
 TWO = ("--trainer.devices=2", "--trainer.strategy=ddp")

@@ -15,7 +15,7 @@ class MovingAverage(WeightAveraging):
 
     Lightning's own `WeightAveraging`, but that frozen parts are shared with the average instead of copied, that it
     lives where the model does, and that it takes checkpoints which hold the trained half alone. A checkpoint's
-    `state_dict` is the average; training goes on from `current_model_state`.
+    `state_dict` is the average; training resumes from `current_model_state`.
 
     Args:
         decay: Share of the old average that each step keeps.
@@ -29,13 +29,11 @@ class MovingAverage(WeightAveraging):
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Make the average, on the device of this process."""
         self._device = trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the model its own weights back, which it lacks while it is validated: they may be saved now."""
-        if self._swapped:
+        if self._swapped:  # while it is validated; the model's own weights may be saved now
             self._swap_models(pl_module)
 
     def _swap_models(self, pl_module: LightningModule) -> None:
@@ -43,15 +41,12 @@ class MovingAverage(WeightAveraging):
         self._swapped = not self._swapped
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average in the place of the weights, and these beside it: of both the trained half."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._average_model is not None:
-            trained = checkpoint["current_model_state"]
-            checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in trained}
+            checkpoint["state_dict"] = self._average_model.module.state_dict()  # the trained half alone
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with average and weights of a checkpoint; outside of training the average is all there is."""
-        if self._average_model is None:
+        if self._average_model is None:  # outside of training the average is all there is
             return
         self._average_model.module.load_state_dict(checkpoint["state_dict"])
         if "averaging_state" in checkpoint:

@@ -1,4 +1,4 @@
-"""What a training does with settings that have changed since the checkpoint that it continues from."""
+"""What a training does with settings that have changed since the checkpoint that it resumes from."""
 
 import copy
 import json
@@ -14,13 +14,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from featinv_pl.errors import UserError
-from featinv_pl.runtime.checkpoints import OPTION, say
+from featinv_pl.runtime.checkpoints import OPTION
 from featinv_pl.runtime.clipping import trained
+from featinv_pl.runtime.ranks import say
 
-KEY = "training"  # of a checkpoint
+KEY = "settings"  # of a checkpoint
 WEIGHTS = "current_model_state"  # of one whose `state_dict` is a moving average
-DERIVED = ("initial_lr", "min_lr", "base_lrs", "last_epoch")
-SCHEDULED = ("lr", "betas", "momentum")  # what a schedule may set at each step
+AVERAGE = "moving average"
+DERIVED = ("params", "initial_lr", "min_lr", "base_lrs", "last_epoch")
+UNHEEDED = ", which the schedule does not heed"
 
 
 class Changes(Callback):
@@ -41,7 +43,6 @@ class Changes(Callback):
         self.said: list[str] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note what is compared with the settings of a training that continues."""
         checkpoint[KEY] = self.settings
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -54,14 +55,22 @@ class Changes(Callback):
             return
         if "optimizer_states" not in checkpoint:
             raise UserError(
-                f"{OPTION}: the checkpoint holds weights alone (save_weights_only), and no training to continue."
+                f"{OPTION}: the checkpoint holds weights alone (save_weights_only), and no training to resume."
             )
-        _refuse_past(trainer, checkpoint)
+        for unit, limit, reached in (
+            ("step", trainer.max_steps, checkpoint["global_step"]),
+            ("epoch", trainer.max_epochs, checkpoint["epoch"]),
+        ):
+            if limit is not None and 0 <= limit < reached:
+                raise UserError(
+                    f"{OPTION}: the checkpoint has come to {unit} {reached}, and `max_{unit}s` is {limit}. Raise it, "
+                    "or give an earlier checkpoint."
+                )
         self.checkpoint = checkpoint
         for callback in cast(Any, trainer).callbacks:
             state = checkpoint["callbacks"].get(callback.state_key) if isinstance(callback, EarlyStopping) else None
             if state is not None and state["patience"] != callback.patience:
-                self.said.append(f"patience: {state['patience']} in the checkpoint, {callback.patience} here")
+                self.said.append(_sides("patience", state["patience"], callback.patience))
                 state["patience"] = callback.patience
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,107 +79,80 @@ class Changes(Callback):
         Raises:
             UserError: A change cannot be applied.
         """
-        self.settings = _settings(trainer, self.seed)
+        self.settings = ours = _settings(trainer, self.seed)
         checkpoint, self.checkpoint = self.checkpoint, None
         if checkpoint is None:
             return
-        theirs = checkpoint.get(KEY) or _known(checkpoint, self.settings)
-        _refuse_changes(trainer, checkpoint, theirs, self.settings)
-        self.said += _differences(theirs, self.settings)
-        if any(theirs[part] != self.settings[part] for part in ("groups", "schedules", "schedule")):
+        shown = {AVERAGE: ours["named"].get(AVERAGE, "on")} if WEIGHTS in checkpoint else {}
+        theirs = checkpoint.get(KEY) or {"named": shown, "rates": None}  # one of before names no settings
+        _refuse_others(theirs["named"], ours["named"])
+        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+            _refuse_state(optimizer, state, changed=theirs["named"] != ours["named"])
+        self.said += _differences(theirs, ours)
+        if theirs["rates"] != ours["rates"]:
             _run_through(trainer, checkpoint)
-        if WEIGHTS in checkpoint and self.settings["average"] is None:
+        if WEIGHTS in checkpoint and AVERAGE not in ours["named"]:
             pl_module.load_state_dict(checkpoint[WEIGHTS])
         if self.said:
             step = checkpoint["global_step"]
-            say(f"{OPTION}: from step {step} on, settings are other than before ({'; '.join(self.said)}).")
+            say(f"--ckpt_path: from step {step} on, settings are other than before ({'; '.join(self.said)}).")
 
 
 def _settings(trainer: Trainer, seed: int | bool | None) -> dict[str, Any]:
-    """What a training was begun with, as plain values."""
+    """What a training is begun with, as JSON has it: settings that people know by name, and what makes rates."""
     averages = [one for one in cast(Any, trainer).callbacks if isinstance(one, WeightAveraging)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    settings = {
+    rates = [
+        *({**one.defaults, **group, "params": 0} for one in trainer.optimizers for group in one.param_groups),
+        *(one.state_dict() for one in schedulers),
+    ]
+    named = {name: value for one in rates for name, value in one.items() if name not in DERIVED and name[0] != "_"}
+    for one in trainer.optimizers:  # rather than what a schedule has set for the first step
+        named |= one.defaults
+    named |= {
         "seed": seed,
-        "optimizers": [type(one).__name__ for one in trainer.optimizers],
-        "arguments": [one.defaults for one in trainer.optimizers],
-        "groups": [_arguments(group) for one in trainer.optimizers for group in one.param_groups],
-        "schedules": [type(one).__name__ for one in schedulers],
-        "schedule": [one.state_dict() for one in schedulers],
-        "average": getattr(averages[0], "decay", "on") if averages else None,
+        "optimizer": ", ".join(type(one).__name__ for one in trainer.optimizers),
+        "lr_scheduler": ", ".join(type(one).__name__ for one in schedulers) or "none",
     }
-    known: dict[str, Any] = _as_json(settings)
-    return known
-
-
-def _as_json(settings: Any) -> Any:
-    return json.loads(json.dumps(settings, default=_plain))
+    if averages:
+        named[AVERAGE] = getattr(averages[0], "decay", "on")
+    plain: dict[str, Any] = json.loads(json.dumps({"named": named, "rates": rates}, default=_plain))
+    return plain
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else type(value).__name__
 
 
-def _arguments(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name != "params"}
-
-
-def _known(checkpoint: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint of before, which names none: taken for ours, but for what it shows."""
-    theirs = copy.deepcopy(ours)
-    if len(checkpoint["lr_schedulers"]) != len(ours["schedules"]):
-        theirs["schedules"] = ["a schedule"] * len(checkpoint["lr_schedulers"])
-    if (WEIGHTS in checkpoint) != (ours["average"] is not None):
-        theirs["average"] = "on" if WEIGHTS in checkpoint else None
-    groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
-    moved = SCHEDULED if checkpoint["lr_schedulers"] else ()
-    for part in ("arguments", "groups"):
-        for there, shown in zip(theirs[part], _as_json(groups), strict=False):
-            there |= {name: value for name, value in shown.items() if name in there and name not in moved}
-    return theirs
-
-
-def _refuse_past(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    for name, limit, reached in (
-        ("max_steps", trainer.max_steps, checkpoint["global_step"]),
-        ("max_epochs", trainer.max_epochs, checkpoint["epoch"]),
-    ):
-        if limit is not None and 0 <= limit < reached:
+def _refuse_others(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse settings that would make another training of it."""
+    for name, option in (("seed", "`seed_everything`"), ("optimizer", "`model.optimizer`")):
+        if theirs.get(name, ours[name]) != ours[name]:
             raise UserError(
-                f"{OPTION}: the checkpoint has come to {name.removeprefix('max_').removesuffix('s')} {reached}, and "
-                f"--trainer.{name} is {limit}. Raise it, or give an earlier checkpoint."
+                f"{OPTION}: a training keeps its {name} ({option}: {theirs[name]} in the checkpoint, {ours[name]} "
+                "here). Give that of the checkpoint, or begin a new training."
             )
 
 
-def _refuse_changes(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuse what would make another training of it."""
-    for name, option in (("seed", "--seed_everything"), ("optimizers", "--model.optimizer")):
-        if theirs[name] != ours[name]:
-            raise UserError(
-                f"{OPTION}: a training keeps its {name.removesuffix('s')} ({option}: {_shown(theirs[name])} in the "
-                f"checkpoint, {_shown(ours[name])} here). Give that of the checkpoint, or begin a new training."
-            )
-    changed = theirs["arguments"] != ours["arguments"]
-    for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-        sizes = [
-            [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
-        ]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"{OPTION}: {sum(sizes[0])} tensors were trained in the checkpoint, and {sum(sizes[1])} are here. "
-                "Give the model's options that it was trained with (such as `adapt.train`), or begin a new training."
-            )
-        number, remembered = next(iter(state["state"].items()), (0, {}))
-        needed = _remembered(optimizer, trained(optimizer)[number]) if changed and remembered else set(remembered)
-        if needed != set(remembered):
-            raise UserError(
-                f"{OPTION}: the optimizer as it is configured here remembers {', '.join(sorted(needed)) or 'nothing'} "
-                f"of each tensor, and the checkpoint has {', '.join(sorted(remembered))}. Give the --model.optimizer "
-                "that it was trained with, or begin a new training."
-            )
+def _refuse_state(optimizer: Optimizer, state: dict[str, Any], changed: bool) -> None:
+    """Refuse what an optimizer has kept of other tensors, or by other rules if its arguments have changed."""
+    theirs, ours = ([len(group["params"]) for group in one] for one in (state["param_groups"], optimizer.param_groups))
+    if theirs != ours:
+        raise UserError(
+            f"{OPTION}: {sum(theirs)} tensors were trained in the checkpoint, and {sum(ours)} are here. Give the "
+            "model's options that it was trained with (such as `adapt.train`), or begin a new training."
+        )
+    number, kept = next(iter(state["state"].items()), (0, {}))
+    needed = _kept(optimizer, trained(optimizer)[number]) if changed and kept else set(kept)
+    if needed != set(kept):
+        raise UserError(
+            f"{OPTION}: the optimizer as it is configured here keeps {', '.join(sorted(needed)) or 'nothing'} of each "
+            f"tensor, and the checkpoint has {', '.join(sorted(kept))}. Give the `model.optimizer` that it was trained "
+            "with, or begin a new training."
+        )
 
 
-def _remembered(optimizer: Optimizer, tensor: Tensor) -> set[str]:
+def _kept(optimizer: Optimizer, tensor: Tensor) -> set[str]:
     """What an optimizer keeps of a tensor, which may depend on its shape, from a step of a copy on zeros."""
     zeros = Parameter(torch.zeros_like(tensor))
     zeros.grad = torch.zeros_like(tensor)
@@ -182,30 +164,19 @@ def _remembered(optimizer: Optimizer, tensor: Tensor) -> set[str]:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What has changed, for people: what follows from other changes is left out."""
-    found = []
-    if theirs["schedules"] != ours["schedules"]:
-        found.append(_side("lr_scheduler", theirs["schedules"], ours["schedules"]))
-    arguments = {name for one in ours["arguments"] for name in one}
-    unheeded = "" if theirs["groups"] != ours["groups"] else ", which the schedule does not heed"
-    for part, hidden, note in (("arguments", (), unheeded), ("groups", arguments, ""), ("schedule", (), "")):
-        for there, here in zip(theirs[part], ours[part], strict=False):
-            names = [name for name in here if name in there and not name.startswith("_")]
-            shown = [name for name in names if name not in (*DERIVED, *hidden)]
-            found += [_side(name, there[name], here[name]) + note for name in shown if there[name] != here[name]]
-    if not found and any(theirs[part] != ours[part] for part in ("groups", "schedule")):
-        found.append("the schedule")
-    if theirs["average"] != ours["average"]:
-        found.append(_side("moving average", theirs["average"], ours["average"]))
-    return found
+    """What has changed, for people."""
+    there, here = ({AVERAGE: "none", **one["named"]} for one in (theirs, ours))
+    same = theirs["rates"] == ours["rates"]
+    found = [
+        _sides(name, there[name], value) + (UNHEEDED if same and name != AVERAGE else "")
+        for name, value in sorted(here.items(), key=lambda item: item[0] != "lr_scheduler")  # from which others follow
+        if name in there and there[name] != value
+    ]
+    return found or (["the schedule"] if not same and theirs["rates"] else [])
 
 
-def _side(name: str, there: Any, here: Any) -> str:
-    return f"{name}: {_shown(there)} in the checkpoint, {_shown(here)} here"
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+def _sides(name: str, there: Any, here: Any) -> str:
+    return f"{name}: {there} in the checkpoint, {here} here"
 
 
 def _run_through(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -219,12 +190,10 @@ def _run_through(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                     scheduler.step()
         except ValueError as error:  # of OneCycleLR
             raise UserError(
-                f"{OPTION}: the checkpoint is of step {checkpoint['global_step']}, and --model.lr_scheduler ends "
+                f"{OPTION}: the checkpoint is of step {checkpoint['global_step']}, and `model.lr_scheduler` ends "
                 "before it. Give it more steps (total_steps), or null."
             ) from error
     checkpoint["lr_schedulers"] = [scheduler.state_dict() for scheduler in schedulers]
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-        state["param_groups"] = [
-            {"params": theirs["params"], **_arguments(ours)}
-            for theirs, ours in zip(state["param_groups"], optimizer.param_groups, strict=True)
-        ]
+        groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        state["param_groups"] = [{**ours, "params": theirs["params"]} for theirs, ours in groups]

@@ -39,19 +39,17 @@ class Clipped(LightningModule):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         if not gradient_clip_val > 0:
-            raise UserError(f"--trainer.gradient_clip_val must be at least 0, and is {gradient_clip_val}.")
+            raise UserError(f"`gradient_clip_val` must be at least 0, and is {gradient_clip_val}.")
         if scales_gradients(self.trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise UserError(
-                f"--trainer.gradient_clip_val: in 16-mixed a fused {type(optimizer).__name__} unscales gradients only "
-                "within its step, so they cannot be clipped before it. Use --trainer.precision=bf16-mixed, or leave "
-                "out `fused` of --model.optimizer."
+                f"`gradient_clip_val`: in 16-mixed a fused {type(optimizer).__name__} unscales gradients only within "
+                "its step, so they cannot be clipped before it. Set `precision` to bf16-mixed, or leave out `fused`."
             )
-        parameters = trained(optimizer)
         if gradient_clip_algorithm == "value":
-            clip_grad_value_(parameters, gradient_clip_val)
+            clip_grad_value_(trained(optimizer), gradient_clip_val)
         else:
             norm = total_norm(optimizer) if norm is None else norm
-            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+            clip_grads_with_norm_(trained(optimizer), gradient_clip_val, norm)
 
 
 def trained(optimizer: Optimizer) -> list[Parameter]:

@@ -1,4 +1,4 @@
-"""One progress line for a whole stage, with its rate and the time left."""
+"""One progress line for all of a command, with its rate and the time left."""
 
 import sys
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ Item = TypeVar("Item")
 
 
 class Progress(ProgressBar):
-    """Counts optimizer steps in `fit`, and batches of all sources together elsewhere.
+    """Counts optimizer steps in `fit`, and batches of all test sets together elsewhere.
 
-    Lightning's own bars start anew each epoch and each source, so they never show the time that the
-    whole job still takes. Where the output is no terminal, a line follows every ten seconds.
+    Lightning's own bars begin again with each epoch and each test set, so they never show the time that is left.
+    Where the output is not a terminal, a line follows every ten seconds.
     """
 
     def __init__(self) -> None:
@@ -24,82 +24,48 @@ class Progress(ProgressBar):
         self.enabled = True
 
     def disable(self) -> None:
-        """Called on all ranks but the first."""
         self.enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
-        total = trainer.estimated_stepping_batches
-        self._open("fit", "step", None if total == float("inf") else int(total), trainer.global_step)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Show the newest scalars."""
-        if self.bar is not None:
-            scalars = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
-            self.bar.set_postfix(scalars, refresh=False)
-            self.bar.update(trainer.global_step - self.bar.n)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
-        self._close()
+        steps = trainer.estimated_stepping_batches
+        self._open("fit", "step", None if steps == float("inf") else int(steps), trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open a bar, unless this is within `fit`."""
-        if trainer.state.fn == "validate":
+        if trainer.state.fn != "fit":
             self._open("validate", "batch", int(sum(trainer.num_val_batches)))
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Advance."""
-        if trainer.state.fn == "validate":
-            self._advance()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
-        if trainer.state.fn == "validate":
-            self._close()
-
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
         self._open("test", "batch", int(sum(trainer.num_test_batches)))
 
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Advance."""
-        self._advance()
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
-        self._close()
-
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the bar."""
         self._open("predict", "batch", int(sum(trainer.num_predict_batches)))
-
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        """Advance."""
-        self._advance()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the bar."""
-        self._close()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the terminal in order."""
-        self._close()
 
     def _open(self, name: str, unit: str, total: int | None, initial: int = 0) -> None:
         if self.enabled:
             self.bar = tqdm(**_look(name, unit), total=total, initial=initial)
 
-    def _advance(self) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.bar is not None:
+            scalars = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
+            self.bar.set_postfix(scalars, refresh=False)
+            self.bar.update(trainer.global_step - self.bar.n)
+
+    def _advance(self, *args: Any, **kwargs: Any) -> None:
+        if self.bar is not None and self.trainer.state.fn != "fit":
             self.bar.update()
 
-    def _close(self) -> None:
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _advance
+
+    def _close(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+    on_train_end = on_test_end = on_predict_end = on_exception = _close
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit":
+            self._close()
 
 
 def hide_score_tables(trainer: Trainer) -> None:

@@ -1,10 +1,10 @@
-"""The processes of one run, as `--trainer.strategy=ddp` starts them: they end together.
+"""The processes of one run, as `ddp` starts them: they end together.
 
 Lightning's first process watches those that it has started, and ends if one of them fails. Here they watch it too.
 """
 
+import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,15 +15,22 @@ import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
 from torch.nn.functional import pad
 
 from featinv_pl.errors import UserError
 
 FIRST = "FEATINV_FIRST_RANK"  # in the environment of the ranks that a process starts: its number
-Result = TypeVar("Result")
-
 GRACE = 15.0  # seconds in which the other ranks end by themselves when all is done
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Log a line, once however many ranks there are."""
+    log.info(text)
 
 
 @contextmanager
@@ -40,8 +47,8 @@ def ranks_together() -> Iterator[None]:
             raise
         raise UserError(
             "another process of this run has died, so this one ends too. See what that has said, if anything; its "
-            "machine may have been out of memory. What was saved is whole: the same command goes on, fit with "
-            "--ckpt_path last."
+            "machine may have been out of memory. What was saved is complete: the same command resumes, `fit` with "
+            "`ckpt_path` last."
         ) from error
 
 
@@ -59,8 +66,8 @@ def first_rank() -> int | None:
     return parent if "LOCAL_RANK" in os.environ and os.environ.get(FIRST) == str(parent) else None
 
 
-def let_ranks_end() -> None:
-    """Take an end of the other ranks for no failure any more: all have been asked to end."""
+def forget_children() -> None:
+    """Take an end of the ranks that this process has started for no failure any more."""
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
             thread._child_processes = []
@@ -116,5 +123,5 @@ def _follow(first: int) -> None:
     while os.getppid() == first:
         time.sleep(1)
     time.sleep(GRACE)
-    print("featinv-pl: error: the first process of this run has died, so this one ends too.", file=sys.stderr)
+    log.error("error: the first process of this run has died, so this one ends too.")
     os._exit(1)

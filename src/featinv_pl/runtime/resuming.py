@@ -1,4 +1,4 @@
-"""Goes on from within a step: what a checkpoint has found unfinished is finished first."""
+"""Resumes from within a step: what a checkpoint has found unfinished is finished first."""
 
 from functools import partial
 from pathlib import Path
@@ -6,19 +6,19 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from featinv_pl.data.order import ResumableData
+from featinv_pl.runtime.internals import position, savers
 
 KEY = "unfinished"  # of a checkpoint
 
 
 class Resume(Callback):
-    """Makes training that goes on from any checkpoint indistinguishable from one that never stopped.
+    """Makes training that resumes from any checkpoint indistinguishable from one that never stopped.
 
     A checkpoint is mostly written while a step is not over yet: loggers have not been told of it, and its validation
-    is still to come or has been cut short. Lightning would go on with the next step. Here the loggers are told before
+    is still to come or has been cut short. Lightning would begin the next step. Here the loggers are told before
     the checkpoint is written, the validation is held from its first sample on, and a training whose last step was not
     over comes to its end. What callbacks and schedules know of earlier metrics is restored, and so is torch's random
     state, which belongs to training alone: what validation and loaders draw changes nothing.
@@ -38,14 +38,14 @@ class Resume(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what is still to be done, and tell loggers what is not."""
-        loop: Any = trainer.fit_loop.epoch_loop
-        within_step = loop.batch_progress.total.processed > loop.batch_progress.total.completed
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        within_step = progress.processed > progress.completed
         if within_step:
             _tell_loggers(trainer)
         checkpoint[KEY] = {
-            "validation": self.validating or (within_step and self._validates(trainer)),
+            "validation": self.validating or (within_step and _validates(trainer)),
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
-            "deferred": [saver.state_key for saver in _savers(trainer) if saver._defer_save_until_validation],
+            "deferred": [saver.state_key for saver in savers(trainer) if saver._defer_save_until_validation],
             "random": self.random,
         }
         for logger in trainer.loggers:
@@ -57,13 +57,12 @@ class Resume(Callback):
         if self.unfinished is None or trainer.state.fn != "fit":
             return
         self.random = self.unfinished["random"]
-        for saver in _savers(trainer):
+        for saver in savers(trainer):
             saver._defer_save_until_validation = saver.state_key in self.unfinished["deferred"]
-        loops = checkpoint["loops"]["fit_loop"]
+        loop, loops = trainer.fit_loop, checkpoint["loops"]["fit_loop"]
         if self.unfinished["validation"] and trainer.enable_validation:
             _as_if_validating(loops)
         # Lightning would not begin at all with a training whose steps are made, and so leave out its end.
-        loop = trainer.fit_loop
         self.limits = loop.max_steps, loop.max_epochs
         if loop.max_steps == checkpoint["global_step"]:
             loop.epoch_loop.max_steps += 1
@@ -71,43 +70,37 @@ class Resume(Callback):
             loop.max_epochs += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Know again what was known."""
+        """Restore what was known."""
         if self.unfinished is None:
             return
         epoch: Any = trainer.fit_loop.epoch_progress.current
         if epoch.ready == epoch.started == epoch.processed:  # Lightning has ended one, and would not count the next
             trainer.fit_loop.reset_restart_stage()
-        for saver in _savers(trainer):  # a checkpoint cannot know that it will be there
-            if (
-                saver.best_model_path
-                and Path(saver.best_model_path).absolute() == Path(str(trainer.ckpt_path)).absolute()
-            ):
+        for saver in savers(trainer):  # a checkpoint cannot know that it will be there
+            path = saver.best_model_path
+            if path and Path(path).absolute() == Path(str(trainer.ckpt_path)).absolute():
                 saver._last_global_step_saved = trainer.global_step
         metrics = {name: value.to(pl_module.device) for name, value in self.unfinished["metrics"].items()}
         cast(Any, trainer)._logger_connector._callback_metrics.update(metrics)
-        if not (self.unfinished["validation"] and self._validates(trainer)):
+        if not (self.unfinished["validation"] and _validates(trainer)):
             self._limit(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Draw on where the last step has left off."""
         if self.random is not None:
             torch.set_rng_state(self.random[0])
             if pl_module.device.type == "cuda":
                 torch.cuda.set_rng_state(self.random[1], pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """Note where that is."""
         self.random = [torch.get_rng_state()]
         if pl_module.device.type == "cuda":
             self.random.append(torch.cuda.get_rng_state(pl_module.device))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Until its end, a validation counts for nothing."""
-        self.validating = True
+        self.validating = True  # until its end, a validation counts for nothing
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on it counts: loggers and callbacks know it."""
-        self.validating = False
+        self.validating = False  # from here on loggers and callbacks know it
         self._limit(trainer)
 
     def _limit(self, trainer: Trainer) -> None:
@@ -116,24 +109,11 @@ class Resume(Callback):
             trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = self.limits
             self.limits = None
 
-    def _validates(self, trainer: Trainer) -> bool:
-        """Whether the step at hand is followed by a validation."""
-        loop: Any = trainer.fit_loop
-        return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
-
-def position(trainer: Trainer) -> tuple[int, int]:
-    """The epoch in which training stands, and how many batches of it have been processed."""
-    loop = trainer.fit_loop
-    epoch, batch = cast(Any, loop.epoch_progress.current), cast(Any, loop.epoch_loop.batch_progress)
-    if epoch.started == epoch.processed:
-        return epoch.processed, 0
-    # Within an epoch, or after its last batch but before its end.
-    return (epoch.processed + 1, 0) if batch.is_last_batch else (epoch.processed, batch.current.processed)
-
-
-def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+def _validates(trainer: Trainer) -> bool:
+    """Whether the step at hand is followed by a validation."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
 
 def _tell_loggers(trainer: Trainer) -> None:

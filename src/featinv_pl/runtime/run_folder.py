@@ -4,7 +4,6 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import IO, Any, cast
 
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from featinv_pl.errors import UserError
 from featinv_pl.masking import masked
+from featinv_pl.runtime.internals import savers
+from featinv_pl.runtime.ranks import say
 
 LOCK = ".featinv-pl.lock"
 
@@ -32,8 +32,8 @@ def home(trainer: Any) -> Path:
     root = str(trainer.default_root_dir or ".")
     if "://" in root:
         raise UserError(
-            f"--trainer.default_root_dir: '{masked(root)}' is an address, and a run writes to a folder. Give one on "
-            "this machine, and copy it afterwards."
+            f"`default_root_dir`: '{masked(root)}' is an address, and a run writes to a folder. Give one on this "
+            "machine, and copy it afterwards."
         )
     return Path(root).expanduser()
 
@@ -64,13 +64,13 @@ def refuse_used(trainer: Trainer, resumed: str | None) -> None:
 
     Args:
         trainer: With its callbacks.
-        resumed: The checkpoint to continue from, if any: `hpc`, or a file.
+        resumed: The checkpoint to resume from, if any: `hpc`, or a file.
 
     Raises:
         UserError: The folder holds a checkpoint, and `resumed` does not lie beside it.
     """
-    savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    folders = {path.absolute() for path in (home(trainer), *(Path(one.dirpath) for one in savers if one.dirpath))}
+    dirpaths = [Path(one.dirpath) for one in savers(trainer) if one.dirpath]
+    folders = {path.absolute() for path in (home(trainer), *dirpaths)}
     found = [path for folder in sorted(folders) for path in sorted(folder.glob("*.ckpt"))]
     # Which Lightning resumes from by itself.
     requeued = SLURMEnvironment.detect() and any(path.name.startswith("hpc_ckpt_") for path in found)
@@ -79,8 +79,7 @@ def refuse_used(trainer: Trainer, resumed: str | None) -> None:
     if resumed is None or Path(resumed).resolve().parent not in {folder.resolve() for folder in folders}:
         raise UserError(
             f"'{os.path.relpath(found[0])}' is the checkpoint of an earlier training, which another one in this folder "
-            "could replace. Continue that one with --ckpt_path last, or give another folder with "
-            "--trainer.default_root_dir."
+            "could replace. Resume that one with `ckpt_path` last, or give another folder (`default_root_dir`)."
         )
 
 
@@ -99,7 +98,7 @@ def claim(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"--trainer.default_root_dir: '{folder}' cannot be a folder ({error.strerror}). Give another one."
+            f"`default_root_dir`: '{folder}' cannot be a folder ({error.strerror}). Give another one."
         ) from error
     with _lock(folder / LOCK) as file:
         try:
@@ -123,8 +122,7 @@ def _lock(path: Path) -> IO[str]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise UserError(_in_use(path.parent, file)) from error
-            said = f"'{path.parent}' cannot be locked ({error.strerror}), so start no second run there."
-            print(f"featinv-pl: {said}", file=sys.stderr)
+            say(f"'{path.parent}' cannot be locked ({error.strerror}), so start no second run there.")
             return file
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -139,5 +137,5 @@ def _in_use(folder: Path, file: IO[str]) -> str:
     where = f" on {machine}" if machine != socket.gethostname() else ""
     return (
         f"'{folder}' is in use: process {number}{where} is writing there. Wait until it has ended, or give another "
-        "folder with --trainer.default_root_dir."
+        "folder (`default_root_dir`)."
     )

@@ -19,12 +19,12 @@ MODEL = "model"
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `<default_root_dir>/<stage>.yaml`, and hands the configuration to the loggers once.
+    """Writes `<default_root_dir>/<command>.yaml`, and hands the configuration to the loggers once.
 
     An extraction's, several of which may share that folder, is `<shard set>.yaml` beside each set that it makes. The
     checkpoint that a run began with is left out: whoever uses the file again would train or score that one.
 
-    Beside it these get what it does not say: version and git state of the code, and digests of the shards.
+    Loggers also get what it does not say: version and git state of the code, and digests of the shards.
     Others may see them: credentials in addresses are masked in both, and what is logged has `~/...` for
     paths below the user's home.
 
@@ -38,40 +38,28 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Too early."""
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, now that model and data have been accepted."""
-        self.save_config(trainer, pl_module, "fit")
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        command = str(trainer.state.fn.value) if trainer.state.fn else ""
+        if trainer.is_global_zero and (trainer.training or command != "fit"):  # within which it also validates
+            self.save_config(trainer, pl_module, command)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless this is within `fit`."""
-        if trainer.state.fn == "validate":
-            self.save_config(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        self.save_config(trainer, pl_module, "test")
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        self.save_config(trainer, pl_module, "predict")
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _save
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file and tell the loggers."""
-        if trainer.is_global_zero:
-            kept = masked(self.config)
-            checkpoint = kept.pop("ckpt_path")
-            text = self.parser.dump(kept, skip_none=False)
-            for folder in written_folders(trainer, cast(Any, trainer).datamodule, stage):
-                write_bytes(configuration_path(trainer, folder, stage), text.encode())
-            shown = _without_home({**yaml.safe_load(text), "ckpt_path": checkpoint, **provenance(trainer)})
-            for logger in trainer.loggers:
-                logger.log_hyperparams(shown)
+        kept = masked(self.config)
+        checkpoint = kept.pop("ckpt_path")
+        text = self.parser.dump(kept, skip_none=False)
+        for folder in written_folders(trainer, cast(Any, trainer).datamodule, stage):
+            write_bytes(configuration_path(trainer, folder, stage), text.encode())
+        shown = _without_home({**yaml.safe_load(text), "ckpt_path": checkpoint, **provenance(trainer)})
+        for logger in trainer.loggers:
+            logger.log_hyperparams(shown)
 
 
 class SavePretrained(Callback):
     """Saves a trained part at the end of `fit`, in the layout in which it is loaded, with `SHA256SUMS` of its files.
 
-    A model that is there is replaced by a training that continues (`--ckpt_path`) alone, and nothing else ever.
+    A model that is there is replaced by a training that resumes (`ckpt_path`) alone, and nothing else ever.
 
     Args:
         folder: Where to, if not `model` below the run's folder.
@@ -90,13 +78,13 @@ class SavePretrained(Callback):
             return
         if not _is_saved(folder):
             raise UserError(
-                f"--trainer.callbacks.folder: '{folder}' holds what SavePretrained has not written, or what was "
-                "changed since, so it is left as it is. Give another folder."
+                f"`callbacks.folder`: '{folder}' holds what SavePretrained has not written, or what was changed since, "
+                "so it is left as it is. Give another folder."
             )
         if trainer.ckpt_path is None:
             raise UserError(
                 f"'{folder}' is the model of an earlier training, so it is left as it is. Remove it, give another "
-                "folder with --trainer.default_root_dir, or continue that training with --ckpt_path."
+                "folder (`default_root_dir`), or resume that training (`ckpt_path` last)."
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,24 +19,20 @@ class Speed(Callback):
         self.start = self.paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self.samples, self.logged, self.start = 0, trainer.global_step, time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
         self.paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on as if no time had passed."""
         self.start += time.perf_counter() - self.paused
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log at the steps that are logged, on average since the last of them."""
         self.samples += len(batch["key"])
         interval, step = cast(Any, trainer).log_every_n_steps, trainer.global_step
-        if interval and step % interval == 0 and step != self.logged:
+        if interval and step % interval == 0 and step != self.logged:  # of several batches that make a step, the last
             now = time.perf_counter()
             rate = self.samples * trainer.world_size / (now - self.start)
             pl_module.log("train/samples_per_second", rate, batch_size=1)

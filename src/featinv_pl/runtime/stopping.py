@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
@@ -15,11 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.data.workers import SIGNALS
-from featinv_pl.runtime.ranks import first_rank, let_ranks_end
+from featinv_pl.runtime.internals import accumulating, save_now, savers
+from featinv_pl.runtime.ranks import first_rank, forget_children, say
 
 
 class Stopped(SIGTERMException):
-    """The run was asked to end, and has done so after a whole batch.
+    """The run was asked to end, and has done so after a complete batch.
 
     Args:
         signal: What asked.
@@ -38,10 +38,9 @@ class SaveLast(Callback):
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, unless the last step is saved already."""
         saver = _saver(trainer)
         if saver is not None and trainer.global_step != trainer.max_steps:
-            _save(trainer, saver)
+            save_now(trainer, saver)
 
 
 class Stop(Callback):
@@ -58,34 +57,25 @@ class Stop(Callback):
         self.saved = False
         self.launcher: Any = None
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
-        self.hint = "the same command goes on with what is not done yet."
+        self.hint = "the same command resumes what is not done yet."
+
+    # Asking
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, now that Lightning has installed its own handlers."""
-        self._listen(trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen, unless this is where to end."""
-        self._listen(trainer)
-        self._end(self.saved)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
-        self._listen(trainer)
-
-    def _listen(self, trainer: Trainer) -> None:
-        self.launcher = trainer.strategy.launcher
-        environment = trainer._accelerator_connector.cluster_environment
+        self.launcher, environment = trainer.strategy.launcher, trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self.requeue = int(environment.requeue_signal or signal.SIGUSR1)
         if threading.current_thread() is threading.main_thread():  # no other may
             for number in (*SIGNALS, self.requeue):
                 if number and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                     signal.signal(number, self._note)  # Lightning puts back what was there before it
+
+    on_test_start = on_predict_start = on_train_start
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+        self._end(self.saved)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
@@ -110,69 +100,55 @@ class Stop(Callback):
         if (first := first_rank()) is not None:
             os.kill(first, number)
 
+    # Ending
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save if asked; the end comes when what this step has logged is logged."""
         asked = trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False)
-        if asked and not trainer.fit_loop._should_accumulate():  # whose sum of gradients is not saved
+        if asked and not accumulating(trainer):
             if trainer.strategy.reduce_boolean_decision(self.signal == self.requeue != 0, all=False):
                 self.signal = self.requeue
             self.signal = self.signal or signal.SIGTERM
             self._save(trainer)
         elif trainer.global_step == trainer.max_steps and (saver := _saver(trainer)) is not None:
-            _save(trainer, saver)
+            save_now(trainer, saver)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """End here if saved."""
         self._end(self.saved)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End here if saved."""
         self._end(self.saved)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """End here if asked; several ranks, which validate numbers of batches of their own, only go on to train."""
-        fitting = trainer.state.fn == "fit"
-        self._end(not fitting or (trainer.world_size == 1 and not trainer.fit_loop._should_accumulate()))
+        """End here if asked; several ranks, which validate numbers of batches of their own, return to training."""
+        self._end(trainer.state.fn != "fit" or (trainer.world_size == 1 and not accumulating(trainer)))
 
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """End here if asked."""
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._end()
 
-    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
-        """End here if asked."""
-        self._end()
+    on_predict_batch_end = on_test_batch_end
 
     def _end(self, here: bool = True) -> None:
         if here and self.signal:
             raise Stopped(self.signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what a stopped training has come to, and say how to go on."""
-        if not isinstance(exception, Stopped):
-            return
-        let_ranks_end()
-        if not self.saved:
-            self._save(trainer)
-        if trainer.is_global_zero:
-            print(f"featinv-pl: stopped by {signal.Signals(exception.signal).name}; {self.hint}", file=sys.stderr)
+        """Save what a stopped training has come to, and say how to resume."""
+        if isinstance(exception, Stopped):
+            forget_children()  # all ranks have been asked to end
+            if not self.saved:
+                self._save(trainer)
+            say(f"stopped by {signal.Signals(exception.signal).name}; {self.hint}")
 
     def _save(self, trainer: Trainer) -> None:
         """Save what is training, and have SLURM start again what it is about to end."""
-        self.saved = True
-        if trainer.state.fn == "fit":
-            path = self._save_requeued(trainer) if self.signal == self.requeue else _save_stopped(trainer)
-            if path is not None:
-                self.hint = f"step {trainer.global_step} is saved. Go on: the same command with --ckpt_path {path}"
-        if self.signal == self.requeue and trainer.is_global_zero:
+        self.saved, requeued = True, self.signal == self.requeue
+        if trainer.state.fn == "fit" and (path := _save_at(trainer, requeued)):
+            where = f"--ckpt_path {os.path.relpath(path)}"
+            self.hint = f"step {trainer.global_step} is saved. Resume: the same command with {where}"
+        if requeued and trainer.is_global_zero:
             job = requeue_job()
             self.hint += f" (SLURM does that: job {job} is requeued)" if job else " (scontrol requeue has failed)"
-
-    @staticmethod
-    def _save_requeued(trainer: Trainer) -> str:
-        """Save where Lightning looks by itself when the job starts again."""
-        path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
-        trainer.save_checkpoint(path)
-        return os.path.relpath(path)
 
 
 def requeue_job() -> str | None:
@@ -192,26 +168,19 @@ def requeue_job() -> str | None:
 
 def _saver(trainer: Trainer) -> ModelCheckpoint | None:
     """The callback that keeps the latest state, rather than the best."""
-    savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-    return next((one for one in savers if one.monitor is None and one.save_top_k != 0), None)
+    return next((one for one in savers(trainer) if one.monitor is None and one.save_top_k != 0), None)
 
 
-def _save(trainer: Trainer, saver: ModelCheckpoint) -> None:
-    """Let a ModelCheckpoint save now, by its names and rules."""
-    if not saver._should_skip_saving_checkpoint(trainer):
-        candidates = saver._monitor_candidates(trainer)
-        saver._save_topk_checkpoint(trainer, candidates)
-        saver._save_last_checkpoint(trainer, candidates)
-
-
-def _save_stopped(trainer: Trainer) -> str | None:
-    saver = _saver(trainer)
-    if saver is not None:
-        _save(trainer, saver)
-        path = saver.best_model_path
+def _save_at(trainer: Trainer, requeued: bool) -> str:
+    """Save as the run does, and return the path; an empty one if it saves nothing."""
+    if not requeued and (saver := _saver(trainer)) is not None:
+        save_now(trainer, saver)
+        return saver.best_model_path
+    if requeued:
+        path = str(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
     elif isinstance(best := trainer.checkpoint_callback, ModelCheckpoint) and not cast(Any, trainer).fast_dev_run:
         path = str(Path(best.dirpath or ".", f"{best.CHECKPOINT_NAME_LAST}{best.FILE_EXTENSION}"))
-        trainer.save_checkpoint(path)
     else:
-        return None
-    return os.path.relpath(path) if path else None
+        return ""
+    trainer.save_checkpoint(path)
+    return path

@@ -4,15 +4,13 @@ All of it goes to the client as variables of the environment, which processes th
 are set already win, and so do arguments of the WandbLogger.
 """
 
+import logging
 import os
-import ssl
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from signal import SIGINT, SIGTERM
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
@@ -22,9 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from featinv_pl.errors import UserError
 from featinv_pl.runtime.stopping import Stopped
 
+log = logging.getLogger(__name__)
 RUN_ID = "wandb_run_id"
 ROUTE = ("base_url", "http_proxy", "https_proxy", "x_proxies", "insecure_disable_ssl")  # settings of the client
-PATIENCE = 5.0  # seconds; the client itself would wait for two minutes, and then end the run
 PRIVATE = {
     "WANDB_X_DISABLE_META": "true",  # user, command line, and paths of program and interpreter
     "WANDB_PROGRAM": "featinv-pl",  # which would be its path
@@ -33,10 +31,9 @@ PRIVATE = {
 
 
 class KeepRunId(Callback):
-    """Notes the run's id at W&B in its checkpoints, so that `fit --ckpt_path` continues the run."""
+    """Notes the run's id at W&B in its checkpoints, so that a `fit` that resumes continues the run."""
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note it."""
         ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if ids and trainer.is_global_zero:
             checkpoint[RUN_ID] = ids[0]
@@ -60,7 +57,7 @@ def session() -> Iterator[None]:
         sys.exit(code)
     finally:
         if "wandb" in sys.modules:  # it is imported once the configuration is known to be right
-            _finish(code, before)
+            _finish(code, "WANDB_SILENT" in before)
         for name in _variables():
             del os.environ[name]
         os.environ.update(before)
@@ -86,7 +83,7 @@ def check_route(logger: Any) -> None:
             check_route(value)
         elif name in ROUTE and value and os.environ.get(variable := f"WANDB_{name.upper()}") != str(value):
             raise UserError(
-                f"--trainer.logger: its settings send your W&B key by {name} '{value}', which only your environment "
+                f"`trainer.logger`: its settings send your W&B key by {name} '{value}', which only your environment "
                 f"may decide. If you trust it, set {variable}={value}."
             )
 
@@ -100,7 +97,7 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
         group: What belongs together, such as training and tests of one inverter.
         tags: Of the run.
         offline: Whether the configuration says so.
-        run_id: The run to go on with; None for a new one.
+        run_id: The run to continue; None for a new one.
     """
     import wandb
 
@@ -112,7 +109,7 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
         told["WANDB_RUN_ID"] = run_id
     if offline:
         os.environ["WANDB_MODE"] = "offline"
-    if offline or _must_be_offline():
+    if offline or not _has_key():
         told |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}  # one line at the end says all that the client would
     for name, value in told.items():
         os.environ.setdefault(name, value)
@@ -120,70 +117,44 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
     wandb.setup()
 
 
-def _must_be_offline() -> bool:
-    """Whether the run cannot be online, though nobody has said that it should be offline.
+def _has_key() -> bool:
+    """Whether the client would find a key, if it needs one, in the environment or in a netrc, without asking for it.
 
     Raises:
-        UserError: If the key is invalid, or if the user insists and there is no key.
+        UserError: The key is invalid, or the user insists on being online without one.
     """
     import wandb
-
-    settings = wandb.setup().settings
-    insists = "WANDB_MODE" in os.environ
-    if settings.mode != "online":
-        return False  # the user's choice, which the client knows
-    if not _has_key(settings.base_url):
-        if insists:
-            raise UserError(
-                f"WANDB_MODE is online, but there is no key for {settings.base_url}. Run `wandb login`, set "
-                "WANDB_API_KEY, or leave WANDB_MODE out to log offline."
-            )
-        _say("W&B: there is no key (`wandb login` stores one), so the run is logged offline.", os.environ)
-        return True
-    if not insists and not _reachable(settings.base_url):
-        _say(f"W&B: {settings.base_url} does not answer, so the run is logged offline.", os.environ)
-        return True
-    return False
-
-
-def _has_key(url: str) -> bool:
-    """Whether the client would find a key, in the environment or in a netrc, without asking for one."""
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib.wbauth import authenticate_session
 
+    settings = wandb.setup().settings
+    if settings.mode != "online":
+        return True  # the user's choice, which the client knows
+    url = settings.base_url
     try:
-        return authenticate_session(host=url, source="featinv-pl", prompt=False, update_session=False) is not None
+        if authenticate_session(host=url, source="featinv-pl", prompt=False, update_session=False) is not None:
+            return True
     except AuthenticationError as error:
         raise UserError(f"W&B: {error} Run `wandb login`, or correct the key.") from error
+    if "WANDB_MODE" in os.environ:
+        raise UserError(
+            f"WANDB_MODE is online, but there is no key for {url}. Run `wandb login`, set WANDB_API_KEY, or leave "
+            "WANDB_MODE out to log offline."
+        )
+    if "WANDB_SILENT" not in os.environ:
+        log.info("W&B: there is no key (`wandb login` stores one), so the run is logged offline.")
+    return False
 
 
-def _reachable(url: str) -> bool:
-    try:
-        with urlopen(Request(url, method="HEAD"), timeout=PATIENCE):
-            return True
-    except HTTPError:  # which is an answer
-        return True
-    except URLError as error:
-        return isinstance(error.reason, ssl.SSLError)  # the client has certificates of its own
-    except OSError:
-        return False
-
-
-def _finish(code: int, before: dict[str, str]) -> None:
+def _finish(code: int, silent: bool) -> None:
     """End the run, and say how one that was offline gets online."""
     import wandb
 
     run = wandb.run
-    if run is not None and run.offline:
-        _say(f"Logged offline. Upload: wandb sync {os.path.relpath(run.settings.sync_dir)}", before)
+    if run is not None and run.offline and not silent:
+        log.info("Logged offline. Upload: wandb sync %s", os.path.relpath(run.settings.sync_dir))
     wandb.finish(code)  # the next command of this process gets a run of its own,
     wandb.teardown(code)  # and its own variables
-
-
-def _say(text: str, variables: Mapping[str, str]) -> None:
-    """Print a line, unless silence was asked for."""
-    if "WANDB_SILENT" not in variables:
-        print(text)
 
 
 def _variables() -> dict[str, str]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
+from interrupts import assert_same, weights
 from tiny import extraction, inversion
 
 STEPS = 10  # of epochs of four
@@ -49,13 +49,6 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
     return "fit.yaml"
 
 
-def weights(path: str) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, and their moving average."""
-    checkpoint = torch.load(path, weights_only=True)
-    average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
-    return {**{f"average {name}": value for name, value in average.items()}, **current}
-
-
 def seen(rank: int = 0) -> list[Any]:
     path = Path(f"seen-{rank}.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -63,23 +56,22 @@ def seen(rank: int = 0) -> list[Any]:
     return lines
 
 
-def test_goes_on_from_any_step(config: str) -> None:
+def test_training_resumes_from_any_step(config: str) -> None:
     main(["fit", "--config", config])
-    whole, final = seen(), weights(f"run/step={STEPS}.ckpt")
+    whole, final = seen(), weights(f"run/step={STEPS}.ckpt", STEPS)
     assert [step for step, _ in whole] == list(range(STEPS))
     for epoch in (whole[:4], whole[4:8]):
         keys = [key for _, keys in epoch for key in keys]
         assert len(keys) == len(set(keys)) == 64
     Path("run").rename("before")
-    for step in (1, 3, 4, 5, 8):  # within the first epoch, at its end, and later
+    for step in (1, 4, 7):  # within the first epoch, at its end, and later
         more = [f"--data.num_workers={step % 2}", f"--trainer.default_root_dir=from-{step}"]  # may both be others
         main(["fit", "--config", config, "--ckpt_path", f"before/step={step}.ckpt", *more])
         assert seen() == whole[step:]
-        resumed = weights(f"from-{step}/step={STEPS}.ckpt")
-        assert all(torch.equal(resumed[name], value) for name, value in final.items())
+        assert_same(weights(f"from-{step}/step={STEPS}.ckpt", STEPS), final)
 
 
-def test_two_processes_go_on_too(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_resume_too(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["fit", "--config", config, *TWO, "--data.batch_size=8"]
     main(args)
     whole = [seen(rank) for rank in range(2)]

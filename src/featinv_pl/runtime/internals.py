@@ -1,0 +1,52 @@
+"""What more than one module, or the command, uses of Lightning without its promise; see `test_contract.py`."""
+
+import logging
+from typing import Any, cast
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+
+
+class CommandLine(LightningCLI):
+    """A command line over which a checkpoint's hyper-parameters do not win."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave out what Lightning does here."""
+
+
+def silence_tips() -> None:
+    """Leave out the services that Lightning advertises at the start of every run."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def position(trainer: Trainer) -> tuple[int, int]:
+    """The epoch in which training stands, and how many batches of it have been processed."""
+    loop = trainer.fit_loop
+    epoch, batch = cast(Any, loop.epoch_progress.current), cast(Any, loop.epoch_loop.batch_progress)
+    if epoch.started == epoch.processed:
+        return epoch.processed, 0
+    # Within an epoch, or after its last batch but before its end.
+    return (epoch.processed + 1, 0) if batch.is_last_batch else (epoch.processed, batch.current.processed)
+
+
+def accumulating(trainer: Trainer) -> bool:
+    """Whether gradients of the batch at hand wait for those of further batches; they are not saved."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    """What saves checkpoints."""
+    return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+
+
+def save_now(trainer: Trainer, saver: ModelCheckpoint) -> None:
+    """Let a ModelCheckpoint save, by its names and rules."""
+    if not saver._should_skip_saving_checkpoint(trainer):
+        candidates = saver._monitor_candidates(trainer)
+        saver._save_topk_checkpoint(trainer, candidates)
+        saver._save_last_checkpoint(trainer, candidates)

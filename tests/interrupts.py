@@ -1,0 +1,170 @@
+"""Callbacks that do to a run what may happen to one, and what is asked of runs that it happened to."""
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from featinv_pl.__main__ import main
+
+STEPS = 5  # of epochs of three
+PATIENCE_S = 1800.0  # far more than anything takes on a busy machine
+
+
+class Interrupt(Callback):
+    """Sends this process a signal.
+
+    Args:
+        number: Of the signal.
+        step: After which.
+        validating: Whether while this step is being validated.
+    """
+
+    def __init__(self, number: int, step: int, validating: bool = False) -> None:
+        self.number, self.step, self.validating = number, step, validating
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.validating and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and self.validating:
+            os.kill(os.getpid(), self.number)
+
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        os.kill(os.getpid(), self.number)
+
+
+class InterruptGroup(Callback):
+    """Has another process send this one's group Ctrl-C after step 3, as a terminal does."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            assert multiprocessing.active_children(), "the loader has no workers"
+            subprocess.run(["kill", "-INT", "--", f"-{os.getpgrp()}"], check=False)
+
+
+class LoseWorker(Callback):
+    """Kills a worker, as the kernel does where memory is short."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 1:
+            multiprocessing.active_children()[0].kill()
+
+
+class Sent(Callback):
+    """Pickles the run as `ddp_spawn` does."""
+
+    bytes: ClassVar[int] = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        Sent.bytes = len(ForkingPickler.dumps((trainer, pl_module)))
+
+
+class Validated(Callback):
+    """Notes the samples that each validation sees."""
+
+    keys: ClassVar[dict[int, list[str]]] = {}
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        self.keys.setdefault(trainer.global_step, []).extend(batch["key"])
+
+
+class Impatient(Callback):
+    """Presses Ctrl-C twice within one batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Spoil(Callback):
+    """Makes a number of something infinite or none, at step 3.
+
+    Args:
+        what: `loss`, `gradient`, `weight`, or every loss: `losses`.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        if self.what == "losses" or (trainer.global_step == 3 and self.what == "loss"):
+            loss.data.fill_(torch.inf)
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.global_step == 3 and self.what == "gradient":
+            next(one.grad for one in module.parameters() if one.grad is not None).view(-1)[0] = torch.nan
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == 4 and self.what == "weight":
+            next(one for one in module.parameters() if one.requires_grad).data.view(-1)[0] = torch.inf
+
+
+class FullDisk(Callback):
+    """Allows no file of more than 10 kB, from step 3 on."""
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def added(name: str, **arguments: Any) -> list[str]:
+    """Options that add a callback of this module."""
+    options = [f"--trainer.callbacks+={__name__}.{name}"]
+    return options + [f"--trainer.callbacks.{key}={value}" for key, value in arguments.items()]
+
+
+def checkpoint(path: str = "run/inversion.ckpt") -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=True)
+    return found
+
+
+def weights(path: str = "run/inversion.ckpt", steps: int = STEPS) -> dict[str, Tensor]:
+    """All that the last checkpoint holds of weights, their average and the optimizer."""
+    found = checkpoint(path)
+    assert found["global_step"] == steps
+    return {
+        **found["current_model_state"],
+        **{f"average {name}": value for name, value in found["state_dict"].items()},
+        **{
+            f"{name} {key}": value
+            for name, state in found["optimizer_states"][0]["state"].items()
+            for key, value in state.items()
+        },
+    }
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def stopped(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str]:
+    """The exit status of a command that does not come to its end, and its last line."""
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    return caught.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+def eventually(check: Callable[[], bool]) -> bool:
+    """Whether something comes to be."""
+    end = time.monotonic() + PATIENCE_S
+    while not check():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True

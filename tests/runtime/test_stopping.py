@@ -1,0 +1,262 @@
+"""Training that loses no work: every end is saved, and the same command resumes as if nothing had been."""
+
+import contextlib
+import multiprocessing
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from featinv_pl.__main__ import main
+from interrupts import PATIENCE_S, Sent, Validated, added, assert_same, checkpoint, eventually, stopped, weights
+from test_cli import refused
+from tiny import extraction, write
+from torture.processes import start
+from torture.ranks import group
+
+TESTS = Path(__file__).parents[1]
+Uninterrupted = tuple[dict[str, Tensor], dict[int, list[str]]]
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "validating"),
+    [(signal.SIGTERM, 1, False), (signal.SIGINT, 3, False), (signal.SIGTERM, 4, False), (signal.SIGINT, 2, True)],
+)
+def test_resumes_after_a_signal(
+    number: signal.Signals,
+    step: int,
+    validating: bool,
+    fit: list[str],
+    uninterrupted: Uninterrupted,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    args = [*fit, "--ckpt_path=last", *added("Validated")]
+    code, line = stopped([*args, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
+    assert code == 128 + number
+    assert line == (
+        f"featinv-pl: stopped by {number.name}; step {step} is saved. "
+        "Resume: the same command with --ckpt_path run/inversion.ckpt"
+    )
+    Validated.keys.clear()
+    main(args)
+    assert "--ckpt_path last: resuming from 'run/inversion.ckpt'" in capsys.readouterr().err
+    complete, validated = uninterrupted
+    assert_same(weights(), complete)
+    # A validation that was to come, or under way, is held from its first sample on.
+    assert Validated.keys == {key: value for key, value in validated.items() if key >= step}
+    assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+
+
+def test_workers_leave_ctrl_c_to_the_run(fit: list[str]) -> None:
+    child = start([*fit, "--data.num_workers=2", *added("InterruptGroup")], Path())
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130, Path("output.txt").read_text()
+    assert "stopped by SIGINT; step 3 is saved." in Path("output.txt").read_text()
+    assert checkpoint()["global_step"] == 3
+    assert eventually(lambda: not group(child))
+
+
+def test_workers_end_with_a_run_that_is_killed(fit: list[str]) -> None:
+    child = start([*fit, "--data.num_workers=2", "--trainer.max_steps=100000"], Path())
+    assert eventually(Path("run/inversion.ckpt").is_file)
+    assert eventually(lambda: len(group(child)) >= 5)  # the run, its server, what tracks resources, and two workers
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert eventually(lambda: not group(child))
+
+
+def test_a_worker_that_dies_is_one_line(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = stopped([*fit, "--data.num_workers=1", *added("LoseWorker")], capsys)
+    assert code == 1
+    assert line.startswith("featinv-pl: error: --data.num_workers: a worker has died (DataLoader worker (pid")
+    assert "or enlarge /dev/shm" in line
+
+
+def test_a_script_that_a_worker_would_run_again_is_told_so(
+    fit: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)  # as a new worker says
+    refused([*fit, "--data.num_workers=1"], capsys, "below `if __name__ == '__main__':`")
+
+
+def test_a_lost_terminal_saves_and_ends(fit: list[str]) -> None:
+    args = [*fit, "--trainer.max_steps=100000", "--trainer.enable_progress_bar=true", "--data.num_workers=2"]
+    child, terminal = pty.fork()
+    if not child:
+        code: Any = 1
+        try:
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
+            main(args)
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    os.set_blocking(terminal, False)
+
+    def saved() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 100_000)  # or the run would wait for its reader
+        return Path("run/inversion.ckpt").is_file()
+
+    assert eventually(saved)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert checkpoint()["global_step"] >= 2
+
+
+class Scontrol:
+    """A stand-in for SLURM's command, which notes how it is called."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
+        self.called = folder / "called"
+        self.path = folder / "scontrol"
+        self.path.write_text(f'#!/bin/sh\necho "$@" >> {self.called}\nexit {status}\n')
+        self.path.chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+        job = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_ID": 4242, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+        for name, value in {**job, "JOB_NAME": "train", "NODELIST": "localhost"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+
+
+@pytest.mark.parametrize(
+    ("options", "number", "validating", "job"),
+    [
+        ([], signal.SIGUSR1, False, "4242"),
+        (["SLURMEnvironment", "--trainer.plugins.requeue_signal=SIGUSR2"], signal.SIGUSR2, True, "41_7"),  # of an array
+    ],
+)
+def test_slurm_starts_a_job_again(
+    options: list[str],
+    number: signal.Signals,
+    validating: bool,
+    job: str,
+    fit: list[str],
+    uninterrupted: Uninterrupted,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    scontrol = Scontrol(tmp_path, monkeypatch)
+    if options:
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+        fit += [f"--trainer.plugins+=lightning.pytorch.plugins.environments.{options[0]}", *options[1:]]
+    step = 2 if validating else 3
+    code, line = stopped([*fit, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
+    assert code == 128 + number
+    assert line == (
+        f"featinv-pl: stopped by {number.name}; step {step} is saved. Resume: the same command with --ckpt_path "
+        f"run/hpc_ckpt_1.ckpt (SLURM does that: job {job} is requeued)"
+    )
+    assert scontrol.called.read_text() == f"requeue {job}\n"
+    main(fit)  # Lightning finds what was saved
+    assert_same(weights(), uninterrupted[0])
+
+
+def test_slurm_may_refuse_and_may_send_sigterm_too(
+    fit: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scontrol = Scontrol(tmp_path, monkeypatch, status=1)
+    both = [*added("Interrupt", number=int(signal.SIGUSR1), step=3), *added("Interrupt", number=15, step=3)]
+    code, line = stopped([*fit, *both], capsys)
+    assert code == 128 + signal.SIGUSR1
+    assert line.endswith("--ckpt_path run/hpc_ckpt_1.ckpt (scontrol requeue has failed)")
+    scontrol.path.unlink()
+    _, line = stopped([*fit, "--ckpt_path=last", *added("Interrupt", number=int(signal.SIGUSR1), step=4)], capsys)
+    assert line.endswith("--ckpt_path run/hpc_ckpt_2.ckpt (scontrol requeue has failed)")
+    code, line = stopped([*fit, "--ckpt_path=hpc", *added("Interrupt", number=15, step=5)], capsys)
+    assert (code, line.split(" Resume")[0]) == (143, "featinv-pl: stopped by SIGTERM; step 5 is saved.")
+
+
+def test_all_ranks_stop_when_one_is_asked_to(fit: list[str]) -> None:
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]  # Lightning starts the second rank
+    command = [sys.executable, "-m", "featinv_pl", *fit, *two, *added("Interrupt", number=15, step=3)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert result.returncode == 143, result.stderr
+    assert result.stderr.count("featinv-pl: stopped by SIGTERM; step 3 is saved.") == 1
+    assert checkpoint()["global_step"] == 3
+
+
+def test_a_run_can_be_sent_to_processes_that_are_spawned(fit: list[str]) -> None:
+    main([*fit, *added("Sent"), "--trainer.fast_dev_run=true"])
+    assert Sent.bytes < 10_000_000  # of a hundred thousand weights, not of the command line
+
+
+def test_a_second_ctrl_c_does_not_wait(fit: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*fit, *added("Impatient")])
+    assert caught.value.code == 130
+    assert checkpoint()["global_step"] == 2
+
+
+def test_who_keeps_the_best_alone_gets_the_last_when_stopped(
+    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings["trainer"]["callbacks"][1]["init_args"] = {"filename": "best", "monitor": "val/loss"}
+    config = write(Path("fit.yaml"), settings)
+    _, line = stopped(["fit", "--config", config, *added("Interrupt", number=15, step=3)], capsys)
+    assert line.endswith("step 3 is saved. Resume: the same command with --ckpt_path run/last.ckpt")
+    assert checkpoint("run/last.ckpt")["global_step"] == 3
+    main(["validate", "--config", config, "--ckpt_path=best"])
+    assert "--ckpt_path best: resuming from 'run/best.ckpt'" in capsys.readouterr().err
+
+
+def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    del settings["trainer"]["callbacks"][1]
+    settings["trainer"]["enable_checkpointing"] = False
+    args = ["fit", "--config", write(Path("fit.yaml"), settings)]
+    code, line = stopped([*args, *added("Interrupt", number=15, step=3)], capsys)
+    assert (code, line) == (143, "featinv-pl: stopped by SIGTERM; the same command resumes what is not done yet.")
+    assert not list(Path().rglob("*.ckpt"))
+
+
+def test_extraction_resumes_after_a_signal(
+    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["predict", "--config", write(Path("p.yaml"), extraction(classifier_folder, prior_folder, ["train"]))]
+    code, line = stopped([*args, *added("Interrupt", number=15, step=0)], capsys)
+    assert code == 143
+    assert line.endswith("stopped by SIGTERM; the same command resumes what is not done yet.")
+    assert not Path("shards/train/manifest.json").exists()
+    main(args)
+    assert Path("shards/train/manifest.json").exists()
+
+
+def test_full_disk_ends_training_and_keeps_the_last_checkpoint(
+    fit: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        code, line = stopped([*fit, *added("FullDisk")], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1
+    assert "inversion.ckpt' could not be saved: File too large. What was there before is as it was." in line
+    assert checkpoint()["global_step"] == 2
+    assert not list(Path("run").glob("*.partial"))
+
+
+def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["test", "--config", write(Path("fit.yaml"), settings)]
+    Path("empty").mkdir()
+    for given in ("last", "empty"):
+        refused([*args, f"--ckpt_path={given}"], capsys, f"--ckpt_path {given}: there is no checkpoint yet. Run fit")
+
+
+def test_a_checkpoint_does_not_decide_what_is_made(fit: list[str]) -> None:
+    """Lightning would make objects of what it calls its hyper-parameters."""
+    main([*fit, "--trainer.max_steps=2"])
+    evil = {"hyper_parameters": {"optimizer": {"class_path": "torch.hub.load"}}}
+    torch.save({**checkpoint(), **evil}, "run/evil.ckpt")
+    main([*fit, "--ckpt_path=run/evil.ckpt", "--trainer.max_steps=3"])
+    assert checkpoint()["global_step"] == 3

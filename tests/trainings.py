@@ -1,0 +1,61 @@
+"""Fixtures: trainings of five steps, of which every second is saved and validated."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from featinv_pl.__main__ import main
+from interrupts import Validated, added, weights
+from tiny import extraction, inversion, write
+
+
+@pytest.fixture(scope="session")
+def trained_on(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("reliable")
+    settings = extraction(classifier_folder, prior_folder, ["train", "val", "clean"])
+    settings["trainer"] |= {"default_root_dir": str(folder)}
+    settings["trainer"]["callbacks"][0]["init_args"]["folder"] = str(folder / "shards")
+    main(["predict", "--config", write(folder / "extract.yaml", settings)])
+    return folder / "shards"
+
+
+def short(classifier_folder: Path, prior_folder: Path, shards: Path) -> dict[str, Any]:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    saver = {"filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
+    settings["trainer"] |= {
+        "max_steps": 5,
+        "check_val_every_n_epoch": None,
+        "enable_progress_bar": False,
+        "callbacks": [
+            {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
+            {"class_path": "ModelCheckpoint", "init_args": saver},
+        ],
+    }
+    settings["data"]["init_args"] |= {"batch_size": 16, "test": {}}
+    return settings
+
+
+@pytest.fixture
+def settings(trained_on: Path, classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
+    return short(classifier_folder, prior_folder, trained_on)
+
+
+@pytest.fixture
+def fit(settings: dict[str, Any]) -> list[str]:
+    return ["fit", "--config", write(Path("fit.yaml"), settings)]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, trained_on: Path, classifier_folder: Path, prior_folder: Path
+) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
+    """Weights and validated samples of a training to which nothing happens."""
+    Validated.keys.clear()
+    with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATINV_IMPORTS", "interrupts")
+        config = write(Path("fit.yaml"), short(classifier_folder, prior_folder, trained_on))
+        main(["fit", "--config", config, "--ckpt_path=last", *added("Validated")])  # which has nothing to resume from
+        return weights(), dict(Validated.keys)
