@@ -39,7 +39,7 @@ demo-once: install # what other targets read; FLAGS are theirs
 	$(WORKFLOW) experiments/digits/Snakefile
 
 smoke: install  ## every YAML and every target in its short form, as one table
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m smoke $(FLAGS)
+	PYTHONPATH=experiments:tests OMP_NUM_THREADS=1 $(BIN)/python -m smoke $(FLAGS)
 
 test: install  ## the tests, with coverage of src; those of pages want a Chromium (Debian: apt-get install chromium)
 	$(BIN)/pytest --numprocesses 2 --cov --cov-report term:skip-covered --cov-fail-under 90
@@ -65,10 +65,10 @@ study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/ci
 	$(COMPARED)
 
 bench: demo-once  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BRIEF) $(FLAGS)
+	PYTHONPATH=experiments:tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BRIEF) $(FLAGS)
 
 bench-data: install  ## how fast shards are written and read on this machine, as ratios
-	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/bench_data.py $(BRIEF) $(FLAGS)
+	PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m bench.shards $(BRIEF) $(FLAGS)
 
 torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: 17 minutes
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(BRIEF) $(FLAGS)
@@ -77,13 +77,13 @@ parity: install  ## differences from the authors' code, on a small model of thei
 	PYTHONPATH=tests $(BIN)/python -m parity
 
 full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
-	PYTHONPATH=tests $(BIN)/python -m full_size $(BRIEF)
+	PYTHONPATH=experiments:tests $(BIN)/python -m bench.full_size $(BRIEF)
 
 wandb-picture: demo-once  ## what Weights & Biases is sent by runs on digits, drawn as docs/wandb.png
 	PYTHONPATH=tests $(BIN)/python -m wandb_picture docs/wandb.png $(BRIEF)
 
 viz-digits: demo-once  ## whether steering and interpolation do what they claim, on digits
-	OMP_NUM_THREADS=1 $(BIN)/python tests/slow/viz_digits.py $(BRIEF)
+	PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m bench.viz_digits $(BRIEF)
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .snakemake .coverage* .mypy_cache .pytest_cache .ruff_cache

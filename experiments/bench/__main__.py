@@ -18,10 +18,10 @@ import torch
 import yaml
 
 from bench import digits, machine, sampling, startup, training
+from bench.full_size import write_prior
 from featinv_pl.cli import effective_config
 from featinv_pl.nets.control import Encoder
 from featinv_pl.trust import allow_imports
-from full_size import write_prior
 from tiny import make_classifier, make_prior
 
 PARTS = ("startup", "digits", "training", "sampling")

@@ -32,7 +32,7 @@ from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
 from tiny import make_prior
 
-BACKBONES = Path(__file__).parents[1] / "experiments" / "imagenet" / "backbones"
+BACKBONES = Path(__file__).parents[1] / "imagenet" / "backbones"
 GIB = 2**30
 
 
@@ -148,7 +148,7 @@ def main() -> None:
         print(f"writing a prior with random weights to {folder} ...", flush=True)
         make_prior(Path(folder)) if short else write_prior(Path(folder) / "prior")
         for backbone in ("resnet50", "convnext", "swinv2"):
-            command = [sys.executable, "-m", "full_size", backbone, f"{folder}/prior"]
+            command = [sys.executable, "-m", "bench.full_size", backbone, f"{folder}/prior"]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)

@@ -14,7 +14,7 @@ from bench.memory import Shapes, activations
 from featinv_pl.__main__ import run
 from featinv_pl.tasks.inversion import FeatureInversion
 
-CONFIGS = Path(__file__).parents[2] / "experiments" / "bench"
+CONFIGS = Path(__file__).parent
 SAVINGS = {
     "authors": "as the authors train",
     "cached": "features, latents and prompts stored",
