@@ -57,9 +57,8 @@ def test_objects_of_lightning_and_numpy_are_left_out(lightnings_object: Any) -> 
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".bin"])
-def test_never_runs_a_pickle(legacy: bool, suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / f"weights{suffix}"
+def test_never_runs_a_pickle(legacy: bool, tmp_path: Path) -> None:
+    file = tmp_path / "weights.ckpt"
     torch.save(
         {"state_dict": {**WEIGHTS, "x": Runs(tmp_path / "ran")}}, file, _use_new_zipfile_serialization=not legacy
     )

@@ -37,7 +37,7 @@ from torture.table import Figure
 DIFFERENCE = ("--method=difference",)
 SECONDS, MEGABYTES = 120, 1536  # more is a hang, or a hunger; a hostile file is small
 UNET, SCHEDULER = "diffusion_pytorch_model.safetensors", "prior/scheduler/scheduler_config.json"
-NAMED = r"in/|'in'"
+NAMED = r"in/|'in'|--concepts belongs to"
 UNREADABLE = r"damaged|no file|not a|is no |No such|Is a directory|cannot be read|empty"
 TAMPERED = r"files of 'in/model' are not as SHA256SUMS in it says|" + UNREADABLE
 OTHER_WEIGHTS = r"could not be loaded|are missing|not finite|damaged|lacks \d+ weights"
