@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -22,36 +21,33 @@ PATIENCE_S = 1800.0  # far more than anything takes on a busy machine
 
 
 class Interrupt(Callback):
-    """Sends this process a signal.
+    """Sends this process signals, or its whole group, as a terminal does.
 
     Args:
-        number: Of the signal.
+        numbers: Of the signals, one after the other.
         step: After which.
         validating: Whether while this step is being validated.
+        group: Whether from another process to the group.
     """
 
-    def __init__(self, number: int, step: int, validating: bool = False) -> None:
-        self.number, self.step, self.validating = number, step, validating
+    def __init__(self, numbers: list[int], step: int = 0, validating: bool = False, group: bool = False) -> None:
+        self.numbers, self.step, self.validating, self.group = numbers, step, validating, group
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step and not self.validating and trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), self.number)
+            self.on_predict_batch_end()
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step and self.validating:
-            os.kill(os.getpid(), self.number)
+            self.on_predict_batch_end()
 
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        os.kill(os.getpid(), self.number)
-
-
-class InterruptGroup(Callback):
-    """Has another process send this one's group Ctrl-C after step 3, as a terminal does."""
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == 3:
-            assert multiprocessing.active_children(), "the loader has no workers"
-            subprocess.run(["kill", "-INT", "--", f"-{os.getpgrp()}"], check=False)
+    def on_predict_batch_end(self, *args: Any) -> None:
+        for number in self.numbers:
+            if self.group:
+                assert multiprocessing.active_children(), "the loader has no workers"
+                subprocess.run(["kill", f"-{number}", "--", f"-{os.getpgrp()}"], check=False)
+            else:
+                os.kill(os.getpid(), number)
 
 
 class LoseWorker(Callback):
@@ -80,15 +76,6 @@ class Validated(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         self.keys.setdefault(trainer.global_step, []).extend(batch["key"])
-
-
-class Impatient(Callback):
-    """Presses Ctrl-C twice within one batch."""
-
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 class Spoil(Callback):

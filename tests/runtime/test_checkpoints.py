@@ -1,7 +1,6 @@
 """Checkpoints survive kills, full disks and damage, and never run code."""
 
 import os
-import random
 import resource
 import time
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 
 from conftest import Runs
 from featinv_pl.errors import UserError
-from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.checkpoints import ABANDONED, AtomicCheckpoints, find_checkpoint
 from torture.saving import kill_while_saving
 
@@ -27,38 +25,6 @@ def save(path: Path, step: int = 7, **more: Any) -> Path:
     AtomicCheckpoints().save_checkpoint({**CHECKPOINT, "global_step": step, **more}, path)
     os.utime(path, (step, step))
     return path
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two checkpoints hold the same."""
-    weights = [checkpoint["state_dict"] for checkpoint in (one, other)]
-    return (
-        {**one, "state_dict": None} == {**other, "state_dict": None}
-        and weights[0].keys() == weights[1].keys()
-        and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    )
-
-
-def test_no_damage_goes_unnoticed(tmp_path: Path) -> None:
-    data = save(tmp_path / "a.ckpt").read_bytes()
-    damaged = tmp_path / "damaged.ckpt"
-    rng = random.Random(0)
-    noticed = 0
-    for place in range(0, len(data), 11):
-        flipped = bytearray(data)
-        flipped[place] ^= 1 << rng.randrange(8)
-        damaged.write_bytes(flipped)
-        try:
-            found = read_checkpoint(damaged, "--ckpt_path")
-        except UserError:
-            noticed += 1
-        else:
-            assert same(found, CHECKPOINT)  # padding, which nobody reads
-    assert noticed > len(data) / 11 / 2
-    for length in range(0, len(data), len(data) // 50):
-        damaged.write_bytes(data[:length])
-        with pytest.raises(UserError, match="damaged"):
-            read_checkpoint(damaged, "--ckpt_path")
 
 
 @pytest.mark.parametrize("contents", [[1, 2], {"state_dict": Runs(Path("ran"))}])
@@ -101,8 +67,8 @@ def test_remote_stores_are_left_to_lightning() -> None:
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:
-    """Twelve processes are killed at moments spread over the saving of 40 MB: no checkpoint is ever broken."""
-    broken, interrupted = kill_while_saving(AtomicCheckpoints(), tmp_path / "a.ckpt", 12)
+    """Six processes are killed at moments spread over the saving of 40 MB: no checkpoint is ever broken."""
+    broken, interrupted = kill_while_saving(AtomicCheckpoints(), tmp_path / "a.ckpt", 6)
     assert broken == 0
     assert interrupted  # or nothing was tested
     save(tmp_path / "a.ckpt")

@@ -39,7 +39,7 @@ def test_resumes_after_a_signal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = [*fit, "--ckpt_path=last", *added("Validated")]
-    code, line = stopped([*args, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
+    code, line = stopped([*args, *added("Interrupt", numbers=[int(number)], step=step, validating=validating)], capsys)
     assert code == 128 + number
     assert line == (
         f"featinv-pl: stopped by {number.name}; step {step} is saved. "
@@ -56,7 +56,7 @@ def test_resumes_after_a_signal(
 
 
 def test_workers_leave_ctrl_c_to_the_run(fit: list[str]) -> None:
-    child = start([*fit, "--data.num_workers=2", *added("InterruptGroup")], Path())
+    child = start([*fit, "--data.num_workers=2", *added("Interrupt", numbers=[2], step=3, group=True)], Path())
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 130, Path("output.txt").read_text()
     assert "stopped by SIGINT; step 3 is saved." in Path("output.txt").read_text()
@@ -151,7 +151,7 @@ def test_slurm_starts_a_job_again(
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
         fit += [f"--trainer.plugins+=lightning.pytorch.plugins.environments.{options[0]}", *options[1:]]
     step = 2 if validating else 3
-    code, line = stopped([*fit, *added("Interrupt", number=int(number), step=step, validating=validating)], capsys)
+    code, line = stopped([*fit, *added("Interrupt", numbers=[int(number)], step=step, validating=validating)], capsys)
     assert code == 128 + number
     assert line == (
         f"featinv-pl: stopped by {number.name}; step {step} is saved. Resume: the same command with --ckpt_path "
@@ -166,20 +166,19 @@ def test_slurm_may_refuse_and_may_send_sigterm_too(
     fit: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scontrol = Scontrol(tmp_path, monkeypatch, status=1)
-    both = [*added("Interrupt", number=int(signal.SIGUSR1), step=3), *added("Interrupt", number=15, step=3)]
-    code, line = stopped([*fit, *both], capsys)
+    code, line = stopped([*fit, *added("Interrupt", numbers=[int(signal.SIGUSR1), 15], step=3)], capsys)
     assert code == 128 + signal.SIGUSR1
     assert line.endswith("--ckpt_path run/hpc_ckpt_1.ckpt (scontrol requeue has failed)")
     scontrol.path.unlink()
-    _, line = stopped([*fit, "--ckpt_path=last", *added("Interrupt", number=int(signal.SIGUSR1), step=4)], capsys)
+    _, line = stopped([*fit, "--ckpt_path=last", *added("Interrupt", numbers=[int(signal.SIGUSR1)], step=4)], capsys)
     assert line.endswith("--ckpt_path run/hpc_ckpt_2.ckpt (scontrol requeue has failed)")
-    code, line = stopped([*fit, "--ckpt_path=hpc", *added("Interrupt", number=15, step=5)], capsys)
+    code, line = stopped([*fit, "--ckpt_path=hpc", *added("Interrupt", numbers=[15], step=5)], capsys)
     assert (code, line.split(" Resume")[0]) == (143, "featinv-pl: stopped by SIGTERM; step 5 is saved.")
 
 
 def test_all_ranks_stop_when_one_is_asked_to(fit: list[str]) -> None:
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]  # Lightning starts the second rank
-    command = [sys.executable, "-m", "featinv_pl", *fit, *two, *added("Interrupt", number=15, step=3)]
+    command = [sys.executable, "-m", "featinv_pl", *fit, *two, *added("Interrupt", numbers=[15], step=3)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert result.returncode == 143, result.stderr
@@ -194,7 +193,7 @@ def test_a_run_can_be_sent_to_processes_that_are_spawned(fit: list[str]) -> None
 
 def test_a_second_ctrl_c_does_not_wait(fit: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        main([*fit, *added("Impatient")])
+        main([*fit, *added("Interrupt", numbers=[2, 2], step=3)])
     assert caught.value.code == 130
     assert checkpoint()["global_step"] == 2
 
@@ -204,7 +203,7 @@ def test_who_keeps_the_best_alone_gets_the_last_when_stopped(
 ) -> None:
     settings["trainer"]["callbacks"][1]["init_args"] = {"filename": "best", "monitor": "val/loss"}
     config = write(Path("fit.yaml"), settings)
-    _, line = stopped(["fit", "--config", config, *added("Interrupt", number=15, step=3)], capsys)
+    _, line = stopped(["fit", "--config", config, *added("Interrupt", numbers=[15], step=3)], capsys)
     assert line.endswith("step 3 is saved. Resume: the same command with --ckpt_path run/last.ckpt")
     assert checkpoint("run/last.ckpt")["global_step"] == 3
     main(["validate", "--config", config, "--ckpt_path=best"])
@@ -215,7 +214,7 @@ def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsy
     del settings["trainer"]["callbacks"][1]
     settings["trainer"]["enable_checkpointing"] = False
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]
-    code, line = stopped([*args, *added("Interrupt", number=15, step=3)], capsys)
+    code, line = stopped([*args, *added("Interrupt", numbers=[15], step=3)], capsys)
     assert (code, line) == (143, "featinv-pl: stopped by SIGTERM; the same command resumes what is not done yet.")
     assert not list(Path().rglob("*.ckpt"))
 
@@ -224,7 +223,7 @@ def test_extraction_resumes_after_a_signal(
     classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["predict", "--config", write(Path("p.yaml"), extraction(classifier_folder, prior_folder, ["train"]))]
-    code, line = stopped([*args, *added("Interrupt", number=15, step=0)], capsys)
+    code, line = stopped([*args, *added("Interrupt", numbers=[15], step=0)], capsys)
     assert code == 143
     assert line.endswith("stopped by SIGTERM; the same command resumes what is not done yet.")
     assert not Path("shards/train/manifest.json").exists()
