@@ -119,7 +119,10 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
         ),
         ("--trainer.default_root_dir=inversion.yaml", ["'inversion.yaml' cannot be a folder (File exists)"]),
         ("--trainer.default_root_dir=s3://bucket/run", ["--trainer.default_root_dir: 's3://bucket/run' is an address"]),
-        ("--trainer.gradient_clip_algorithm=foo", ["error: --trainer: `gradient_clip_algorithm` foo is invalid"]),
+        (
+            "--trainer.gradient_clip_algorithm=foo",
+            ["--trainer: --trainer.gradient_clip_algorithm foo is invalid"],
+        ),
     ],
 )
 def test_bad_options_are_refused(

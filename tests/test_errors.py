@@ -6,7 +6,10 @@ from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError, spelled
 from featinv_pl.runtime.averaging import MovingAverage
 
-OPTIONS = ["--model.steps", "--model.sampler.steps", "--data.train", "--trainer.a.lr", "--trainer.b.lr", "--seed"]
+OPTIONS = [
+    *("--model.steps", "--model.sampler.steps", "--data.train", "--data.test.imagenet-a"),
+    *("--trainer.a.lr", "--trainer.b.lr", "--seed"),
+]
 
 
 @pytest.mark.parametrize(
@@ -18,6 +21,7 @@ OPTIONS = ["--model.steps", "--model.sampler.steps", "--data.train", "--trainer.
         ("steps", "--model.steps"),  # the option on top, rather than one of a group
         ("sampler.steps", "--model.sampler.steps"),
         ("lr", "`lr`"),  # of two
+        ("data.test.imagenet-a", "--data.test.imagenet-a"),
         ("rain", "`rain`"),
         ("featinv-pl export", "`featinv-pl export`"),
     ],

@@ -109,6 +109,7 @@ class FeatinvCLI(CommandLine):
         )
 
         parser.add_argument(
+            "--dry_run",
             "--plan",
             action="store_true",
             help="Of predict and test: print the hours that it takes, after a short trial, and write nothing.",
@@ -118,8 +119,8 @@ class FeatinvCLI(CommandLine):
         """Settings of the process, and what only a command line can decide."""
         self.given = self.config.clone()
         join_ranks()
-        if self.config[self.subcommand].plan:
-            self._plan()
+        if self.config[self.subcommand].dry_run:
+            self._dry_run()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
             # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
             self.config.predict.return_predictions = False
@@ -156,7 +157,7 @@ class FeatinvCLI(CommandLine):
     def _enter(self, trainer: Trainer) -> None:
         """Have the run's folder for this run alone, before anything is written there."""
         settings = self.config[self.subcommand]
-        if trainer.is_global_zero and not settings.plan:
+        if trainer.is_global_zero and not settings.dry_run:
             for folder in written_folders(trainer, self.datamodule, str(self.subcommand)):
                 self.entered.enter_context(claim(folder))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which saves nothing
@@ -178,18 +179,18 @@ class FeatinvCLI(CommandLine):
                 offline = logger.init_args.offline
                 describe(str(self.subcommand), str(group), [tag for tag in tags if tag], offline, self.run_id)
 
-    def _plan(self) -> None:
+    def _dry_run(self) -> None:
         """Let an extraction or a test do nothing but estimate itself."""
         trainer, command = self.config[self.subcommand].trainer, str(self.subcommand)
-        kind, option = {"predict": ("ShardWriter", "dry_run"), "test": ("Evaluation", "dry_run")}.get(command, ("", ""))
-        found = [one for one in trainer.callbacks or [] if option and one.class_path.endswith(f".{kind}")]
+        kind = {"predict": "ShardWriter", "test": "Evaluation"}.get(command)
+        found = [one for one in trainer.callbacks or [] if one.class_path.endswith(f".{kind}")]
         if not found:
             raise UserError(
-                "`plan`: only test with an Evaluation, and predict with a ShardWriter, among `trainer.callbacks` can "
-                "be estimated."
+                "`dry_run`: only test with an Evaluation, and predict with a ShardWriter, among `trainer.callbacks` "
+                "can be estimated."
             )
         for one in found:
-            one.init_args[option] = True
+            one.init_args.dry_run = True
         if command == "test":
             trainer.callbacks, trainer.limit_test_batches = found, BATCHES
         trainer.logger, self.save_config_callback = False, None
@@ -198,7 +199,8 @@ class FeatinvCLI(CommandLine):
 def _options_of(settings: Any, prefix: str = "--") -> Iterator[str]:
     """The options that settings are given by; those of a list are of its classes."""
     for one in settings if isinstance(settings, list) else [settings]:
-        for name, value in vars(one).items() if isinstance(one, Namespace) else ():
+        given = vars(one) if isinstance(one, Namespace) else one if isinstance(one, dict) else {}
+        for name, value in given.items():
             if name == "init_args":
                 yield from _options_of(value, prefix)
             elif name != "class_path":

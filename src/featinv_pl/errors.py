@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-NAME = re.compile(r"`([\w.]+)`")
+NAME = re.compile(r"`([\w./-]+)`")
 
 
 class UserError(ValueError):

@@ -262,7 +262,7 @@ def test_a_dry_run_estimates_and_writes_nothing(settings: Settings, capsys: pyte
     assert sorted(Path().rglob("*")) == before
     with pytest.raises(SystemExit):
         main(["fit", "--config", config, "--plan"])
-    assert "--plan: only test with an Evaluation" in capsys.readouterr().err
+    assert "--dry_run: only test with an Evaluation" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

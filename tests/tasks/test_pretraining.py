@@ -165,7 +165,7 @@ def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys:
             fit("Classifier", images, 1, **{"model": "test_resnet", "num_classes": 3, "image_size": 16, **changes})
         return capsys.readouterr().err
 
-    assert "num_classes` is 10, and the images to train on have 3 classes (n01440764, " in refused(num_classes=10)
+    assert "model.num_classes is 10, and the images to train on have 3 classes (n01440764, " in refused(num_classes=10)
     (images / "val" / WNIDS[1]).rename(images / "val/n99999999")
     assert re.search(r"`?data\.val`?: 'n99999999/\d\.png' is not of any class of training", refused())
     model = Classifier("test_resnet", 3, 16)

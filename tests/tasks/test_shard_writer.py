@@ -159,7 +159,7 @@ def test_refuses_what_cannot_be_extracted(config: str, capsys: pytest.CaptureFix
     assert "nothing to extract features of" in refused(capsys, config, "--data.predict=null")
     assert "must be a whole number of batches" in refused(capsys, config, "--trainer.limit_predict_batches=0.5")
     assert "is a share of 0 to 1" in refused(capsys, config, "--trainer.callbacks.max_bad_fraction=2")
-    assert "--plan: only test with an Evaluation, and predict with a ShardWriter" in refused(
+    assert "--dry_run: only test with an Evaluation, and predict with a ShardWriter" in refused(
         capsys, config, "--plan", "--trainer.callbacks=null"
     )
     Image.new("RGB", (8, 8)).save("images/stray.png")
