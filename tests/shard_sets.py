@@ -49,7 +49,7 @@ def provenance_of(batch: Batch) -> Provenance:
         "num_classes": batch["logits"].shape[1],
         "transform": "none",
         "autoencoder_digest": "a",
-        "image_size": 32,
+        "image_size": batch["images"].shape[-1],
         "attack": "",
     }
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -26,10 +26,29 @@ from featinv_pl.data.shards.writer import ShardSetWriter
 from featinv_pl.tasks.extraction import FeatureExtraction
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier
 from featinv_pl.types import Batch
+from shard_sets import provenance_of, settings_of
 
 IMAGE_SIZE, BATCH_SIZE, REPEATS = 224, 16, 3
 SHARD_SIZE, READ_BATCH = 250, 64
 STORED = 3  # batches whose maps are stored and compared
+EXTRACTION = """
+num_threads: 1
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_model_summary: false
+  enable_progress_bar: false
+  default_root_dir: {root}/run
+  callbacks:
+  - {{class_path: ShardWriter, init_args: {{shard_size: 64}}}}
+  - {{class_path: {stopwatch}.Stopwatch}}
+model:
+  class_path: FeatureExtraction
+  init_args: {{backbone: {root}/resnet50, autoencoder: {root}/vae, image_size: {size}}}
+data:
+  class_path: FolderData
+  init_args: {{predict: {{bench: {root}/images}}, image_size: {size}, batch_size: {batch}, num_workers: 1}}
+"""
 
 
 class Stopwatch(Callback):
@@ -70,69 +89,34 @@ def bench_extraction(root: Path, images: int) -> list[str]:
     """Extraction by the public command, against the networks alone on batches in memory."""
     make_photographs(root / "images", images)
     make_networks(root)
-    backbone, autoencoder = str(root / "resnet50"), str(root / "vae")
-    networks = FeatureExtraction(backbone, autoencoder, IMAGE_SIZE).eval()
-    (loader,) = FolderData(
-        predict={"bench": root / "images"}, image_size=IMAGE_SIZE, batch_size=BATCH_SIZE
-    ).predict_dataloader()
-    batches = list(loader)
-    settings = {
-        "num_threads": 1,
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "default_root_dir": str(root / "run"),
-            "callbacks": [
-                {"class_path": "ShardWriter", "init_args": {"folder": "replaced", "shard_size": 64}},
-                {"class_path": f"{__name__}.Stopwatch"},
-            ],
-        },
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {"backbone": backbone, "autoencoder": autoencoder, "image_size": IMAGE_SIZE},
-        },
-        "data": {
-            "class_path": "FolderData",
-            "init_args": {
-                "predict": {"bench": str(root / "images")},
-                "image_size": IMAGE_SIZE,
-                "batch_size": BATCH_SIZE,
-                "num_workers": 1,
-            },
-        },
-    }
+    networks = FeatureExtraction(str(root / "resnet50"), str(root / "vae"), IMAGE_SIZE).eval()
+    data = FolderData(predict={"bench": root / "images"}, image_size=IMAGE_SIZE, batch_size=BATCH_SIZE)
+    batches = list(data.predict_dataloader()[0])
+    settings = yaml.safe_load(EXTRACTION.format(root=root, size=IMAGE_SIZE, batch=BATCH_SIZE, stopwatch=__name__))
 
     def extract(repeat: int) -> float:
-        writer: Any = settings["trainer"]
-        writer["callbacks"][0]["init_args"]["folder"] = str(root / f"shards-{repeat}")
+        settings["trainer"]["callbacks"][0]["init_args"]["folder"] = str(root / f"shards-{repeat}")
         (root / "extract.yaml").write_text(yaml.safe_dump(settings))
         main(["predict", "--config", str(root / "extract.yaml")])
         return Stopwatch.seconds
 
-    def alone() -> None:
-        for batch in batches:
-            networks.backbone(batch["images"])
-
-    def both() -> None:
-        for batch in batches:
-            networks.predict_step(batch, 0)
-
+    runs: dict[str, Callable[[int], float]] = {
+        "forward of ResNet50 alone, batches in memory": lambda _: timed(
+            lambda: [networks.backbone(batch["images"]) for batch in batches]
+        ),
+        "forward of both networks, batches in memory": lambda _: timed(
+            lambda: [networks.predict_step(batch, 0) for batch in batches]
+        ),
+        "extraction from JPEGs to shards": extract,
+    }
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {"backbone": [], "networks": [], "extraction": []}
-    alone()
-    for repeat in range(REPEATS):
-        seconds["backbone"].append(timed(alone))
-        seconds["networks"].append(timed(both))
-        seconds["extraction"].append(extract(repeat))
-    rate = {name: images / statistics.median(values) for name, values in seconds.items()}
+    next(iter(runs.values()))(0)  # warms up
+    seconds = [[run(repeat) for run in runs.values()] for repeat in range(REPEATS)]
+    alone, both, extraction = (images / statistics.median(one) for one in zip(*seconds, strict=True))
     return [
-        f"forward of ResNet50 alone, batches in memory        {rate['backbone']:9.1f} samples/s",
-        f"forward of both networks, batches in memory         {rate['networks']:9.1f} samples/s",
-        f"extraction from JPEGs to shards                     {rate['extraction']:9.1f} samples/s",
-        f"extraction / forward of ResNet50                    {rate['extraction'] / rate['backbone']:9.2f}",
-        f"extraction / forward of both networks               {rate['extraction'] / rate['networks']:9.2f}",
+        *(f"{name:51} {rate:9.1f} samples/s" for name, rate in zip(runs, (alone, both, extraction), strict=True)),
+        f"extraction / forward of ResNet50                    {extraction / alone:9.2f}",
+        f"extraction / forward of both networks               {extraction / both:9.2f}",
         *storage_cost(torch.cat([networks.backbone(batch["images"])[0] for batch in batches[:STORED]])),
     ]
 
@@ -176,28 +160,8 @@ def write_set(folder: Path, samples: int, storage: Storage, image_format: ImageF
         "source": ["bench"] * SHARD_SIZE,
         "key": [str(index) for index in range(SHARD_SIZE)],
     }
-    settings: Settings = {
-        "images": samples,
-        "images_sha256": "",
-        "preparation": "",
-        "samples": samples,
-        "shard_size": SHARD_SIZE,
-        "batch_size": SHARD_SIZE,
-        "image_format": image_format,
-        "storage": storage,
-    }
-    made_by: Any = {
-        "backbone": "",
-        "backbone_digest": "",
-        "layer": "",
-        "feature_shape": [2048, 7, 7],
-        "num_classes": 1000,
-        "transform": "",
-        "autoencoder_digest": "",
-        "image_size": 256,
-        "attack": "",
-    }
-    writer = ShardSetWriter(folder, "bench", settings, made_by)
+    settings = {**settings_of(batch, SHARD_SIZE, image_format, storage), "images": samples, "samples": samples}
+    writer = ShardSetWriter(folder, "bench", cast(Settings, settings), provenance_of(batch))
     writer.begin()
     for _ in range(samples // SHARD_SIZE):
         writer.add(batch)

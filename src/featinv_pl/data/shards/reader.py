@@ -105,7 +105,7 @@ class ShardSet(Dataset[Sample]):
             raise IndexError(number)
         position = bisect_right(self._ends, number)
         shard = self.shards[position]
-        path = self.folder / shard["name"]
+        path = os.path.join(self.folder, shard["name"])
         entry = self._entries(shard)[number - (self._ends[position] - shard["samples"])]
         made_by = self.manifest["provenance"]
         try:
@@ -152,15 +152,15 @@ class ShardSet(Dataset[Sample]):
 
     def _entries(self, shard: Shard) -> list[Entry]:
         """The entries of a shard, which is fetched first if need be."""
-        path = self.folder / shard["name"]
         if self.remote is not None:
+            path = self.folder / shard["name"]
             self.remote.fetch(index_path(path), shard["index_sha256"])
             self.remote.fetch(path, shard["sha256"], shard["bytes"])
             self._check_files(shard)
-        entries = _read_index(index_path(path), shard["index_sha256"])
+        entries = _read_index(self.folder, shard["name"], shard["index_sha256"])
         if len(entries) != shard["samples"]:
             raise DamagedError(
-                f"The index '{index_path(path)}' has {len(entries)} samples, and its manifest says "
+                f"The index of '{self.folder / shard['name']}' has {len(entries)} samples, and its manifest says "
                 f"{shard['samples']}. Extract the features again."
             )
         return entries
@@ -195,7 +195,8 @@ class BatchReader(Dataset[Batch]):
 
 
 @lru_cache(maxsize=INDICES)
-def _read_index(path: Path, sha256: str) -> list[Entry]:
+def _read_index(folder: Path, shard: str, sha256: str) -> list[Entry]:
+    path = index_path(folder / shard)
     data = read_bytes(path, "index", AGAIN)
     try:
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -206,7 +207,7 @@ def _read_index(path: Path, sha256: str) -> list[Entry]:
         raise DamagedError(f"The index '{path}' is damaged: {reason}. {AGAIN}") from error
 
 
-def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
+def _read(path: str, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     """Read an entry's members in one go, and check each."""
     members = {
         suffix: (member["offset"], member["offset"] + BLOCKSIZE + -(-member["size"] // BLOCKSIZE) * BLOCKSIZE, member)
@@ -217,7 +218,7 @@ def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str,
     if not 0 <= start < end <= length:
         raise ValueError("it would lie outside the shard")
     data = np.empty(end - start, np.uint8).data
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:
         if os.preadv(file.fileno(), [data], start) != len(data):
             raise ValueError("the shard ends before it")
     contents = {}
