@@ -12,11 +12,13 @@ from smoke.targets import PROJECT, make, mark_done, started
 
 def test_demo() -> None:
     shutil.copytree(PROJECT / "experiments", "experiments")
-    extract = Path("experiments/digits/extract.yaml")
-    settings = yaml.safe_load(extract.read_text())
-    sources = settings["data"]["init_args"]["sources"]
-    sources[:] = [name for name in sources if not name.startswith("corrupted") or "fog" in name]  # others are alike
-    extract.write_text(yaml.safe_dump(settings))
+    for name, key in (("extract", "sources"), ("inversion", "test")):  # without corrupted ones, which take most time
+        path = Path(f"experiments/digits/{name}.yaml")
+        settings = yaml.safe_load(path.read_text())
+        sets = settings["data"]["init_args"][key]
+        kept = [one for one in sets if not one.startswith("corrupted")]
+        settings["data"]["init_args"][key] = kept if isinstance(sets, list) else {one: sets[one] for one in kept}
+        path.write_text(yaml.safe_dump(settings))
     commands = started(make("demo", FLAGS="--dry-run"))
     assert sorted(command[0] for command in commands) == [*["fit"] * 5, *["predict"] * 2, "report", *["test"] * 2]
     for command in commands[:-1]:  # in this process, which has loaded the libraries
@@ -27,7 +29,7 @@ def test_demo() -> None:
     runs = Path("runs/demo")
     metrics = json.loads((runs / "metrics.json").read_text())
     assert set(metrics) == {"spatial", "pooled"}
-    for source in ("clean", "corrupted", "hard", "adversarial"):
+    for source in ("clean", "hard", "adversarial"):
         spatial, pooled = (metrics[name]["scores"][source] for name in ("spatial", "pooled"))
         for baseline in ("inversion", "floor", "ceiling", "neighbour"):
             assert {"cosine", "agreement@1", "agreement@5"} <= spatial[baseline].keys()

@@ -49,7 +49,7 @@ class Stopwatch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin."""
-        self.count = batch_idx == 0 and pl_module.prior.unet._compiled_call_impl is None  # type: ignore[union-attr]
+        self.count = batch_idx == 0 and pl_module.inverter.prior.unet._compiled_call_impl is None  # type: ignore[union-attr]
         if self.count:
             self.counter = FlopCounterMode(display=False).__enter__()
         self.start = machine.now()

@@ -86,7 +86,8 @@ def study(file: str, target: str) -> str:
     plan = yaml.safe_load((EXPERIMENTS / file).read_text())
     short = Path(f"{target}.yaml")
     short.write_text(yaml.safe_dump({**plan, "seeds": plan["seeds"][:1]}, sort_keys=False))
-    return f"{make(target, STUDY=str(short))} of one seed: {len(plan['runs'])} ways"
+    make(target, STUDY=str(short))
+    return f"make {target} SHORT=1 of one seed: {len(plan['runs'])} ways"
 
 
 # What they share
