@@ -167,7 +167,7 @@ def _export(parser: ArgumentParser, args: list[str]) -> None:
     options = parser.parse_args(args)
     from featinv_pl.publishing import export
 
-    export(options.run, options.out)
+    print(export(options.run, options.out))
 
 
 def _import(parser: ArgumentParser, args: list[str]) -> None:
@@ -183,7 +183,7 @@ def _import(parser: ArgumentParser, args: list[str]) -> None:
         options["input_size"] = 288
     from featinv_pl.publishing import import_official
 
-    import_official(options.pop("checkpoint"), options.pop("out"), **options)
+    print(import_official(options.pop("checkpoint"), options.pop("out"), **options))
 
 
 def _verify(parser: ArgumentParser, args: list[str]) -> None:

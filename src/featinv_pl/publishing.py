@@ -1,7 +1,7 @@
 """Model folders from trained runs, and from the authors' checkpoints."""
 
+import logging
 import shlex
-import shutil
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.results import METRICS, Document, Name, by_name, read_document
-from featinv_pl.files import read_yaml
+from featinv_pl.files import atomic, read_yaml
 from featinv_pl.inverter.compatibility import load_control
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.model_folder import model_index, save_inverter
@@ -26,21 +26,22 @@ from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.weights import read_checkpoint, read_weights
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
 
-CARD = "README.md"
 CONFIGURATION = "fit.yaml"
-TESTS = ("test.yaml", CONFIGURATION)  # what `test` is configured by: as it was the last time, or else as `fit` was
 HALF_PRECISION = 1e-3  # relative; what storing weights in fp16 or bf16 costs
-SHOWN = ("lr", "betas", "weight_decay")
 SHOWN_SCORES = ("cosine", "agreement@1", "agreement@5", "fid")
+logger = logging.getLogger("featinv_pl")
 
 
-def export(run: Path, folder: Path) -> None:
+def export(run: Path, folder: Path) -> str:
     """Write the inverter of a run as a model folder, with a model card.
 
     Args:
         run: The folder of a run of `fit`, which holds `fit.yaml`, a checkpoint and, once tested,
             `metrics.json`; or one of several checkpoints in it.
         folder: Must not exist.
+
+    Returns:
+        A summary.
     """
     _refuse_existing(folder)
     checkpoint = run if run.is_file() else _only_checkpoint(run)
@@ -49,13 +50,13 @@ def export(run: Path, folder: Path) -> None:
         raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
     state = read_checkpoint(checkpoint, "RUN")
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
-    inverter = _inverter(settings, home)
+    inverter = _inverter(settings, home / CONFIGURATION)
     try:
-        load_control(inverter, state, "--ckpt_path")
+        load_control(inverter, state, "RUN")
     except UserError as error:
         raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
     tested = _tested(home, checkpoint, digest(inverter.control))
-    _write(inverter, folder, _recipe(settings, state["global_step"]), tested)
+    return _write(inverter, folder, _recipe(settings, state["global_step"]), tested)
 
 
 def import_official(
@@ -66,8 +67,8 @@ def import_official(
     weights: str = "pretrained",
     input_size: int | None = None,
     image_size: int = 256,
-) -> None:
-    """Write the authors' trained half as a model folder, and say what their checkpoint holds.
+) -> str:
+    """Write the authors' trained half as a model folder.
 
     Args:
         checkpoint: Theirs: `control_model.*`, `model.diffusion_model.*` and `first_stage_model.*`.
@@ -77,35 +78,37 @@ def import_official(
         weights: As above.
         input_size: As above.
         image_size: As above.
+
+    Returns:
+        A summary.
     """
     _refuse_existing(folder)
     state = read_weights(checkpoint, "CKPT")
-    for prefix, count in sorted(Counter(_prefix(name) for name in state).items()):
+    for prefix, count in sorted(Counter(map(_prefix, state)).items()):
         values = sum(value.numel() for name, value in state.items() if _prefix(name) == prefix)
-        print(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
+        logger.info(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
     option = f"CKPT '{checkpoint}'"
     classifier = Backbone(backbone, weights, input_size=input_size)
     inverter = Inverter(classifier, Prior(prior), image_size=image_size, sampler=AUTHORS)
     heads = inverter.prior.unet.config.attention_head_dim
-    for what, ours, theirs in (
+    for name, ours, theirs in (
         ("UNet", inverter.prior.unet, ldm.unet(state, option, heads)),
         ("autoencoder", inverter.prior.autoencoder.vae, ldm.autoencoder(state, option)),
     ):
         difference = ldm.largest_difference(ours, theirs)
         if not difference <= HALF_PRECISION:
             raise UserError(
-                f"--model.prior: the {what} of '{prior}' is not the one in '{checkpoint}' (a tensor differs by "
+                f"`prior`: the {name} of '{prior}' is not the one in '{checkpoint}' (a tensor differs by "
                 f"{difference:.2g} of its norm). Give the prior that the checkpoint was trained on."
             )
-        print(f"{what}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
+        logger.info(f"{name}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
     ldm.load_control(inverter.control, state, option)
-    encoder = inverter.control.encoder.config
-    print(
-        f"ControlNet with a feature encoder of {encoder.in_channels} -> {encoder.hidden_channels} -> "
-        f"{encoder.out_channels} channels: imported for '{backbone}', maps of {classifier.feature_shape}"
+    config = inverter.control.encoder.config
+    logger.info(
+        f"ControlNet with a feature encoder of {config.in_channels} -> {config.hidden_channels} -> "
+        f"{config.out_channels} channels: imported for '{backbone}', maps of {classifier.feature_shape}"
     )
-    recipe = {"Origin": f"imported from the authors' checkpoint `{checkpoint.name}`"}
-    _write(inverter, folder, recipe, tested=None)
+    return _write(inverter, folder, {"Origin": f"imported from the authors' checkpoint `{checkpoint.name}`"})
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -121,8 +124,14 @@ def _only_checkpoint(run: Path) -> Path:
     return found[0]
 
 
+def _prefix(name: str) -> str:
+    """The part of a checkpoint that a tensor belongs to."""
+    parts = name.split(".")
+    return ".".join(parts[:2]) if parts[0] == "model" else parts[0] if len(parts) > 1 else "(schedule)"
+
+
 class Saved(TypedDict):
-    """What the model of a saved configuration is built from; training options are left out."""
+    """The options of a saved configuration from which the inverter is built."""
 
     backbone: str
     prior: str
@@ -135,19 +144,20 @@ class Saved(TypedDict):
     sampler: dict[str, Any]
 
 
-def _inverter(settings: Any, home: Path) -> Inverter:
-    """Build the inverter of a saved configuration, with random weights of classifiers as `fit` made them."""
-    place = f"RUN: '{home / CONFIGURATION}'"
+def _inverter(settings: Any, path: Path) -> Inverter:
+    """Build the inverter of a saved configuration; a classifier with random weights gets those of the run's seed."""
     model = settings.get("model") if isinstance(settings, dict) else None
     if not isinstance(model, dict) or not str(model.get("class_path")).endswith(".FeatureInversion"):
-        raise UserError(f"{place} does not configure a FeatureInversion. Give a run of `featinv-pl fit`.")
-    arguments = model.get("init_args") or {}
-    older = {name: arguments[name] for name in ("hidden_channels", "num_layers") if name in arguments}
+        raise UserError(f"RUN: '{path}' does not configure a FeatureInversion. Give a run of `featinv-pl fit`.")
+    options = model.get("init_args") or {}
+    older = {name: options[name] for name in ("hidden_channels", "num_layers") if name in options}
     try:
-        saved = TypeAdapter(Saved).validate_python({"encoder": older, **arguments})
+        saved = TypeAdapter(Saved).validate_python({"encoder": older, **options})
         sampler = Sampler.from_fields(saved["sampler"])
     except ValidationError as error:
-        raise UserError(f"{place} is damaged ({' '.join(str(error).split())[:300]}). Give another run.") from error
+        raise UserError(
+            f"RUN: '{path}' is damaged ({' '.join(str(error).split())[:300]}). Give another run."
+        ) from error
     if isinstance(seed := settings.get("seed_everything"), int) and not isinstance(seed, bool):
         torch.manual_seed(seed)
     classifier = Backbone(saved["backbone"], saved["weights"], saved["layer"], saved["input_size"])
@@ -156,7 +166,7 @@ def _inverter(settings: Any, home: Path) -> Inverter:
 
 
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
-    """The test of the weights that are exported; of others none, which is said.
+    """The scores of the weights that are exported; without them, None and advice in the log.
 
     Args:
         home: The folder of the run.
@@ -170,71 +180,57 @@ def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
         if tested["digest"] == weights:
             return document
         reason = f"has the scores of other weights (step {tested['step']}, {tested['digest'][:8]})"
-    configuration = next(path for name in TESTS if (path := home / name).is_file())
-    command = ["featinv-pl", "test", "--config", configuration, "--trainer.default_root_dir", home]
-    command += ["--ckpt_path", checkpoint]
-    print(
+    last = home / "test.yaml"
+    command = ["featinv-pl", "test", "--config", last if last.is_file() else home / CONFIGURATION]
+    command += ["--trainer.default_root_dir", home, "--ckpt_path", checkpoint]
+    logger.warning(
         f"The model card has no scores: '{home}' {reason}, and '{checkpoint}' holds {weights[:8]}. To measure them, "
         f"run `{shlex.join(map(str, command))}` and export again."
     )
     return None
 
 
-def _prefix(name: str) -> str:
-    """The part of a checkpoint that a tensor belongs to."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "model" else parts[0] if len(parts) > 1 else "(schedule)"
-
-
 def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
-    """What the model card says of the training."""
+    """The training, for the model card."""
     model, data = settings["model"]["init_args"], settings.get("data") or {}
     objective = model.get("objective", model)  # older runs have its options among the model's
+    optimizer = model["optimizer"]
+    if isinstance(optimizer, dict):
+        options = optimizer.get("init_args", {})
+        shown = [f"{name} {options[name]}" for name in ("lr", "betas", "weight_decay") if name in options]
+        optimizer = ", ".join([optimizer["class_path"], *shown])
     return {
         "Steps": str(steps),
         "Batch size": str(data.get("init_args", {}).get("batch_size")),
-        "Optimizer": _optimizer(model["optimizer"]),
+        "Optimizer": optimizer,
         "Dropout of map and prompt": str(objective.get("dropout")),
         "Min-SNR weights, cut at": str(objective.get("min_snr_gamma")),
         "Precision": str(settings["trainer"]["precision"] or "32-true"),
     }
 
 
-def _optimizer(settings: str | dict[str, Any]) -> str:
-    """An optimizer in one line: its class, or class and the arguments that matter."""
-    if isinstance(settings, str):
-        return settings
-    arguments = settings.get("init_args", {})
-    return ", ".join([settings["class_path"], *(f"{name} {arguments[name]}" for name in SHOWN if name in arguments)])
-
-
-def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None) -> None:
-    """Write beside, then rename, so that a folder under its final name is whole."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        save_inverter(inverter, partial)
-        scores = by_name(tested) if tested else {}
-        names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
-        sources = sorted({name.source for name in scores if "/" not in name.source})
-        found = {source: [scores.get(Name(source, score)) for score in names] for source in sources}
-        table = {source: [score and score["value"] for score in row] for source, row in found.items()}
-        template = Environment(undefined=StrictUndefined, autoescape=False, trim_blocks=True).from_string(
-            files("featinv_pl.inverter").joinpath("model_card.md").read_text()
-        )
-        shape = "x".join(str(size) for size in inverter.classifier.feature_shape)
-        card = template.render(
+def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None = None) -> str:
+    """Write the folder atomically, and return a summary."""
+    scores = by_name(tested) if tested else {}
+    names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
+    test_sets = sorted({name.test_set for name in scores if "/" not in name.test_set})
+    table = {one: [scores.get(Name(one, score), {}).get("value") for score in names] for one in test_sets}
+    template = files("featinv_pl.inverter").joinpath("model_card.md").read_text()
+    card = (
+        Environment(undefined=StrictUndefined, trim_blocks=True)
+        .from_string(template)
+        .render(
             name=folder.name,
             index=model_index(inverter),
-            shape=shape,
+            shape="x".join(map(str, inverter.classifier.feature_shape)),
             recipe=recipe,
             names=names,
             scores=table,
             notes=tested["notes"] if tested else [],
         )
-        (partial / CARD).write_text(card)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    )
+    with atomic(folder) as partial:
+        save_inverter(inverter, partial)
+        (partial / "README.md").write_text(card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR")
+    return f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR"

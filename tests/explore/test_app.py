@@ -95,10 +95,10 @@ def test_upload_draw_steer_interpolate(address: str, chromium: str, picture: Pat
         page.goto(address)
 
         panel = open_tab(page, "Reconstruct")
-        panel.get_by_role("button", name="Draw").click()
+        panel.get_by_role("button", name="Reconstruct").click()
         expect(page.get_by_text("Upload a picture first, and leave no field empty.")).to_be_visible()
         upload(panel, 0, picture)
-        panel.get_by_role("button", name="Draw").click()
+        panel.get_by_role("button", name="Reconstruct").click()
         pictures(panel, 1 + 4)
 
         panel = open_tab(page, "Steer")
@@ -149,7 +149,7 @@ def test_the_page_reads_pictures_as_the_command_does(pipeline: FeatInvPipeline) 
     turned[274] = 6
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)).save("a.png", exif=turned)
     uploaded = app._upload("Picture").preprocess(gradio.image_utils.ImageData(path="a.png"))
-    shown, _ = app._reconstruct(pipeline)(uploaded, 1, 0)[0]
+    shown = app._reconstruct(pipeline, open_picture(Path(uploaded)), 1, 0)[0].picture
     assert np.array_equal(np.asarray(shown), np.asarray(open_picture(Path("a.png"))))
 
 
@@ -166,7 +166,7 @@ def test_a_port_that_is_taken(inverter_folder: Path, capsys: pytest.CaptureFixtu
 def test_concepts_of_another_backbone(pipeline: FeatInvPipeline, concepts: Concepts) -> None:
     from featinv_pl.explore.app import build
 
-    with pytest.raises(UserError, match="--concepts belongs to"):
+    with pytest.raises(UserError, match="`concepts` belongs to"):
         build(pipeline, replace(concepts, origin={**concepts.origin, "layer": "layer3"}))
 
 

@@ -138,7 +138,7 @@ def test_refuses_groups_without_a_direction() -> None:
     samples = samples_of(torch.randn(3, 6, 3, 3), torch.tensor([0, 0, 1]))
     with pytest.raises(UserError, match="'0-1' has a group of a single image"):
         activation_vectors(samples, pairs_of_labels(samples, [(0, 1)]), pooled=False)
-    with pytest.raises(UserError, match=r"--num_concepts: 7 components cannot be found .* from 1 to 6"):
+    with pytest.raises(UserError, match=r"`num_concepts`: 7 components cannot be found .* from 1 to 6"):
         nmf_concepts(samples, 7)
     many = replace(samples, labels=torch.arange(30))
     with pytest.raises(UserError, match=r"no sample has the label 40\. There are 30 labels from 0 to 29"):
@@ -271,10 +271,10 @@ def test_refuses_damaged_concepts(fault: str, saved: Path) -> None:
         facts.write_text("[]")
     else:
         tensors.unlink()
-    message = "there is no concepts" if fault in ("no json", "another tensor") else r".*'saved.*' (are|is) damaged"
-    with pytest.raises(UserError, match=f"--concepts: {message}"):
+    message = "there is no file" if fault in ("no json", "another tensor") else r".*'saved.*' (are|is) damaged"
+    with pytest.raises(UserError, match=f"`concepts`: {message}"):
         Concepts.load(saved)
-    with pytest.raises(UserError, match="--concepts: there is no"):
+    with pytest.raises(UserError, match="`concepts`: there is no"):
         Concepts.load(Path("nowhere/concepts.json"))
 
 
@@ -282,5 +282,5 @@ def test_a_concept_goes_by_number_or_name(saved: Path) -> None:
     concepts = replace(Concepts.load(saved), names=["3-8"])
     assert concepts.number("0") == concepts.number("3-8") == 0
     for unknown in ("1", "8-3", "-1"):
-        with pytest.raises(UserError, match=rf"--concept: there is no concept '{unknown}'. Give one of 0 \(3-8\)"):
+        with pytest.raises(UserError, match=rf"`concept`: there is no concept '{unknown}'. Give one of 0 \(3-8\)"):
             concepts.number(unknown)

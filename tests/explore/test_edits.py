@@ -80,7 +80,7 @@ def test_a_box_becomes_shares_of_locations() -> None:
     "box", [(0, 0, 33, 8), (-1, 0, 8, 8), (28, 0, 8, 8), (0, 25, 8, 8), (0, 0, 0, 8), (0, 0, 8, -2)]
 )
 def test_refuses_a_box_outside_the_image(box: tuple[int, int, int, int]) -> None:
-    with pytest.raises(UserError, match=r"--box: .* does not lie within the image, .* of 32x32 pixels"):
+    with pytest.raises(UserError, match=r"`box`: .* is not within the classifier's crop of 32x32 pixels"):
         box_mask(box, (32, 32))
 
 

@@ -77,7 +77,7 @@ def test_refuses_real_images_of_another_backbone(
 ) -> None:
     real = read_samples([digit_shards / "train"], 5, "--real")
     other = replace(real, origin={**real.origin, "layer": "layer3"})
-    with pytest.raises(UserError, match=r"--real belongs to .* layer layer3"):
+    with pytest.raises(UserError, match=r"`real` belongs to .* layer layer3"):
         interpolate(pipeline, *opened, real=other)
 
 
@@ -137,7 +137,7 @@ def test_each_model_draws_each_picture(pipeline: FeatInvPipeline, opened: Pictur
     found = compare([("one", pipeline), ("two", pipeline)], ["a", "b"], opened, seed=2)
     for number, picture in enumerate(opened):
         image, cosine = reconstructed(pipeline, picture, seed=2)
-        for drawn in found.drawn:
+        for drawn in found.models:
             torch.testing.assert_close(drawn.images[number], image, atol=2 / 127, rtol=0)
             assert drawn.cosines[number].item() == pytest.approx(cosine, abs=1e-3)
     facts = found.facts()

@@ -96,9 +96,9 @@ def test_removing_a_part_is_scaling_it_to_nothing(
 
 def test_refuses(pipeline: FeatInvPipeline, difference: Concepts, opened: tuple[Image.Image, Image.Image]) -> None:
     for edit in ("scale", "remove"):
-        with pytest.raises(UserError, match=f"--edit {edit}: only a component of an NMF"):
+        with pytest.raises(UserError, match=f"`edit`: only a component .* {edit} can act on"):
             steer(pipeline, opened[0], difference, 0, [1.0], edit)
-    with pytest.raises(UserError, match="--class: there is no class 10; the classifier has 10"):
+    with pytest.raises(UserError, match="`class`: there is no class 10; the classifier has 10"):
         steer(pipeline, opened[0], difference, 0, [1.0], classes=[10])
     origin = difference.origin
     others: list[Origin] = [
@@ -108,7 +108,7 @@ def test_refuses(pipeline: FeatInvPipeline, difference: Concepts, opened: tuple[
     ]
     for theirs in others:
         other = replace(difference, origin=theirs)
-        with pytest.raises(UserError, match=r"--concepts belongs to .*, and --model reads 'test_res"):
+        with pytest.raises(UserError, match=r"`concepts` belongs to .*, and the model reads 'test_res"):
             steer(pipeline, opened[0], other, 0, [1.0])
 
 
@@ -153,8 +153,8 @@ def test_command_masks(command: list[str], picture: Path) -> None:
     [
         (["--strengths", "1,1e6"], "--strengths: the edited map reaches .* half precision ends at 65504"),
         (["--strengths", "nan"], "--strengths: the edited map reaches nan"),
-        (["--box", "0,0,33,2"], "--box: 0,0,33,2 .* does not lie within the image, .* of 32x32 pixels"),
-        (["--box", "-1,0,3,2"], "--box: -1,0,3,2 .* does not lie within the image"),
+        (["--box", "0,0,33,2"], "--box: 0,0,33,2 .* is not within the classifier's crop of 32x32 pixels"),
+        (["--box", "-1,0,3,2"], "--box: -1,0,3,2 .* is not within the classifier's crop"),
         (["--mask", "small.png"], "--mask: 'small.png' has 3x5 pixels, and '.*' has 32x32"),
         (["--mask", "black.png"], "--mask: 'black.png' is black within the classifier's crop"),
         (["--mask", "none.png"], "--mask: 'none.png' cannot be read as a picture"),

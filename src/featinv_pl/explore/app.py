@@ -1,5 +1,7 @@
 """A page on this machine: reconstruct a picture, steer it along a concept, interpolate between two."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import gethostname
@@ -10,12 +12,13 @@ from PIL import Image
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.interpolation import Mode, interpolate
+from featinv_pl.explore.reconstruct import reconstruct_maps, tile
 from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.explore.steering import steer
-from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.pages.pictures import open_picture, prediction
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.pages.page import Tile
+from featinv_pl.pages.pictures import open_picture
 
 try:
     import gradio as gr
@@ -29,17 +32,14 @@ except ImportError as error:
     ) from error
 
 LARGEST = "50mb"  # of a picture; how many pixels it may have is checked when it is opened
-KEPT_S = 3600  # for which uploads and what was drawn stay; nothing stays when the server ends
-
-Shown = list[tuple[Image.Image, str]]
-"""Pictures with captions."""
+KEPT_S = 3600  # for which uploads and reconstructions stay; nothing stays when the server ends
 
 
 class OwnPages:
-    """Answers requests of pages that this server has served, under a name that is its own.
+    """Answers only requests of pages that this server has served, under an address or name of this machine.
 
-    Any page in a browser can send requests to this machine, and a name that its owner lets point here (DNS rebinding)
-    would make them look like ours.
+    Any page in a browser can send requests to this machine, also under a name that its owner lets point here (DNS
+    rebinding).
 
     Args:
         app: What answers.
@@ -63,9 +63,9 @@ class OwnPages:
         name = host
         try:
             name = urlsplit(f"//{host}").hostname or ""
-            ip_address(name)  # which no name server chooses
+            ip_address(name)  # an address, which no name server chooses
             return True
-        except ValueError:  # no number, or a bracket too few
+        except ValueError:  # a name, or an unmatched bracket
             return name in self.names
 
 
@@ -98,31 +98,47 @@ def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port:
             app_kwargs={"middleware": [Middleware(OwnPages, host=host)]},
         )
     except OSError as error:
-        raise UserError(f"--port: cannot listen at {host}:{port} ({error}). Give another --port or --host.") from error
+        raise UserError(f"`port`: cannot listen at {host}:{port} ({error}). Give another `port` or `host`.") from error
 
 
 def build(pipeline: FeatInvPipeline, concepts: Concepts | None) -> Any:
     """The page, as gradio's `Blocks`; see `serve`."""
     if concepts is not None:
-        refuse_other_backbone(concepts.origin, pipeline, "--concepts")
+        refuse_other_backbone(concepts.origin, pipeline, "`concepts`")
     with gr.Blocks(title="featinv-pl", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
         with gr.Tab("Reconstruct"):
-            picture = _upload("Picture")
             samples, seed = gr.Slider(1, 16, 4, step=1, label="Samples"), gr.Number(0, precision=0, label="Seed")
-            _on_click("Draw", _reconstruct(pipeline), [picture, samples, seed])
+            _form("Reconstruct", partial(_reconstruct, pipeline), ["Picture"], [samples, seed])
         if concepts is not None:
             with gr.Tab("Steer"):
-                picture = _upload("Picture")
                 concept = gr.Dropdown(concepts.names, value=concepts.names[0], label="Concept")
                 strength = gr.Slider(-3, 3, 1, step=0.1, label="Strength")
-                _on_click("Steer", _steer(pipeline, concepts), [picture, concept, strength])
+                _form("Steer", partial(_steer, pipeline, concepts), ["Picture"], [concept, strength])
         with gr.Tab("Interpolate"):
-            with gr.Row():
-                ends = [_upload("First picture"), _upload("Second picture")]
             steps = gr.Slider(2, 21, 7, step=1, label="Steps")
             mode = gr.Radio(["linear", "slerp"], value="linear", label="Mode")
-            _on_click("Interpolate", _interpolate(pipeline), [*ends, steps, mode])
+            _form("Interpolate", partial(_interpolate, pipeline), ["First picture", "Second picture"], [steps, mode])
     return page
+
+
+def _form(label: str, compute: Callable[..., Sequence[Tile]], pictures: list[str], inputs: list[Any]) -> None:
+    """Fields for pictures, a button, and the gallery that it fills with what `compute` makes of pictures and inputs."""
+
+    def answer(*values: Any) -> list[tuple[Image.Image, str]]:
+        if any(value is None for value in values):
+            raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
+        try:
+            opened = [open_picture(Path(path)) for path in values[: len(pictures)]]
+            return [(one.picture, one.caption) for one in compute(*opened, *values[len(pictures) :])]
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    with gr.Row():
+        uploads = [_upload(name) for name in pictures]
+    button = gr.Button(label, variant="primary")
+    gallery = gr.Gallery(label="Reconstructions", columns=2)
+    # One at a time, whatever was asked for: they share a model.
+    button.click(answer, [*uploads, *inputs], gallery, concurrency_id="model", concurrency_limit=1)
 
 
 def _upload(label: str) -> Any:
@@ -130,46 +146,21 @@ def _upload(label: str) -> Any:
     return gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label)
 
 
-def _on_click(label: str, compute: Any, inputs: list[Any]) -> None:
-    """A button, and the gallery that it fills."""
-
-    def answer(*values: Any) -> Shown:
-        if any(value is None for value in values):
-            raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
-        try:
-            shown: Shown = compute(*values)
-        except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        return shown
-
-    button = gr.Button(label, variant="primary")
-    # One at a time, whatever was asked for: they share a model.
-    button.click(answer, inputs, gr.Gallery(label="Drawn", columns=2), concurrency_id="model", concurrency_limit=1)
+def _reconstruct(pipeline: FeatInvPipeline, picture: Image.Image, samples: int, seed: int) -> list[Tile]:
+    original = pipeline.classify(pipeline.crop([picture]))
+    found = reconstruct_maps(pipeline, original["features"], samples, seed)
+    reconstructions = zip(found["images"][0], found["logits"][0], strict=True)
+    return [tile(original["images"][0], original["logits"][0], "the picture"), *(tile(*one) for one in reconstructions)]
 
 
-def _reconstruct(pipeline: FeatInvPipeline) -> Any:
-    def reconstruct(picture: str, samples: int, seed: int) -> Shown:
-        original = pipeline.classify(pipeline.crop([open_picture(Path(picture))]))
-        drawn = reconstruct_all(pipeline, original["features"], samples, seed)
-        shown = [(as_picture(original["images"][0]), f"the picture: class {prediction(original['logits'][0])}")]
-        pairs = zip(drawn["images"][0], drawn["logits"][0], strict=True)
-        return shown + [(as_picture(image), f"class {prediction(logits)}") for image, logits in pairs]
-
-    return reconstruct
+def _steer(
+    pipeline: FeatInvPipeline, concepts: Concepts, picture: Image.Image, concept: str, strength: float
+) -> Sequence[Tile]:
+    # Strength 0 beside it: what steering changed is what differs between the two.
+    return steer(pipeline, picture, concepts, concepts.number(concept), [0, strength]).sections()[0].rows[0]
 
 
-def _steer(pipeline: FeatInvPipeline, concepts: Concepts) -> Any:
-    def steered(picture: str, concept: str, strength: float) -> Shown:
-        # Strength 0 beside it: what steering changed is what differs between the two.
-        result = steer(pipeline, open_picture(Path(picture)), concepts, concepts.number(concept), [0, strength])
-        return [(tile.picture, tile.caption) for tile in result.sections()[0].rows[0]]
-
-    return steered
-
-
-def _interpolate(pipeline: FeatInvPipeline) -> Any:
-    def interpolated(first: str, second: str, steps: int, mode: Mode) -> Shown:
-        result = interpolate(pipeline, open_picture(Path(first)), open_picture(Path(second)), steps, mode)
-        return [(tile.picture, tile.caption) for tile in result.sections()[1].rows[0]]
-
-    return interpolated
+def _interpolate(
+    pipeline: FeatInvPipeline, first: Image.Image, second: Image.Image, steps: int, mode: Mode
+) -> Sequence[Tile]:
+    return interpolate(pipeline, first, second, steps, mode).sections()[1].rows[0]

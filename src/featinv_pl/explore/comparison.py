@@ -1,4 +1,4 @@
-"""Comparison: pictures beside what several inverters draw from their maps, the first figure of the paper."""
+"""Comparison: pictures beside their reconstructions by several inverters, the first figure of the paper."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.explore.drawing import reconstruct_all
+from featinv_pl.explore.reconstruct import reconstruct_maps
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.pages.page import Report, Section, Tile
-from featinv_pl.pages.pictures import prediction, top_classes
+from featinv_pl.pages.pictures import listed_classes, prediction, top_classes
 from featinv_pl.types import predicted
 
 SIDE = 512  # pixels of a picture at most
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What one inverter drew from the maps of all pictures, in the pictures' order.
+class Reconstructions:
+    """One inverter's reconstructions of all pictures, in the pictures' order.
 
     Attributes:
         model: Its name.
@@ -35,74 +35,59 @@ class Drawn:
     before: Tensor
     after: Tensor
 
+    def tile(self, number: int) -> Tile:
+        """The reconstruction of a picture, flagged where its class is another."""
+        before, after = self.before[number], self.after[number]
+        caption = f"{self.model}\ncosine {self.cosines[number]:.3f}\n{prediction(before)} → {prediction(after)}"
+        return Tile(as_picture(self.images[number]), caption, int(predicted(before)) != int(predicted(after)))
+
 
 @dataclass(frozen=True)
 class Comparison(Report):
-    """Pictures, and what several inverters drew from their maps.
-
-    Attributes:
-        names: Of the pictures.
-        pictures: The pictures.
-        drawn: By each inverter.
-    """
+    """Pictures, and their reconstructions by several inverters."""
 
     name: ClassVar[str] = "comparison"
 
     names: list[str]
     pictures: list[Image.Image]
-    drawn: list[Drawn]
+    models: list[Reconstructions]
 
     @property
     def title(self) -> str:
-        """See `Report`."""
         return "Comparison of inverters"
 
     @property
     def lead(self) -> str:
-        """See `Report`."""
         return (
-            "Each picture beside what each inverter drew from the feature map of its own classifier. Below an image "
-            "its inverter, the cosine of the two maps, and the class predicted before and after, in red where they "
-            "differ."
+            "Each picture beside its reconstruction by each inverter, from the feature map of the inverter's own "
+            "classifier. Below an image its inverter, the cosine of the two maps, and the class predicted before and "
+            "after, in red where they differ."
         )
 
     def sections(self) -> list[Section]:
-        """See `Report`."""
         rows = [
-            [
-                Tile(picture, name),
-                *(
-                    Tile(
-                        as_picture(drawn.images[number]),
-                        f"{drawn.model}\ncosine {drawn.cosines[number]:.3f}\n"
-                        f"{prediction(drawn.before[number])} → {prediction(drawn.after[number])}",
-                        int(predicted(drawn.before[number])) != int(predicted(drawn.after[number])),
-                    )
-                    for drawn in self.drawn
-                ),
-            ]
+            [Tile(picture, name), *(model.tile(number) for model in self.models)]
             for number, (name, picture) in enumerate(zip(self.names, self.pictures, strict=True))
         ]
         table = [
-            [name, drawn.model, _listed(drawn.before[number]), _listed(drawn.after[number])]
+            [name, model.model, listed_classes(model.before[number]), listed_classes(model.after[number])]
             for number, name in enumerate(self.names)
-            for drawn in self.drawn
+            for model in self.models
         ]
         return [
-            Section("What was drawn", rows=rows),
+            Section("Reconstructions", rows=rows),
             Section("The five most likely classes", table=[["picture", "model", "before", "after"], *table]),
         ]
 
     def facts(self) -> dict[str, Any]:
-        """See `Report`."""
         return {
             name: {
-                drawn.model: {
-                    "cosine": drawn.cosines[number].item(),
-                    "before": top_classes(drawn.before[number]),
-                    "after": top_classes(drawn.after[number]),
+                model.model: {
+                    "cosine": model.cosines[number].item(),
+                    "before": top_classes(model.before[number]),
+                    "after": top_classes(model.after[number]),
                 }
-                for drawn in self.drawn
+                for model in self.models
             }
             for number, name in enumerate(self.names)
         }
@@ -111,7 +96,7 @@ class Comparison(Report):
 def compare(
     models: Iterable[tuple[str, FeatInvPipeline]], names: Sequence[str], pictures: Sequence[Image.Image], seed: int = 0
 ) -> Comparison:
-    """Draw pictures by several inverters.
+    """Reconstruct pictures by several inverters.
 
     Args:
         models: Names and inverters, taken one after another, so that one at a time is in memory.
@@ -119,14 +104,11 @@ def compare(
         pictures: Of any size.
         seed: Of the noise.
     """
-    drawn = []
+    found = []
     for name, pipeline in models:
         before = pipeline.classify(pipeline.crop(pictures))
-        after = reconstruct_all(pipeline, before["features"], seed=seed)
+        after = reconstruct_maps(pipeline, before["features"], seed=seed)
         cosines = cosine_similarity(after["features"][:, 0], before["features"].cpu()).mean((1, 2))
-        drawn.append(Drawn(name, after["images"][:, 0], cosines, before["logits"].cpu(), after["logits"][:, 0]))
-    return Comparison(list(names), [ImageOps.contain(picture, (SIDE, SIDE)) for picture in pictures], drawn)
-
-
-def _listed(logits: Tensor) -> str:
-    return ", ".join(f"{name} ({share:.2f})" for name, share in top_classes(logits).items())
+        images, logits = after["images"][:, 0], after["logits"][:, 0]
+        found.append(Reconstructions(name, images, cosines, before["logits"].cpu(), logits))
+    return Comparison(list(names), [ImageOps.contain(picture, (SIDE, SIDE)) for picture in pictures], found)

@@ -1,4 +1,4 @@
-"""Composition: a region of one picture's map pasted into another's, and what becomes of it."""
+"""Composition: a region of one picture's map pasted into another's, and reconstructed."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,19 +8,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.edits import Box, box_mask, location_weights, paste
+from featinv_pl.explore.reconstruct import reconstruct_maps, tile
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.pages.page import Report, Section, Tile
-from featinv_pl.pages.pictures import overlay, prediction, top_classes
+from featinv_pl.pages.pictures import listed_classes, overlay, prediction, top_classes
 
 
 @dataclass(frozen=True)
 class Composition(Report):
-    """What was drawn from a map with a region of another.
+    """Reconstructions of a map with a region of another.
 
     Attributes:
-        box: Where, in pixels of the picture as the classifier sees it.
+        box: The region, in pixels of the classifier's crop.
         weight: (h, w), the share of each location that was pasted.
         originals: (2, 3, H, W): the picture, and the one that the region comes from.
         original_logits: (2, K).
@@ -51,69 +51,57 @@ class Composition(Report):
 
     @property
     def title(self) -> str:
-        """See `Report`."""
         return "Composition"
 
     @property
     def lead(self) -> str:
-        """See `Report`."""
         top, left, height, width = self.box
         return (
             f"The part of the second picture's feature map under the box of {height}x{width} pixels at row {top}, "
-            f"column {left} was pasted into the first one's. Cosines and classes are measured on the images that were "
-            "drawn: with the composed map, and with the maps of the two pictures, inside the region and outside."
+            f"column {left} was pasted into the first one's. Cosines and classes are measured on the reconstructions: "
+            "with the composed map, and with the maps of the two pictures, inside the region and outside."
         )
 
     def sections(self) -> list[Section]:
-        """See `Report`."""
-        first, second = (as_picture(picture) for picture in self.originals)
-        tiles = [
-            Tile(first, f"first\nclass {prediction(self.original_logits[0])}"),
-            Tile(overlay(second, self.weight), f"second, pasted part\nclass {prediction(self.original_logits[1])}"),
+        second = overlay(as_picture(self.originals[1]), self.weight)
+        originals = [
+            tile(self.originals[0], self.original_logits[0], "first"),
+            Tile(second, f"second, pasted part\nclass {prediction(self.original_logits[1])}"),
         ]
-        drawn = [as_picture(image) for image in self.images]
-        captions = [f"drawn\nclass {prediction(logits)}" for logits in self.logits]
-        wanted = self.cosines[:, 0].mean((1, 2)).tolist()
         heats = [
-            Tile(overlay(picture, 1 - cosines[0]), f"what is missing\ncosine {cosine:.2f}")
-            for picture, cosines, cosine in zip(drawn, self.cosines, wanted, strict=True)
+            Tile(overlay(as_picture(image), 1 - cosines[0]), f"what is missing\ncosine {cosines[0].mean():.2f}")
+            for image, cosines in zip(self.images, self.cosines, strict=True)
         ]
-        head = ["cosine with", "composed map", "first", "second"]
-        table = [
-            [f"{name}, image {number}", *(f"{value:.3f}" for value in values)]
-            for number, parts in enumerate(zip(self.inside.tolist(), self.outside.tolist(), strict=True))
-            for name, values in zip(("inside", "outside"), parts, strict=True)
+        samples = [
+            tile(image, logits, "reconstruction") for image, logits in zip(self.images, self.logits, strict=True)
         ]
-        classes = [
-            [name, ", ".join(f"{label} ({share:.2f})" for label, share in top_classes(logits).items())]
-            for name, logits in (
-                *zip(("first", "second"), self.original_logits, strict=True),
-                *((f"image {number}", logits) for number, logits in enumerate(self.logits)),
-            )
-        ]
-        text = "Bright: where the drawn image's map differs from the composed one."
+        cosines, classes = [["cosine with", "composed map", "first", "second"]], [["", "class (probability)"]]
+        for name, logits in zip(("first", "second"), self.original_logits, strict=True):
+            classes.append([name, listed_classes(logits)])
+        for number, logits in enumerate(self.logits):
+            classes.append([f"image {number}", listed_classes(logits)])
+            for name, values in (("inside", self.inside[number]), ("outside", self.outside[number])):
+                cosines.append([f"{name}, image {number}", *(f"{value:.3f}" for value in values.tolist())])
+        text = "Bright: where the map of the reconstruction differs from the composed one."
         return [
-            Section("The two pictures", rows=[tiles]),
-            Section("What was drawn", text, [list(map(Tile, drawn, captions)), heats]),
-            Section("Cosines of the feature maps", table=[head, *table]),
-            Section("Most likely classes", table=[["", "class (probability)"], *classes]),
+            Section("The two pictures", rows=[originals]),
+            Section("Reconstructions", text, [samples, heats]),
+            Section("Cosines of the feature maps", table=cosines),
+            Section("Most likely classes", table=classes),
         ]
 
     def facts(self) -> dict[str, Any]:
-        """See `Report`."""
         return {
             "box": self.box,
             "predictions": [prediction(logits) for logits in self.original_logits],
             "images": [
                 {
                     "classes": top_classes(logits),
-                    "inside": _named(inside),
-                    "outside": _named(outside),
-                    "cosines": cosines[0].tolist(),
+                    "inside": _named(self.inside[number]),
+                    "outside": _named(self.outside[number]),
+                    "cosines": self.cosines[number, 0].tolist(),
                 }
-                for logits, inside, outside, cosines in zip(
-                    self.logits, self.inside, self.outside, self.cosines, strict=True
-                )
+                for number, logits in enumerate(self.logits)
             ],
         }
 
@@ -121,13 +109,13 @@ class Composition(Report):
 def compose(
     pipeline: FeatInvPipeline, first: Image.Image, second: Image.Image, box: Box, num_samples: int = 1, seed: int = 0
 ) -> Composition:
-    """Paste a region of the second picture's map into the first one's, and draw it.
+    """Paste a region of the second picture's map into the first one's, and reconstruct it.
 
     Args:
         pipeline: The inverter.
         first: A picture of any size.
         second: Another.
-        box: The region, in pixels of the picture as the classifier sees it.
+        box: The region, in pixels of the classifier's crop.
         num_samples: How many images.
         seed: Of the noise.
 
@@ -139,17 +127,10 @@ def compose(
     mask = box_mask(box, (ends["images"].shape[-2], ends["images"].shape[-1]))
     weight = location_weights(mask, (ours.shape[-2], ours.shape[-1]))
     composed = paste(ours, theirs, weight.to(ours))
-    drawn = reconstruct_all(pipeline, [composed], num_samples, seed)
-    cosines = [cosine_similarity(drawn["features"][0], one.cpu().unsqueeze(0)) for one in (composed, ours, theirs)]
-    return Composition(
-        box,
-        weight,
-        ends["images"].cpu(),
-        ends["logits"].cpu(),
-        drawn["images"][0],
-        drawn["logits"][0],
-        torch.stack(cosines, dim=1),
-    )
+    found = reconstruct_maps(pipeline, [composed], num_samples, seed)
+    cosines = [cosine_similarity(found["features"][0], one.cpu().unsqueeze(0)) for one in (composed, ours, theirs)]
+    originals = ends["images"].cpu(), ends["logits"].cpu()
+    return Composition(box, weight, *originals, found["images"][0], found["logits"][0], torch.stack(cosines, dim=1))
 
 
 def _named(cosines: Tensor) -> dict[str, float | None]:

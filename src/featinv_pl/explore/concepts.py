@@ -1,4 +1,4 @@
-"""Concepts: directions in feature space that stand for something, found in the maps of real images."""
+"""Concepts: directions in feature space that mean something, found in the maps of real images."""
 
 import hashlib
 import json
@@ -32,22 +32,20 @@ FOLDS = 5
 
 
 class Facts(TypedDict):
-    """What `concepts.json` holds."""
+    """The content of `concepts.json`; the sum is of the tensors beside it and of the other fields."""
 
     method: Method
     names: list[str]
     scores: dict[str, float]
-    """Of how well the concepts hold: by name of the concept, or of all."""
     origin: Origin
     sha256: str
-    """Of the tensors beside it and all else in here."""
 
 
 FACTS_TYPE = TypeAdapter(Facts)
 
 
 def seal(tensors: bytes, facts: Mapping[str, Any]) -> str:
-    """The SHA-256 that stands in `concepts.json`: of the tensors and of what is said of them."""
+    """The SHA-256 in `concepts.json`: of the tensors and of the facts about them."""
     rest = {name: value for name, value in facts.items() if name != "sha256"}
     return hashlib.sha256(tensors + json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -81,14 +79,14 @@ class Concepts:
         """The number of a concept, given by number or name.
 
         Raises:
-            UserError: There is none of that name.
+            UserError: No concept has that name or number.
         """
         if concept in self.names:
             return self.names.index(concept)
         if concept.isdecimal() and int(concept) < len(self.names):
             return int(concept)
         known = ", ".join(f"{number} ({name})" for number, name in enumerate(self.names))
-        raise UserError(f"--concept: there is no concept '{concept}'. Give one of {known}.")
+        raise UserError(f"`concept`: there is no concept '{concept}'. Give one of {known}.")
 
     def activations(self, features: Tensor) -> Tensor:
         """How strongly each location expresses each concept, in units of strength.
@@ -132,42 +130,28 @@ class Concepts:
         """What an NMF component contributes to maps (B, C, h, w), of their shape."""
         return self.activations(features)[:, number, None] * self.directions[number].to(features)
 
-    # As files
-
     def save(self, folder: Path) -> None:
         """Write `concepts.safetensors` and `concepts.json`."""
         data = save({"directions": self.directions.contiguous(), "starts": self.starts.contiguous()})
-        facts = Facts(
-            method=self.method,
-            names=self.names,
-            scores=self.scores,
-            origin=self.origin,
-            sha256="",
-        )
+        facts = {"method": self.method, "names": self.names, "scores": self.scores, "origin": self.origin}
         text = json.dumps({**facts, "sha256": seal(data, facts)}, indent=2) + "\n"
         write_bytes(folder / TENSORS, data)
         write_bytes(folder / FACTS, text.encode())
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` has written.
+        """Read what `save` wrote.
 
         Args:
             path: The folder, or either of the two files.
 
         Raises:
-            UserError: They are missing, or not as they were written.
+            UserError: A file is missing, or not as it was written.
         """
         folder = path if path.is_dir() else path.parent
-        missing = [name for name in (FACTS, TENSORS) if not (folder / name).is_file()]
-        if missing or not path.exists():
-            raise UserError(
-                f"--concepts: there is no {' and no '.join(missing) or path.name} in '{folder}'. "
-                "Give the folder that `featinv-pl concepts` has written."
-            )
-        advice = "Copy both files again, or find the concepts anew."
-        data = read_bytes(folder / TENSORS, "--concepts", advice)
-        contents = read_json(folder / FACTS, "--concepts", advice)
+        advice = "Give a folder that `featinv-pl concepts` wrote, with both of its files as they were."
+        data = read_bytes(folder / TENSORS, "`concepts`", advice)
+        contents = read_json(folder / FACTS, "`concepts`", advice)
         try:
             facts = FACTS_TYPE.validate_python(contents)
             if seal(data, contents) != facts["sha256"]:
@@ -177,7 +161,7 @@ class Concepts:
             _check_shapes(facts, directions, starts)
         except (ValidationError, SafetensorError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--concepts: the concepts in '{folder}' are damaged ({reason}). {advice}") from error
+            raise UserError(f"`concepts`: those in '{folder}' are damaged ({reason}). {advice}") from error
         return cls(facts["method"], facts["names"], directions, starts, facts["scores"], facts["origin"])
 
 
@@ -191,9 +175,6 @@ def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
         raise ValueError("starts of another shape than directions, or values that are not finite")
     if not directions.flatten(1).any(1).all():
         raise ValueError("a direction that is zero")
-
-
-# Finding them
 
 
 def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts:
@@ -212,7 +193,7 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
     channels = locations.shape[1]
     if not 1 <= num_concepts <= min(locations.shape):
         raise UserError(
-            f"--num_concepts: {num_concepts} components cannot be found in {len(locations)} locations of {channels} "
+            f"`num_concepts`: {num_concepts} components cannot be found in {len(locations)} locations of {channels} "
             f"channels. Give a number from 1 to {min(locations.shape)}."
         )
     signed = bool((locations < 0).any())
@@ -228,14 +209,9 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
     missing = maps - torch.einsum("bkhw,kc->bchw", coefficients, components)
     scaled = components * torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)[:, None]
     directions = scaled[..., None, None]
-    return Concepts(
-        "nmf",
-        [f"part {number}" for number in range(num_concepts)],
-        directions,
-        torch.zeros_like(directions),
-        {"explained": round(1 - (missing.square().sum() / maps.square().sum()).item(), 4)},
-        samples.origin,
-    )
+    explained = {"explained": round(1 - (missing.square().sum() / maps.square().sum()).item(), 4)}
+    names = [f"part {number}" for number in range(num_concepts)]
+    return Concepts("nmf", names, directions, torch.zeros_like(directions), explained, samples.origin)
 
 
 def _halves(vectors: Tensor) -> Tensor:
@@ -265,13 +241,13 @@ def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Ten
         pairs: For each concept its name, and which samples (n,) are in the first and in the second group.
         pooled: Take the mean over locations too, so that the direction is the same at all of them.
     """
-    maps = _maps(samples, pooled)
+    maps = samples.maps(pooled)
     means = [(maps[first].mean(0), maps[second].mean(0)) for _, first, second in pairs]
     directions = torch.stack([second - first for first, second in means])
     for (name, *_), direction in zip(pairs, directions, strict=True):
         if not 0 < direction.norm() < torch.inf:
             raise UserError(
-                f"concepts: the two groups of '{name}' have the same mean map, or one that is not finite, so there is "
+                f"the two groups of '{name}' have the same mean map, or one that is not finite, so there is "
                 "no direction between them. Give other groups."
             )
     starts = torch.stack([first for first, _ in means])
@@ -290,12 +266,12 @@ def activation_vectors(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tens
         pooled: Separate the means over locations, so that the vector is the same at all of them.
     """
     differences = difference_concepts(samples, pairs, pooled)
-    maps = _maps(samples, pooled)
+    maps = samples.maps(pooled)
     directions, scores = [], {}
     for (name, first, second), difference in zip(pairs, differences.directions, strict=True):
         folds = min(FOLDS, int(first.sum()), int(second.sum()))
         if folds < 2:
-            raise UserError(f"--method cav: '{name}' has a group of a single image. Give at least two of each.")
+            raise UserError(f"`method` cav: '{name}' has a group of a single image. Give at least two of each.")
         points = torch.cat([maps[first], maps[second]]).flatten(1)
         points = (points - points.mean(0)) / points.std()
         sides = np.repeat([0, 1], [int(first.sum()), int(second.sum())])
@@ -307,32 +283,19 @@ def activation_vectors(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tens
     return Concepts("cav", differences.names, torch.stack(directions), differences.starts, scores, samples.origin)
 
 
-def _maps(samples: Samples, pooled: bool) -> Tensor:
-    maps = samples.features.float()
-    return maps.mean((2, 3), keepdim=True) if pooled else maps
-
-
 def pairs_of_labels(
     samples: Samples, labels: Sequence[tuple[int | str, int | str]]
 ) -> list[tuple[str, Tensor, Tensor]]:
-    """Groups by class, for pairs of labels or of names of class folders.
-
-    Raises:
-        UserError: No sample is of a class.
-    """
+    """Groups by class, for pairs of labels or of names of class folders."""
     return [(f"{first}-{second}", samples.of_class(first), samples.of_class(second)) for first, second in labels]
 
 
 def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
-    """Groups by shard set, for two sets.
-
-    Raises:
-        UserError: There are not two sets.
-    """
+    """Groups by shard set, of two sets."""
     if len(samples.sets) != 2:
         raise UserError(
-            f"SHARDS: without --between, two shard sets are compared, and {len(samples.sets)} given. "
-            "Give two, or labels: --between 3 8."
+            f"SHARDS: without `between`, two shard sets are compared, and {len(samples.sets)} given. "
+            "Give two, or the labels of two classes."
         )
     groups = torch.tensor(samples.groups)
     return [("-".join(shards.source for shards in samples.sets), groups == 0, groups == 1)]

@@ -62,8 +62,8 @@ def box_mask(box: Box, size: tuple[int, int]) -> Tensor:
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
         raise UserError(
-            f"--box: {','.join(map(str, box))} (top,left,height,width in pixels) does not lie within the image, as the "
-            f"classifier sees it, of {size[0]}x{size[1]} pixels. Give a box inside it."
+            f"`box`: {','.join(map(str, box))} (top,left,height,width in pixels) is not within the classifier's crop "
+            f"of {size[0]}x{size[1]} pixels. Give a box inside it."
         )
     mask = torch.zeros(size)
     mask[top : top + height, left : left + width] = 1
@@ -97,7 +97,7 @@ def location_weights(mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def refuse_overflow(features: Tensor, option: str) -> None:
-    """Raise an error if maps do not fit half precision, in which they are stored and computed on GPUs."""
+    """Raise an error if maps exceed half precision, in which they are stored and computed on GPUs."""
     if not bool((features.abs() <= torch.finfo(torch.half).max).all()):  # false for NaN, too
         largest = features.abs().max().item()
         raise UserError(

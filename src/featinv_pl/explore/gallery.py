@@ -1,4 +1,4 @@
-"""Which images, and where in them, express each concept most."""
+"""The page of concepts: the images that express each most, and where in them."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,6 +13,11 @@ from featinv_pl.pages.page import Report, Section, Tile
 from featinv_pl.pages.pictures import overlay
 
 BATCH = 256  # maps at a time
+LEADS = {
+    "nmf": "Parts of which the feature vectors at all locations are sums; the share of their energy that is",
+    "difference": "Directions from the mean map of one group of images to that of another.",
+    "cav": "Normals of the planes that separate two groups of images; cross-validated accuracy,",
+}
 
 
 @dataclass(frozen=True)
@@ -22,9 +27,9 @@ class Example:
     Attributes:
         picture: The image.
         heat: (h, w), how strongly each location expresses the concept, in units of strength.
-        score: How strongly the whole image does.
+        score: How strongly the complete image does.
         label: Of the image.
-        source: Of the image.
+        source: The shard set of the image.
     """
 
     picture: Image.Image
@@ -36,12 +41,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Gallery(Report):
-    """For each concept the images that express it most, the strongest first.
-
-    Attributes:
-        concepts: The concepts.
-        examples: For each its images.
-    """
+    """For each concept the images that express it most, the strongest first."""
 
     name: ClassVar[str] = "examples"
 
@@ -50,47 +50,29 @@ class Gallery(Report):
 
     @property
     def title(self) -> str:
-        """See `Report`."""
         return f"Concepts of {self.concepts.origin['backbone']} ({self.concepts.method})"
 
     @property
     def lead(self) -> str:
-        """See `Report`."""
         origin = self.concepts.origin
         scores = "".join(f" {name}: {value:.3f}." for name, value in self.concepts.scores.items())
-        what = {
-            "nmf": "Parts of which the feature vectors at all locations are sums; the share of their energy that is",
-            "difference": "Directions from the mean map of one group of images to that of another.",
-            "cav": "Normals of the planes that separate two groups of images; cross-validated accuracy,",
-        }[self.concepts.method]
         shape = "x".join(map(str, origin["feature_shape"]))
-        return f"{what}{scores} Layer {origin['layer']}, maps of {shape}."
+        return f"{LEADS[self.concepts.method]}{scores} Layer {origin['layer']}, maps of {shape}."
 
     def sections(self) -> list[Section]:
-        """See `Report`."""
-        return [
-            Section(
-                f"{number}: {name}",
-                rows=[
-                    [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label}") for one in examples],
-                    [Tile(overlay(one.picture, one.heat / hottest), "where") for one in examples],
-                ],
-            )
-            for number, (name, examples) in enumerate(zip(self.concepts.names, self.examples, strict=True))
-            if (hottest := max(one.heat.abs().max().item() for one in examples))
-        ]
+        sections = []
+        for number, (name, examples) in enumerate(zip(self.concepts.names, self.examples, strict=True)):
+            if hottest := max(one.heat.abs().max().item() for one in examples):
+                images = [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label}") for one in examples]
+                heats = [Tile(overlay(one.picture, one.heat / hottest), "where") for one in examples]
+                sections.append(Section(f"{number}: {name}", rows=[images, heats]))
+        return sections
 
     def facts(self) -> dict[str, Any]:
-        """See `Report`."""
         return {
             name: [
-                {
-                    "score": example.score,
-                    "label": example.label,
-                    "source": example.source,
-                    "heat": example.heat.tolist(),
-                }
-                for example in examples
+                {"score": one.score, "label": one.label, "source": one.source, "heat": one.heat.tolist()}
+                for one in examples
             ]
             for name, examples in zip(self.concepts.names, self.examples, strict=True)
         }
@@ -109,19 +91,10 @@ def gallery(concepts: Concepts, samples: Samples, num_examples: int = 8) -> Gall
     heat = torch.cat([concepts.activations(maps) for maps in batches])
     score = torch.cat([concepts.score(maps, everywhere) for maps in batches])
     best = score.argsort(dim=0, descending=True)[:num_examples]
-    return Gallery(
-        concepts,
-        [
-            [
-                Example(
-                    samples.picture(index),
-                    heat[index, number],
-                    score[index, number].item(),
-                    int(samples.labels[index]),
-                    samples.sets[samples.groups[index]].source,
-                )
-                for index in best[:, number].tolist()
-            ]
-            for number in range(len(concepts.names))
-        ],
-    )
+
+    def example(index: int, concept: int) -> Example:
+        label, source = int(samples.labels[index]), samples.sets[samples.groups[index]].source
+        return Example(samples.picture(index), heat[index, concept], score[index, concept].item(), label, source)
+
+    numbers = range(len(concepts.names))
+    return Gallery(concepts, [[example(index, number) for index in best[:, number].tolist()] for number in numbers])

@@ -1,4 +1,4 @@
-"""Interpolation: maps on the way from one picture's to another's, and what is drawn from them."""
+"""Interpolation: the maps between those of two pictures, reconstructed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.edits import lerp, refuse_overflow, slerp
+from featinv_pl.explore.reconstruct import reconstruct_maps, tile
 from featinv_pl.explore.samples import Samples, refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 from featinv_pl.pages.page import RED, Report, Section, Tile
@@ -24,10 +24,10 @@ LOW, HIGH = 0.01, 0.99  # quantiles: the range of cosines between real images
 
 @dataclass(frozen=True)
 class Interpolation(Report):
-    """What was drawn on the way from one picture's map to another's.
+    """Reconstructions of the maps between those of two pictures.
 
     Attributes:
-        mode: The way.
+        mode: The path.
         shares: (S) of the second map, from 0 to 1.
         originals: (2, 3, H, W), the two pictures.
         original_logits: (2, K).
@@ -59,31 +59,25 @@ class Interpolation(Report):
 
     @property
     def title(self) -> str:
-        """See `Report`."""
         return "Interpolation"
 
     @property
     def lead(self) -> str:
-        """See `Report`."""
         first, second = (prediction(logits) for logits in self.original_logits)
         text = (
             f"From the feature map of a picture of class {first} to that of one of class {second} in "
-            f"{len(self.shares)} steps ({self.mode}), each drawn from the same noise. Cosines and classes are measured "
-            "on the images that were drawn."
+            f"{len(self.shares)} steps ({self.mode}), each reconstructed from the same noise. Cosines and classes are "
+            "measured on the reconstructions."
         )
         if self.real is None:
-            return f"{text} Without real images to compare with (--real) no step is flagged."
+            return f"{text} No step is flagged, for lack of real images to compare with (--real)."
         return (
             f"{text} The real images' cosines to the most similar other one lie between {self.real[0]:.3f} and "
             f"{self.real[1]:.3f} (98 %); {sum(self.flags)} steps lie below, in red."
         )
 
     def sections(self) -> list[Section]:
-        """See `Report`."""
-        ends = [
-            Tile(as_picture(picture), f"{name}\nclass {prediction(logits)}")
-            for name, picture, logits in zip(("first", "second"), self.originals, self.original_logits, strict=True)
-        ]
+        ends = [tile(*end) for end in zip(self.originals, self.original_logits, ("first", "second"), strict=True)]
         steps = [
             Tile(as_picture(image), f"{share:.2f}\ncosine {first:.2f}, {second:.2f}\nclass {prediction(logits)}", flag)
             for share, image, (first, second), logits, flag in zip(
@@ -93,7 +87,7 @@ class Interpolation(Report):
         text = "Below each image the share of the second map, the cosines with both, and the predicted class."
         return [
             Section("The two pictures", rows=[ends]),
-            Section("What was drawn", text, [steps]),
+            Section("Reconstructions", text, [steps]),
             Section("Cosines with the feature maps", plot=self._plot_cosines),
             Section("Probabilities of the pictures' classes", plot=self._plot_classes),
         ]
@@ -117,7 +111,6 @@ class Interpolation(Report):
         axes.legend(fontsize="small", title="class")
 
     def facts(self) -> dict[str, Any]:
-        """See `Report`."""
         nearest: Sequence[float | None] = self.nearest or [None] * len(self.shares)
         return {
             "mode": self.mode,
@@ -126,14 +119,12 @@ class Interpolation(Report):
             "steps": [
                 {
                     "share": share,
-                    "cosines": cosines,
-                    "nearest": cosine,
-                    "flagged": flag if self.real else None,
-                    "prediction": prediction(logits),
+                    "cosines": self.cosines[step].tolist(),
+                    "nearest": nearest[step],
+                    "flagged": self.flags[step] if self.real else None,
+                    "prediction": prediction(self.logits[step]),
                 }
-                for share, cosines, cosine, flag, logits in zip(
-                    self.shares, self.cosines.tolist(), nearest, self.flags, self.logits, strict=True
-                )
+                for step, share in enumerate(self.shares)
             ],
         }
 
@@ -147,7 +138,7 @@ def interpolate(
     real: Samples | None = None,
     seed: int = 0,
 ) -> Interpolation:
-    """Draw the maps between those of two pictures.
+    """Reconstruct the maps between those of two pictures.
 
     Args:
         pipeline: The inverter.
@@ -159,24 +150,23 @@ def interpolate(
         seed: Of the noise, which is the same at all steps.
 
     Raises:
-        UserError: Real images seen by another backbone.
+        UserError: The real images' maps are of another backbone.
     """
     if real is not None:
-        refuse_other_backbone(real.origin, pipeline, "--real")
+        refuse_other_backbone(real.origin, pipeline, "`real`")
     ends = pipeline.classify(pipeline.crop([first, second]))
     shares = torch.linspace(0, 1, steps).tolist()
-    first_map, second_map = ends["features"]
-    maps = torch.stack([PATHS[mode](first_map, second_map, share) for share in shares])
+    maps = torch.stack([PATHS[mode](*ends["features"], share) for share in shares])
     refuse_overflow(maps, "interpolate")
-    drawn = reconstruct_all(pipeline, maps, seed=seed)
-    features = drawn["features"][:, 0]
+    found = reconstruct_maps(pipeline, maps, seed=seed)
+    features = found["features"][:, 0]
     return Interpolation(
         mode,
         shares,
         ends["images"].cpu(),
         ends["logits"].cpu(),
-        drawn["images"][:, 0],
-        drawn["logits"][:, 0],
+        found["images"][:, 0],
+        found["logits"][:, 0],
         _similarities(features, ends["features"].cpu()),
         None if real is None else _similarities(features, real.features).amax(1).tolist(),
         None if real is None else _range(real.features),
@@ -191,7 +181,6 @@ def _similarities(features: Tensor, others: Tensor) -> Tensor:
 
 def _range(real: Tensor) -> tuple[float, float]:
     """Where the cosines of real images with the most similar other one lie."""
-    cosines = _similarities(real, real)
-    nearest = cosines.fill_diagonal_(-torch.inf).amax(1)
+    nearest = _similarities(real, real).fill_diagonal_(-torch.inf).amax(1)
     low, high = nearest.quantile(torch.tensor([LOW, HIGH])).tolist()
     return low, high

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ class Samples:
         keys: Names, which begin with that of the class's folder where there is one.
         origin: What made them.
         sets: The shard sets.
-        groups: For each sample the number of its set.
-        numbers: And its place there.
+        groups: The index in `sets` of each sample's set.
+        numbers: The sample's number in it.
     """
 
     features: Tensor
@@ -50,24 +50,30 @@ class Samples:
     groups: list[int]
     numbers: list[int]
 
+    def maps(self, pooled: bool = False) -> Tensor:
+        """The maps in single precision, or their means over locations (n, C, 1, 1)."""
+        return self.features.float().mean((2, 3), keepdim=True) if pooled else self.features.float()
+
     def picture(self, index: int) -> Image.Image:
         """The image that a map was taken from."""
         return as_picture(self.sets[self.groups[index]][self.numbers[index]]["images"])
 
     def of_class(self, label: int | str) -> Tensor:
-        """Which samples (n,) have a label, or lie in the class folder of that name.
+        """A boolean for each sample (n,): whether it has a label, or lies in the class folder of that name.
 
         Raises:
-            UserError: None of them.
+            UserError: No sample does.
         """
         known = sorted(set(self.labels.tolist()))
         if str(label).removeprefix("-").isdecimal() and int(label) in known:
             return self.labels == int(label)
         chosen = torch.tensor([key.startswith(f"{label}/") for key in self.keys])
         if not chosen.any():
+            names = ", ".join(map(str, known))
+            if len(known) > 20:
+                names = f"{len(known)} labels from {known[0]} to {known[-1]}"
             raise UserError(
-                f"--between: no sample has the label {label}. There are {_range(known)}. "
-                "Names of class folders work as well."
+                f"`between`: no sample has the label {label}. There are {names}. Names of class folders work as well."
             )
         return chosen
 
@@ -81,70 +87,56 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
         option: The option that named them, for errors.
 
     Raises:
-        UserError: Sets of different backbones, or of none.
+        UserError: The sets are of different backbones, or one is empty.
     """
     sets = [ShardSet(folder, folder.name, option) for folder in folders]
     origins = [_origin(shards) for shards in sets]
-    for folder, shards, origin in zip(folders, sets, origins, strict=True):
+    found, groups, numbers = [], [], []
+    for group, (folder, origin) in enumerate(zip(folders, origins, strict=True)):
         if origin != origins[0]:
             raise UserError(
-                f"{option}: '{folders[0]}' holds maps of {_named(origins[0])}, and '{folder}' those of "
-                f"{_named(origin)}. Give sets of one backbone and layer."
+                f"{option}: '{folders[0]}' holds maps of {_described(origins[0])}, and '{folder}' those of "
+                f"{_described(origin)}. Give sets of one backbone and layer."
             )
-        if not len(shards):
-            raise UserError(f"{option}: the shard set '{folder}' has no samples. Extract features first.")
-    features, labels, keys, groups, numbers = [], [], [], [], []
-    for group, folder in enumerate(folders):
         reader = ShardSet(folder, folder.name, option, with_images=False)
+        if not len(reader):
+            raise UserError(f"{option}: the shard set '{folder}' has no samples. Extract features first.")
         chosen = np.linspace(0, len(reader) - 1, min(num_images, len(reader))).round().astype(int).tolist()
-        for sample in map(reader.stored, chosen):
-            features.append(sample["features"])
-            labels.append(sample["labels"])
-            keys.append(sample["key"])
+        found += map(reader.stored, chosen)
         groups += [group] * len(chosen)
         numbers += chosen
-    return Samples(torch.stack(features), torch.tensor(labels), keys, origins[0], sets, groups, numbers)
+    features = torch.stack([sample["features"] for sample in found])
+    labels = torch.tensor([sample["labels"] for sample in found])
+    return Samples(features, labels, [sample["key"] for sample in found], origins[0], sets, groups, numbers)
 
 
-def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, what: str) -> None:
+def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) -> None:
     """Raise an error that names both sides if maps come from another backbone or layer than an inverter reads.
 
     Args:
         origin: Of the maps.
         pipeline: The inverter.
-        what: The option and its value, for the error.
+        name: The argument that holds them, for the error.
     """
-    inverter = pipeline.inverter
-    backbone = inverter.classifier
+    classifier = pipeline.inverter.classifier
     ours = Origin(
-        backbone=backbone.title,
-        backbone_digest=inverter.digests["backbone"],
-        layer=backbone.layer,
-        feature_shape=list(backbone.feature_shape),
+        backbone=classifier.title,
+        backbone_digest=pipeline.inverter.digests["backbone"],
+        layer=classifier.layer,
+        feature_shape=list(classifier.feature_shape),
     )
-    if any(origin[key] != ours[key] for key in ("backbone_digest", "layer", "feature_shape")):
+    if {**origin, "backbone": ""} != {**ours, "backbone": ""}:  # names of the same weights may differ
         raise UserError(
-            f"{what} belongs to {_named(origin)}, and --model reads {_named(ours)}. "
+            f"{name} belongs to {_described(origin)}, and the model reads {_described(ours)}. "
             "Give what was made with the backbone of the model."
         )
 
 
 def _origin(shards: ShardSet) -> Origin:
-    made_by = shards.manifest["provenance"]
-    return Origin(
-        backbone=made_by["backbone"],
-        backbone_digest=made_by["backbone_digest"],
-        layer=made_by["layer"],
-        feature_shape=made_by["feature_shape"],
-    )
+    provenance = shards.manifest["provenance"]
+    return cast(Origin, {name: value for name, value in provenance.items() if name in Origin.__annotations__})
 
 
-def _named(origin: Origin) -> str:
+def _described(origin: Origin) -> str:
     shape = "x".join(map(str, origin["feature_shape"]))
     return f"'{origin['backbone']}' (weights {origin['backbone_digest'][:8]}, layer {origin['layer']}, maps {shape})"
-
-
-def _range(labels: list[int]) -> str:
-    return (
-        ", ".join(map(str, labels)) if len(labels) <= 20 else f"{len(labels)} labels from {labels[0]} to {labels[-1]}"
-    )

@@ -1,4 +1,4 @@
-"""Steering: a feature map moved along a concept, and what is drawn from it on the way."""
+"""Steering: a feature map moved along a concept, and its reconstructions on the way."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.drawing import reconstruct_all
 from featinv_pl.explore.edits import add, location_weights, refuse_overflow, scale
+from featinv_pl.explore.reconstruct import reconstruct_maps, tile
 from featinv_pl.explore.samples import refuse_other_backbone
-from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.pages.page import Report, Section, Tile
+from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.pages.page import Report, Section
 from featinv_pl.pages.pictures import class_name, prediction
 from featinv_pl.types import predicted
 
@@ -26,7 +26,7 @@ SHOWN_CLASSES = 5
 
 @dataclass(frozen=True)
 class Steering(Report):
-    """What was drawn from a map at each strength, always from the same noise, and how it was seen.
+    """Reconstructions of a map at each strength of an edit, all from the same noise.
 
     Attributes:
         concept: Its name.
@@ -69,42 +69,30 @@ class Steering(Report):
 
     @property
     def title(self) -> str:
-        """See `Report`."""
         return f"Steering: {self.edit} {self.concept}"
 
     @property
     def lead(self) -> str:
-        """See `Report`."""
         rank = "is not defined" if self.spearman is None else f"is {self.spearman:.2f}"
         return (
-            f"The picture's feature map was changed ({self.edit} the concept {self.concept}) and drawn at "
-            f"{len(self.strengths)} strengths, from the same noise. Score and classes are measured on the images that "
-            f"were drawn, seen by the classifier as bytes, not on the changed map. The rank correlation (Spearman) "
-            f"of strength and score {rank}."
+            f"The picture's feature map was edited ({self.edit} the concept {self.concept}) at {len(self.strengths)} "
+            "strengths, and reconstructed from the same noise. Score and classes are measured on the reconstructions, "
+            "which the classifier reads as bytes, not on the edited map. The rank correlation (Spearman) of strength "
+            f"and score {rank}."
         )
 
     def sections(self) -> list[Section]:
-        """See `Report`."""
-        original = Tile(
-            as_picture(self.original),
-            f"the picture\nscore {self.original_score:.2f}\nclass {prediction(self.original_logits)}",
-        )
+        original = tile(self.original, self.original_logits, "the picture", f"score {self.original_score:.2f}")
         rows = [
             [
-                Tile(
-                    as_picture(image),
-                    f"{strength:+g}\nscore {score:.2f}\nclass {prediction(logits)}",
-                    int(predicted(logits)) != int(predicted(self.original_logits)),
-                )
-                for strength, image, score, logits in zip(self.strengths, images, scores, all_logits, strict=True)
+                tile(image, logits, f"{strength:+g}", f"score {score:.2f}", expected=self.original_logits)
+                for strength, image, score, logits in zip(self.strengths, *sample, strict=True)
             ]
-            for images, scores, all_logits in zip(
-                self.images.unbind(1), self.scores.T.tolist(), self.logits.unbind(1), strict=True
-            )
+            for sample in zip(self.images.unbind(1), self.scores.unbind(1), self.logits.unbind(1), strict=True)
         ]
         text = "Below each image its strength, score and predicted class, in red where that is not the picture's."
         return [
-            Section("What was drawn", text, [[original, *rows[0]], *rows[1:]]),
+            Section("Reconstructions", text, [[original, *rows[0]], *rows[1:]]),
             Section("Score of the concept in the images", plot=self._plot_scores),
             Section("Probabilities of classes in the images", plot=self._plot_classes),
         ]
@@ -124,8 +112,7 @@ class Steering(Report):
         axes.legend(fontsize="small", title="class")
 
     def facts(self) -> dict[str, Any]:
-        """See `Report`."""
-        num_classes = self.logits.shape[-1]
+        shown = {class_name(index, self.logits.shape[-1]): self.probabilities[:, :, index] for index in self.classes}
         return {
             "concept": self.concept,
             "edit": self.edit,
@@ -136,10 +123,7 @@ class Steering(Report):
                     "strength": strength,
                     "scores": self.scores[step].tolist(),
                     "predictions": [prediction(logits) for logits in self.logits[step]],
-                    "probabilities": {
-                        class_name(index, num_classes): self.probabilities[step, :, index].tolist()
-                        for index in self.classes
-                    },
+                    "probabilities": {name: values[step].tolist() for name, values in shown.items()},
                 }
                 for step, strength in enumerate(self.strengths)
             ],
@@ -158,7 +142,7 @@ def steer(
     num_samples: int = 1,
     seed: int = 0,
 ) -> Steering:
-    """Draw a picture's map as it is moved along a concept.
+    """Reconstruct a picture's map as it is moved along a concept.
 
     Args:
         pipeline: The inverter.
@@ -166,9 +150,9 @@ def steer(
         concepts: Found in maps of the inverter's backbone.
         concept: Number of one of them.
         strengths: For `add`, multiples of the direction; for `scale`, factors of what an NMF component
-            contributes; for `remove`, the share of it that is taken away.
+            contributes; for `remove`, the fraction of it that is taken away.
         edit: What to do.
-        mask: (H, W) in [0, 1], of the size that the classifier sees: where. None is everywhere.
+        mask: (H, W) in [0, 1], of the size that the classifier reads: the region to edit. None is everywhere.
         classes: Whose probabilities to show, besides those of the classes that are predicted.
         num_samples: Images per strength.
         seed: Of the noise, which is the same at all strengths.
@@ -176,27 +160,24 @@ def steer(
     Raises:
         UserError: Concepts of another backbone, an edit that does not suit them, strengths beyond half precision.
     """
-    refuse_other_backbone(concepts.origin, pipeline, "--concepts")
+    refuse_other_backbone(concepts.origin, pipeline, "`concepts`")
     if edit != "add" and concepts.method != "nmf":
         raise UserError(
-            f"--edit {edit}: only a component of an NMF contributes a part that can be scaled or removed, and these "
-            f"concepts were found by '{concepts.method}'. Use --edit add, or concepts of --method nmf."
+            f"`edit`: only a component of an NMF contributes a part that {edit} can act on, and these concepts were "
+            f"found by '{concepts.method}'. Use add, or concepts that were found by nmf."
         )
     original = pipeline.classify(pipeline.crop([picture]))
-    features = original["features"]
-    num_classes = original["logits"].shape[1]
+    features, num_classes = original["features"], original["logits"].shape[1]
     for index in classes:
         if not 0 <= index < num_classes:
-            raise UserError(f"--class: there is no class {index}; the classifier has {num_classes}, from 0.")
+            raise UserError(f"`class`: there is no class {index}; the classifier has {num_classes}, from 0.")
     weight = torch.ones(features.shape[-2:])
     if mask is not None:
         weight = location_weights(mask, (features.shape[-2], features.shape[-1]))
-    maps = [
-        _edited(features, concepts, concept, strength, edit, weight.to(features)).squeeze(0) for strength in strengths
-    ]
-    refuse_overflow(torch.stack(maps), "--strengths")
-    drawn = reconstruct_all(pipeline, maps, num_samples, seed)
-    likely = torch.cat([predicted(original["logits"]).cpu(), predicted(drawn["logits"]).flatten().cpu()]).tolist()
+    maps = [_edited(features, concepts, concept, strength, edit, weight.to(features))[0] for strength in strengths]
+    refuse_overflow(torch.stack(maps), "`strengths`")
+    found = reconstruct_maps(pipeline, maps, num_samples, seed)
+    likely = torch.cat([predicted(original["logits"]).cpu(), predicted(found["logits"]).flatten()]).tolist()
     shown = list(dict.fromkeys([*classes, *likely] if num_classes else []))[: max(SHOWN_CLASSES, len(classes))]
     return Steering(
         concepts.names[concept],
@@ -205,9 +186,9 @@ def steer(
         original["images"][0].cpu(),
         original["logits"][0].cpu(),
         concepts.score(features, weight)[0, concept].item(),
-        drawn["images"],
-        torch.stack([concepts.score(features, weight)[:, concept] for features in drawn["features"]]),
-        drawn["logits"],
+        found["images"],
+        torch.stack([concepts.score(features, weight)[:, concept] for features in found["features"]]),
+        found["logits"],
         shown,
     )
 

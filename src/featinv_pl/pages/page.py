@@ -1,4 +1,4 @@
-"""What every command leaves: one page that needs nothing else, a picture, and the facts."""
+"""The output of a command: a self-contained page, a picture, and the facts."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a paragraph, rows of pictures, a plot, a table whose first row is its head."""
+    """A part of a page: a paragraph, rows of pictures, a plot, a table with its header first."""
 
     title: str
     text: str = ""
@@ -41,27 +41,21 @@ class Section:
 
 
 class Report(ABC):
-    """A result that can be looked at.
-
-    Attributes:
-        name: Of its files: `<name>.html`, `<name>.png`, `<name>.json`.
-    """
+    """A result with a page; its files are `<name>.html`, `<name>.png` and `<name>.json`."""
 
     name: ClassVar[str]
 
     @property
     @abstractmethod
-    def title(self) -> str:
-        """What the page is about."""
+    def title(self) -> str: ...
 
     @property
     @abstractmethod
     def lead(self) -> str:
-        """What there is to see, and what was measured, in a paragraph."""
+        """The first paragraph: what is shown, and what was measured."""
 
     @abstractmethod
-    def sections(self) -> list[Section]:
-        """The parts of the page."""
+    def sections(self) -> list[Section]: ...
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -89,11 +83,11 @@ class Report(ABC):
         return figure
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows of a result."""
+        """The figure, as a notebook shows it."""
         return figure_png(self.figure())
 
     def save(self, folder: Path) -> None:
-        """Write the page, the figure and the facts, each whole or not at all."""
+        """Write the page, the figure and the facts, each atomically, once all three are made."""
         facts = json.dumps(self.facts(), indent=2, allow_nan=False) + "\n"
         page = render("page.html", title=self.title, lead=self.lead, sections=self.sections())
         picture = self._repr_png_()
@@ -109,12 +103,9 @@ def _height(section: Section) -> float:
 
 def render(template: str, **values: Any) -> str:
     """Fill one of the templates of this folder."""
+    loader = PackageLoader("featinv_pl.pages", ".")
     environment = Environment(
-        loader=PackageLoader("featinv_pl.pages", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"picture_uri": picture_uri, "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)

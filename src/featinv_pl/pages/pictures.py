@@ -22,7 +22,7 @@ OPACITY = 0.6  # of a heat map at its hottest
 
 
 def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
-    """Read a picture whole, so that a bad one is refused before anything is drawn.
+    """Decode a picture completely, so that a damaged one is refused before anything is computed.
 
     Args:
         path: A photograph's usual formats.
@@ -57,7 +57,7 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def class_name(index: int, num_classes: int) -> str:
-    """A class's number, and its words where the head is one of ImageNet's: 1k, 12k, 21k or 22k."""
+    """A class's number, and its name where the head is one of ImageNet's: 1k, 12k, 21k or 22k."""
     subset = infer_imagenet_subset({"num_classes": num_classes})
     words = _info(subset).index_to_description(index).split(",")[0] if subset else ""
     return f"{index} {words}".strip()
@@ -74,14 +74,19 @@ def prediction(logits: Tensor) -> str:
 
 
 def top_classes(logits: Tensor, count: int = 5) -> dict[str, float]:
-    """The most likely classes of logits (K,) by name, with their probabilities, the first first."""
+    """The most likely classes of logits (K,) by name, with their probabilities, in descending order."""
     probabilities, indices = logits.float().softmax(0).topk(min(count, len(logits)))
     names = [class_name(index, len(logits)) for index in indices.tolist()]
     return dict(zip(names, (round(value, 4) for value in probabilities.tolist()), strict=True))
 
 
+def listed_classes(logits: Tensor) -> str:
+    """The most likely classes of logits (K,) with their probabilities, in a line."""
+    return ", ".join(f"{name} ({share:.2f})" for name, share in top_classes(logits).items())
+
+
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Lay a heat map over a picture: the hotter, the less of the picture shines through.
+    """Lay a heat map over a picture: the hotter, the more opaque.
 
     Args:
         picture: Of any size.
