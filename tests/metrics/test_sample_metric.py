@@ -1,46 +1,70 @@
-"""Means over samples and their bootstrap: a function of the samples and their keys alone."""
+"""What all metrics have in common, and the bootstrap: functions of the samples and their keys only."""
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from featinv_pl.metrics.agreement import LabelAccuracy
+from featinv_pl.metrics.agreement import Agreement, AttackSuccess, ConditionalAgreement, LabelAccuracy
+from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
+from featinv_pl.metrics.frechet import FrechetDistance
+from featinv_pl.metrics.kernel import KernelDistance
+from featinv_pl.metrics.pixels import PixelSimilarity
 from featinv_pl.metrics.sample_metric import poisson_weights
 from featinv_pl.metrics.similarity import MapSimilarity
 
 KEYS = [f"{index:04d}" for index in range(60)]
+PREDS, TARGET = torch.rand(2, 60, 4, 3, 12, 12, generator=torch.Generator().manual_seed(0)) * 2 - 1
+MAPS = [side[:, 0, :, :3, :4] for side in (PREDS, TARGET)]
+LOGITS = [side.flatten(1)[:, :12] for side in (PREDS, TARGET)]
+LABELS = torch.arange(60) % 14 - 1  # some without a label, some of no class of the twelve
+CONDITIONS = (LOGITS[1], LABELS, (LABELS % 2).double())
+METRICS: dict[str, tuple[Callable[[], Any], Any, Any]] = {
+    "cosine": (lambda: MapSimilarity(200), *MAPS),
+    "pixels": (lambda: PixelSimilarity(200), PREDS[:, 0], TARGET[:, 0]),
+    "agreement": (lambda: Agreement(200), *LOGITS),
+    "labels": (lambda: LabelAccuracy(200), LOGITS[0], LABELS),
+    "conditions": (lambda: ConditionalAgreement(200), LOGITS[0], CONDITIONS),
+    "attack": (lambda: AttackSuccess(200), LOGITS[0], CONDITIONS[2]),
+    "pixel diversity": (lambda: PixelDiversity(200), PREDS, TARGET),
+    "map diversity": (lambda: MapDiversity(200), PREDS, TARGET),
+    "frechet": (lambda: FrechetDistance(3, "fd"), *MAPS),
+    "kernel": (lambda: KernelDistance(3, "kd"), *MAPS),
+    "kernel of few": (lambda: KernelDistance(3, "kd", 20), *MAPS),
+}
 
 
-def maps() -> tuple[Tensor, Tensor]:
-    rng = torch.Generator().manual_seed(0)
-    target = torch.rand(60, 6, 3, 4, generator=rng)
-    share = torch.rand(60, 1, 1, 1, generator=rng)
-    return target * share + torch.randn(target.shape, generator=rng) * (1 - share), target
+def updated(name: str, parts: list[Any]) -> Any:
+    make, preds, target = METRICS[name]
+    metric = make()
+    for part in parts:
+        chosen = tuple(one[part] for one in target) if isinstance(target, tuple) else target[part]
+        metric.update(preds[part], chosen, [KEYS[row] for row in part])
+    return metric
 
 
-def distribution(rows: list[int], size: int) -> Tensor:
-    metric, (preds, target) = MapSimilarity(200), maps()
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        metric.update(preds[part], target[part], [KEYS[row] for row in part])
-    return metric.compute()["cosine"]
-
-
-def test_replicates_depend_neither_on_batches_nor_on_order() -> None:
-    whole = distribution(list(range(60)), 60)
-    assert whole.shape == (201,)
-    torch.testing.assert_close(distribution(list(range(60)), 7), whole, atol=1e-12, rtol=0)
-    torch.testing.assert_close(distribution(torch.randperm(60).tolist(), 11), whole, atol=1e-12, rtol=0)
-
-
-def test_replicates_add_up_over_ranks() -> None:
-    preds, target = maps()
-    ranks = [MapSimilarity(200), MapSimilarity(200)]
-    for rank, metric in enumerate(ranks):
-        metric.update(preds[rank::2], target[rank::2], KEYS[rank::2])
+@pytest.mark.parametrize("name", METRICS)
+def test_batches_order_and_ranks_do_not_matter(name: str) -> None:
+    expected = updated(name, [list(range(60))]).compute()
+    assert not any(value.reshape(-1)[0].isnan() for value in expected.values())
+    ranks = [updated(name, [list(range(rank, 60, 2))]) for rank in range(2)]
     ranks[0].merge_state(ranks[1])
-    torch.testing.assert_close(ranks[0].compute()["cosine"], distribution(list(range(60)), 60), atol=1e-12, rtol=0)
+    shuffled = torch.randperm(60).split([1, 19, 40])
+    for found in (ranks[0], updated(name, [part.tolist() for part in shuffled])):
+        torch.testing.assert_close(found.compute(), expected, atol=1e-9, rtol=1e-9, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+@pytest.mark.parametrize("name", METRICS)
+def test_too_few_samples_score_nan(name: str) -> None:
+    assert all(value.isnan().all() for value in updated(name, []).compute().values())
+    metric = updated(name, [[1]])
+    if isinstance(metric, FrechetDistance | KernelDistance):
+        assert metric.compute().popitem()[1].isnan()
+    metric.reset()
+    assert all(value.isnan().all() for value in metric.compute().values())
 
 
 def test_interval_is_that_of_the_mean() -> None:
@@ -64,10 +88,3 @@ def test_weights_are_poisson_and_belong_to_the_key() -> None:
     assert torch.equal(poisson_weights(("0007",), 1000)[0], weights[7])
     correlations = np.corrcoef(weights.numpy()) - np.eye(60)
     assert abs(correlations).max() < 0.2
-
-
-def test_a_value_that_is_not_finite_does_not_count() -> None:
-    metric = LabelAccuracy()
-    logits = torch.eye(3)[[0, 1, 2, 2]]
-    metric.update(logits, torch.tensor([0, -1, 3, 0]))  # right, without a label, no class of the three, wrong
-    assert metric.compute()["label@1"].item() == 0.5
