@@ -45,29 +45,20 @@ log = logging.getLogger("featinv_pl")
 class Evaluation(Callback):
     """Reconstructs every batch of `validate` and `test`, and scores and shows the reconstructions.
 
-    Each score, `<test set>/<score>`, stands beside those of other methods by the same metrics on the same images:
-
-    * `<score>.floor`: another image of the test set, chosen by key (not for distances between sets).
-    * `<score>.ceiling`: the original through the prior's autoencoder alone.
-    * `label@1.original`: the original, that is, the accuracy of the classifier.
-    * `<score>.regression`: in `test`, the decoded latents that a small network, fitted to the training shards,
-      predicts from the feature map.
-    * `<score>.neighbour`: in `test`, the training image with the most similar feature map.
-    * `<score>.<name>`: in `test`, the reconstruction by the sampler of that name.
-
-    A test set `a/b/c` also counts for the groups `a/b` and `a`. `<default_root_dir>` gets `metrics.json` and
-    `scores.csv` with all scores and their 95 % intervals, `samples/<test set>.parquet` with every image, `plots/` and
-    `pictures/`. What cannot be scored is left out and named in a note; the rest is scored. `test` stores its
-    reconstructions below `reconstructions/`, from which the same command resumes after an interruption.
+    Each score, `<test set>/<score>`, stands beside those of the baselines on the same images: `.floor` is another image
+    of the test set, `.ceiling` the original through the autoencoder alone, `.regression` and `.neighbour` (in `test`)
+    what a small network predicts and the training image with the most similar map, `label@1.original` the accuracy of
+    the classifier. docs/scores.md explains them, and the files in `<default_root_dir>`. What cannot be scored is left
+    out and named in a note. `test` stores reconstructions, from which the same command resumes after an interruption.
 
     Args:
         clean: The test set that corrupted ones are compared with.
         judge: A held-out classifier, which neither training nor refinement has seen: it scores originals and
             reconstructions too. A timm name or a folder, as for the backbone.
-        num_samples: Reconstructions of each feature map in `test`. The first is scored; from two on, so is how much
-            they differ.
-        samplers: Further samplers by name, whose reconstructions `test` scores beside those of the inverter's own,
-            such as one with refinement, or one without the control.
+        num_samples: Reconstructions of each feature map in `test`. The first is scored; if there are more, so are
+            their differences.
+        samplers: Further samplers by name, whose reconstructions `test` scores as `<score>.<name>`, such as one with
+            refinement, or one without the control.
         baselines: Those that are made from the training shards when a test starts.
         num_images: Images of each test set in its pictures; 0 for no pictures.
         inception: The Inception weights of 2015, which define `fid` and `kid`: a file, or `download` to fetch it
@@ -136,6 +127,7 @@ class Evaluation(Callback):
         hide_score_tables(trainer)  # a line for each of hundreds of scores; the summary replaces it
         self.results, self.stage, self.step = Results(), stage, last_step(trainer)
         self.training = trainer.state.fn == "fit"
+        self.replicates = 0 if self.training else REPLICATES  # in the middle of training an interval costs too much
         self.writes = trainer.is_global_zero and not self.training
         # `validate` has a folder of its own, so that it leaves what `test` wrote.
         self.root = Path(trainer.default_root_dir) / ("validate" if trainer.state.fn == "validate" else "")
@@ -157,13 +149,8 @@ class Evaluation(Callback):
         weights = how.get("control")
         self.pictures = Pictures(self.num_images, list(samplers), self.root, weights, trainer.loggers, self.step)
 
-    @property
-    def _replicates(self) -> int:
-        """None in the middle of training, where an interval is not worth its time."""
-        return 0 if self.training else REPLICATES
-
     def _scorers(self, inverter: Any, diverse: bool) -> list[Scorer]:
-        classifier, count = inverter.classifier, self._replicates
+        classifier, count = inverter.classifier, self.replicates
         if not classifier.classifies:
             self._note(f"there are no scores of classes: '{classifier.title}' has no classes, so its maps are scored")
         found = [classifier_scorer(classifier, count, diverse)]
@@ -201,7 +188,7 @@ class Evaluation(Callback):
         """Close all test sets, and give the scores to loggers, to callbacks that monitor one, and to the caller."""
         if self.trial is not None:
             return
-        self.scores.finish(self._replicates)
+        self.scores.finish(self.replicates)
         self.pictures.show()
         found = self.results.scores
         logged = {str(name): score["value"] for name, score in found.items()}

@@ -30,19 +30,10 @@ FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 class Pictures:
     """Writes and logs images of every test set: original, autoencoder, and a reconstruction by each sampler.
 
-    `pictures/<test set>/first/` gets one strip of tiles per method (`original.png`, `autoencoder.png`,
-    `reconstruction.png`, and one for each further sampler) with the first images, which are the same for every
-    inverter, and `tiles.json` with labels, predicted classes, cosines, and the digest of the weights. `extremes/`
-    gets the same of the best, the median and the worst images by cosine among the first 128; test sets are stored in
-    random order, so these are a fair sample. Loggers get the strips as one picture.
-
-    Args:
-        num_images: Tiles per test set.
-        samplers: Names of further samplers.
-        root: The folder of the run.
-        checkpoint: Digest of the weights, if it is known.
-        loggers: Of the trainer.
-        step: See `log_picture`.
+    `pictures/<test set>/first/` gets one strip of tiles per method with the first images, which are the same for every
+    inverter, and `tiles.json` with their facts and the digest of the weights (`checkpoint`). `extremes/` gets the best,
+    the median and the worst images by cosine among the first 128; test sets are stored in random order, so these are a
+    fair sample. Loggers get the strips as one picture.
     """
 
     def __init__(

@@ -38,8 +38,8 @@ class ImageCache:
     """Stores reconstructed images, so that an interrupted test resumes with the same command.
 
     An image is found by everything that determines it: identity and control of the inverter, precision, seed,
-    sampler, key and feature map. Tests with other batch sizes, numbers of processes, metrics, held-out classifiers
-    or pictures therefore reuse it, and a change of the model or of the data is never overlooked.
+    sampler, key and feature map. Tests with other batch sizes, processes, metrics, held-out classifiers or pictures
+    reuse it, and a change of the model or of the data is never overlooked.
 
     Args:
         root: The folder of the run. `reconstructions/` below it gets a file of bytes for each batch and sampler; it may
@@ -82,14 +82,9 @@ class ImageCache:
 
 
 class Reconstructions:
-    """Reconstructs batches by every method.
+    """Reconstructs batches by every method: the inverter's own sampler, further samplers, and baselines.
 
-    Args:
-        inverter: The `Inverter`.
-        samplers: Further samplers by name.
-        num_samples: Reconstructions of each feature map by the inverter's own sampler.
-        baselines: Baselines by name, as functions of a batch.
-        cache: Where sampled images are stored; None to store none.
+    With `num_samples` above 1, the own sampler gives several reconstructions of each feature map.
     """
 
     def __init__(
@@ -105,17 +100,12 @@ class Reconstructions:
 
     @property
     def methods(self) -> list[str]:
-        """The names of all methods that every test set has."""
+        """Those that every test set has."""
         return [INVERSION, *self.samplers, CEILING, ORIGINAL, *self.baselines]
 
     @torch.no_grad()
     def __call__(self, batch: Batch, floor: Baseline | None = None) -> dict[str, Reconstruction]:
-        """Reconstruct a batch by every method.
-
-        Args:
-            batch: The originals.
-            floor: The baseline of their test set, if it has one.
-        """
+        """Reconstruct a batch by every method; `floor` is the baseline of its test set, if it has one."""
         baselines = self.baselines if floor is None else {**self.baselines, FLOOR: floor}
         made = {
             INVERSION: self._samples(batch),

@@ -34,12 +34,6 @@ class Regression:
     `<default_root_dir>/regression.safetensors` for further tests with the same shards and seed. Each rank fits it,
     so that none waits for another for long, and takes the weights of the first.
 
-    Args:
-        trainer: Of the test.
-        inverter: An `Inverter`, whose autoencoder and classifier are used.
-        training: The training shards.
-        num_workers: Processes that read.
-
     Raises:
         UserError: The shards cannot be read, or the fit diverges.
     """
@@ -66,13 +60,13 @@ class Regression:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Observation:
-        """Decode the predicted latents of a batch and classify the images."""
+        """Reconstruct a batch."""
         images = self.inverter.prior.autoencoder.decode(self.network(batch["features"]))
         observation: Observation = self.inverter.classifier.classify(images)
         return observation
 
     def _fit(self) -> dict[str, Tensor]:
-        """Fit the network; its weights, on the CPU."""
+        """The fitted weights, on the CPU."""
         with torch.inference_mode(False), torch.enable_grad():
             error = fit(self.network, self._batches(), self.steps)
         if not isfinite(error):

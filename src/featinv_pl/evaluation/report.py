@@ -17,13 +17,13 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation import differences
 from featinv_pl.evaluation.methods import INVERSION, LABELS, label
-from featinv_pl.evaluation.pictures import EXTREMES, FACTS_FILE, FIRST, PICTURES
+from featinv_pl.evaluation.pictures import FACTS_FILE, FIRST, PICTURES
 from featinv_pl.evaluation.plots import cosine_histograms, severity_curves
 from featinv_pl.evaluation.results import METRICS, Document, Name, Score, as_score, by_name, cell, read_document
 from featinv_pl.files import read_json, write_bytes
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.weights import read_checkpoint
-from featinv_pl.pages.page import data_uri, picture_uri, render
+from featinv_pl.pages.page import data_uri, render
 from featinv_pl.pages.pictures import figure_png, open_picture
 
 STAGES = "stages.json"
@@ -86,7 +86,7 @@ class Tested:
     def tiles(self, test_set: str, kind: str) -> Tiles:
         """Predictions of the pictured images."""
         path = self.folder / PICTURES / test_set / kind / FACTS_FILE
-        tiles = _validated(TILES, path, ADVICE)
+        tiles: Tiles = _validated(TILES, path, ADVICE)
         scored, pictured = self.document["provenance"]["checkpoint"]["digest"], str(tiles["checkpoint"])
         if pictured != scored:
             raise UserError(
@@ -127,13 +127,9 @@ def report(folder: Path) -> None:
         notes=[(one.name, note) for one in inverters for note in (*_origin(one.document), *one.document["notes"])],
         curves=curves and data_uri(curves),
         histograms=data_uri(cosine_histograms(folders, groups, test_sets)),
-        pictures=[(test_set, _rows(inverters, test_set)) for test_set in test_sets],
-        extremes=[
-            (f"{group}, {inverter.name}", _extremes(inverter, test_set))
-            for inverter in inverters
-            for group, test_set in last.items()
-        ],
-        all_scores=_all_scores(inverters),
+        test_sets=test_sets,
+        last=last,
+        names=sorted({name for inverter in inverters for name in inverter.scores}),
         stages=_validated(RECORDS, folder / STAGES, "Remove it.") if (folder / STAGES).is_file() else {},
     )
     write_bytes(folder / METRICS, (json.dumps(documents, indent=2) + "\n").encode())
@@ -207,13 +203,6 @@ def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> list[Tab
     return rows
 
 
-def _all_scores(inverters: Sequence[Tested]) -> list[tuple[str, list[float | None]]]:
-    names = sorted({name for inverter in inverters for name in inverter.scores})
-    return [
-        (str(name), [one.scores[name]["value"] if name in one.scores else None for one in inverters]) for name in names
-    ]
-
-
 def _origin(document: Document) -> list[str]:
     """Which weights were scored, and whether their checkpoint has changed since."""
     provenance = document["provenance"]
@@ -226,26 +215,6 @@ def _origin(document: Document) -> list[str]:
         if weights_digest(weights) != digest:
             notes.append(f"'{path}' has changed since: it holds step {state['global_step']} now. Test again.")
     return notes if checkpoint["path"] else [f"tested on {provenance['date']} without a checkpoint"]
-
-
-def _rows(inverters: Sequence[Tested], test_set: str) -> list[dict[str, Any]]:
-    first = inverters[0]
-    shown = {"original": first.tiles(test_set, FIRST)["prediction"], "autoencoder": []}
-    rows = [_row(name, first.strip(test_set, FIRST, name), classes) for name, classes in shown.items()]
-    for one in inverters:
-        classes = one.tiles(test_set, FIRST)["reconstruction_prediction"]
-        rows.append(_row(one.name, one.strip(test_set, FIRST, "reconstruction"), classes))
-    return rows
-
-
-def _extremes(inverter: Tested, test_set: str) -> list[dict[str, Any]]:
-    facts = inverter.tiles(test_set, EXTREMES)
-    classes = {"original": facts["prediction"], "reconstruction": facts["reconstruction_prediction"]}
-    return [_row(name, inverter.strip(test_set, EXTREMES, name), shown) for name, shown in classes.items()]
-
-
-def _row(name: str, picture: Image.Image, classes: Sequence[str | int]) -> dict[str, Any]:
-    return {"name": name, "image": picture_uri(picture), "classes": classes}
 
 
 def _overview(inverters: Sequence[Tested], chosen: Mapping[str, str]) -> bytes:

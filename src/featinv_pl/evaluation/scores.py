@@ -30,7 +30,7 @@ class Scores:
 
     Args:
         results: Gets the scores and notes.
-        test_sets: By name, in the order in which they are evaluated.
+        test_sets: In the order in which they are evaluated.
         scorers: The networks that score; the first is the inverter's classifier.
         methods: Those that every test set has.
         inverter: The `Inverter`.
@@ -179,7 +179,7 @@ def relative(
         replicates: See `SampleMetric`.
 
     Returns:
-        The scores, and notes on images that do not count.
+        The scores, and notes on what is missing.
     """
     if groups and not reference.rows:
         advice = "no test set of that name was scored. Name the clean one by `clean`"
