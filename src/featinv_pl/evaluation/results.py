@@ -109,9 +109,8 @@ class Results:
             for method, own in found.items():
                 between = score == "cosine" and method not in (FLOOR, CEILING)
                 if between and floor and ceiling and ceiling.values[0] > floor.values[0]:
-                    self.values[Name(test_set, f"{prefix}cosine_calibrated", method)] = (own - floor) / (
-                        ceiling - floor
-                    )
+                    calibrated = Name(test_set, f"{prefix}cosine_calibrated", method)
+                    self.values[calibrated] = (own - floor) / (ceiling - floor)
                 if inverter and method != INVERSION:
                     self.values[Name(test_set, f"{prefix}{score}_difference", method)] = inverter - own
 

@@ -11,25 +11,20 @@ from featinv_pl.metrics.sample_metric import SampleMetric
 class Agreement(SampleMetric):
     """Agreement of predictions.
 
-    `agreement@1` and `agreement@5`: the share of samples whose original top-1 class is in the
-    reconstruction's top 1 and top 5. `overlap@5`: the share that the two top-5 sets have in common.
-    With fewer than five classes, five stands for all of them.
+    `agreement@1` and `agreement@5`: the share of samples with the original's top-1 class in the reconstruction's top 1
+    and top 5. `overlap@5`: the share that the two top-5 sets have in common. With fewer than five classes, five stands
+    for all of them.
     """
 
-    higher_is_better = True
     names = ("agreement@1", "agreement@5", "overlap@5")
     shares = ("agreement@1", "agreement@5")
     reads = ("logits", "logits")
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K)."""
-        k = min(5, target.shape[1])
-        theirs, ours = target.topk(k).indices, preds.topk(k).indices
-        first = theirs[:, :1]
-        top1 = (ours[:, :1] == first).any(1)
-        top5 = (ours == first).any(1)
-        overlap = (ours.unsqueeze(1) == theirs.unsqueeze(2)).any(2).double().mean(1)
-        return torch.stack([top1.double(), top5.double(), overlap], dim=1)
+        theirs, ours = (logits.topk(min(5, target.shape[1])).indices for logits in (target, preds))
+        same = (ours.unsqueeze(1) == theirs.unsqueeze(2)).double()  # by rank of theirs and of ours
+        return torch.stack([same[:, 0, 0], same[:, 0].sum(1), same.sum(2).mean(1)], dim=1)
 
 
 class LabelAccuracy(SampleMetric):
@@ -44,7 +39,6 @@ class LabelAccuracy(SampleMetric):
         classes: Labels of the classes of the test set, if these are a part of the classifier's.
     """
 
-    higher_is_better = True
     names = ("label@1", "label@1_all")
     shares = names
     reads = ("logits", "labels")
@@ -55,9 +49,10 @@ class LabelAccuracy(SampleMetric):
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
         """Compare logits (B, K) with labels (B,)."""
-        known = _known(target, preds)
-        hits = torch.stack([within(preds, self.classes).argmax(1), preds.argmax(1)], dim=1) == target.unsqueeze(1)
-        return hits.double().where(known.unsqueeze(1), torch.nan)
+        classes = torch.arange(preds.shape[1]) if self.classes is None else torch.tensor(self.classes)
+        among = classes.to(preds.device)[preds[:, classes].argmax(1)]
+        hits = torch.stack([among, preds.argmax(1)], dim=1) == target.unsqueeze(1)
+        return hits.double().where(_known(target, preds).unsqueeze(1), torch.nan)
 
 
 class ConditionalAgreement(SampleMetric):
@@ -73,7 +68,6 @@ class ConditionalAgreement(SampleMetric):
     without one.
     """
 
-    higher_is_better = True
     names = (
         *("agreement@1_right", "agreement@1_wrong", "label@1_wrong"),
         *("agreement@1_resisted", "agreement@1_fooled", "label@1_fooled"),
@@ -102,7 +96,6 @@ class ConditionalAgreement(SampleMetric):
 class AttackSuccess(SampleMetric):
     """`attack_success`: the share of adversarial images with which the attack succeeded."""
 
-    higher_is_better = True
     names = ("attack_success",)
     shares = names
     listed = False
@@ -116,12 +109,3 @@ class AttackSuccess(SampleMetric):
 def _known(labels: Tensor, logits: Tensor) -> Tensor:
     """Which labels are classes of the classifier."""
     return (labels >= 0) & (labels < logits.shape[1])
-
-
-def within(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
-    """Logits (B, K) of some classes alone; the others are made impossible."""
-    if classes is None:
-        return logits
-    chosen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    chosen[list(classes)] = True
-    return logits.where(chosen, -torch.inf)

@@ -22,7 +22,6 @@ class FrechetDistance(Metric):
     """
 
     full_state_update = False
-    higher_is_better = False
     reads: ClassVar[tuple[str, str]] = ("features", "features")
     sums: Tensor
     outers: Tensor

@@ -29,7 +29,6 @@ class KernelDistance(Metric):
     """
 
     full_state_update = False
-    higher_is_better = False
     reads: ClassVar[tuple[str, str]] = ("features", "features")
     chosen: Tensor
 

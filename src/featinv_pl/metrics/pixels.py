@@ -19,7 +19,6 @@ class PixelSimilarity(SampleMetric):
     of 11 pixels lies within the image.
     """
 
-    higher_is_better = True
     names = ("psnr", "ssim")
     reads = ("images", "images")
 
@@ -46,7 +45,6 @@ class PerceptualDistance(SampleMetric):
         replicates: See `SampleMetric`.
     """
 
-    higher_is_better = False
     names = ("lpips",)
     reads = ("images", "images")
 

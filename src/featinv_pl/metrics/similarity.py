@@ -21,7 +21,6 @@ class MapSimilarity(SampleMetric):
     4,000 bins, so that memory is constant: it is exact to 0.0005.
     """
 
-    higher_is_better = True
     names = ("cosine", "cosine_median", "cosine_flat", "cosine_pooled")
     reads = ("features", "features")
     histogram: Tensor
