@@ -24,15 +24,3 @@ def test_are_means_over_pairs() -> None:
         norms = np.linalg.norm(f, axis=1)
         cosines = [((f[i] * f[j]).sum(0) / norms[i] / norms[j]).mean() for i, j in pairs]
         assert float(features.latest[row]) == pytest.approx(1 - np.mean(cosines), rel=1e-5)
-
-
-def test_equal_samples_have_none() -> None:
-    images, maps = (
-        torch.rand(2, 1, 3, 8, 8).expand(-1, 4, -1, -1, -1),
-        torch.rand(2, 1, 5, 2, 2).expand(-1, 4, -1, -1, -1),
-    )
-    pixels, features = PixelDiversity(), MapDiversity()
-    pixels.update(images, images[:, 0], KEYS)
-    features.update(maps, maps[:, 0], KEYS)
-    assert float(pixels.compute()["diversity_pixels"]) == pytest.approx(0, abs=1e-9)
-    assert float(features.compute()["diversity_maps"]) == pytest.approx(0, abs=1e-6)
