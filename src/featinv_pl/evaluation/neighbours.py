@@ -61,7 +61,8 @@ class Neighbours:
     def __call__(self, batch: Batch) -> Observation:
         """The neighbours of a batch."""
         queries = batch["features"].to(self.device)
-        found = [self._nearest(query, rows) for query, rows in zip(queries, self._candidates(queries), strict=True)]
+        with torch.autocast(self.device.type, enabled=False):  # which would compare in half precision
+            found = [self._nearest(query, rows) for query, rows in zip(queries, self._candidates(queries), strict=True)]
         samples, device = collate_samples(found), batch["features"].device
         return {
             "images": samples["images"].to(device),
