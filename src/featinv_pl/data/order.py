@@ -1,6 +1,7 @@
 """Which process sees which sample when: once each for evaluation, shuffled and resumable exactly for training."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Batches(DistributedSampler[Sequence[int]]):
         """All epochs are alike."""
 
 
+@dataclass(eq=False)
 class ShuffledBatches(Batches):
     """A random order that reads a few shards at a time and can start anywhere.
 
@@ -49,19 +51,13 @@ class ShuffledBatches(Batches):
         start: Batches of that epoch to skip.
     """
 
-    def __init__(
-        self,
-        shard_sizes: list[int],
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        epoch: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.shard_sizes, self.batch_size = shard_sizes, batch_size
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.epoch, self.start = epoch, start
+    shard_sizes: list[int]
+    batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    epoch: int = 0
+    start: int = 0
 
     def __len__(self) -> int:
         """Batches in a complete epoch: Lightning adds those seen before to those that it gets."""

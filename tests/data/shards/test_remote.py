@@ -91,12 +91,9 @@ def keys(data: FeatureShards) -> list[str]:
     return [key for batch in loader for key in batch["key"]]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_reads_over_http_and_keeps_what_it_has_fetched(
-    server: Server, num_workers: int, make_batch: MakeBatch, tmp_path: Path
-) -> None:
+def test_reads_over_http_and_keeps_what_it_has_fetched(server: Server, make_batch: MakeBatch, tmp_path: Path) -> None:
     place = f"{server.address}/set"
-    data = shards(place, num_workers=num_workers)
+    data = shards(place, num_workers=2)
     assert server.asked == [f"/set/{MANIFEST}"]  # shards follow when they are wanted
     assert keys(data) == [f"0-{number}" for number in range(SIZE)]
     assert data.val is not None
@@ -105,7 +102,7 @@ def test_reads_over_http_and_keeps_what_it_has_fetched(
     assert sorted(set(tars)) == [f"/set/clean-0000{number}.tar" for number in range(3)]
 
     server.asked.clear()
-    assert len(keys(shards(place, num_workers=num_workers))) == SIZE
+    assert len(keys(shards(place))) == SIZE
     assert server.asked == [f"/set/{MANIFEST}"]
 
     write_set(tmp_path / "far/other", make_batch(SIZE, seed=1), shard_size=4)

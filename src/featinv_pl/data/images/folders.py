@@ -105,8 +105,8 @@ class FolderImages(ImageSource):
                 ) from error
             return {**sample, "unreadable": str(error)}
         if self.views:
-            sample["view"] = random_view(image, name, number, self.seed, self.vertical_flip)
-            pixels = transforms.pil_to_tensor(take_view(image, sample["view"], self.image_size))
+            view = random_view(image, name, number, self.seed, self.vertical_flip)
+            sample["view"], pixels = view, transforms.pil_to_tensor(take_view(image, view, self.image_size))
         else:
             pixels = self._central_crop(image)
         return {**sample, "images": from_uint8(pixels)}
