@@ -17,9 +17,8 @@ from featinv_pl.options import (
     box,
     load_pipeline,
     positive,
-    region,
     strengths,
-)
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from featinv_pl.pages.page import Report
@@ -87,17 +86,19 @@ def _steer(parser: ArgumentParser, args: list[str]) -> None:
     add_sampling(parser, num_samples=1)
     options = parser.parse_args(args)
     from featinv_pl.explore.concepts import Concepts
+    from featinv_pl.explore.edits import box_mask, picture_mask
     from featinv_pl.explore.steering import steer
     from featinv_pl.pages.pictures import open_picture
 
     picture, concepts = open_picture(options.image), Concepts.load(options.concepts)
     concept = concepts.number(options.concept)
     pipeline = load_pipeline(options.model, options)
-    steering = steer(
-        pipeline, picture, concepts, concept, options.strengths, options.edit,
-        region(options, pipeline), options.classes, options.num_samples, options.seed,
-    )  # fmt: skip
-    _finish(steering, options.out)
+    mask = picture_mask(options.mask, options.image, pipeline) if options.mask else None
+    if options.box:
+        mask = box_mask(options.box, pipeline.inverter.classifier.input_size)
+    edit = options.strengths, options.edit, mask
+    found = steer(pipeline, picture, concepts, concept, *edit, options.classes, options.num_samples, options.seed)
+    _finish(found, options.out)
 
 
 def _interpolate(parser: ArgumentParser, args: list[str]) -> None:
@@ -233,15 +234,7 @@ COMMANDS = {
 
 
 def run_command(name: str, args: list[str]) -> None:
-    """Run one of our own commands.
-
-    Args:
-        name: As in `COMMANDS`.
-        args: What follows it on the command line.
-
-    Raises:
-        UserError: The command has failed; the message names its options.
-    """
+    """Run one of our own commands; the messages of its errors name its options."""
     does, run = COMMANDS[name]
     assert run
     parser = ArgumentParser(f"featinv-pl {name}", description=f"{does[0].upper()}{does[1:]}.")

@@ -7,8 +7,6 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from featinv_pl.inverter.pipeline import FeatInvPipeline
     from featinv_pl.sampling.sampler import Sampler
 
@@ -48,7 +46,7 @@ def add_sampler(parser: ArgumentParser) -> None:
     _add_fields(group, Sampler, "--sampler")
 
 
-def _add_fields(group: Any, settings: type, prefix: str) -> None:
+def _add_fields(group: Any, settings: Any, prefix: str) -> None:
     """An option for each field of a dataclass, with the help of its docstring; fields of fields have longer names."""
     import docstring_parser
 
@@ -70,19 +68,16 @@ def _add_fields(group: Any, settings: type, prefix: str) -> None:
 
 
 def changed(sampler: "Sampler", options: Namespace) -> "Sampler":
-    """A sampler with the fields that options give in place of its own.
-
-    Raises:
-        UserError: A value is out of range.
-    """
+    """A sampler with the fields that options give in place of its own."""
     from featinv_pl.sampling.sampler import Refinement
 
-    given = {
+    given: dict[str, Any] = {
         name.removeprefix("sampler."): tuple(value) if isinstance(value, list) else value
         for name, value in vars(options).items()
         if name.startswith("sampler.") and value is not None
     }
-    refine = {name.removeprefix("refine."): given.pop(name) for name in list(given) if name.startswith("refine.")}
+    nested = [name for name in given if name.startswith("refine.")]
+    refine: dict[str, Any] = {name.removeprefix("refine."): given.pop(name) for name in nested}
     if refine:
         given["refine"] = replace(sampler.refine or Refinement(), **refine)
     return replace(sampler, **given)
@@ -101,15 +96,6 @@ def load_pipeline(model: str, options: Namespace) -> "FeatInvPipeline":
     pipeline = FeatInvPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
     pipeline.inverter.sampler = changed(pipeline.inverter.sampler, options)
     return pipeline
-
-
-def region(options: Namespace, pipeline: "FeatInvPipeline") -> "Tensor | None":
-    """The mask (H, W) in [0, 1] of `--box` or `--mask`, of the size that the classifier reads; None for everywhere."""
-    from featinv_pl.explore.edits import box_mask, picture_mask
-
-    if options.box is not None:
-        return box_mask(options.box, pipeline.inverter.classifier.input_size)
-    return picture_mask(options.mask, options.image, pipeline) if options.mask else None
 
 
 def positive(text: str) -> int:

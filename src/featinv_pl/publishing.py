@@ -3,6 +3,7 @@
 import logging
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.results import METRICS, Document, Name, by_name, read_document
+from featinv_pl.evaluation.results import METRICS, Document, Name, Score, by_name, read_document
 from featinv_pl.files import atomic, read_yaml
 from featinv_pl.inverter.compatibility import load_control
 from featinv_pl.inverter.inverter import Inverter
@@ -33,15 +34,10 @@ logger = logging.getLogger("featinv_pl")
 
 
 def export(run: Path, folder: Path) -> str:
-    """Write the inverter of a run as a model folder, with a model card.
+    """Write the inverter of a run as a new model folder with a model card, and return a summary.
 
-    Args:
-        run: The folder of a run of `fit`, which holds `fit.yaml`, a checkpoint and, once tested,
-            `metrics.json`; or one of several checkpoints in it.
-        folder: Must not exist.
-
-    Returns:
-        A summary.
+    The run is the folder of a `fit`, which holds `fit.yaml`, a checkpoint and, once tested, `metrics.json`; or one of
+    several checkpoints in it.
     """
     _refuse_existing(folder)
     checkpoint = run if run.is_file() else _only_checkpoint(run)
@@ -68,19 +64,10 @@ def import_official(
     input_size: int | None = None,
     image_size: int = 256,
 ) -> str:
-    """Write the authors' trained half as a model folder.
+    """Write the authors' trained half as a new model folder, and return a summary.
 
-    Args:
-        checkpoint: Theirs: `control_model.*`, `model.diffusion_model.*` and `first_stage_model.*`.
-        folder: Must not exist.
-        backbone: See `FeatureInversion`, like the rest.
-        prior: The prior that it was trained on, which must hold the weights that the checkpoint holds.
-        weights: As above.
-        input_size: As above.
-        image_size: As above.
-
-    Returns:
-        A summary.
+    Their checkpoint holds `control_model.*`, `model.diffusion_model.*` and `first_stage_model.*`; the prior must be the
+    one that it was trained on. The other arguments are as in `FeatureInversion`.
     """
     _refuse_existing(folder)
     state = read_weights(checkpoint, "CKPT")
@@ -166,13 +153,7 @@ def _inverter(settings: Any, path: Path) -> Inverter:
 
 
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
-    """The scores of the weights that are exported; without them, None and advice in the log.
-
-    Args:
-        home: The folder of the run.
-        checkpoint: What is exported.
-        weights: Its digest.
-    """
+    """The scores of the exported weights, given by their digest; without them, None and advice in the log."""
     reason = "has no scores"
     if (home / METRICS).is_file():
         document = read_document(home / METRICS, "RUN")
@@ -214,7 +195,7 @@ def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Doc
     scores = by_name(tested) if tested else {}
     names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
     test_sets = sorted({name.test_set for name in scores if "/" not in name.test_set})
-    table = {one: [scores.get(Name(one, score), {}).get("value") for score in names] for one in test_sets}
+    table = {one: [_value(scores, Name(one, score)) for score in names] for one in test_sets}
     template = files("featinv_pl.inverter").joinpath("model_card.md").read_text()
     card = (
         Environment(undefined=StrictUndefined, trim_blocks=True)
@@ -234,3 +215,7 @@ def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Doc
         (partial / "README.md").write_text(card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR"
+
+
+def _value(scores: Mapping[Name, Score], name: Name) -> float | None:
+    return scores[name]["value"] if name in scores else None

@@ -39,11 +39,7 @@ class OwnPages:
     """Answers only requests of pages that this server has served, under an address or name of this machine.
 
     Any page in a browser can send requests to this machine, also under a name that its owner lets point here (DNS
-    rebinding).
-
-    Args:
-        app: What answers.
-        host: The address that the server listens at.
+    rebinding). `host` is the address that the server listens at.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -71,12 +67,6 @@ class OwnPages:
 
 def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port: int) -> None:
     """Serve the page until the process is interrupted.
-
-    Args:
-        pipeline: The inverter.
-        concepts: To steer along, if any.
-        host: The address to listen at: `127.0.0.1` is reached from this machine alone.
-        port: Of that address.
 
     Raises:
         UserError: The port is taken, or the concepts belong to another backbone.

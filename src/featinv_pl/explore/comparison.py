@@ -96,14 +96,7 @@ class Comparison(Report):
 def compare(
     models: Iterable[tuple[str, FeatInvPipeline]], names: Sequence[str], pictures: Sequence[Image.Image], seed: int = 0
 ) -> Comparison:
-    """Reconstruct pictures by several inverters.
-
-    Args:
-        models: Names and inverters, taken one after another, so that one at a time is in memory.
-        names: Of the pictures.
-        pictures: Of any size.
-        seed: Of the noise.
-    """
+    """Reconstruct pictures by several inverters, which are taken one after another: one at a time is in memory."""
     found = []
     for name, pipeline in models:
         before = pipeline.classify(pipeline.crop(pictures))

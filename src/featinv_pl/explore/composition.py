@@ -111,13 +111,7 @@ def compose(
 ) -> Composition:
     """Paste a region of the second picture's map into the first one's, and reconstruct it.
 
-    Args:
-        pipeline: The inverter.
-        first: A picture of any size.
-        second: Another.
-        box: The region, in pixels of the classifier's crop.
-        num_samples: How many images.
-        seed: Of the noise.
+    The box is in pixels of the classifier's crop.
 
     Raises:
         UserError: The box reaches outside the image.

@@ -89,16 +89,10 @@ class Concepts:
         raise UserError(f"`concept`: there is no concept '{concept}'. Give one of {known}.")
 
     def activations(self, features: Tensor) -> Tensor:
-        """How strongly each location expresses each concept, in units of strength.
+        """How strongly each location of maps (B, C, h, w) expresses each concept, in units of strength: (B, K, h, w).
 
         NMF: the component's coefficient in the non-negative combination of all components that comes closest.
-        Else the projection onto the direction, from its start; its mean over locations is the score.
-
-        Args:
-            features: (B, C, h, w).
-
-        Returns:
-            (B, K, h, w).
+        Otherwise the projection onto the direction, from its start; its mean over locations is the score.
         """
         if self.method == "nmf":
             return _coefficients(features, self.directions)
@@ -110,14 +104,9 @@ class Concepts:
         return torch.einsum("bchw,kchw->bkhw", features, scaled) - offsets
 
     def score(self, features: Tensor, weight: Tensor) -> Tensor:
-        """How strongly maps express each concept, where `weight` says: 0 is the start, 1 a strength of 1 further.
+        """How strongly maps (B, C, h, w) express each concept within a weight (h, w) in [0, 1]: (B, K).
 
-        Args:
-            features: (B, C, h, w).
-            weight: (h, w) in [0, 1].
-
-        Returns:
-            (B, K).
+        0 is the start, and 1 a strength of 1 further.
         """
         weight = weight.to(features)
         mean = (self.activations(features) * weight).sum((2, 3)) / weight.sum()
@@ -140,10 +129,7 @@ class Concepts:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
-
-        Args:
-            path: The folder, or either of the two files.
+        """Read what `save` wrote; the path is that of the folder, or of either file.
 
         Raises:
             UserError: A file is missing, or not as it was written.
@@ -182,11 +168,6 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
 
     A layer that has negative values too is factorised as its positive and its negative part side by side; a
     component's direction is the difference of its two halves.
-
-    Args:
-        samples: Feature maps.
-        num_concepts: How many components.
-        seed: Of the factorisation.
     """
     maps = samples.features.float()
     locations = maps.movedim(1, -1).flatten(0, 2)
@@ -236,10 +217,8 @@ def _coefficients(features: Tensor, directions: Tensor) -> Tensor:
 def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tensor]], pooled: bool) -> Concepts:
     """Directions from the mean map of one group of images to that of another.
 
-    Args:
-        samples: Feature maps.
-        pairs: For each concept its name, and which samples (n,) are in the first and in the second group.
-        pooled: Take the mean over locations too, so that the direction is the same at all of them.
+    A pair is the concept's name and which samples (n,) are in each group. A pooled direction is a mean over locations,
+    and so the same at all of them.
     """
     maps = samples.maps(pooled)
     means = [(maps[first].mean(0), maps[second].mean(0)) for _, first, second in pairs]
@@ -258,12 +237,7 @@ def activation_vectors(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tens
     """Concept activation vectors: normals of the planes that separate two groups of images best.
 
     Kim et al. (Interpretability Beyond Feature Attribution, arXiv 1711.11279), with logistic regression as
-    the linear classifier.
-
-    Args:
-        samples: Feature maps.
-        pairs: As for `difference_concepts`.
-        pooled: Separate the means over locations, so that the vector is the same at all of them.
+    the linear classifier. Pairs and `pooled` are as for `difference_concepts`.
     """
     differences = difference_concepts(samples, pairs, pooled)
     maps = samples.maps(pooled)

@@ -22,15 +22,7 @@ LEADS = {
 
 @dataclass(frozen=True)
 class Example:
-    """An image that expresses a concept.
-
-    Attributes:
-        picture: The image.
-        heat: (h, w), how strongly each location expresses the concept, in units of strength.
-        score: How strongly the complete image does.
-        label: Of the image.
-        source: The shard set of the image.
-    """
+    """An image that expresses a concept: each location by its heat (h, w), all of it by its score."""
 
     picture: Image.Image
     heat: Tensor
@@ -79,13 +71,7 @@ class Gallery(Report):
 
 
 def gallery(concepts: Concepts, samples: Samples, num_examples: int = 8) -> Gallery:
-    """Find the images that express each concept most.
-
-    Args:
-        concepts: The concepts.
-        samples: Feature maps of the images.
-        num_examples: For each concept.
-    """
+    """Find the images that express each concept most."""
     everywhere = torch.ones(samples.features.shape[-2:])
     batches = [maps.float() for maps in samples.features.split(BATCH)]
     heat = torch.cat([concepts.activations(maps) for maps in batches])

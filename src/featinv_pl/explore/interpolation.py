@@ -14,7 +14,7 @@ from featinv_pl.explore.edits import lerp, refuse_overflow, slerp
 from featinv_pl.explore.reconstruct import reconstruct_maps, tile
 from featinv_pl.explore.samples import Samples, refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.pages.page import RED, Report, Section, Tile
+from featinv_pl.pages.page import RED, Report, Section, Tile, plot_probabilities
 from featinv_pl.pages.pictures import prediction
 
 Mode = Literal["linear", "slerp"]
@@ -105,10 +105,9 @@ class Interpolation(Report):
 
     def _plot_classes(self, axes: Axes) -> None:
         probabilities = self.logits.float().softmax(1)
-        for logits in self.original_logits if self.logits.shape[1] else []:
-            axes.plot(self.shares, probabilities[:, logits.argmax()].numpy(), marker=".", label=prediction(logits))
-        axes.set(xlabel="share of the second map", ylabel="probability", ylim=(-0.02, 1.02))
-        axes.legend(fontsize="small", title="class")
+        ends = self.original_logits if self.logits.shape[1] else ()
+        lines = {prediction(logits): probabilities[:, logits.argmax()] for logits in ends}
+        plot_probabilities(axes, self.shares, lines, "share of the second map")
 
     def facts(self) -> dict[str, Any]:
         nearest: Sequence[float | None] = self.nearest or [None] * len(self.shares)
@@ -138,16 +137,9 @@ def interpolate(
     real: Samples | None = None,
     seed: int = 0,
 ) -> Interpolation:
-    """Reconstruct the maps between those of two pictures.
+    """Reconstruct `steps` maps between those of two pictures, ends included, all from the same noise.
 
-    Args:
-        pipeline: The inverter.
-        first: A picture of any size.
-        second: Another.
-        steps: How many maps, ends included.
-        mode: `linear`, or `slerp`, which keeps norms.
-        real: Maps of real images, whose cosines with each other say how far apart such images are.
-        seed: Of the noise, which is the same at all steps.
+    `slerp` keeps norms. The cosines of `real` images with each other say how far apart such images are.
 
     Raises:
         UserError: The real images' maps are of another backbone.
@@ -156,7 +148,8 @@ def interpolate(
         refuse_other_backbone(real.origin, pipeline, "`real`")
     ends = pipeline.classify(pipeline.crop([first, second]))
     shares = torch.linspace(0, 1, steps).tolist()
-    maps = torch.stack([PATHS[mode](*ends["features"], share) for share in shares])
+    first_map, second_map = ends["features"]
+    maps = torch.stack([PATHS[mode](first_map, second_map, share) for share in shares])
     refuse_overflow(maps, "interpolate")
     found = reconstruct_maps(pipeline, maps, seed=seed)
     features = found["features"][:, 0]

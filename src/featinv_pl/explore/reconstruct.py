@@ -25,13 +25,7 @@ SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
 def reconstruct_maps(
     pipeline: FeatInvPipeline, maps: Iterable[Tensor], num_samples: int = 1, seed: int = 0
 ) -> Observation:
-    """Reconstruct several maps, each from the same noise, and classify the images as bytes.
-
-    Args:
-        pipeline: The inverter.
-        maps: S maps (C, h, w).
-        num_samples: n images of each.
-        seed: Of the noise.
+    """Reconstruct each of S maps (C, h, w) n times, all from the same noise, and classify the images as bytes.
 
     Returns:
         On the CPU: images (S, n, 3, H, W) in [-1, 1], features (S, n, C, h, w), logits (S, n, K).
@@ -94,17 +88,9 @@ class Fidelity:
 
 
 def reconstruct(pipeline: FeatInvPipeline, paths: list[Path], folder: Path, num_samples: int, seed: int) -> str:
-    """Write reconstructions as PNGs, a contact sheet, and their cosines and predictions as JSON.
+    """Reconstruct pictures, and return a summary.
 
-    Args:
-        pipeline: The inverter.
-        paths: Pictures.
-        folder: Receives `<stem>-<number>.png`, `contact_sheet.png` and `reconstructions.json`.
-        num_samples: Reconstructions of each picture.
-        seed: Of the noise.
-
-    Returns:
-        A summary.
+    The folder receives `<stem>-<number>.png`, `contact_sheet.png`, and what was measured in `reconstructions.json`.
     """
     pictures = [open_picture(path) for path in paths]
     folder.mkdir(parents=True, exist_ok=True)

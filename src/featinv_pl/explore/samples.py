@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.data.shards.reader import ShardSet
+from featinv_pl.data.shards.samples import Sample
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
 
@@ -79,19 +80,15 @@ class Samples:
 
 
 def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Samples:
-    """Read shard sets of one backbone and layer.
-
-    Args:
-        folders: The sets.
-        num_images: How many images of each set at most, evenly spaced over it.
-        option: The option that named them, for errors.
+    """Read at most `num_images` of each shard set, evenly spaced over it.
 
     Raises:
-        UserError: The sets are of different backbones, or one is empty.
+        UserError: The sets are of different backbones, or one is empty. The message begins with `option`.
     """
     sets = [ShardSet(folder, folder.name, option) for folder in folders]
     origins = [_origin(shards) for shards in sets]
-    found, groups, numbers = [], [], []
+    found: list[Sample] = []
+    groups, numbers = [], []
     for group, (folder, origin) in enumerate(zip(folders, origins, strict=True)):
         if origin != origins[0]:
             raise UserError(
@@ -111,13 +108,7 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
 
 
 def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) -> None:
-    """Raise an error that names both sides if maps come from another backbone or layer than an inverter reads.
-
-    Args:
-        origin: Of the maps.
-        pipeline: The inverter.
-        name: The argument that holds them, for the error.
-    """
+    """Raise an error if maps come from another backbone or layer than an inverter reads; `name` is the argument's."""
     classifier = pipeline.inverter.classifier
     ours = Origin(
         backbone=classifier.title,

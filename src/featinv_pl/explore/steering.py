@@ -16,7 +16,7 @@ from featinv_pl.explore.edits import add, location_weights, refuse_overflow, sca
 from featinv_pl.explore.reconstruct import reconstruct_maps, tile
 from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Report, Section
+from featinv_pl.pages.page import Report, Section, plot_probabilities
 from featinv_pl.pages.pictures import class_name, prediction
 from featinv_pl.types import predicted
 
@@ -105,14 +105,14 @@ class Steering(Report):
         axes.legend(fontsize="small")
 
     def _plot_classes(self, axes: Axes) -> None:
-        for index in self.classes:
-            mean = self.probabilities[:, :, index].mean(1).numpy()
-            axes.plot(self.strengths, mean, marker=".", label=class_name(index, self.logits.shape[-1]))
-        axes.set(xlabel="strength", ylabel="probability", ylim=(-0.02, 1.02))
-        axes.legend(fontsize="small", title="class")
+        means = {name: values.mean(1) for name, values in self._shown().items()}
+        plot_probabilities(axes, self.strengths, means, "strength")
+
+    def _shown(self) -> dict[str, Tensor]:
+        """Probabilities (S, n) of the classes that are shown, by name."""
+        return {class_name(index, self.logits.shape[-1]): self.probabilities[:, :, index] for index in self.classes}
 
     def facts(self) -> dict[str, Any]:
-        shown = {class_name(index, self.logits.shape[-1]): self.probabilities[:, :, index] for index in self.classes}
         return {
             "concept": self.concept,
             "edit": self.edit,
@@ -123,7 +123,7 @@ class Steering(Report):
                     "strength": strength,
                     "scores": self.scores[step].tolist(),
                     "predictions": [prediction(logits) for logits in self.logits[step]],
-                    "probabilities": {name: values[step].tolist() for name, values in shown.items()},
+                    "probabilities": {name: values[step].tolist() for name, values in self._shown().items()},
                 }
                 for step, strength in enumerate(self.strengths)
             ],
@@ -142,20 +142,11 @@ def steer(
     num_samples: int = 1,
     seed: int = 0,
 ) -> Steering:
-    """Reconstruct a picture's map as it is moved along a concept.
+    """Reconstruct a picture's map as it is moved along a concept, at all strengths from the same noise.
 
-    Args:
-        pipeline: The inverter.
-        picture: Of any size.
-        concepts: Found in maps of the inverter's backbone.
-        concept: Number of one of them.
-        strengths: For `add`, multiples of the direction; for `scale`, factors of what an NMF component
-            contributes; for `remove`, the fraction of it that is taken away.
-        edit: What to do.
-        mask: (H, W) in [0, 1], of the size that the classifier reads: the region to edit. None is everywhere.
-        classes: Whose probabilities to show, besides those of the classes that are predicted.
-        num_samples: Images per strength.
-        seed: Of the noise, which is the same at all strengths.
+    A strength is, for `add`, a multiple of the direction; for `scale`, a factor of what an NMF component contributes;
+    for `remove`, the fraction of it that is taken away. `mask` (H, W) in [0, 1], of the size that the classifier reads,
+    is the region to edit. The probabilities of `classes` are shown besides those of the predicted classes.
 
     Raises:
         UserError: Concepts of another backbone, an edit that does not suit them, strengths beyond half precision.

@@ -3,7 +3,7 @@
 import base64
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
 from featinv_pl.files import write_bytes
 from featinv_pl.pages.pictures import figure_png, picture_png
@@ -93,6 +94,14 @@ class Report(ABC):
         picture = self._repr_png_()
         for suffix, data in (("json", facts.encode()), ("png", picture), ("html", page.encode())):
             write_bytes(folder / f"{self.name}.{suffix}", data)
+
+
+def plot_probabilities(axes: Axes, x: Sequence[float], lines: Mapping[str, Tensor], xlabel: str) -> None:
+    """Plot probabilities of classes, by name."""
+    for name, values in lines.items():
+        axes.plot(x, values.numpy(), marker=".", label=name)
+    axes.set(xlabel=xlabel, ylabel="probability", ylim=(-0.02, 1.02))
+    axes.legend(fontsize="small", title="class")
 
 
 def _height(section: Section) -> float:

@@ -22,12 +22,7 @@ OPACITY = 0.6  # of a heat map at its hottest
 
 
 def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
-    """Decode a picture completely, so that a damaged one is refused before anything is computed.
-
-    Args:
-        path: A photograph's usual formats.
-        option: The option that named it, for errors.
-    """
+    """Decode a picture completely, so that a damaged one is refused before anything is computed."""
     try:
         return open_image(path)
     except NoImageError as error:
@@ -86,12 +81,7 @@ def listed_classes(logits: Tensor) -> str:
 
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Lay a heat map over a picture: the hotter, the more opaque.
-
-    Args:
-        picture: Of any size.
-        heat: (h, w) in [0, 1].
-    """
+    """Lay a heat map (h, w) in [0, 1] over a picture: the hotter, the more opaque."""
     grid = Image.fromarray((heat.clamp(0, 1) * 255).byte().cpu().numpy())
     level = np.asarray(grid.resize(picture.size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
     share = OPACITY * level[..., None]
