@@ -92,7 +92,7 @@ def test_each_sample_draws_its_own_noise_wherever_it_is(make_model: Any, make_ba
     def loss(rows: list[int], batch_idx: int = 0) -> float:
         whole: dict[str, Any] = dict(batch)
         part: Any = {name: [v[row] for row in rows] if isinstance(v, list) else v[rows] for name, v in whole.items()}
-        return float(model.training_step(part, batch_idx))
+        return float(model.training_step(part, batch_idx).detach())
 
     assert loss([0, 1, 2, 3]) == loss([0, 1, 2, 3], 1)
     assert (loss([2, 0]) + loss([1, 3])) / 2 == pytest.approx(loss([0, 1, 2, 3]), abs=1e-6)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def start(args: Sequence[str], folder: Path, largest: int | None = None) -> int:
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
+        warnings.resetwarnings()  # nor pytest's
         os.environ |= ENVIRONMENT | {"TMPDIR": str(folder)}
         torch.set_num_threads(1)
         if largest is not None:
