@@ -387,7 +387,7 @@ def test_loading_is_strict(make_model: Any, change: str) -> None:
         state.popitem()
     else:
         state["control.more"] = torch.zeros(1)
-    with pytest.raises(UserError, match=r"--ckpt_path: 1 tensors of the control are missing, too many"):
+    with pytest.raises(UserError, match=r"`ckpt_path`: 1 tensors of the control are missing, too many"):
         model.load_state_dict(state)
 
 

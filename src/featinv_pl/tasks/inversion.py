@@ -210,7 +210,7 @@ class FeatureInversion(Clipped):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained half, strictly: a missing or unexpected weight is an error."""
-        return fill_control(self.inverter, state_dict, "--ckpt_path")
+        return fill_control(self.inverter, state_dict, "`ckpt_path`")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the control belongs to."""
@@ -218,5 +218,5 @@ class FeatureInversion(Clipped):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model, before training starts."""
-        check_checkpoint(checkpoint, self.inverter, "--ckpt_path")
+        check_checkpoint(checkpoint, self.inverter, "`ckpt_path`")
         self.loaded_step = checkpoint["global_step"]

@@ -40,7 +40,7 @@ def optimise(
     scheduler = lr_scheduler(built)
     if isinstance(scheduler, ReduceLROnPlateau):
         raise UserError(
-            "--model.lr_scheduler: ReduceLROnPlateau waits for a metric, and schedules advance with every step here. "
+            "`lr_scheduler`: ReduceLROnPlateau waits for a metric, and schedules advance with every step here. "
             "Use another, such as torch.optim.lr_scheduler.OneCycleLR, and EarlyStopping for the end."
         )
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
