@@ -1,7 +1,7 @@
 """The page on this machine, driven as people do: upload, draw, steer, interpolate."""
 
+import importlib
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -170,10 +170,9 @@ def test_concepts_of_another_backbone(pipeline: FeatInvPipeline, concepts: Conce
         build(pipeline, replace(concepts, origin={**concepts.origin, "layer": "layer3"}))
 
 
-def test_without_gradio(inverter_folder: Path) -> None:
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where it is not installed: its import fails."""
-    code = "import sys; sys.modules['gradio'] = None; from featinv_pl.__main__ import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "app", "--model", str(inverter_folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "app: the page needs gradio, which is not installed. Install it with: pip install" in done.stderr
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "featinv_pl.explore.app", raising=False)
+    with pytest.raises(UserError, match="app: the page needs gradio, which is not installed"):
+        importlib.import_module("featinv_pl.explore.app")

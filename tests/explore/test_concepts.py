@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,10 +186,12 @@ def test_samples_are_spaced_over_a_set(digit_shards: Path) -> None:
         (["--num_concepts", "3"], (3, 8, 1, 1), ["part 0", "part 1", "part 2"]),
         (["--method", "difference", "--between", "4", "9", "--between", "9", "4"], (2, 8, 4, 4), ["4-9", "9-4"]),
         (["--method", "cav", "--pooled", "--between", "4", "9"], (1, 8, 1, 1), ["4-9"]),
+        (["clean", "--method", "difference"], (1, 8, 4, 4), ["train-clean"]),
     ],
 )
 def test_command(options: list[str], shape: tuple[int, ...], names: list[str], digit_shards: Path) -> None:
-    main(["concepts", str(digit_shards / "train"), *options, "--out", "found"])
+    sets = [str(digit_shards / name) for name in ("train", *options) if name in ("train", "clean")]
+    main(["concepts", *sets, *(one for one in options if one != "clean"), "--out", "found"])
     out = Path("found")
     files = {"concepts.safetensors", "concepts.json", "examples.html", "examples.png", "examples.json"}
     assert {path.name for path in out.iterdir()} == files
@@ -196,21 +200,6 @@ def test_command(options: list[str], shape: tuple[int, ...], names: list[str], d
         assert (tuple(concepts.directions.shape), concepts.names) == (shape, names)
     assert list(json.loads((out / "examples.json").read_text())) == names
     assert concepts.origin["feature_shape"] == [8, 4, 4]
-
-
-def test_command_compares_two_sets(digit_shards: Path) -> None:
-    main(
-        [
-            "concepts",
-            str(digit_shards / "train"),
-            str(digit_shards / "clean"),
-            "--method",
-            "difference",
-            "--out",
-            "found",
-        ]
-    )
-    assert Concepts.load(Path("found")).names == ["train-clean"]
 
 
 def test_command_refuses(digit_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,20 +211,16 @@ def test_command_refuses(digit_shards: Path, capsys: pytest.CaptureFixture[str])
     assert not Path("found").exists()
 
 
-def test_sets_of_two_backbones_are_refused(digit_shards: Path) -> None:
+def test_sets_of_two_backbones_and_empty_sets_are_refused(digit_shards: Path) -> None:
     other = Path(shutil.copytree(digit_shards / "clean", "other"))
     manifest = read_manifest(other, "here")
     manifest["provenance"]["layer"] = "layer3"
     write_manifest(other, manifest)
     with pytest.raises(UserError, match=r"SHARDS: .* layer forward_features.* and 'other' those of .* layer layer3"):
         read_samples([digit_shards / "train", other], 10, "SHARDS")
-
-
-def test_a_set_without_samples_is_refused(digit_shards: Path) -> None:
-    empty = Path(shutil.copytree(digit_shards / "clean", "empty"))
-    write_manifest(empty, {**read_manifest(empty, "here"), "shards": []})
-    with pytest.raises(UserError, match="SHARDS: the shard set 'empty' has no samples"):
-        read_samples([empty], 10, "SHARDS")
+    write_manifest(other, {**read_manifest(other, "here"), "shards": []})
+    with pytest.raises(UserError, match="SHARDS: the shard set 'other' has no samples"):
+        read_samples([other], 10, "SHARDS")
 
 
 # As files
@@ -256,26 +241,25 @@ def test_what_is_loaded_is_what_was_saved(saved: Path) -> None:
     assert (concepts.method, concepts.origin) == ("difference", ORIGIN)
 
 
-@pytest.mark.parametrize("fault", ["truncated", "exchanged", "no json", "half a json", "a list", "another tensor"])
-def test_refuses_damaged_concepts(fault: str, saved: Path) -> None:
-    tensors, facts = saved / "concepts.safetensors", saved / "concepts.json"
-    if fault == "truncated":
-        tensors.write_bytes(tensors.read_bytes()[:-7])
-    elif fault == "exchanged":
-        save_file({name: value + 1 for name, value in load_file(tensors).items()}, tensors)
-    elif fault == "no json":
-        facts.unlink()
-    elif fault == "half a json":
-        facts.write_text(facts.read_text()[:40])
-    elif fault == "a list":
-        facts.write_text("[]")
-    else:
-        tensors.unlink()
-    message = "there is no file" if fault in ("no json", "another tensor") else r".*'saved.*' (are|is) damaged"
-    with pytest.raises(UserError, match=f"`concepts`: {message}"):
+def change_tensors(path: Path) -> None:
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("concepts.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-7]), "damaged"),
+        ("concepts.safetensors", change_tensors, "damaged"),
+        ("concepts.safetensors", Path.unlink, "there is no file"),
+        ("concepts.json", Path.unlink, "there is no file"),
+        ("concepts.json", lambda path: path.write_text(path.read_text()[:40]), "damaged"),
+        ("concepts.json", lambda path: path.write_text("[]"), "damaged"),
+    ],
+)
+def test_refuses_damaged_concepts(name: str, damage: Callable[[Path], Any], message: str, saved: Path) -> None:
+    damage(saved / name)
+    with pytest.raises(UserError, match=f"`concepts`: .*{message}"):
         Concepts.load(saved)
-    with pytest.raises(UserError, match="`concepts`: there is no"):
-        Concepts.load(Path("nowhere/concepts.json"))
 
 
 def test_a_concept_goes_by_number_or_name(saved: Path) -> None:

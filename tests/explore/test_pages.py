@@ -1,5 +1,6 @@
 """Every page in a real browser of a phone's width: nothing missing, nothing fetched, nothing to scroll sideways."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
+from conftest import copy_of
 from featinv_pl.__main__ import main
 from featinv_pl.pages.page import Report, Section, Tile
 
@@ -28,29 +30,58 @@ def browser(chromium: str) -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def commands(inverter_folder: Path, digit_shards: Path, picture: Path, other_picture: Path) -> dict[str, list[str]]:
-    model, two = ["--model", str(inverter_folder)], [str(picture), str(other_picture)]
-    train = str(digit_shards / "train")
-    return {
-        "examples": ["concepts", train, "--num_concepts", "2"],
-        "steering": ["steer", *model, two[0], "--concepts", "found", "--num_samples", "2"],
-        "interpolation": ["interpolate", *model, *two, "--real", train],
-        "composition": ["compose", *model, *two, "--box", "0,0,16,32"],
-        "comparison": ["compare", *two, "--models", str(inverter_folder), str(inverter_folder)],
-    }
+@pytest.fixture(scope="session")
+def outputs(tmp_path_factory: pytest.TempPathFactory, inverter_folder: Path, digit_shards: Path) -> Path:
+    """A folder for each command, named as its page."""
+    folder = tmp_path_factory.mktemp("outputs")
+    model, train = ["--model", str(inverter_folder)], str(digit_shards / "train")
+    steering = ["--concept", "3-8", "--strengths", "-2:2:9", "--class", "3", "--num_samples", "2"]
+    with contextlib.chdir(folder):
+        four, seven = copy_of("4", folder), copy_of("7", folder)
+        two = [str(four), str(seven)]
+        Image.open(four).resize((900, 700)).save("big.png")
+        for name, command in {
+            "examples": ["concepts", train, "--method", "difference", "--between", "4", "9", "--between", "3", "8"],
+            "steering": ["steer", *model, two[0], "--concepts", "examples", *steering],
+            "interpolation": ["interpolate", *model, *two, "--steps", "4", "--mode", "slerp", "--real", train],
+            "composition": ["compose", *model, *two, "--box", "0,0,16,32", "--num_samples", "2"],
+            "comparison": ["compare", *two, "big.png", "--models", model[1], model[1]],
+        }.items():
+            main([*command, "--out", name])
+    return folder
+
+
+def test_facts_are_of_what_was_asked_for(outputs: Path) -> None:
+    def facts(name: str) -> Any:
+        assert {path.name for path in (outputs / name).iterdir()} >= {f"{name}.html", f"{name}.png", f"{name}.json"}
+        return json.loads((outputs / name / f"{name}.json").read_text())
+
+    assert list(facts("examples")) == ["4-9", "3-8"]
+    steering = facts("steering")
+    assert [step["strength"] for step in steering["steps"]] == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
+    assert steering["concept"] == "3-8"
+    page = (outputs / "steering/steering.html").read_text()
+    assert page.count("data:image/png") == 1 + 9 * 2 + 2
+    assert "http" not in page
+    interpolation = facts("interpolation")
+    assert interpolation["mode"] == "slerp"
+    assert [type(step["flagged"]) for step in interpolation["steps"]] == [bool] * 4
+    composition = facts("composition")
+    assert (composition["box"], len(composition["images"])) == ([0, 0, 16, 32], 2)
+    comparison = facts("comparison")
+    assert list(comparison) == ["digit-4", "digit-7", "big"]
+    assert list(comparison["big"]) == ["0-model", "1-model"]
+    assert (outputs / "comparison/comparison.html").read_text().count("→") == 2 * 6  # in captions and alternatives
 
 
 @pytest.mark.parametrize("name", ["examples", "steering", "interpolation", "composition", "comparison"])
-def test_page_on_a_phone(name: str, commands: dict[str, list[str]], browser: Browser) -> None:
-    main([*commands["examples"], "--out", "found"])
-    main([*commands[name], "--out", "out"])
+def test_page_on_a_phone(name: str, outputs: Path, browser: Browser) -> None:
     problems: list[str] = []
     page = browser.new_page(viewport=PHONE)
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
-    page.goto(Path(f"out/{name}.html").absolute().as_uri())
+    page.goto((outputs / name / f"{name}.html").as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
     widths = page.evaluate("[...document.images].map(image => [image.complete, image.naturalWidth, image.width])")
     assert len(widths) >= 4
@@ -60,9 +91,8 @@ def test_page_on_a_phone(name: str, commands: dict[str, list[str]], browser: Bro
     assert page.locator("h1").count() == 1
     page.close()
     assert not problems
-    with Image.open(f"out/{name}.png") as figure:
+    with Image.open(outputs / name / f"{name}.png") as figure:
         assert min(figure.size) > 300
-    json.loads(Path(f"out/{name}.json").read_text())
 
 
 class Broken(Report):

@@ -1,6 +1,5 @@
 """Interpolation, composition and comparison measure what they draw."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.explore.comparison import compare
 from featinv_pl.explore.composition import compose
@@ -81,17 +79,6 @@ def test_refuses_real_images_of_another_backbone(
         interpolate(pipeline, *opened, real=other)
 
 
-def test_interpolate_command(inverter_folder: Path, picture: Path, other_picture: Path, digit_shards: Path) -> None:
-    command = ["interpolate", "--model", str(inverter_folder), str(picture), str(other_picture), "--steps", "4"]
-    main([*command, "--out", "plain"])
-    main([*command, "--out", "flagged", "--mode", "slerp", "--real", str(digit_shards / "train")])
-    plain, flagged = (json.loads(Path(f"{out}/interpolation.json").read_text()) for out in ("plain", "flagged"))
-    assert [step["flagged"] for step in plain["steps"]] == [None] * 4
-    assert all(isinstance(step["flagged"], bool) for step in flagged["steps"])
-    assert (plain["mode"], flagged["mode"]) == ("linear", "slerp")
-    assert plain["steps"][0]["cosines"] == pytest.approx(flagged["steps"][0]["cosines"], abs=1e-2)
-
-
 # Composition
 
 
@@ -117,19 +104,6 @@ def test_a_region_of_everything_leaves_nothing_outside(pipeline: FeatInvPipeline
     found.save(Path("out"))
 
 
-def test_compose_command(
-    inverter_folder: Path, picture: Path, other_picture: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["compose", "--model", str(inverter_folder), str(picture), str(other_picture), "--out", "out", "--box"]
-    main([*command, "0,0,16,32", "--num_samples", "2"])
-    facts = json.loads(Path("out/composition.json").read_text())
-    assert facts["box"] == [0, 0, 16, 32]
-    assert len(facts["images"]) == 2
-    with pytest.raises(SystemExit):
-        main([*command, "20,0,16,32"])
-    assert "--box: 20,0,16,32" in capsys.readouterr().err
-
-
 # Comparison
 
 
@@ -146,25 +120,3 @@ def test_each_model_draws_each_picture(pipeline: FeatInvPipeline, opened: Pictur
     probabilities = pipeline.classify(pipeline.crop(opened))["logits"][1].softmax(0)
     first, share = next(iter(facts["b"]["one"]["before"].items()))
     assert (first, share) == (str(int(probabilities.argmax())), pytest.approx(probabilities.max().item(), abs=1e-4))
-
-
-def test_compare_command(inverter_folder: Path, picture: Path, other_picture: Path, tmp_path: Path) -> None:
-    big = tmp_path / "big.png"
-    Image.open(picture).resize((900, 700)).save(big)
-    main(
-        [
-            "compare",
-            str(picture),
-            str(other_picture),
-            str(big),
-            "--models",
-            str(inverter_folder),
-            str(inverter_folder),
-            "--out",
-            "out",
-        ]
-    )
-    facts = json.loads(Path("out/comparison.json").read_text())
-    assert list(facts) == ["digit-4", "digit-7", "big"]
-    assert list(facts["big"]) == ["0-model", "1-model"]
-    assert Path("out/comparison.html").read_text().count("→") == 2 * 6  # seen and read out
