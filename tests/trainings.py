@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from featinv_pl.__main__ import main
@@ -54,6 +55,7 @@ def uninterrupted(
 ) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
     """Weights and validated samples of a training to which nothing happens."""
     Validated.keys.clear()
+    torch.set_num_threads(1)  # as in the tests that it is compared with
     with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEATINV_IMPORTS", "interrupts")
         config = write(Path("fit.yaml"), short(classifier_folder, prior_folder, trained_on))

@@ -1,8 +1,9 @@
 """Runs do not touch each other: one folder each, for one process and one training."""
 
+import contextlib
 import os
-import subprocess
-import sys
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,9 @@ import yaml
 
 from featinv_pl.__main__ import main
 from featinv_pl.runtime.run_folder import claim
-from interrupts import checkpoint, stopped
+from interrupts import checkpoint, eventually, stopped
 from test_cli import files, refused
 from tiny import extraction, write
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_run_lies_below_its_folder_alone(settings: dict[str, Any]) -> None:
@@ -46,19 +45,30 @@ def test_a_folder_with_a_checkpoint_is_refused(fit: list[str], capsys: pytest.Ca
         assert files(Path("run")) == before
 
 
+@contextlib.contextmanager
+def claimed_by_another(folder: str) -> Iterator[int]:
+    """Have another process claim a folder, until it is killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        with claim(Path(folder)):
+            Path("claimed").touch()
+            os.read(reading, 1)  # nobody writes; it ends with this process
+    assert eventually(Path("claimed").exists)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(writing)
+
+
 def test_a_folder_in_use_is_refused(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    code = "import sys; from pathlib import Path; from featinv_pl.runtime.run_folder import claim\n"
-    code += "with claim(Path('run')):\n  print('claimed', flush=True); sys.stdin.read()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    with claimed_by_another("run") as other:
         for command in (fit, ["test", *fit[1:]]):
-            refused(command, capsys, f"'run' is in use: process {other.pid} is writing there")
+            refused(command, capsys, f"'run' is in use: process {other} is writing there")
         assert sorted(os.listdir("run")) == [".featinv-pl.lock"]
-        other.kill()
     main([*fit, "--trainer.max_steps=1"])  # a lock does not outlive its process
     assert sorted(os.listdir("run")) == ["fit.yaml", "inversion.ckpt"]
 
@@ -81,19 +91,9 @@ def test_extractions_share_a_folder_but_no_set(
     def args(*sources: str) -> list[str]:
         return ["predict", "--config", write(Path("e.yaml"), extraction(classifier_folder, prior_folder, [*sources]))]
 
-    child = os.fork()
-    if child == 0:
-        with claim(Path("shards/val")):
-            Path("claimed").touch()
-            while Path("claimed").exists():
-                pass
-        os._exit(0)
-    while not Path("claimed").exists():
-        pass
-    refused(args("train", "val"), capsys, f"'shards/val' is in use: process {child} is writing there")
-    main(args("clean"))
-    Path("claimed").unlink()
-    os.waitpid(child, 0)
+    with claimed_by_another("shards/val") as other:
+        refused(args("train", "val"), capsys, f"'shards/val' is in use: process {other} is writing there")
+        main(args("clean"))
     main(args("train", "val"))
     for source in ("train", "val", "clean"):  # how each was made is not what the last one was made by
         assert source in yaml.safe_load(Path(f"shards/{source}.yaml").read_text())["data"]["init_args"]["sources"]
