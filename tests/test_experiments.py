@@ -162,7 +162,7 @@ def test_recipes(name: str, conditioning: str) -> None:
     trained = authors["model"]["init_args"]
     assert trained["optimizer"] == {**trained["optimizer"], "class_path": "torch.optim.AdamW"}
     assert trained["optimizer"]["init_args"]["lr"] == 1e-5
-    assert trained["dropout"] == 0.15
+    assert trained["objective"]["dropout"] == 0.15
     assert trained["objective"]["min_snr_gamma"] is None
     assert Sampler.from_fields(trained["sampler"]) == AUTHORS
     assert Sampler.from_fields(ours["model"]["init_args"]["sampler"]) == Sampler()
