@@ -24,7 +24,7 @@ def check(figure: Figure, times: int) -> None:
     assert figure.wrong == 0, str(figure)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", ["predict-2", "fit-1", "test-1"])
 def test_a_kill_loses_nothing(name: str, root: Path) -> None:
     check(kill_stage(root, STAGES[name], 2 if STAGES[name].ranks == 1 else 1, random.Random(name)), 1)
 
@@ -38,6 +38,6 @@ def test_ranks_end_together(root: Path) -> None:
     check(next(end_one_of_two(root, 1, random.Random(0))), 1)
 
 
-@pytest.mark.parametrize("name", [name for name, stage in STAGES.items() if stage.ranks == 1])
+@pytest.mark.parametrize("name", ["predict-1", "fit-1"])
 def test_a_full_disk_loses_nothing(name: str, root: Path) -> None:
     check(fill_disk(root, STAGES[name], 1, random.Random(name)), 1)

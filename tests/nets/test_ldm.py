@@ -243,7 +243,7 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_import_says_what_it_found(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"state_dict": parity.state_dict(), "epoch": 3, "global_step": 480_000}, "authors.ckpt")
     main(["import", "authors.ckpt", *command[2:]])
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     for words in (
         "control_model",
         "330 tensors",
