@@ -4,8 +4,10 @@ import subprocess
 import sys
 from argparse import ArgumentParser
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from featinv_pl.__main__ import main
 from featinv_pl.commands import COMMANDS
@@ -85,3 +87,11 @@ def test_refuses_values_before_it_loads_a_model(
         main(["reconstruct", "--model", "nowhere", "a.png", "--out", "out", *options])
     assert stop.value.code == code
     assert message in capsys.readouterr().err
+
+
+def test_errors_of_compare_name_its_own_option(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (32, 32)).save("a.png")
+    Path("folder").mkdir()
+    with pytest.raises(SystemExit):
+        main(["compare", "a.png", "--models", "folder", "--out", "out"])
+    assert "featinv-pl: error: --models: there is no file 'folder/model_index.json'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from featinv_pl.errors import options_spelled
+from featinv_pl.errors import options_spelled, renamed
 from featinv_pl.options import (
     add_model,
     add_out,
@@ -145,7 +145,9 @@ def _compare(parser: ArgumentParser, args: list[str]) -> None:
     models = zip(unique_names([Path(model).name for model in options.models]), options.models, strict=True)
     pipelines = ((name, load_pipeline(model, options)) for name, model in models)
     names = unique_names([path.stem for path in options.images])
-    _finish(compare(pipelines, names, pictures, options.seed), options.out)
+    with renamed("model", "models"):
+        found = compare(pipelines, names, pictures, options.seed)
+    _finish(found, options.out)
 
 
 def _app(parser: ArgumentParser, args: list[str]) -> None:

@@ -45,6 +45,15 @@ def options_spelled(options: Callable[[], Iterable[str]]) -> Iterator[None]:
         raise UserError(spelled(str(user_error(error)), options())) from error
 
 
+@contextmanager
+def renamed(name: str, given: str) -> Iterator[None]:
+    """Let errors about the argument `name` of what is called name the argument that it was given by."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"`{name}`", f"`{given}`")) from error
+
+
 def spelled(message: str, options: Iterable[str]) -> str:
     """A message with the option in place of each name in backticks that belongs to one option alone."""
     known = set(options)

@@ -27,6 +27,7 @@ from featinv_pl.data.shards.manifest import read_manifest, write_manifest
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.data.shards.writer import ShardSetWriter
+from featinv_pl.errors import UserError
 from featinv_pl.evaluation.callback import Evaluation
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.sampling.sampler import Sampler
@@ -277,6 +278,11 @@ def test_a_dry_run_estimates_and_writes_nothing(settings: Settings, capsys: pyte
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Evaluation(**arguments)
+
+
+def test_a_judge_that_is_not_there_is_named_as_one() -> None:
+    with pytest.raises(UserError, match="`judge`: 'nothing' is neither a folder nor a timm model"):
+        Evaluation(judge="nothing")
 
 
 def test_a_judge_leaves_the_control_as_it_is(classifier_folder: Path) -> None:

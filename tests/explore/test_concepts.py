@@ -245,6 +245,11 @@ def change_tensors(path: Path) -> None:
     save_file({name: value + 1 for name, value in load_file(path).items()}, path)
 
 
+def test_a_folder_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match=r"there is no file 'nowhere/concepts\.safetensors'"):
+        Concepts.load(Path("nowhere"))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [

@@ -107,7 +107,7 @@ def test_the_newest_complete_one_is_found(tmp_path: Path, caplog: pytest.LogCapt
     assert find_checkpoint("last", folders) == steps[1]
     first, second = caplog.messages
     assert f"--ckpt_path: '{steps[2]}' is damaged" in first
-    assert second == f"--ckpt_path last: resuming from '{steps[1]}'."
+    assert second == f"--ckpt_path last: '{steps[1]}'."
 
     for path in steps:
         path.write_bytes(b"")

@@ -47,7 +47,7 @@ def test_resumes_after_a_signal(
     )
     Validated.keys.clear()
     main(args)
-    assert "--ckpt_path last: resuming from 'run/inversion.ckpt'" in capsys.readouterr().err
+    assert "--ckpt_path last: 'run/inversion.ckpt'" in capsys.readouterr().err
     complete, validated = uninterrupted
     assert_same(weights(), complete)
     # A validation that was to come, or under way, is held from its first sample on.
@@ -207,7 +207,7 @@ def test_who_keeps_the_best_alone_gets_the_last_when_stopped(
     assert line.endswith("step 3 is saved. Resume: the same command with --ckpt_path run/last.ckpt")
     assert checkpoint("run/last.ckpt")["global_step"] == 3
     main(["validate", "--config", config, "--ckpt_path=best"])
-    assert "--ckpt_path best: resuming from 'run/best.ckpt'" in capsys.readouterr().err
+    assert "--ckpt_path best: 'run/best.ckpt'" in capsys.readouterr().err
 
 
 def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from featinv_pl.data.shards.reader import ShardSet
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UserError, renamed
 from featinv_pl.evaluation.baselines import from_training_shards
 from featinv_pl.evaluation.loggers import last_step, log_picture, log_table
 from featinv_pl.evaluation.methods import INVERSION, check_names, label
@@ -86,7 +86,10 @@ class Evaluation(Callback):
         check_names(samplers or {})
         self.clean, self.num_samples, self.samplers, self.baselines = clean, num_samples, samplers or {}, baselines
         self.num_images, self.inception, self.alexnet, self.dry_run = num_images, inception, alexnet, dry_run
-        with torch.random.fork_rng(devices=[]):  # a control is initialised alike with and without a judge
+        with (
+            torch.random.fork_rng(devices=[]),
+            renamed("backbone", "judge"),
+        ):  # a control is initialised alike with and without a judge
             self.judge = Backbone(judge) if judge else None
         self.trial: Trial | None = None
 

@@ -134,7 +134,7 @@ class Concepts:
         Raises:
             UserError: A file is missing, or not as it was written.
         """
-        folder = path if path.is_dir() else path.parent
+        folder = path.parent if path.is_file() else path
         advice = "Give a folder that `featinv-pl concepts` wrote, with both of its files as they were."
         data = read_bytes(folder / TENSORS, "`concepts`", advice)
         contents = read_json(folder / FACTS, "`concepts`", advice)

@@ -95,7 +95,7 @@ def find_checkpoint(given: str, places: Callable[[], Iterable[Path]]) -> Path | 
     chosen = newest = _first_complete(candidates, given)
     if given == "best":
         chosen = _first_complete([*_best(newest, candidates), newest], given)
-    say(f"--ckpt_path {given}: resuming from '{chosen}'.")
+    say(f"--ckpt_path {given}: '{chosen}'.")
     return chosen
 
 
