@@ -118,6 +118,17 @@ def test_options_of_earlier_versions_are_named(option: str, advice: str, capsys:
         assert re.sub("`|--", "", line).startswith(f"featinv-pl: error: {advice}")
 
 
+def test_a_wrong_value_is_not_taken_for_an_option_of_an_earlier_version(capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(Path("model.yaml"), {"model": MODEL, "data": {"class_path": "DigitsData"}})
+    refused = {"model.execution.compile=maybe": "Got value: maybe", "data.train=x": "'train' is not accepted"}
+    for option, why in refused.items():
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", config, f"--{option}"])
+        error = capsys.readouterr().err
+        assert why in error
+        assert "earlier version" not in error
+
+
 def test_callbacks_of_earlier_versions_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     trainer = {"callbacks": [{"class_path": "PerSource", "init_args": {"clean": "val"}}]}
     config = write(Path("old.yaml"), {"model": MODEL, "trainer": trainer})

@@ -35,9 +35,9 @@ class ConfigParser(Parser):
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
         """End with the error, which for an option of an earlier version is one sentence."""
-        if within := re.search(r"'\w+' of an earlier version .*", message):  # what a nested parser has said
-            raise UserError(within[0])
-        found = re.findall(r"(?:ption '|NestedArg\(key='|import path string: )([\w.]+)", message)
+        found = re.findall(r"import path string: ([\w.]+)", message)
+        if "FeatureInversion'" in message:  # the parsers within, which cannot tell whose option it is, leave it to this
+            found += re.findall(r"(?:[Oo]ption '|unrecognized arguments: --)([\w.]+)", message)
         names = [name for dotted in found for name in (dotted.split(".")[-1], dotted.split(".")[0])]
         if (old := next((name for name in names if name in MOVED), None)) is not None:
             place = MOVED[old].format(old)
