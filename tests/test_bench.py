@@ -45,7 +45,7 @@ def test_every_saving_and_every_way_has_its_figures(tiny: list[str], capsys: pyt
     assert authors["flops"] > cached["flops"] > frozen["flops"] > kept["flops"] == fused["flops"] == bf16["flops"]
     assert all(one["rate"] > 0 and one["peak"] > 0 and len(one["seconds"]) == 2 for one in configurations)
     ways = found["sampling"]["ratios"]  # type: ignore[index]
-    assert next(iter(ways)) == "as the authors draw, branch by branch"
+    assert next(iter(ways)) == "as the authors sample, branch by branch"
     printed = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in printed
     rows = [row.split(" | ") for row in printed.splitlines() if row.count(" | ") == 4]

@@ -19,7 +19,7 @@ class AuthorsInversion(FeatureInversion):
     Args:
         online: Whether features (one image at a time), latents and prompts are computed at every step.
         decoder_gradients: Whether the weights of the UNet's decoder, which do not train, gather gradients, and those
-            of what trains are held until they are computed anew.
+            of what trains are kept until the next backward pass.
         **kwargs: Those of FeatureInversion.
     """
 

@@ -2,7 +2,7 @@
 
 `make full-size` writes a prior of Stable Diffusion's size in diffusers' layout to a
 temporary folder. For each backbone of the paper, in a process of its own, it then trains one step, saves
-a checkpoint, reloads it into a new model, and draws an image in two steps. On a GPU it does so in bf16.
+a checkpoint, reloads it into a new model, and samples an image in two steps. On a GPU it does so in bf16.
 `--short` does the same with a tiny prior.
 """
 
@@ -53,7 +53,7 @@ def write_prior(folder: Path) -> None:
 
 
 def run(backbone: str, folder: Path) -> dict[str, Any]:
-    """Train one step, save, reload, draw; the folder holds the prior and gets the checkpoint."""
+    """Train one step, save, reload, sample; the folder holds the prior and gets the checkpoint."""
     seconds: dict[str, float] = {}
     options = yaml.safe_load((BACKBONES / f"{backbone}.yaml").read_text())["model"]["init_args"]
     gpu = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Drawing one image: as the authors draw, in a plain loop of diffusers' parts, and as we do."""
+"""Sampling one image: as the authors do, in a plain loop of diffusers' parts, and as we do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ SCALE = AUTHORS.guidance_scale
 
 @dataclass
 class Way:
-    """A way of drawing.
+    """A way of sampling.
 
     Attributes:
         name: For the table.
@@ -40,7 +40,7 @@ class Way:
 def measure(
     options: dict[str, Any], rounds: int, steps: int, batch_size: int
 ) -> tuple[list[Way], Tensor, dict[str, float]]:
-    """Draw in each way in turn, several times over.
+    """Sample in each way in turn, several times over.
 
     Args:
         options: Of the FeatureInversion.
@@ -56,7 +56,7 @@ def measure(
     features = torch.randn(batch_size, *full.inverter.classifier.feature_shape, device=machine.DEVICE)
     noise = torch.randn(batch_size, *full.inverter.prior.latent_grid(full.inverter.image_size), device=machine.DEVICE)
     ways = [
-        Way("as the authors draw, branch by branch", lambda noise, steps: plain(full, features, noise, steps, False)),
+        Way("as the authors sample, branch by branch", lambda noise, steps: plain(full, features, noise, steps, False)),
         Way("a plain loop with diffusers' parts", lambda noise, steps: plain(full, features, noise, steps, True)),
         Way("ours, fp32", lambda noise, steps: full.inverter.reconstruct_from(features, noise, as_authors(steps))),
         Way("ours, bf16", lambda noise, steps: in_bf16(fast, features, noise, as_authors(steps))),
@@ -125,7 +125,7 @@ def as_authors(steps: int) -> Sampler:
 
 
 def in_bf16(model: FeatureInversion, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
-    """Draw in mixed precision."""
+    """Sample in mixed precision."""
     with torch.autocast(machine.DEVICE, torch.bfloat16):
         return model.inverter.reconstruct_from(features, noise, sampler)
 

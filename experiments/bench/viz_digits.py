@@ -3,8 +3,8 @@
     make viz-digits
 
 For every ordered pair of classes a and b, the way from the mean map of a to that of b is added to test
-images of a; what is drawn should be classified as b. A random direction of the same norm should not do that;
-the mean of the way over locations is tried too. The ends of an interpolation should be drawn as well as the
+images of a; the reconstruction should be classified as b. A random direction of the same norm should not do that;
+the mean of the way over locations is tried too. The ends of an interpolation should be reconstructed as well as the
 pictures' own maps are. `--short` is for a demo that was cut short, and takes two classes and one image of each.
 """
 

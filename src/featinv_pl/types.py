@@ -23,7 +23,7 @@ class Observation(TypedDict):
 
 
 class View(TypedDict):
-    """A random view of an image: all that is needed to draw it again."""
+    """A random view of an image: all that is needed to make it again."""
 
     number: int
     """Which of the views of its image, from 0."""

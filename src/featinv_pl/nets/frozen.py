@@ -27,7 +27,7 @@ class Frozen(nn.Module):
 def keep_products_in(module: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of linear layers and convolutions in the precision in which autocast would use them.
 
-    Autocast converts weights that do not train anew at every use. The results are the same, from half the memory.
+    Autocast would convert frozen weights at every use. Results are the same, with half the memory.
 
     Args:
         module: One that does not train.

@@ -21,7 +21,7 @@ class Resume(Callback):
     is still to come or has been cut short. Lightning would begin the next step. Here the loggers are told before
     the checkpoint is written, the validation is held from its first sample on, and a training whose last step was not
     over comes to its end. What callbacks and schedules know of earlier metrics is restored, and so is torch's random
-    state, which belongs to training alone: what validation and loaders draw changes nothing.
+    state, which belongs to training alone: random numbers of validation and loaders change nothing.
     """
 
     def __init__(self) -> None:

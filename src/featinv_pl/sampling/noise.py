@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, not on when they are drawn."""
+"""Random numbers that depend on their purpose, not on the order of calls."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ def generator(*identity: int | str) -> Generator:
     """A CPU generator seeded by its arguments, such as (seed, epoch, key of a sample).
 
     `seed_everything` gives every rank the same random state, and how samples are shared out among ranks must not
-    change what is drawn for them: so whatever belongs to a sample draws from one of these.
+    change a sample's random numbers, which come from one of these.
     """
     digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

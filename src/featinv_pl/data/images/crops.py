@@ -14,7 +14,7 @@ SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # torchvision's own, which the paper
 
 
 def random_view(image: Image.Image, key: str, number: int, seed: int, vertical_flip: bool) -> View:
-    """Draw a random resized crop and flips.
+    """Sample a random resized crop and flips.
 
     Args:
         image: The original.
@@ -23,7 +23,7 @@ def random_view(image: Image.Image, key: str, number: int, seed: int, vertical_f
         seed: Seed of all views.
         vertical_flip: Flip upside down too, in half of the views.
     """
-    # Of the key alone, so that a view is the same whichever process draws it, and when.
+    # Of the key alone, so that a view does not depend on the process that makes it.
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{number}/{key}".encode()).digest()[:8], "little", signed=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(own_seed)
