@@ -1,5 +1,6 @@
 """Make targets in their short form, in a folder of their own that looks like the project's."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[2]
 TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "wandb-picture", "viz-digits")
 """Those that run no file of `experiments` by itself; the demo and the studies do."""
+INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # by which an outer make would pass its own FLAGS on
 LINKED = ("Makefile", "pyproject.toml", "constraints.txt", ".venv", "src", "tests", "experiments")
 
 
@@ -23,7 +25,8 @@ def make(target: str, *, short: bool = True, **variables: str) -> str:
             (docs / one.name).symlink_to(one)
     command = ["make", "--old-file=.venv/.installed", target, *(["SHORT=1"] if short else [])]
     command += [f"{name}={value}" for name, value in variables.items()]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    outside = {name: value for name, value in os.environ.items() if name not in INHERITED}
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=outside)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-300:]
     return done.stdout
