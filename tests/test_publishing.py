@@ -165,7 +165,7 @@ def remove_a_tensor(home: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "RUN: 'broken' holds 0 checkpoints"),
+        (shutil.rmtree, "RUN: 'broken' holds no checkpoint"),
         (unlink("fit.yaml"), "RUN: no fit.yaml beside or above 'broken/inversion.ckpt'"),
         (configure_another_task, "RUN: 'broken/fit.yaml' does not configure a FeatureInversion"),
         (halve, "RUN: 'broken/inversion.ckpt' is damaged"),

@@ -57,4 +57,6 @@ def test_nothing_is_made_where_anything_may_stand(capsys: pytest.CaptureFixture[
 
 def test_trust_is_given_to_modules(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEATINV_IMPORTS", "good, os;evil")
-    refused(["fit", "--help"], capsys, "FEATINV_IMPORTS: 'os;evil' is no package or module. Separate several by commas")
+    refused(
+        ["fit", "--help"], capsys, "FEATINV_IMPORTS: 'os;evil' is not a package or module. Separate several by commas"
+    )

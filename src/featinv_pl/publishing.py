@@ -105,9 +105,11 @@ def _refuse_existing(folder: Path) -> None:
 
 def _only_checkpoint(run: Path) -> Path:
     found = sorted(run.rglob("*.ckpt"))
-    if len(found) != 1:
-        names = f": {', '.join(str(path) for path in found)}" if found else ""
-        raise UserError(f"RUN: '{run}' holds {len(found)} checkpoints{names}. Give the one to export as RUN.")
+    if not found:
+        raise UserError(f"RUN: '{run}' holds no checkpoint. Give a run of `featinv-pl fit`.")
+    if len(found) > 1:
+        names = ", ".join(str(path) for path in found)
+        raise UserError(f"RUN: '{run}' holds {len(found)} checkpoints: {names}. Give the one to export as RUN.")
     return found[0]
 
 

@@ -47,7 +47,7 @@ def allow_imports() -> None:
     trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
     wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
     if wrong:
-        raise UserError(f"{IMPORTS}: '{wrong[0]}' is no package or module. Separate several by commas.")
+        raise UserError(f"{IMPORTS}: '{wrong[0]}' is not a package or module. Separate several by commas.")
     set_parsing_settings(
         import_path_denylist=["*", *CALLERS],
         import_path_allowlist=[*IMPORTABLE, *trusted],

@@ -130,7 +130,7 @@ def test_plan_writes_nothing_and_tells_all(config: str, capsys: pytest.CaptureFi
     extract(config, "--plan", "--data.views=2")
     printed = capsys.readouterr().out
     assert re.search(r"^mine +42 +6 +42 +0\.00\d$", printed, re.MULTILINE)
-    size = re.search(r"42 samples of ([\d.]+) kB: 0\.\d+ GB, and about 0\.\d+ hours on 1 processes of", printed)
+    size = re.search(r"42 samples of ([\d.]+) kB: 0\.\d+ GB, and about 0\.\d+ hours on 1 process of", printed)
     assert size is not None
     assert not Path("shards").exists()
     assert not Path("run").exists()

@@ -31,4 +31,5 @@ class Trial:
         sizes = {**self.sizes, "all": sum(self.sizes.values())}
         rows = [[name, str(size), f"{size * seconds / 3600:.2g}"] for name, size in sizes.items()]
         table = aligned([["test set", "samples", "hours"], *rows])
-        return f"{table}\nFrom {len(timed)} batches at {seconds:.3g} s a sample, on {processes} processes."
+        ranks = f"{processes} process{'es' * (processes > 1)}"
+        return f"{table}\nFrom {len(timed)} batches at {seconds:.3g} s a sample, on {ranks}."

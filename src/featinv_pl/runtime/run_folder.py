@@ -91,7 +91,7 @@ def claim(folder: Path) -> Iterator[None]:
     inherit: a worker that outlives its run does not block the next.
 
     Raises:
-        UserError: Another process has claimed it, or it is no folder and cannot become one.
+        UserError: Another process has claimed it, or it is not a folder and cannot become one.
     """
     new = not folder.exists()
     try:

@@ -183,8 +183,8 @@ class ShardWriter(Callback):
         samples = self._samples_to_do()
         print(
             f"{samples} samples of {size / 1e3:.1f} kB: {samples * size / 1e9:.3f} GB, and about "
-            f"{samples / rate / ranks / 3600:.2f} hours on {ranks} processes of {rate:.1f} samples per second, by a "
-            "short trial."
+            f"{samples / rate / ranks / 3600:.2f} hours on {ranks} process{'es' * (ranks > 1)} of {rate:.1f} samples "
+            "per second, by a short trial."
         )
         check_space(self.folder, samples * size)
 
