@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from featinv_pl.cli import effective_config
+from configurations import effective_config
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/data.md").read_text()

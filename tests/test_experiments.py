@@ -8,8 +8,8 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from configurations import effective_config
 from featinv_pl.__main__ import overlaid
-from featinv_pl.cli import effective_config
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
 from smoke.targets import make, started

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from configurations import effective_config
 from featinv_pl.__main__ import main
-from featinv_pl.cli import effective_config
 from featinv_pl.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ import yaml
 
 from bench import digits, machine, sampling, startup, training
 from bench.full_size import write_prior
-from featinv_pl.cli import effective_config
+from configurations import effective_config
 from featinv_pl.nets.control import Encoder
 from featinv_pl.trust import allow_imports
 from tiny import make_classifier, make_prior

@@ -105,7 +105,7 @@ def run(args: list[str]) -> None:
 
 
 def usage() -> str:
-    """What `featinv-pl --help` prints."""
+    """The output of `featinv-pl --help`."""
     return "\n".join(
         [
             "usage: featinv-pl COMMAND [options]\n",

@@ -5,12 +5,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jsonargparse import Namespace, capture_parser
+from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -72,7 +71,7 @@ class FeatinvCLI(CommandLine):
             super().__init__(*args, **kwargs)
 
     def _options(self) -> Iterator[str]:
-        """Those of this command; before its line is parsed, none."""
+        """The options of this command; empty before its line is parsed."""
         config = getattr(self, "config", None)
         return _options_of(config[config.subcommand]) if config else iter(())
 
@@ -155,7 +154,7 @@ class FeatinvCLI(CommandLine):
         return trainer
 
     def _enter(self, trainer: Trainer) -> None:
-        """Have the run's folder for this run alone, before anything is written there."""
+        """Claim the run's folder before anything is written there."""
         settings = self.config[self.subcommand]
         if trainer.is_global_zero and not settings.dry_run:
             for folder in written_folders(trainer, self.datamodule, str(self.subcommand)):
@@ -252,16 +251,3 @@ def _explained() -> Iterator[None]:
         yield
     except MisconfigurationException as error:
         raise UserError(f"`trainer`: {' '.join(str(error).split())}") from error
-
-
-def effective_config(args: list[str]) -> str:
-    """The whole configuration that a command line amounts to, as YAML."""
-    parser = _parser()
-    dumped: str = parser.dump(parser.parse_args(args), skip_none=False)
-    return dumped
-
-
-@cache
-def _parser() -> Any:
-    """The parser of all commands, which takes seconds to build."""
-    return capture_parser(lambda: train([]))

@@ -71,7 +71,7 @@ set_loader(MODE, load_yaml, exceptions=(yaml.YAMLError,))
 def _parse(text: str) -> Any:
     try:
         return get_loader("yaml")(text)
-    except (ValueError, TypeError, RecursionError) as error:  # such as of a day that no calendar has
+    except (ValueError, TypeError, RecursionError) as error:  # such as an impossible date
         raise yaml.YAMLError(str(error)) from error
 
 

@@ -47,7 +47,7 @@ def options_spelled(options: Callable[[], Iterable[str]]) -> Iterator[None]:
 
 @contextmanager
 def renamed(name: str, given: str) -> Iterator[None]:
-    """Let errors about the argument `name` of what is called name the argument that it was given by."""
+    """Let errors about an argument `name` of the callee name the caller's own argument, `given`."""
     try:
         yield
     except UserError as error:
@@ -55,7 +55,7 @@ def renamed(name: str, given: str) -> Iterator[None]:
 
 
 def spelled(message: str, options: Iterable[str]) -> str:
-    """A message with the option in place of each name in backticks that belongs to one option alone."""
+    """Replace each name in backticks by its option, if exactly one option has that name."""
     known = set(options)
 
     def spell(name: re.Match[str]) -> str:
@@ -68,5 +68,5 @@ def spelled(message: str, options: Iterable[str]) -> str:
 
 
 def reason(error: BaseException, longest: int = 300) -> str:
-    """The first line of an error's text, or its kind if it has none, for a message about what it prevented."""
+    """The first line of an error's text, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:longest]

@@ -1,4 +1,4 @@
-"""Files: those that anybody may have made are read bounded, and what is written appears complete or not at all."""
+"""Files: bounded reading of files from elsewhere, and atomic writing."""
 
 import contextlib
 import json

@@ -82,7 +82,7 @@ class Provenance(TypedDict):
     autoencoder_digest: str
     image_size: int
     attack: str
-    """What was done to the images before the networks saw them; empty for nothing."""
+    """The attack on the images before extraction; empty for none."""
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -55,11 +55,13 @@ def test_resumes_after_a_signal(
     assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
 
 
-def test_workers_leave_ctrl_c_to_the_run(fit: list[str]) -> None:
-    child = start([*fit, "--data.num_workers=2", *added("Interrupt", numbers=[2], step=3, group=True)], Path())
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_leave_a_signal_to_the_group_to_the_run(number: signal.Signals, fit: list[str]) -> None:
+    interrupt = added("Interrupt", numbers=[int(number)], step=3, group=True)
+    child = start([*fit, "--data.num_workers=2", *interrupt], Path())
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 130, Path("output.txt").read_text()
-    assert "stopped by SIGINT; step 3 is saved." in Path("output.txt").read_text()
+    assert os.waitstatus_to_exitcode(status) == 128 + number, Path("output.txt").read_text()
+    assert f"stopped by {number.name}; step 3 is saved." in Path("output.txt").read_text()
     assert checkpoint()["global_step"] == 3
     assert eventually(lambda: not group(child))
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import yaml
 
+from configurations import effective_config
 from featinv_pl.__main__ import run
-from featinv_pl.cli import effective_config
 from smoke.targets import make
 from smoke.watch import Watch
 

@@ -17,7 +17,7 @@ LABELS = {
     FLOOR: "floor",  # another image of the test set
     ORIGINAL: "original",
 }
-"""What tables and pictures call them, in the order of tables. Further samplers follow under their own names."""
+"""Labels in tables and pictures, in the order of tables. Further samplers follow under their own names."""
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -27,7 +27,7 @@ def ordered(names: Iterable[str]) -> list[str]:
 
 
 def label(method: str) -> str:
-    """What tables and pictures call a method."""
+    """The label of a method in tables and pictures."""
     return LABELS.get(method, method)
 
 

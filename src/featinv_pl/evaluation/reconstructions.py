@@ -100,7 +100,7 @@ class Reconstructions:
 
     @property
     def methods(self) -> list[str]:
-        """Those that every test set has."""
+        """The methods that every test set has."""
         return [INVERSION, *self.samplers, CEILING, ORIGINAL, *self.baselines]
 
     @torch.no_grad()

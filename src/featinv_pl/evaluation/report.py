@@ -39,7 +39,7 @@ TableRow = tuple[str, int, str, list[str]]
 
 
 class Tiles(TypedDict):
-    """What the page shows below pictures, and the digest of the weights that were tested."""
+    """Facts shown below pictures, and the digest of the tested weights."""
 
     checkpoint: str | None
     prediction: list[str | int]
@@ -47,7 +47,7 @@ class Tiles(TypedDict):
 
 
 class Record(TypedDict):
-    """What the page shows of a stage."""
+    """One row of the page's table of stages."""
 
     command: str
     seconds: float

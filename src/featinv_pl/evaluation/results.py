@@ -67,7 +67,7 @@ class Document(TypedDict):
     scores: dict[str, dict[str, dict[str, Score]]]
     """By test set or group, method and score."""
     notes: list[str]
-    """What is missing, and why."""
+    """Missing scores, and the reasons."""
     provenance: Provenance
 
 
@@ -92,9 +92,9 @@ class Results:
     counts: dict[str, int] = field(default_factory=dict)
     """Images that count, by test set or group."""
     notes: list[str] = field(default_factory=list)
-    """What is missing, and why."""
+    """Missing scores, and the reasons."""
     provenance: Provenance | None = None
-    """What was scored; None if the scores are not written."""
+    """Provenance of the scores; None if they are not written."""
 
     def derive(self) -> None:
         """Add scores that follow from others.
@@ -129,7 +129,7 @@ class Results:
 
     @property
     def document(self) -> Document:
-        """What `metrics.json` holds."""
+        """The content of `metrics.json`."""
         scores: dict[str, dict[str, dict[str, Score]]] = {}
         for name, found in self.scores.items():
             scores.setdefault(name.test_set, {}).setdefault(name.method, {})[name.score] = found

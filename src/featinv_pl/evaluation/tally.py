@@ -61,7 +61,7 @@ class Tally:
             self.columns.setdefault(name, []).extend(values)
 
     def _finite(self, batch: Batch, made: Mapping[str, Reconstruction]) -> tuple[Batch, Mapping[str, Reconstruction]]:
-        """Leave images with NaN or Inf out of all methods, and remember their keys."""
+        """Drop images with NaN or Inf from all methods, and remember their keys."""
         tensors = [item[key] for item in (batch, *made.values()) for key in ("features", "logits")]
         good = torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
         if good.all():

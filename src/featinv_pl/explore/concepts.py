@@ -116,7 +116,7 @@ class Concepts:
         return mean * energy.mean((1, 2)) * weight.sum() / (energy * weight).sum((1, 2))
 
     def part(self, features: Tensor, number: int) -> Tensor:
-        """What an NMF component contributes to maps (B, C, h, w), of their shape."""
+        """The contribution of an NMF component to maps (B, C, h, w), of the same shape."""
         return self.activations(features)[:, number, None] * self.directions[number].to(features)
 
     def save(self, folder: Path) -> None:

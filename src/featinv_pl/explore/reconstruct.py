@@ -46,7 +46,7 @@ def tile(image: Tensor, logits: Tensor, *lines: str, expected: Tensor | None = N
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What the reconstructions of one map keep of it at each location, and what the map leaves open.
+    """Maps of where reconstructions keep the feature map, and of the pixels that it leaves open.
 
     Attributes:
         cosines: (h, w), between the map and those of its reconstructions, mean over samples.

@@ -16,7 +16,7 @@ Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
 
 
 class Settings(TypedDict):
-    """What an inverter is built from, besides its frozen parts: the one list of these fields."""
+    """The settings of an inverter besides its frozen parts: the only list of these fields."""
 
     layer: str
     input_size: Side
@@ -27,7 +27,7 @@ class Settings(TypedDict):
 
 
 def sampling(inverter: Any, precision: str) -> dict[str, Any]:
-    """What decides, with the identity and a sampler, which image is sampled for a feature map and a key."""
+    """All else that determines a reconstruction, besides identity, sampler, feature map and key."""
     networks = (inverter.prior.unet, inverter.prior.autoencoder.vae, inverter.control.controlnet)
     return {
         "control": digest(inverter.control),

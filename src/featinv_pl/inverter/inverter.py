@@ -181,7 +181,7 @@ class Inverter(nn.Module):
 
     @property
     def settings(self) -> Settings:
-        """What an inverter is built from, besides its frozen parts."""
+        """The arguments of the constructor besides the frozen parts."""
         encoder = self.control.encoder
         return {
             "layer": self.classifier.layer,
@@ -203,7 +203,7 @@ class Inverter(nn.Module):
         }
 
     def identity(self) -> dict[str, Any]:
-        """What a trained control belongs to, as values for JSON: settings, noise schedule, digests of frozen parts."""
+        """Settings, noise schedule and digests of the frozen parts, as JSON values: what a control was trained for."""
         return {
             **self.settings,
             "feature_shape": list(self.classifier.feature_shape),

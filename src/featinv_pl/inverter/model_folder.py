@@ -93,7 +93,7 @@ def save_inverter(inverter: Inverter, folder: Path) -> None:
 
 
 def model_index(inverter: Inverter) -> dict[str, Any]:
-    """What `load_inverter` needs besides weights: the content of `model_index.json`."""
+    """The content of `model_index.json`: all that `load_inverter` needs besides weights."""
     known = {name: value for name, value in inverter.identity().items() if name not in inverter.digests}
     return {
         "_class_name": "FeatInvPipeline",

@@ -98,7 +98,7 @@ class Estimate:
         return min(counts, default=None)
 
     def _correlation(self, other: "Estimate") -> float:
-        """That of the replicates; 0 where one never varies, which gives the wider interval."""
+        """The correlation of the replicates; 0 where one never varies, which gives the wider interval."""
         both = np.isfinite(self.values[1:]) & np.isfinite(other.values[1:])
         one, two = self.values[1:][both], other.values[1:][both]
         if not (one.std() > 0 and two.std() > 0):

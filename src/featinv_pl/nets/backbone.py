@@ -216,7 +216,7 @@ def _classifies(model: Any) -> bool:
 
 
 def _from_file(weights: str) -> dict[str, Any]:
-    """What tells timm to take the weights of a file, with the care that it takes of a model's older weights."""
+    """The overlay with which timm loads the weights of a file, converting older layouts as for its own weights."""
     if not Path(weights).is_file():
         raise UserError(
             f"`weights`: '{weights}' is not a file. "

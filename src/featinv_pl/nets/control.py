@@ -13,7 +13,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.weights import fill, read_weights
 
 Residuals = tuple[list[Tensor], Tensor]
-"""What a ControlNet adds to the UNet: one tensor per skip connection, and one for the middle."""
+"""A ControlNet's residuals for the UNet: one tensor per skip connection, and one for the middle block."""
 
 PARTS = ("encoder", "controlnet")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

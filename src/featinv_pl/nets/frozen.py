@@ -44,7 +44,7 @@ def digest(module: nn.Module) -> str:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """That of the module whose state dict this is."""
+    """The digest of the module with this state dict."""
     sha = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         sha.update(f"{name} {tuple(tensor.shape)}".encode())

@@ -60,7 +60,7 @@ class Report(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """All that was measured, for JSON."""
+        """All measurements, for JSON."""
 
     def figure(self) -> Figure:
         """Pictures and plots as one figure."""

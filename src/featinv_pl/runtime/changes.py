@@ -1,4 +1,4 @@
-"""What a training does with settings that have changed since the checkpoint that it resumes from."""
+"""Settings that have changed since the checkpoint from which a training resumes."""
 
 import copy
 import json
@@ -99,7 +99,7 @@ class Changes(Callback):
 
 
 def _settings(trainer: Trainer, seed: int | bool | None) -> dict[str, Any]:
-    """What a training is begun with, as JSON has it: settings that people know by name, and what makes rates."""
+    """The settings of a training as JSON values: those that users name, and those that determine learning rates."""
     averages = [one for one in cast(Any, trainer).callbacks if isinstance(one, WeightAveraging)]
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     rates = [
@@ -153,7 +153,7 @@ def _refuse_state(optimizer: Optimizer, state: dict[str, Any], changed: bool) ->
 
 
 def _kept(optimizer: Optimizer, tensor: Tensor) -> set[str]:
-    """What an optimizer keeps of a tensor, which may depend on its shape, from a step of a copy on zeros."""
+    """The names of an optimizer's state of a tensor, from a step of a copy on zeros: they may depend on its shape."""
     zeros = Parameter(torch.zeros_like(tensor))
     zeros.grad = torch.zeros_like(tensor)
     other = copy.copy(optimizer)
@@ -164,7 +164,7 @@ def _kept(optimizer: Optimizer, tensor: Tensor) -> set[str]:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """What has changed, for people."""
+    """The changed settings, for a message."""
     there, here = ({AVERAGE: "none", **one["named"]} for one in (theirs, ours))
     same = theirs["rates"] == ours["rates"]
     found = [

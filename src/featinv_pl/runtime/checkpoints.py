@@ -100,7 +100,7 @@ def find_checkpoint(given: str, places: Callable[[], Iterable[Path]]) -> Path | 
 
 
 def _checkpoints(place: Path) -> list[Path]:
-    """Those in a folder, or where Lightning puts them below it; further below may be those of other trainings."""
+    """Checkpoints in a folder or where Lightning puts them below it; deeper ones may belong to other trainings."""
     return [place] if place.is_file() else [*place.glob("*.ckpt"), *place.glob("checkpoints/*.ckpt")]
 
 
@@ -127,7 +127,7 @@ def _first_complete(candidates: list[Path], given: str) -> Path:
 
 
 def _best(newest: Path, candidates: list[Path]) -> list[Path]:
-    """What the newest checkpoint knows to be the best, wherever its folder is now."""
+    """The best checkpoint according to the newest one, wherever its folder is now."""
     states = read_checkpoint(newest, OPTION, map_location="meta").get("callbacks", {}).values()
     names = {Path(state["best_model_path"]).name for state in states if state.get("monitor")}
     if not names:

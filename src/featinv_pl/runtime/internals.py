@@ -1,4 +1,4 @@
-"""What more than one module, or the command, uses of Lightning without its promise; see `test_contract.py`."""
+"""Undocumented names of Lightning that several modules use; `test_contract.py` lists them all."""
 
 import logging
 from typing import Any, cast
@@ -9,14 +9,14 @@ from lightning.pytorch.cli import LightningCLI
 
 
 class CommandLine(LightningCLI):
-    """A command line over which a checkpoint's hyper-parameters do not win."""
+    """Lightning's command line, without the hyper-parameters of a checkpoint overriding it."""
 
     def _parse_ckpt_path(self) -> None:
-        """Leave out what Lightning does here."""
+        """Do not read hyper-parameters from the checkpoint."""
 
 
 def silence_tips() -> None:
-    """Leave out the services that Lightning advertises at the start of every run."""
+    """Hide the services that Lightning advertises at the start of every run."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
 
 
@@ -40,7 +40,7 @@ def accumulating(trainer: Trainer) -> bool:
 
 
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:
-    """What saves checkpoints."""
+    """The ModelCheckpoint callbacks of a trainer."""
     return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
 
 

@@ -1,4 +1,4 @@
-"""What a run was made from, besides its configuration: the code and the data."""
+"""Provenance of a run besides its configuration: code and data."""
 
 import subprocess
 from importlib.metadata import version

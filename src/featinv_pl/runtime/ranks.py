@@ -83,7 +83,7 @@ def hands_back_little(trainer: Trainer) -> bool:
 
 
 def of_all_ranks(item: Any) -> list[Any]:
-    """What each rank has, on all ranks."""
+    """The values of all ranks, on all ranks."""
     if not distributed.is_initialized():
         return [item]
     gathered: list[Any] = [None] * distributed.get_world_size()

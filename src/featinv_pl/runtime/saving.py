@@ -36,7 +36,7 @@ class SaveConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Too early."""
+        """Do not save yet: the run may still be refused."""
 
     def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
         command = str(trainer.state.fn.value) if trainer.state.fn else ""

@@ -1,4 +1,4 @@
-"""What a control is trained for."""
+"""The training objective of a control."""
 
 from dataclasses import dataclass
 

@@ -76,7 +76,7 @@ class FeatureExtraction(LightningModule):
 
     @property
     def provenance(self) -> Provenance:
-        """What made the features, for the manifest."""
+        """Provenance of the features, for the manifest."""
         return {
             "backbone": self.backbone.name,
             "backbone_digest": digest(self.backbone.model),

@@ -20,7 +20,7 @@ class _Schedule(TypedDict):
 
 
 class Optimisation(TypedDict, total=False):
-    """What Lightning's `configure_optimizers` returns."""
+    """The return value of Lightning's `configure_optimizers`."""
 
     optimizer: Optimizer
     lr_scheduler: _Schedule

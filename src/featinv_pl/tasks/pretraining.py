@@ -35,7 +35,7 @@ DROPOUT = 0.1
 
 
 class Pretraining(Clipped, ABC):
-    """What the three have in common: a loss, its logging, and an optimizer from the configuration.
+    """The base of the three tasks: a loss, its logging, and an optimizer from the configuration.
 
     Args:
         scalars: Names of what `losses` returns.

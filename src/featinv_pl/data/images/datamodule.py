@@ -20,7 +20,7 @@ from featinv_pl.types import ImageBatch
 
 
 class ImageData(ResumableData, LightningDataModule):
-    """What all data modules of images share.
+    """The base of all data modules of images.
 
     Args:
         predicted: The sources to extract features of, which `predict` reads one after the other.
@@ -133,7 +133,7 @@ class FolderData(ImageData):
 
 
 class CorruptedData(ImageData):
-    """What another data module gives to `predict`, by every corruption at every severity.
+    """The images that another data module gives to `predict`, with every corruption at every severity.
 
     Args:
         data: The other data module, such as folders of images.

@@ -37,7 +37,7 @@ class Folder(NamedTuple):
     images: list[str]
     """Names of the images directly in it, sorted."""
     folders: list["Folder"]
-    """Those below that hold images at any depth, sorted by name."""
+    """The folders below that hold images at any depth, sorted by name."""
 
     @property
     def name(self) -> str:

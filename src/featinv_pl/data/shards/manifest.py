@@ -1,4 +1,4 @@
-"""What lies beside the tars: a manifest for the set, and for each tar an index of its entries.
+"""The files beside the tars: a manifest of the set, and for each tar an index of its entries.
 
 A tar does not know what its members should hold, so a feature map with a flipped byte would pass for a feature map.
 The index has a CRC-32 of each member, which notices every flipped byte, takes a fraction of the time of reading, and
@@ -29,7 +29,7 @@ AGAIN = "Copy it again, or extract the features again."
 
 
 class Shard(TypedDict):
-    """What the manifest says of one tar."""
+    """One tar in the manifest."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]{0,199}$")]
     """A plain file name: no shard lies outside its set."""
@@ -47,7 +47,7 @@ class Unreadable(TypedDict):
 
 
 class Settings(TypedDict):
-    """What determines the bytes of a set, apart from the networks."""
+    """The settings that determine the bytes of a set, apart from the networks."""
 
     images: int
     images_sha256: str
