@@ -72,6 +72,7 @@ bench-data: install  ## how fast shards are written and read on this machine, as
 
 torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: 17 minutes
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(BRIEF) $(FLAGS)
+	$(if $(SHORT),,OMP_NUM_THREADS=1 $(BIN)/pytest -m slow)
 
 parity: install  ## differences from the authors' code, on a small model of theirs
 	PYTHONPATH=tests $(BIN)/python -m parity
