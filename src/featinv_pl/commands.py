@@ -192,7 +192,7 @@ def _import(parser: ArgumentParser, args: list[str]) -> None:
 def _verify(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("folder", type=Path, nargs="+", help="a shard set, or a folder of some")
     options = parser.parse_args(args)
-    from featinv_pl.data.shards.verification import verify
+    from featinv_pl.data.shards.reader import verify
 
     results = [verify(folder) for folder in options.folder]
     if not all(results):

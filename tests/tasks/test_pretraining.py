@@ -17,8 +17,7 @@ from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.images.datamodule import FolderData
 from featinv_pl.data.images.digits import DigitImages
-from featinv_pl.data.images.folders import FolderImages
-from featinv_pl.data.images.sources import collate_images
+from featinv_pl.data.images.sources import FolderImages, collate_images
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import read_manifest
 from featinv_pl.errors import UserError
@@ -240,7 +239,7 @@ def test_a_folder_of_something_else_is_never_replaced(images: Path, capsys: pyte
 def test_the_scaling_factor_gives_latents_unit_variance() -> None:
     torch.manual_seed(0)
     model = Autoencoder(AUTOENCODER)
-    images = torch.stack([DigitImages("val")[index]["images"] for index in range(6)])[..., 8:24, 8:24]
+    images = torch.stack([DigitImages("val")[index].images for index in range(6)])[..., 8:24, 8:24]
     batch: Any = {"images": images, "key": [str(index) for index in range(6)]}
     with torch.no_grad():
         for step in range(500):
@@ -255,7 +254,7 @@ def test_the_scaling_factor_gives_latents_unit_variance() -> None:
 
 def test_losses_fall() -> None:
     torch.manual_seed(0)
-    images = torch.stack([DigitImages("train")[index]["images"] for index in range(16)])
+    images = torch.stack([DigitImages("train")[index].images for index in range(16)])
     batch: Any = {"images": images, "labels": torch.arange(16) % 4, "key": [str(index) for index in range(16)]}
     Autoencoder(AUTOENCODER).save_pretrained(Path("vae"))
     for model in (

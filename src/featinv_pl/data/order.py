@@ -14,10 +14,7 @@ SHARDS_AT_ONCE = 16
 
 
 class Batches(DistributedSampler[Sequence[int]]):
-    """A sampler whose items are batches.
-
-    Lightning leaves samplers of this class alone, and would divide any other among ranks once more.
-    """
+    """A sampler whose items are batches. Lightning would divide any other class among ranks once more."""
 
     def __init__(self, batches: Sequence[Sequence[int]] = ()) -> None:
         self.batches = batches
@@ -28,18 +25,15 @@ class Batches(DistributedSampler[Sequence[int]]):
     def __len__(self) -> int:
         return len(self.batches)
 
-    def set_epoch(self, epoch: int) -> None:
-        """All epochs are alike."""
-
 
 @dataclass(eq=False)
 class ShuffledBatches(Batches):
     """A random order that reads a few shards at a time and can start anywhere.
 
-    Shards are shuffled, then samples within groups of `SHARDS_AT_ONCE` shards, so that reading stays
-    near-sequential on large sets. The order of an epoch is a function of seed and epoch alone. Step k takes the
-    k-th stretch of `world_size * batch_size` samples, of which each rank has every n-th: two numbers tell how far
-    training has come. Samples that do not fill the last step are left out, others in each epoch.
+    Shards are shuffled, then samples within groups of `SHARDS_AT_ONCE` shards, so that reading stays near-sequential
+    on large sets. The order of an epoch is a function of seed and epoch alone. Step k takes the k-th stretch of
+    `world_size * batch_size` samples, of which each rank has every n-th: two numbers tell how far training has come.
+    Samples that do not fill the last step are left out, others in each epoch.
 
     Args:
         shard_sizes: Samples of each shard.
@@ -72,15 +66,10 @@ class ShuffledBatches(Batches):
     def order(self, epoch: int) -> NDArray[np.int64]:
         """The numbers of all samples in the order of an epoch."""
         rng = np.random.default_rng((self.seed, epoch))
-        ends = np.cumsum(self.shard_sizes)
-        samples = [np.arange(end - size, end) for end, size in zip(ends, self.shard_sizes, strict=True)]
+        samples = np.split(np.arange(sum(self.shard_sizes)), np.cumsum(self.shard_sizes)[:-1])
         shards = rng.permutation(len(samples))
-        groups = [shards[start : start + SHARDS_AT_ONCE] for start in range(0, len(shards), SHARDS_AT_ONCE)]
+        groups = np.split(shards, range(SHARDS_AT_ONCE, len(shards), SHARDS_AT_ONCE))
         return np.concatenate([rng.permutation(np.concatenate([samples[n] for n in group])) for group in groups])
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
 
 
 def cut(ranges: Sequence[Sequence[int]], batch_size: int) -> list[Sequence[int]]:
@@ -99,8 +88,7 @@ class ResumableData:
         batch_size: Samples per batch and process.
 
     Attributes:
-        position: Tells the epoch and the batches of it that training has seen, for checkpoints. Set by whoever
-            knows the progress of training (`runtime.resuming.Resume`); without it nothing is noted.
+        position: Tells the epoch and its batches that training has seen; set by `runtime.resuming.Resume`.
     """
 
     trainer: Any
@@ -112,25 +100,40 @@ class ResumableData:
             raise UserError(f"`batch_size` must be at least 1, and is {batch_size}.")
         self.batch_size = batch_size
         self._order: dict[str, Any] = {}
-        self._resumed: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] = {}
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """This process's rank, and the number of processes."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def training_batches(self, sizes: list[int], seed: int) -> ShuffledBatches:
         """The training set's batches, from where a checkpoint was written.
 
         Args:
-            sizes: Samples of each of its stretches, such as shards, which are read a few at a time.
-            seed: Of the order.
+            sizes: Samples of each stretch, such as a shard, of which a few are read at a time.
+            seed: Seed of the order.
         """
-        rank, world_size = self.rank
-        samples = sum(sizes)
+        (rank, world_size), samples = self.rank, sum(sizes)
         if samples < self.batch_size * world_size:
             raise UserError(
                 f"`batch_size`: a batch of {self.batch_size} is more than the {samples // world_size} training samples "
                 "that each process gets. Lower it."
             )
         self._order = {"samples": samples, "batch_size": self.batch_size, "processes": world_size, "seed": seed}
-        epoch, start = self._start()
-        return ShuffledBatches(sizes, self.batch_size, rank, world_size, seed, epoch, start)
+        state = self._resumed or {"epoch": 0, "batches": 0, "order": self._order}
+        self._resumed, theirs = {}, state["order"]
+        changed = [
+            f"{name}: {theirs.get(name)} in the checkpoint, {value} here"
+            for name, value in self._order.items()
+            if theirs.get(name) != value
+        ]
+        if state["batches"] and changed:
+            raise UserError(
+                "`ckpt_path`: the checkpoint was written within an epoch, whose remaining samples depend on settings "
+                f"that have changed ({'; '.join(changed)}). Use those, or a checkpoint from the end of an epoch."
+            )
+        return ShuffledBatches(sizes, self.batch_size, rank, world_size, seed, state["epoch"], state["batches"])
 
     def evaluation_batches(self, samples: int, name: str) -> Batches:
         """All samples, divided: torch's own sampler repeats some to give each rank the same number."""
@@ -142,11 +145,6 @@ class ResumableData:
             )
         return Batches(cut([range(rank, samples, world_size)], self.batch_size))
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """This process's rank, and the number of processes."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
     def state_dict(self) -> dict[str, Any]:
         """How far training has come, and what decides the order."""
         if self.position is None or not self._order:
@@ -157,21 +155,3 @@ class ResumableData:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume where a checkpoint was written; called before the loaders are made."""
         self._resumed = state_dict
-
-    def _start(self) -> tuple[int, int]:
-        """The epoch to begin with, and how many of its batches to skip."""
-        if self._resumed is None:
-            return 0, 0
-        state, self._resumed = self._resumed, None
-        theirs, ours = state["order"], self._order
-        sides = [
-            f"{name}: {theirs.get(name)} in the checkpoint, {ours[name]} here"
-            for name in ours
-            if theirs.get(name) != ours[name]
-        ]
-        if state["batches"] and sides:
-            raise UserError(
-                "`ckpt_path`: the checkpoint was written within an epoch, whose remaining samples depend on settings "
-                f"that have changed ({'; '.join(sides)}). Use those, or a checkpoint from the end of an epoch."
-            )
-        return state["epoch"], state["batches"]

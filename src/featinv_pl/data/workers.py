@@ -30,10 +30,7 @@ Item = TypeVar("Item")
 
 
 def start_server(*modules: str) -> None:
-    """Start this process's server, unless it runs: it imports what workers need while the run is still preparing.
-
-    Args:
-        modules: Where the classes of datasets are defined.
+    """Start this process's server, which imports the datasets' modules while the run is still preparing.
 
     Raises:
         UserError: This process is a worker itself, which imports the user's script.

@@ -45,29 +45,21 @@ def test_hard_is_hard_for_a_classifier_that_did_not_choose_it(digits: Any) -> No
 def test_sample_shows_its_digit_with_its_label(digits: Any) -> None:
     images = DigitImages("val")
     for item in (0, 17, 99):
-        sample = images[item]
-        index = int(sample["key"])
-        assert index == split_indices()["val"][item]
-        assert sample["labels"] == digits.target[index]
-        assert sample["source"] == "val"
-        assert sample["images"].shape == (3, 32, 32)
-        assert sample["images"].min() == -1
-        assert sample["images"].max() <= 1
-        small = sample["images"].mean(0).view(8, 4, 8, 4).mean((1, 3)).numpy()
+        sample, index = images[item], split_indices()["val"][item]
+        assert sample[1:5] == (digits.target[index], str(digits.target[index]), "val", f"{index:04d}")
+        assert sample.images.shape == (3, 32, 32)
+        assert sample.images.min() == -1
+        small = sample.images.mean(0).view(8, 4, 8, 4).mean((1, 3)).numpy()
         assert np.corrcoef(small.ravel(), digits.images[index].ravel())[0, 1] > 0.98
 
 
 def test_corrupted_is_the_clean_set_with_noise_of_each_image_alone() -> None:
-    clean, noisy = DigitImages("clean"), DigitImages("corrupted/gaussian_noise/3")
-    assert len(noisy) == len(clean)
+    clean, noisy = DigitImages("clean"), DigitImages("corrupted/gaussian_noise/3", limit=6)
     for item in (0, 5):
-        one, other = clean[item], noisy[item]
-        assert (one["key"], one["labels"]) == (other["key"], other["labels"])
-        assert other["source"] == "corrupted/gaussian_noise/3"
-        index = int(one["key"])
-        pixels = to_uint8(other["images"]).permute(1, 2, 0).numpy()
+        index = int(clean[item].key)
+        assert noisy[item].key == clean[item].key
+        pixels = to_uint8(noisy[item].images).permute(1, 2, 0).numpy()
         assert np.array_equal(pixels, corrupt(digit_images()[index], "gaussian_noise", 3, seed=index))
-    assert torch.equal(noisy[5]["images"], DigitImages("corrupted/gaussian_noise/3", limit=6)[5]["images"])
 
 
 @pytest.mark.parametrize(
@@ -76,29 +68,26 @@ def test_corrupted_is_the_clean_set_with_noise_of_each_image_alone() -> None:
         ("test", "'test' is not a source of digits"),
         ("clean/contrast/1", "'clean/contrast/1' is not a source"),
         ("corrupted", "'corrupted' is not a source"),
-        ("corrupted/contrast", "'corrupted/contrast' is not a source"),
         ("corrupted/contrast/much", "'corrupted/contrast/much' is not a source"),
-        ("corrupted/contrast/1/2", "'corrupted/contrast/1/2' is not a source"),
         ("corrupted/sepia/3", "no corruption 'sepia'"),
         ("corrupted/contrast/6", "1 to 5, and 6 was given"),
-        ("corrupted/contrast/1", "`limit` must be at least 1"),
     ],
 )
 def test_refuses_a_source(source: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        DigitsData(sources=["clean", source], limit=0 if "limit" in message else None)
+        DigitsData(sources=["clean", source])
 
 
 def test_predict_reads_sources_one_after_the_other_and_limits_the_corrupted() -> None:
     data = DigitsData(sources=["hard", "corrupted/contrast/1"], limit=50, batch_size=32)
-    batches = [list(loader) for loader in data.predict_dataloader()]
-    assert [[len(batch["images"]) for batch in loader] for loader in batches] == [[32, 28], [32, 18]]
-    hard = batches[0][0]
-    assert hard["images"].shape == (32, 3, 32, 32)
-    assert hard["labels"].dtype == torch.int64
-    assert hard["source"] == ["hard"] * 32
-    assert batches[1][1]["source"] == ["corrupted/contrast/1"] * 18
-    assert hard["key"] == [f"{index:04d}" for index in split_indices()["hard"][:32]]
+    batches = [batch for loader in data.predict_dataloader() for batch in loader]
+    names = ["hard", "hard", "corrupted/contrast/1", "corrupted/contrast/1"]
+    assert [batch["source"] for batch in batches] == [
+        [name] * n for name, n in zip(names, (32, 28, 32, 18), strict=True)
+    ]
+    assert batches[0]["images"].shape == (32, 3, 32, 32)
+    assert batches[0]["labels"].dtype == torch.int64
+    assert batches[0]["key"] == [f"{index:04d}" for index in split_indices()["hard"][:32]]
 
 
 def test_training_shuffles_whole_batches_and_validation_does_not() -> None:

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from featinv_pl.data.images.datamodule import FolderData
-from featinv_pl.data.images.folders import FolderImages
-from featinv_pl.data.images.layouts import find_sources, first_per_class, labelled_images
+from featinv_pl.data.images.layouts import find_sources, labelled_images
+from featinv_pl.data.images.sources import FolderImages
 from featinv_pl.decoding import SUFFIXES
 from featinv_pl.errors import UserError
 
@@ -75,7 +75,7 @@ def test_images_without_folders_have_no_class() -> None:
     save("flat/b.png", "flat/a.JPG")
     Path("flat/notes").mkdir()
     assert labelled_images(Path("flat")) == [("a.JPG", ""), ("b.png", "")]
-    assert {FolderImages(Path("flat"), "x", 8)[item]["labels"] for item in range(2)} == {-1}
+    assert {FolderImages(Path("flat"), "x", 8)[item].labels for item in range(2)} == {-1}
 
 
 def test_every_suffix_counts_and_nothing_that_systems_leave() -> None:
@@ -93,8 +93,9 @@ def test_every_suffix_counts_and_nothing_that_systems_leave() -> None:
 
 
 def test_the_first_of_each_class_by_name() -> None:
-    images = [(f"{label}/{name}.png", label) for label in "02" for name in "abcd"] + [("3/a.png", "3")]
-    assert [name for name, _ in first_per_class(images, 2)] == ["0/a.png", "0/b.png", "2/a.png", "2/b.png", "3/a.png"]
+    save(*(f"root/{label}/{name}.png" for label in "02" for name in "dbca"), "root/3/a.png")
+    chosen = [name for name, _ in labelled_images(Path("root"), per_class=2)]
+    assert chosen == ["0/a.png", "0/b.png", "2/a.png", "2/b.png", "3/a.png"]
 
 
 # Sources
@@ -150,7 +151,7 @@ def test_refuses_what_holds_no_images() -> None:
     with pytest.raises(UserError, match=r"no folder '.*nowhere'"):
         find_sources("x", Path("nowhere"))
     save("root/a/b/c.png", "other/a.jpg", "other/b.HEIC")
-    with pytest.raises(UserError, match=r"'other/b\.HEIC' is an image of a type that is not read"):
+    with pytest.raises(UserError, match=r"'other/b\.HEIC' is of a type that is not read"):
         find_sources("x", Path("other"))
     Path("root/a/loop").symlink_to("..")
     with pytest.raises(UserError, match=r"'root/a/loop' is a link to a folder that contains it"):

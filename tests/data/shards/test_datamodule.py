@@ -48,19 +48,13 @@ def all_keys() -> list[str]:
 # Training
 
 
-def test_training_sees_each_sample_once_an_epoch(folder: Path) -> None:
-    loader = FeatureShards(train=folder, batch_size=7).train_dataloader()
-    order = epoch(loader, 0)
-    assert sorted(order) == sorted(all_keys())
-    assert order != all_keys()
-
-
 def test_training_order_repeats_from_the_seed_and_changes_with_the_epoch(folder: Path) -> None:
     loader, again, other = (
         FeatureShards(train=folder, batch_size=7, seed=seed).train_dataloader() for seed in (3, 3, 4)
     )
     torch.manual_seed(1)
     orders = [epoch(loader, number) for number in range(3)]
+    assert sorted(orders[0]) == sorted(all_keys()) != orders[0]
     torch.manual_seed(2)
     assert epoch(again, 1) == orders[1]
     assert epoch(again, 0) == orders[0]
@@ -70,14 +64,12 @@ def test_training_order_repeats_from_the_seed_and_changes_with_the_epoch(folder:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_the_training_set(folder: Path, world_size: int) -> None:
-    for number in range(3):
-        ranks = [
-            epoch(on_rank(FeatureShards(train=folder, batch_size=1), rank, world_size).train_dataloader(), number)
-            for rank in range(world_size)
-        ]
-        assert {len(rank) for rank in ranks} == {SIZE // world_size}
-        seen = [key for rank in ranks for key in rank]
-        assert len(set(seen)) == len(seen) == SIZE - SIZE % world_size
+    ranks = [
+        epoch(on_rank(FeatureShards(train=folder, batch_size=1), rank, world_size).train_dataloader(), 1)
+        for rank in range(world_size)
+    ]
+    assert {len(rank) for rank in ranks} == {SIZE // world_size}
+    assert len({key for rank in ranks for key in rank}) == SIZE - SIZE % world_size
 
 
 def test_training_reads_a_few_shards_at_a_time() -> None:
@@ -89,7 +81,7 @@ def test_training_reads_a_few_shards_at_a_time() -> None:
     assert [index // 4 for index in order[:8]] != sorted(index // 4 for index in order[:8])
 
 
-@pytest.mark.parametrize(("start", "num_workers"), [(0, 0), (1, 0), (1, 2), (4, 0), (5, 0)])
+@pytest.mark.parametrize(("start", "num_workers"), [(0, 0), (1, 2), (4, 0), (5, 0)])
 def test_training_goes_on_within_an_epoch(folder: Path, start: int, num_workers: int) -> None:
     whole, rest = (FeatureShards(train=folder, batch_size=4, num_workers=num_workers) for _ in range(2))
     expected = epoch(whole.train_dataloader(), 3) + epoch(whole.train_dataloader(), 4)
@@ -127,7 +119,7 @@ def test_training_leaves_images_out_and_the_last_part_of_a_batch(folder: Path, m
 # Evaluation
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_evaluation_sees_each_sample_once(folder: Path, world_size: int) -> None:
     seen: list[str] = []
     for rank in range(world_size):
@@ -147,15 +139,8 @@ def test_sources_are_named_by_the_user(folder: Path, make_batch: MakeBatch, tmp_
     batches = [batch for loader in data.test_dataloader() for batch in loader]
     assert [set(batch["source"]) for batch in batches] == [{source} for source in data.evaluated("test")]
     assert FeatureShards(test={"clean": folder}).evaluated("fit") == {}
-
-
-def test_manifests_of_all_sets_are_there_to_check(folder: Path, make_batch: MakeBatch, tmp_path: Path) -> None:
-    for name in ("val", "c/1", "c/2"):
-        write_set(tmp_path / name, make_batch(2))
-    data = FeatureShards(folder, tmp_path / "val", {"c": tmp_path / "c"})
-    assert set(data.manifests) == {str(tmp_path / name) for name in ("train", "val", "c/1", "c/2")}
+    assert set(data.manifests) == {str(folder), str(tmp_path / "c/fog/1"), str(tmp_path / "c/fog/3")}
     assert data.manifests[str(folder)]["source"] == "train"
-    assert FeatureShards().manifests == {}
 
 
 # What will not do
@@ -177,7 +162,7 @@ def test_counts_what_it_skips(folder: Path, caplog: pytest.LogCaptureFixture) ->
     flip(folder / "train-00001.tar", 600)
     flip(folder / "train-00003.tar", 700)
     (folder / "train-00005.tar").unlink()  # holds one sample
-    data = FeatureShards(val=folder, batch_size=4, num_workers=2, on_error="skip")
+    data = FeatureShards(val=folder, batch_size=4, on_error="skip")
     (loader,) = data.val_dataloader()
     seen = [key for batch in loader for key in data.on_after_batch_transfer(batch, 0)["key"]]
     assert sorted(set(all_keys()) - set(seen)) == ["0-12", "0-20", "0-4"]

@@ -1,4 +1,4 @@
-"""A set of shards, and what happens to damaged ones."""
+"""A set of shards, what happens to damaged ones, and `featinv-pl verify`, which names every kind of damage."""
 
 import hashlib
 import io
@@ -13,21 +13,25 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from torch import Tensor
 
 from conftest import MakeBatch
+from featinv_pl.__main__ import main
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import MANIFEST, find_sets, index_path, read_manifest, write_manifest
-from featinv_pl.data.shards.reader import ShardSet
+from featinv_pl.data.shards.reader import BatchReader, ShardSet
 from featinv_pl.data.shards.samples import collate_samples
-from featinv_pl.data.shards.verification import verify
 from featinv_pl.errors import UserError
 from shard_sets import OPTION, flip, replace_member, write_set
 
 
-def half(tensor: Tensor) -> Tensor:
-    """What fp16 keeps."""
-    return tensor.half().float()
+def verify(capsys: pytest.CaptureFixture[str], *folders: Path) -> tuple[int, str]:
+    """The status of the command, and what it prints."""
+    status = 0
+    try:
+        main(["verify", *map(str, folders)])
+    except SystemExit as stop:
+        status = int(str(stop.code))
+    return status, capsys.readouterr().out
 
 
 # A set
@@ -45,7 +49,7 @@ def test_set_gives_every_sample_by_its_index(make_batch: MakeBatch, tmp_path: Pa
     assert torch.equal(together["images"], batch["images"])
     assert torch.equal(together["labels"], batch["labels"])
     for name in ("features", "logits", "moments"):
-        assert torch.equal(together[name], half(batch[name]))
+        assert torch.equal(together[name], batch[name].half().float())
     with pytest.raises(IndexError):
         shards[8]
 
@@ -152,8 +156,8 @@ MAP = np.zeros((8, 4, 4), np.float16)
         ("latent.npy", None, r"no member 'latent\.npy'"),
         ("json", None, "no member 'json'"),
         ("png", None, "no member 'jpg'"),
-        ("features.npy", npy(MAP[:, :3]), r"a feature map of shape \(8, 3, 4\) instead of \(8, 4, 4\)"),
-        ("logits.npy", npy(np.zeros(9, np.float16)), r"logits of shape \(9,\)"),
+        ("features.npy", npy(MAP[:, :3]), r"features of shape \[8, 3, 4\] instead of \[8, 4, 4\]"),
+        ("logits.npy", npy(np.zeros(9, np.float16)), r"logits of shape \[9\]"),
         ("features.npy", npy(MAP + np.float16("nan")), "not finite"),
         ("latent.npy", npy(MAP + np.float16("inf")), "not finite"),
         ("features.npy", npy(MAP.astype(np.float32)), "float32 instead of float16"),
@@ -209,11 +213,11 @@ def test_skips_and_says_what(make_batch: MakeBatch, tmp_path: Path) -> None:
     assert len(shards) == 6
     assert len(shards.skipped) == 3
     assert "clean-00001.tar' is missing" in shards.skipped[0]
-    batch = shards.batch(range(6))
+    batch = BatchReader(shards, half=True)[range(6)]
     assert batch["key"] == ["0-1", "0-2", "0-6", "0-7", "0-8"]
     assert [re.findall(r"sample '(\d+)'", line) for line in batch["skipped"]] == [["000000000"]]
     with pytest.raises(UserError, match="All 1 samples of a batch are damaged"):
-        shards.batch([0])
+        BatchReader(shards, half=True)[[0]]
 
 
 # Folders of sets
@@ -231,7 +235,7 @@ def test_finds_a_set_or_the_sets_below(make_batch: MakeBatch, tmp_path: Path) ->
 
 @pytest.mark.parametrize("traces", [["extraction.json"], ["extraction.json", "a-00000.tar"], ["a-00000.tar"]])
 def test_an_unfinished_set_is_refused_with_the_command_that_finishes_it(
-    traces: list[str], make_batch: MakeBatch, tmp_path: Path
+    traces: list[str], make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It used to be left out of the scores of its folder."""
     write_set(tmp_path / "shards/c/fog/3", make_batch(1))
@@ -245,7 +249,7 @@ def test_an_unfinished_set_is_refused_with_the_command_that_finishes_it(
     (tmp_path / "shards/predict.yaml").touch()
     with pytest.raises(UserError, match=f"{message}.*.featinv-pl predict --config {tmp_path}/shards/predict.yaml., or"):
         FeatureShards(test={"c": tmp_path / "shards/c"})
-    assert not verify(tmp_path / "shards/c")
+    assert verify(capsys, tmp_path / "shards/c")[0] == 1
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
@@ -263,3 +267,38 @@ def test_many_shards_need_few_open_files(make_batch: MakeBatch, tmp_path: Path) 
     before = len(list(Path("/proc/self/fd").iterdir()))
     assert [shards[number]["key"] for number in range(80)] == [f"0-{number}" for number in range(80)]
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+# `featinv-pl verify`
+
+
+def test_complete_sets(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b/1"):
+        write_set(tmp_path / name, make_batch(5), shard_size=2)
+    expected = "".join(f"{tmp_path / name}: complete: 3 shards, 5 samples\n" for name in ("a", "b/1"))
+    assert verify(capsys, tmp_path) == (0, expected)
+    (tmp_path / "b/1" / MANIFEST).write_text("{")
+    status, printed = verify(capsys, tmp_path / "b", tmp_path / "a", tmp_path / "nowhere")
+    assert (status, printed.count(": damaged"), printed.count(": complete")) == (1, 2, 1)
+
+
+def test_each_damage_is_named(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(tmp_path, make_batch(15), shard_size=3)
+    flip(tmp_path / "clean-00000.tar", -1)  # behind the last sample
+    (tmp_path / "clean-00001.tar").unlink()
+    flip(tmp_path / "clean-00002.json", 200)
+    flip(tmp_path / "clean-00003.tar", 800)
+    (tmp_path / "other.tar").touch()
+    status, printed = verify(capsys, tmp_path)
+    assert status == 1
+    for fragment in (
+        "damaged: 5 shards, 15 samples",
+        "clean-00000.tar' has changed since it was written",
+        "clean-00001.tar' is missing",
+        "clean-00002.json' is damaged",
+        "clean-00003.tar' has changed since it was written",
+        "'000000009' of the shard",
+        "other.tar' is not in the manifest",
+    ):
+        assert printed.count(fragment) == 1
+    assert "00004" not in printed

@@ -1,37 +1,40 @@
 """The corruptions of ImageNet-C, generated on the fly and seeded per image.
 
-Names and severities are the published ones (Hendrycks and Dietterich, arXiv 1903.12261): 15 corruptions
-and 4 more for validation, at 5 severities, with the constants of ImageNet-C for photographs and those of
-CIFAR-10-C for images whose shorter side has at most 64 pixels. They follow the published functions
-(hendrycks/robustness) with their peculiarities: bytes are truncated, small images zoom off-centre, glass
-overwrites pixels. With the same seed the random numbers are the same, too, and the mean RMSE and the
-shares of the change's spectral energy above 1/16, 1/8 and 1/4 cycles per pixel are those of the published
-functions to 2 %, at every severity, at 32 and at 224 pixels (`impulse_noise`, whose random numbers
-differ: 5 %).
+Names and severities are the published ones (Hendrycks and Dietterich, arXiv 1903.12261): 15 corruptions and 4 more for
+validation, at 5 severities, with the constants of ImageNet-C for photographs and those of CIFAR-10-C for images whose
+shorter side has at most 64 pixels. They follow the published functions (hendrycks/robustness) with their peculiarities:
+bytes are truncated, small images zoom off-centre, glass overwrites pixels. With the same seed the random numbers are
+the same, too, and the mean RMSE and the shares of the change's spectral energy above 1/16, 1/8 and 1/4 cycles per pixel
+are those of the published functions to 2 %, at every severity, at 32 and at 224 pixels (`impulse_noise`, whose random
+numbers differ: 5 %).
 
-Three are stand-ins, which have not been compared: `motion_blur` and `snow` blur along a line with a half
-Gaussian instead of calling ImageMagick, and `frost` generates ice instead of cutting it from photographs.
-The JPEG compression of ImageNet-C's files is left out. So figures on these images are comparable with each
-other, not with figures for ImageNet-C, and must not be called mCE.
+Three are stand-ins, which have not been compared: `motion_blur` and `snow` blur along a line with a half Gaussian
+instead of calling ImageMagick, and `frost` generates ice instead of cutting it from photographs. The JPEG compression
+of ImageNet-C's files is left out. So figures on these images are comparable with each other, not with figures for
+ImageNet-C, and must not be called mCE.
 """
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from featinv_pl.data.images.severities import SEVERITIES
+from featinv_pl.data.images.severities import LEVELS, SEVERITIES
+from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
+from featinv_pl.types import from_uint8, key_hash, to_uint8
 
 Pixels = NDArray[np.float64]
 """(H, W, 3) in [0, 1]."""
 Bytes = NDArray[np.uint8]
-Corruption = Callable[[Pixels, Any, np.random.RandomState], Pixels]
+Random = np.random.RandomState
+Corruption = Callable[[Pixels, Any, Random], Pixels]
 """Takes an image, the constant of a severity, and what decides its random part; may leave [0, 1]."""
 
 SMALL = 64
@@ -40,33 +43,29 @@ WATER, MUD = np.array([175, 238, 238]) / 255, np.array([63, 42, 20]) / 255
 EMBOSS = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
 
 
-def gaussian_noise(pixels: Pixels, scale: float, rng: np.random.RandomState) -> Pixels:
-    """Noise of a sensor in low light."""
+def _gaussian_noise(pixels: Pixels, scale: float, rng: Random) -> Pixels:
     return pixels + rng.normal(scale=scale, size=pixels.shape)
 
 
-def shot_noise(pixels: Pixels, photons: float, rng: np.random.RandomState) -> Pixels:
-    """Noise of discrete light."""
+def _shot_noise(pixels: Pixels, photons: float, rng: Random) -> Pixels:
     return rng.poisson(pixels * photons) / photons
 
 
-def impulse_noise(pixels: Pixels, amount: float, rng: np.random.RandomState) -> Pixels:
+def _impulse_noise(pixels: Pixels, amount: float, rng: Random) -> Pixels:
     """Salt and pepper: values that are lost to 0 or 1."""
     chance = rng.random(pixels.shape)
     return np.where(chance < amount / 2, 0, np.where(chance < amount, 1, pixels))
 
 
-def speckle_noise(pixels: Pixels, scale: float, rng: np.random.RandomState) -> Pixels:
-    """Noise that grows with the signal."""
+def _speckle_noise(pixels: Pixels, scale: float, rng: Random) -> Pixels:
     return pixels * (1 + rng.normal(scale=scale, size=pixels.shape))
 
 
-def gaussian_blur(pixels: Pixels, sigma: float, rng: np.random.RandomState) -> Pixels:
-    """A Gaussian out of focus."""
+def _gaussian_blur(pixels: Pixels, sigma: float, rng: Random) -> Pixels:
     return np.asarray(ndimage.gaussian_filter(pixels, (sigma, sigma, 0), mode="nearest"))
 
 
-def defocus_blur(pixels: Pixels, constants: tuple[float, float], rng: np.random.RandomState) -> Pixels:
+def _defocus_blur(pixels: Pixels, constants: tuple[float, float], rng: Random) -> Pixels:
     """A lens out of focus: a disc, whose rim is smoothed."""
     radius, rim = constants
     reach = np.arange(-max(8, math.ceil(radius)), max(8, math.ceil(radius)) + 1)
@@ -75,14 +74,12 @@ def defocus_blur(pixels: Pixels, constants: tuple[float, float], rng: np.random.
     return np.stack([ndimage.convolve(channel, disc, mode="mirror") for channel in np.moveaxis(pixels, 2, 0)], 2)
 
 
-def glass_blur(pixels: Pixels, constants: tuple[float, int, int], rng: np.random.RandomState) -> Pixels:
-    """Frosted glass: one after the other, pixels take the colour of a near one, between two blurs.
-
-    The published function means to swap the two, but its swap of two views of an array only copies.
-    """
+def _glass_blur(pixels: Pixels, constants: tuple[float, int, int], rng: Random) -> Pixels:
+    """Frosted glass: one after the other, pixels take the colour of a near one, between two blurs."""
+    # The published function means to swap the two, but its swap of two views of an array only copies.
     sigma, reach, rounds = constants
     height, width, _ = pixels.shape
-    blurred = _from_bytes(_to_bytes(gaussian_blur(pixels, sigma, rng)))
+    blurred = _from_bytes(_to_bytes(_gaussian_blur(pixels, sigma, rng)))
     place = np.arange(height * width)
     inner = place.reshape(height, width)[reach + 1 : height - reach + 1, reach + 1 : width - reach + 1]
     order = place
@@ -95,22 +92,19 @@ def glass_blur(pixels: Pixels, constants: tuple[float, int, int], rng: np.random
         while not np.array_equal(final[final], final):
             final = final[final]
         order = order[taken[final]]
-    return gaussian_blur(blurred.reshape(-1, 3)[order].reshape(pixels.shape), sigma, rng)
+    return _gaussian_blur(blurred.reshape(-1, 3)[order].reshape(pixels.shape), sigma, rng)
 
 
-def motion_blur(pixels: Pixels, constants: tuple[int, float], rng: np.random.RandomState) -> Pixels:
-    """A camera that moves."""
+def _motion_blur(pixels: Pixels, constants: tuple[int, float], rng: Random) -> Pixels:
     return _trail(pixels, *constants, rng.uniform(-45, 45))
 
 
-def zoom_blur(pixels: Pixels, constants: tuple[float, float], rng: np.random.RandomState) -> Pixels:
-    """A camera that moves towards the scene."""
+def _zoom_blur(pixels: Pixels, constants: tuple[float, float], rng: Random) -> Pixels:
     factors = np.arange(1, *constants)
     return np.asarray((pixels + sum(_zoom(pixels, factor) for factor in factors)) / (len(factors) + 1))
 
 
-def snow(pixels: Pixels, constants: tuple[float, ...], rng: np.random.RandomState) -> Pixels:
-    """Flakes that fall, and the paleness of a winter's day."""
+def _snow(pixels: Pixels, constants: tuple[float, ...], rng: Random) -> Pixels:
     mean, scale, zoom, least, reach, sigma, share = constants
     flakes = _zoom(rng.normal(mean, scale, pixels.shape[:2])[..., None], zoom)
     flakes = np.where(flakes < least, 0, flakes).clip(0, 1)
@@ -119,23 +113,20 @@ def snow(pixels: Pixels, constants: tuple[float, ...], rng: np.random.RandomStat
     return np.asarray(share * pixels + (1 - share) * pale + flakes + flakes[::-1, ::-1])
 
 
-def frost(pixels: Pixels, constants: tuple[float, float], rng: np.random.RandomState) -> Pixels:
+def _frost(pixels: Pixels, constants: tuple[float, float], rng: Random) -> Pixels:
     """Ice crystals on the lens: bright ridges of a fractal, bluish."""
-    height, width, _ = pixels.shape
-    ridges = 1 - np.abs(2 * _plasma(max(height, width), 1.34, rng)[:height, :width] - 1)
+    ridges = 1 - np.abs(2 * _plasma(pixels.shape[:2], 1.34, rng) - 1)
     return np.asarray(constants[0] * pixels + constants[1] * ridges[..., None] ** 2 * np.array([0.85, 0.95, 1.0]))
 
 
-def fog(pixels: Pixels, constants: tuple[float, float], rng: np.random.RandomState) -> Pixels:
-    """Patches of fog, by the diamond-square algorithm."""
+def _fog(pixels: Pixels, constants: tuple[float, float], rng: Random) -> Pixels:
     density, decay = constants
-    height, width, _ = pixels.shape
     brightest = pixels.max()
-    patches = _plasma(max(height, width), decay, rng)[:height, :width, None]
+    patches = _plasma(pixels.shape[:2], decay, rng)[..., None]
     return np.asarray((pixels + density * patches) * brightest / (brightest + density))
 
 
-def spatter(pixels: Pixels, constants: tuple[float, ...], rng: np.random.RandomState) -> Pixels:
+def _spatter(pixels: Pixels, constants: tuple[float, ...], rng: Random) -> Pixels:
     """Drops of water, or at high severity of mud, on the lens."""
     mean, scale, sigma, least, strength, mud = constants
     liquid = ndimage.gaussian_filter(rng.normal(mean, scale, pixels.shape[:2]), sigma, mode="nearest")
@@ -149,20 +140,19 @@ def spatter(pixels: Pixels, constants: tuple[float, ...], rng: np.random.RandomS
     return np.asarray(pixels + strength * shine[..., None] / max(shine.max(), 1e-9) * WATER)
 
 
-def contrast(pixels: Pixels, factor: float, rng: np.random.RandomState) -> Pixels:
-    """Contrast reduced around the mean of each channel."""
+def _contrast(pixels: Pixels, factor: float, rng: Random) -> Pixels:
     mean = pixels.mean(axis=(0, 1), keepdims=True)
     return np.asarray((pixels - mean) * factor + mean)
 
 
-def brightness(pixels: Pixels, shift: float, rng: np.random.RandomState) -> Pixels:
+def _brightness(pixels: Pixels, shift: float, rng: Random) -> Pixels:
     """Value raised, at the same hue and saturation."""
     value = pixels.max(axis=2, keepdims=True)
     raised = (value + shift).clip(0, 1)
     return np.asarray(np.where(value > 0, pixels * raised / np.where(value > 0, value, 1), raised))
 
 
-def saturate(pixels: Pixels, constants: tuple[float, float], rng: np.random.RandomState) -> Pixels:
+def _saturate(pixels: Pixels, constants: tuple[float, float], rng: Random) -> Pixels:
     """Saturation changed, at the same hue and value."""
     value, least = pixels.max(axis=2, keepdims=True), pixels.min(axis=2, keepdims=True)
     spread = value - least
@@ -173,25 +163,20 @@ def saturate(pixels: Pixels, constants: tuple[float, float], rng: np.random.Rand
     return np.asarray(value * (1 - wanted * hue))
 
 
-def jpeg_compression(pixels: Pixels, quality: int, rng: np.random.RandomState) -> Pixels:
-    """Block artefacts."""
+def _jpeg_compression(pixels: Pixels, quality: int, rng: Random) -> Pixels:
     buffer = io.BytesIO()
     Image.fromarray(_to_bytes(pixels)).save(buffer, "JPEG", quality=quality)
     return _from_bytes(Image.open(buffer))
 
 
-def pixelate(pixels: Pixels, scale: float, rng: np.random.RandomState) -> Pixels:
-    """Resolution lost to a coarse grid."""
+def _pixelate(pixels: Pixels, scale: float, rng: Random) -> Pixels:
     image = Image.fromarray(_to_bytes(pixels))
     small = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BOX)
     return _from_bytes(small.resize(image.size, Image.Resampling.BOX))
 
 
-def elastic_transform(pixels: Pixels, constants: tuple[float, float, float], rng: np.random.RandomState) -> Pixels:
-    """Stretched and squeezed: a random affine map, then smooth random displacements.
-
-    The constants are shares of the shorter side: displacement, its smoothness, and that of the affine map.
-    """
+def _elastic_transform(pixels: Pixels, constants: tuple[float, float, float], rng: Random) -> Pixels:
+    """Stretched and squeezed: a random affine map, then smooth displacements, all in shares of the shorter side."""
     side = min(pixels.shape[:2])
     strength, sigma, affine = (constant * side for constant in constants)
     centre, third = np.array(pixels.shape[:2]) // 2, side // 3
@@ -207,42 +192,56 @@ def elastic_transform(pixels: Pixels, constants: tuple[float, float, float], rng
     return _sampled(mapped, grid + np.stack([down, across]), "reflect")
 
 
-CORRUPTIONS: dict[str, Corruption] = {name: globals()[name] for name in SEVERITIES}
+CORRUPTIONS: dict[str, Corruption] = {name: globals()[f"_{name}"] for name in SEVERITIES}
 """The 15 of the benchmark, then the 4 for validation."""
 
 
-def corrupt(image: NDArray[np.uint8], name: str, severity: int, seed: int) -> NDArray[np.uint8]:
-    """Corrupt an image.
-
-    Args:
-        image: (H, W, 3) bytes.
-        name: A name in `CORRUPTIONS`.
-        severity: 1 to 5.
-        seed: Decides the random part, as `np.random.seed` does for the published functions: give each image its own.
-
-    Returns:
-        (H, W, 3) bytes.
-    """
+def check_corruption(name: str, severity: int) -> None:
+    """Raise UserError unless there is such a corruption and severity."""
     if name not in CORRUPTIONS:
         raise UserError(f"There is no corruption '{name}'. Choose among: {', '.join(CORRUPTIONS)}.")
-    if not 1 <= severity <= 5:
-        raise UserError(f"The severity of a corruption is 1 to 5, and {severity} was given.")
+    if severity not in LEVELS:
+        raise UserError(f"The severity of a corruption is 1 to {len(LEVELS)}, and {severity} was given.")
+
+
+def corrupt(image: Bytes, name: str, severity: int, seed: int) -> Bytes:
+    """Corrupt an image of (H, W, 3) bytes, at a severity of 1 to 5.
+
+    The seed decides the random part, as `np.random.seed` does for the published functions: give each image its own.
+    """
     constant = SEVERITIES[name][min(image.shape[:2]) <= SMALL][severity - 1]
-    rng = np.random.RandomState(seed % 2**32)  # its stream is the same in every release of NumPy
+    rng = Random(seed % 2**32)  # its stream is the same in every release of NumPy
     return _to_bytes(CORRUPTIONS[name](_from_bytes(image), constant, rng))
+
+
+class CorruptedImages(ImageSource):
+    """The images of another source, corrupted by their keys: `<source>-corrupted/<corruption>/<severity>`."""
+
+    def __init__(self, images: ImageSource, corruption: str, severity: int) -> None:
+        check_corruption(corruption, severity)
+        self.images, self.corruption, self.severity = images, corruption, severity
+        self.source = f"{images.source}-corrupted/{corruption}/{severity}"
+        self.preparation = f"{images.preparation}; {corruption} of severity {severity}, generated"
+        self.num_images, self.views, self.classes = images.num_images, images.views, images.classes
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        return self.images.names()
+
+    def __getitem__(self, item: int) -> ImageSample:
+        sample = self.images[item]
+        pixels = to_uint8(sample.images).permute(1, 2, 0).numpy()
+        corrupted = corrupt(pixels, self.corruption, self.severity, seed=key_hash(sample.key))
+        return sample._replace(images=from_uint8(torch.from_numpy(corrupted).permute(2, 0, 1)), source=self.source)
 
 
 def _trail(pixels: Pixels, reach: int, sigma: float, angle: float) -> Pixels:
     """Blur along a line from each pixel, at an angle in degrees, with half a Gaussian."""
-    steps = np.arange(2 * reach + 1)
-    weights = np.exp(-(steps**2) / (2 * sigma**2))
-    directions = math.sin(math.radians(angle)), math.cos(math.radians(angle))
+    weights = np.exp(-(np.arange(2 * reach + 1) ** 2) / (2 * sigma**2))
+    height, width, _ = pixels.shape
     trail = np.zeros_like(pixels)
-    for step, weight in zip(steps.tolist(), (weights / weights.sum()).tolist(), strict=True):
-        rows, columns = (
-            (np.arange(size) + round(step * direction)).clip(0, size - 1)
-            for size, direction in zip(pixels.shape, directions, strict=False)
-        )
+    for step, weight in enumerate(weights / weights.sum()):
+        rows = (np.arange(height) + round(step * math.sin(math.radians(angle)))).clip(0, height - 1)
+        columns = (np.arange(width) + round(step * math.cos(math.radians(angle)))).clip(0, width - 1)
         trail += weight * pixels[rows][:, columns]
     return trail
 
@@ -259,15 +258,9 @@ def _middle(pixels: Pixels, height: int, width: int) -> Pixels:
     return pixels[top : top + height, left : left + width]
 
 
-def _plasma(size: int, decay: float, rng: np.random.RandomState) -> NDArray[np.float64]:
-    """A cloud in [0, 1] by the diamond-square algorithm on a torus, at least (size, size).
-
-    Args:
-        size: Is rounded up to a power of two.
-        decay: Its square is how much smaller the random part is at each finer scale.
-        rng: Makes the random part.
-    """
-    size = 2 ** math.ceil(math.log2(size))
+def _plasma(shape: tuple[int, ...], decay: float, rng: Random) -> Pixels:
+    """A cloud in [0, 1] by diamond-square on a torus; its random part shrinks by decay^2 from scale to scale."""
+    size = 2 ** math.ceil(math.log2(max(shape)))
     cloud = np.zeros((size, size))
     step, scale = size, 1.0
     while step > 1:
@@ -275,16 +268,15 @@ def _plasma(size: int, decay: float, rng: np.random.RandomState) -> NDArray[np.f
         noise = rng.uniform(-scale, scale, (3, size // step, size // step))
         corners = cloud[::step, ::step]
         rows = corners + np.roll(corners, -1, axis=0)
-        centres = (rows + np.roll(rows, -1, axis=1)) / 4
-        centres = centres + noise[0]
-        cloud[half::step, half::step] = centres
+        centres = (rows + np.roll(rows, -1, axis=1)) / 4 + noise[0]
         across = (centres + np.roll(centres, 1, axis=0) + corners + np.roll(corners, -1, axis=1)) / 4
-        cloud[::step, half::step] = across + noise[1]
         down = (centres + np.roll(centres, 1, axis=1) + corners + np.roll(corners, -1, axis=0)) / 4
+        cloud[half::step, half::step] = centres
+        cloud[::step, half::step] = across + noise[1]
         cloud[half::step, ::step] = down + noise[2]
         step, scale = half, scale / decay**2
     cloud -= cloud.min()
-    return np.asarray(cloud / cloud.max())
+    return np.asarray(cloud / cloud.max())[: shape[0], : shape[1]]
 
 
 def _relief(drops: Bytes) -> Pixels:
@@ -302,31 +294,26 @@ def _edges(image: Bytes, low: float, high: float) -> NDArray[np.bool_]:
     """Canny's edges: ridges of the gradient above `low` that are connected to one above `high`."""
     down, across = (ndimage.sobel(image.astype(float), axis, mode="nearest") for axis in (0, 1))
     gradient = np.abs(down) + np.abs(across)
-    around = np.pad(gradient, 1)
-    height, width = image.shape
+    around, (height, width) = np.pad(gradient, 1), image.shape
 
     def beside(row: int, column: int) -> Pixels:
         return around[1 + row : 1 + row + height, 1 + column : 1 + column + width]
 
     slope = np.tan(np.pi / 8)
-    ridge = np.select(
-        [np.abs(down) < slope * np.abs(across), np.abs(across) < slope * np.abs(down), down * across >= 0],
-        [
-            (gradient > beside(0, -1)) & (gradient >= beside(0, 1)),
-            (gradient > beside(-1, 0)) & (gradient >= beside(1, 0)),
-            (gradient > beside(-1, -1)) & (gradient > beside(1, 1)),
-        ],
-        (gradient > beside(-1, 1)) & (gradient > beside(1, -1)),
-    )
+    level = (gradient > beside(0, -1)) & (gradient >= beside(0, 1))
+    upright = (gradient > beside(-1, 0)) & (gradient >= beside(1, 0))
+    falling = (gradient > beside(-1, -1)) & (gradient > beside(1, 1))
+    rising = (gradient > beside(-1, 1)) & (gradient > beside(1, -1))
+    directions = [np.abs(down) < slope * np.abs(across), np.abs(across) < slope * np.abs(down), down * across >= 0]
+    ridge = np.select(directions, [level, upright, falling], rising)
     parts, _ = ndimage.label(ridge & (gradient > low), np.ones((3, 3)))
     return np.isin(parts, parts[ridge & (gradient > high)])
 
 
-def _sampled(pixels: Pixels, places: NDArray[np.float64], mode: str) -> Pixels:
+def _sampled(pixels: Pixels, places: Pixels, mode: str) -> Pixels:
     """Interpolate each channel at (2, H, W) rows and columns."""
-    return np.stack(
-        [ndimage.map_coordinates(part, places, order=1, mode=mode) for part in np.moveaxis(pixels, 2, 0)], 2
-    )
+    channels = np.moveaxis(pixels, 2, 0)
+    return np.stack([ndimage.map_coordinates(one, places, order=1, mode=mode) for one in channels], 2)
 
 
 def _to_bytes(pixels: Pixels) -> Bytes:

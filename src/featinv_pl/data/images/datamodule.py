@@ -7,12 +7,10 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from featinv_pl.data.images.corrupted import CorruptedImages
-from featinv_pl.data.images.corruptions import CORRUPTIONS
-from featinv_pl.data.images.folders import FolderImages
+from featinv_pl.data.images.corruptions import CORRUPTIONS, CorruptedImages
 from featinv_pl.data.images.layouts import find_sources
 from featinv_pl.data.images.severities import LEVELS
-from featinv_pl.data.images.sources import ImageBatches, ImageSource
+from featinv_pl.data.images.sources import FolderImages, ImageBatches, ImageSource
 from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
@@ -51,7 +49,7 @@ class ImageData(ResumableData, LightningDataModule):
         self._batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
 
     def extract_only(self, batches: dict[str, list[Sequence[int]]]) -> None:
-        """Let `predict` read these samples of each batch by source, instead of all samples of all sources."""
+        """Let `predict` read these batches of these sources, instead of all samples of all sources."""
         self._batches = batches
 
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
@@ -115,10 +113,6 @@ class FolderData(ImageData):
         batch_size: int = 32,
         num_workers: int = 0,
     ) -> None:
-        if views < 0:
-            raise UserError(f"`views` must be 0 (the central crop) or more, and is {views}.")
-        if per_class is not None and per_class < 1:
-            raise UserError(f"`per_class` must be at least 1, and is {per_class}.")
         if not 0 < crop_pct <= 1:
             raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
         predicted = [
@@ -142,23 +136,12 @@ class CorruptedData(ImageData):
     """
 
     def __init__(
-        self,
-        data: ImageData,
-        corruptions: list[str] | None = None,
-        severities: list[int] | None = None,
+        self, data: ImageData, corruptions: list[str] | None = None, severities: list[int] | None = None
     ) -> None:
-        corruptions = list(CORRUPTIONS) if corruptions is None else corruptions
-        severities = list(LEVELS) if severities is None else severities
-        if not corruptions or not {*corruptions} <= CORRUPTIONS.keys():
-            raise UserError(
-                f"`corruptions` are among {', '.join(CORRUPTIONS)}, and are {corruptions}. Give at least one."
-            )
-        if not severities or not {*severities} <= {*LEVELS}:
-            raise UserError(f"`severities` are among 1 to {len(LEVELS)}, and are {severities}. Give at least one.")
         predicted = [
             CorruptedImages(images, corruption, severity)
             for images in data.predicted
-            for corruption in corruptions
-            for severity in severities
+            for corruption in corruptions or CORRUPTIONS
+            for severity in severities or LEVELS
         ]
         super().__init__(predicted, data.batch_size, data.num_workers)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from featinv_pl.data.images.corruptions import CORRUPTIONS, corrupt
+from featinv_pl.data.images.corruptions import CORRUPTIONS, check_corruption, corrupt
 from featinv_pl.data.images.datamodule import ImageData
 from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
@@ -24,9 +24,9 @@ class DigitImages(ImageSource):
     """One source of digits.
 
     Args:
-        source: `train`, `val`, `clean` (the test images), `hard` (the test images on which another
-            classifier errs or is least sure), `adversarial` (the test images, for `AdversarialExtraction`
-            to attack), or `corrupted/<corruption>/<severity>`.
+        source: `train`, `val`, `clean` (the test images), `hard` (the test images on which another classifier errs or
+            is least sure), `adversarial` (the test images, for `AdversarialExtraction` to attack), or
+            `corrupted/<corruption>/<severity>`.
         limit: At most so many images, the first of a fixed random order.
     """
 
@@ -34,19 +34,18 @@ class DigitImages(ImageSource):
 
     def __init__(self, source: str, limit: int | None = None) -> None:
         kind, *corruption = source.split("/")
-        known = kind in SPLITS and not corruption
-        if not known and (kind != "corrupted" or len(corruption) != 2 or not corruption[1].isdecimal()):
+        corrupted = kind == "corrupted" and len(corruption) == 2 and corruption[1].isdecimal()
+        if not corrupted and source not in SPLITS:
             raise UserError(
                 f"`sources`: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
                 f"corrupted/<corruption>/<severity>, with a corruption among {', '.join(CORRUPTIONS)}."
             )
-        if limit is not None and limit < 1:
-            raise UserError(f"`limit` must be at least 1, and is {limit}.")
+        self.corruption = (corruption[0], int(corruption[1])) if corrupted else None
+        if self.corruption:
+            check_corruption(*self.corruption)
         self.source, self.preparation = source, f"{IMAGE_SIZE} px, {source}"
-        self.indices = split_indices()["clean" if corruption else kind][:limit]
+        self.indices = split_indices()["clean" if corrupted else kind][:limit]
         self.num_images = len(self.indices)
-        self.corruption = (corruption[0], int(corruption[1])) if corruption else None
-        self[0]  # an unknown corruption or severity is an error now, not in the middle of a run
 
     def names(self) -> Iterator[tuple[str, str]]:
         return ((f"{index:04d}", str(digits().target[index])) for index in self.indices)
@@ -56,15 +55,8 @@ class DigitImages(ImageSource):
         image, label = digit_images()[index], int(digits().target[index])
         if self.corruption is not None:
             image = corrupt(image, *self.corruption, seed=index)
-        return {
-            "images": from_uint8(torch.from_numpy(image.copy()).permute(2, 0, 1)),
-            "labels": label,
-            "class_name": str(label),
-            "source": self.source,
-            "key": f"{index:04d}",
-            "view": None,
-            "unreadable": "",
-        }
+        pixels = from_uint8(torch.tensor(image).permute(2, 0, 1))
+        return ImageSample(pixels, label, str(label), self.source, f"{index:04d}")
 
 
 class DigitsData(ImageData):
@@ -103,23 +95,18 @@ def digit_images() -> NDArray[np.uint8]:
 
 @functools.cache
 def split_indices() -> dict[str, NDArray[np.int64]]:
-    """The fixed stratified split, each part in a fixed random order."""
-    from sklearn.model_selection import train_test_split
+    """The fixed stratified split, each part in a fixed random order.
 
-    target = digits().target
-    rest, test = train_test_split(np.arange(len(target)), test_size=TEST_SIZE, stratify=target, random_state=0)
-    train, val = train_test_split(rest, test_size=VAL_SIZE, stratify=target[rest], random_state=0)
-    return {"train": train, "val": val, "clean": test, "adversarial": test, "hard": _hardest(rest, test)}
-
-
-def _hardest(train: NDArray[np.int64], test: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The test images to which a discriminant analysis of raw pixels gives their label the least probability.
-
-    Adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
+    The hard test images are those to which a discriminant analysis of raw pixels gives their label the least
+    probability: adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.model_selection import train_test_split
 
     pixels, target = digits().data / 16, digits().target
-    other = LinearDiscriminantAnalysis().fit(pixels[train], target[train])
+    rest, test = train_test_split(np.arange(len(target)), test_size=TEST_SIZE, stratify=target, random_state=0)
+    train, val = train_test_split(rest, test_size=VAL_SIZE, stratify=target[rest], random_state=0)
+    other = LinearDiscriminantAnalysis().fit(pixels[rest], target[rest])
     confidence = other.predict_proba(pixels[test])[np.arange(len(test)), target[test]]
-    return test[np.sort(np.argsort(confidence, kind="stable")[:HARD_SIZE])]
+    hard = test[np.sort(np.argsort(confidence, kind="stable")[:HARD_SIZE])]
+    return {"train": train, "val": val, "clean": test, "adversarial": test, "hard": hard}

@@ -11,7 +11,6 @@ both readings remain possible, the folder is refused.
 
 import os
 import re
-from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,24 +30,17 @@ NO_CLASS = ""
 
 
 class Folder(NamedTuple):
-    """A folder without what holds no images."""
+    """A folder: names of the images directly in it, and the folders that hold images at any depth, both sorted."""
 
     path: Path
     images: list[str]
-    """Names of the images directly in it, sorted."""
     folders: list["Folder"]
-    """The folders below that hold images at any depth, sorted by name."""
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self.path.name
 
     def below(self, prefix: str = "") -> Iterator[str]:
         """Paths of all images at any depth, relative to this folder."""
         yield from (f"{prefix}{image}" for image in self.images)
         for folder in self.folders:
-            yield from folder.below(f"{prefix}{folder.name}/")
+            yield from folder.below(f"{prefix}{folder.path.name}/")
 
 
 def find_sources(name: str, root: Path) -> dict[str, Path]:
@@ -62,8 +54,13 @@ def find_sources(name: str, root: Path) -> dict[str, Path]:
     }
 
 
-def labelled_images(root: Path) -> list[tuple[str, str]]:
-    """Every image of a source by its path below the root, with its class, in the order of classes and paths.
+def labelled_images(root: Path, per_class: int | None = None) -> list[tuple[str, str]]:
+    """Images of a source by path below the root, with their classes, in the order of classes and paths.
+
+    Args:
+        root: The folder.
+        per_class: Only so many images of each class, the first by path: a selection that everybody can repeat. Of
+            ImageNet's validation set, 10 per class give the usual 10,000 images.
 
     Raises:
         UserError: As `find_sources`, or the folder holds several sources.
@@ -74,34 +71,21 @@ def labelled_images(root: Path) -> list[tuple[str, str]]:
         named = ", ".join(f"'{path.relative_to(root)}'" for path in sources[:5])
         raise UserError(f"`data`: '{root}' holds several sets of images ({named}). Give one of them.")
     if (root / ANNOTATIONS).is_file() and len(folder.folders) == 1:
-        return _annotated(folder)
-    if not folder.folders:
-        return [(image, NO_CLASS) for image in folder.images]
-    folders = {one.name: one for one in folder.folders}
-    return [(image, name) for name in in_order(folders) for image in sorted(folders[name].below(f"{name}/"))]
+        lines = read_text(root / ANNOTATIONS, "`data`", "Copy it again.").splitlines()
+        table = dict(line.split("\t")[:2] for line in lines if "\t" in line)
+        images = [(path, table.get(path.rpartition("/")[2], NO_CLASS)) for path in folder.below()]
+    else:
+        images = [(image, NO_CLASS) for image in folder.images]
+        images += [(path, one.path.name) for one in folder.folders for path in one.below(f"{one.path.name}/")]
+    classes: dict[str, list[str]] = {}
+    for path, name in images:
+        classes.setdefault(name, []).append(path)
+    return [(path, name) for name in in_order(classes) for path in sorted(classes[name])[:per_class]]
 
 
 def in_order(classes: Collection[str]) -> list[str]:
     """Names of classes by number where all are numbers, otherwise sorted: the order in which they are numbered."""
     return sorted(classes, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, classes)) else None)
-
-
-def first_per_class(images: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """The first images of each class: a selection that everybody can repeat.
-
-    Of ImageNet's validation set, 10 per class give the usual 10,000 images.
-
-    Args:
-        images: Paths and classes, in the order that `labelled_images` gives them.
-        limit: Images per class; classes with fewer keep all that they have.
-    """
-    taken: Counter[str] = Counter()
-    chosen = []
-    for path, name in images:
-        taken[name] += 1
-        if taken[name] <= limit:
-            chosen.append((path, name))
-    return chosen
 
 
 def _read(root: Path) -> Folder:
@@ -114,8 +98,8 @@ def _read(root: Path) -> Folder:
 
 
 def _folder(path: Path, above: tuple[Path, ...]) -> Folder:
-    resolved = path.resolve()
-    if resolved in above:
+    above = (*above, path.resolve())
+    if above[-1] in above[:-1]:
         raise UserError(f"`data`: '{path}' is a link to a folder that contains it. Remove it.")
     images, folders = [], []
     for name in sorted(os.listdir(path)):
@@ -123,23 +107,12 @@ def _folder(path: Path, above: tuple[Path, ...]) -> Folder:
         if name.startswith(".") or name in LITTER:
             continue
         if os.path.isdir(path / name):
-            folders.append(_folder(path / name, (*above, resolved)))
+            folders.append(_folder(path / name, above))
         elif suffix in UNREAD:
-            raise UserError(
-                f"`data`: '{path / name}' is an image of a type that is not read. Convert or remove it. Types that "
-                f"are: {READ}."
-            )
+            raise UserError(f"`data`: '{path / name}' is of a type that is not read. Convert or remove it ({READ}).")
         elif suffix in SUFFIXES:
             images.append(name)
     return Folder(path, images, [folder for folder in folders if folder.images or folder.folders])
-
-
-def _annotated(folder: Folder) -> list[tuple[str, str]]:
-    """Tiny ImageNet's validation images, whose classes stand in a table."""
-    lines = read_text(folder.path / ANNOTATIONS, "`data`", "Copy it again.").splitlines()
-    classes = dict(line.split("\t")[:2] for line in lines if "\t" in line)
-    images = [(path, classes.get(path.rpartition("/")[2], NO_CLASS)) for path in folder.below()]
-    return sorted(images, key=lambda image: (image[1], image[0]))
 
 
 def _sources(folder: Folder) -> list[Path]:
@@ -147,7 +120,7 @@ def _sources(folder: Folder) -> list[Path]:
     if folder.images and folder.folders:
         raise UserError(
             f"`data`: '{folder.path}' holds images, such as '{folder.images[0]}', beside folders of images, such as "
-            f"'{folder.folders[0].name}'. If it is a set without classes, move the folders elsewhere; if the folders "
+            f"'{folder.folders[0].path.name}'. If it is a set without classes, move the folders elsewhere; if they "
             "are its classes, move the images."
         )
     if _holds_sources(folder):
@@ -156,7 +129,7 @@ def _sources(folder: Folder) -> list[Path]:
 
 
 def _holds_sources(folder: Folder) -> bool:
-    names = {one.name for one in folder.folders}
+    names = {one.path.name for one in folder.folders}
     wnids = {name for name in names if WNID.fullmatch(name)}
     if wnids and wnids != names:
         raise UserError(
@@ -166,17 +139,17 @@ def _holds_sources(folder: Folder) -> bool:
     if wnids or not names:
         return False
     splits = {name for name in names if name.lower() in SPLITS}
-    severities = folder.name in SEVERITIES and names <= {*map(str, LEVELS)}
+    severities = folder.path.name in SEVERITIES and names <= {*map(str, LEVELS)}
     if splits == names or severities or any(map(_has_wnids, folder.folders)):
         return True
     deep = [one for one in folder.folders if not one.images]
-    if not deep or (len(deep) < len(names) and not splits & {one.name for one in deep}):
+    if not deep or (len(deep) < len(names) and not splits & {one.path.name for one in deep}):
         return False
-    if len(deep) == len(names) and not splits and len({one.name for outer in deep for one in outer.folders}) == 1:
+    if len(deep) == len(names) and not splits and len({one.path.name for outer in deep for one in outer.folders}) == 1:
         return False  # such as `<class>/images/`
     if len(names) == 1 or names <= SEVERITIES.keys():
         return True
-    outer, inner = deep[0].name, deep[0].folders[0].name
+    outer, inner = deep[0].path.name, deep[0].folders[0].path.name
     raise UserError(
         f"`data`: '{folder.path}' can be read in two ways: '{outer}' is a class, with images of it in "
         f"'{outer}/{inner}'; or '{outer}' is a set of images, of which '{inner}' is a class. For the first, move the "
@@ -186,4 +159,4 @@ def _holds_sources(folder: Folder) -> bool:
 
 
 def _has_wnids(folder: Folder) -> bool:
-    return any(WNID.fullmatch(one.name) or _has_wnids(one) for one in folder.folders)
+    return any(WNID.fullmatch(one.path.name) or _has_wnids(one) for one in folder.folders)

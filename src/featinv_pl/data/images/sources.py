@@ -1,32 +1,41 @@
-"""Images with their labels and names, read one by one or a batch at a time.
-
-Loader workers import this module and those of the sources, which do not wait for Lightning.
-"""
+"""Images with labels and keys, read singly or a batch at a time. Loader workers import this: it knows no Lightning."""
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, TypedDict, cast
+from math import floor
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
+from torchvision.transforms.v2 import functional as transforms
 
-from featinv_pl.types import ImageBatch, View
+from featinv_pl.data.images.layouts import NO_CLASS, in_order, labelled_images
+from featinv_pl.decoding import NoImageError, open_image
+from featinv_pl.errors import UserError
+from featinv_pl.types import ImageBatch, View, from_uint8
+
+ORDER_SEED = 0
+SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # torchvision's own, which the paper's authors use
 
 
-class ImageSample(TypedDict):
+class ImageSample(NamedTuple):
     """One entry of an `ImageBatch`."""
 
     images: Tensor
-    """(3, H, W) in [-1, 1]."""
     labels: int
-    """The place of the class among the source's `classes`; -1 where there is none."""
     class_name: str
     source: str
     key: str
-    view: View | None
-    unreadable: str
+    view: View | None = None
+    unreadable: str = ""
 
 
 class ImageSource(Dataset[ImageSample], ABC):
@@ -56,17 +65,8 @@ class ImageSource(Dataset[ImageSample], ABC):
 
     def digest(self) -> str:
         """SHA-256 of keys and classes: two sources of the same digest hold the same samples in the same order."""
-        sha256 = hashlib.sha256()
-        for key, class_name in self.names():
-            sha256.update(f"{key}\0{class_name}\n".encode())
-        return sha256.hexdigest()
-
-
-def collate_images(samples: list[ImageSample]) -> ImageBatch:
-    """Stack samples to a batch."""
-    batch: Any = {name: [cast(Any, sample)[name] for sample in samples] for name in samples[0]}
-    stacked: ImageBatch = batch | {"images": torch.stack(batch["images"]), "labels": torch.tensor(batch["labels"])}
-    return stacked
+        listing = "".join(f"{key}\0{class_name}\n" for key, class_name in self.names())
+        return hashlib.sha256(listing.encode()).hexdigest()
 
 
 class ImageBatches(Dataset[ImageBatch]):
@@ -77,3 +77,110 @@ class ImageBatches(Dataset[ImageBatch]):
 
     def __getitem__(self, numbers: Sequence[int]) -> ImageBatch:
         return collate_images([self.images[number] for number in numbers])
+
+
+def collate_images(samples: list[ImageSample]) -> ImageBatch:
+    """Stack samples to a batch."""
+    batch: Any = dict(zip(ImageSample._fields, map(list, zip(*samples, strict=True)), strict=True))
+    stacked: ImageBatch = batch | {"images": torch.stack(batch["images"]), "labels": torch.tensor(batch["labels"])}
+    return stacked
+
+
+class FolderImages(ImageSource):
+    """Images of a folder, in a fixed random order; `layouts` says how they are found and what their classes are.
+
+    The order is random so that any stretch of a shard set is a fair sample of its source, and fixed so that two runs
+    agree. A view's crop and flips are a function of seed, key and number alone.
+
+    Args:
+        root: The folder.
+        source: Name of the source in batches and scores.
+        image_size: Side of the square crop.
+        crop_pct: Share of the shorter side that the central crop keeps.
+        views: Random views of each image, or 0 for the central crop alone.
+        seed: Seed of the views.
+        vertical_flip: Flip half of the views upside down.
+        per_class: Only so many images of each class, the first by file name.
+        tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
+        classes: Names of the classes that number the labels, if not those of the folder itself: a validation folder
+            may lack some of training's. An image of any other class has the label -1.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        image_size: int,
+        crop_pct: float = 1.0,
+        views: int = 0,
+        seed: int = 0,
+        vertical_flip: bool = False,
+        per_class: int | None = None,
+        tolerant: bool = False,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        images = labelled_images(root, per_class)
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+        # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
+        self._names, self._class_names = (
+            np.array([os.fsencode(images[index][part]) for index in order]) for part in (0, 1)
+        )
+        own = in_order({name for _, name in images} - {NO_CLASS})
+        self.classes = tuple(own if classes is None else classes)
+        self._labels = {name: label for label, name in enumerate(self.classes)}
+        self.root, self.source, self.num_images, self.image_size = root, source, len(images), image_size
+        self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
+        # As `Backbone.crop`, by timm: a classifier gets what its published accuracy was measured on.
+        resized = floor(image_size / crop_pct)
+        resize = Resize(resized, InterpolationMode.BICUBIC)
+        self._central_crop = Compose([resize, CenterCrop(image_size), PILToTensor()])
+        if views:
+            flips = "horizontal and vertical" if vertical_flip else "horizontal"
+            self.preparation = (
+                f"{views} views of seed {seed}: random crop of {SCALE[0]:g} to {SCALE[1]:g} of the area, aspect "
+                f"{RATIO[0]:.2f} to {RATIO[1]:.2f}, {image_size} px, bicubic, {flips} flips"
+            )
+        else:
+            whole = f" of {resized}" if crop_pct < 1 else ""
+            self.preparation = f"central crop of {crop_pct:g}, {image_size}{whole} px, bicubic"
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        return zip(map(os.fsdecode, self._names), map(os.fsdecode, self._class_names), strict=True)
+
+    def __getitem__(self, item: int) -> ImageSample:
+        number, index = divmod(item, self.num_images)
+        name, class_name = os.fsdecode(self._names[index]), os.fsdecode(self._class_names[index])
+        label, key = self._labels.get(class_name, -1), f"{name}#{number}" if self.views else name
+        black = torch.full((3, self.image_size, self.image_size), -1.0)
+        sample = ImageSample(black, label, class_name, self.source, key)
+        try:
+            image = open_image(self.root / name)
+        except NoImageError as error:
+            if not self.tolerant:
+                raise UserError(
+                    f"`data`: '{self.root / name}' cannot be read as an image ({error}). Remove or replace it."
+                ) from error
+            return sample._replace(unreadable=str(error))
+        if not self.views:
+            return sample._replace(images=from_uint8(self._central_crop(image)))
+        view = self._random_view(image, name, number)
+        pixels = transforms.pil_to_tensor(self._cut(image, view))
+        return sample._replace(images=from_uint8(pixels), view=view)
+
+    def _random_view(self, image: Image.Image, key: str, number: int) -> View:
+        # Of the key alone, so that a view does not depend on the process that makes it.
+        digest = hashlib.sha256(f"{self.seed}/{number}/{key}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+            top, left, height, width = RandomResizedCrop.get_params(image, SCALE, RATIO)
+            horizontal, vertical = (torch.rand(2) < 0.5).tolist()
+        flips = "h" * horizontal + "v" * (vertical and self.vertical_flip)
+        return {"number": number, "crop": (top, left, height, width), "flips": flips}
+
+    def _cut(self, image: Image.Image, view: View) -> Image.Image:
+        image = transforms.resized_crop(image, *view["crop"], [self.image_size] * 2, InterpolationMode.BICUBIC)
+        if "h" in view["flips"]:
+            image = transforms.horizontal_flip(image)
+        if "v" in view["flips"]:
+            image = transforms.vertical_flip(image)
+        return image

@@ -79,8 +79,7 @@ class FeatureShards(ResumableData, LightningDataModule):
 
     @property
     def _sets(self) -> list[ShardSet]:
-        sets = (self.train, self.val, *self.test.values(), self.neighbours)
-        return [shards for shards in sets if shards is not None]
+        return [shards for shards in (self.train, self.val, *self.test.values(), self.neighbours) if shards is not None]
 
     def evaluated(self, stage: str) -> dict[str, ShardSet]:
         """The sets that a stage (`fit`, `validate` or `test`) evaluates, by name."""

@@ -80,20 +80,18 @@ class Manifest(TypedDict):
 
 
 class Member(TypedDict):
-    """Where a member lies in its tar: a header of one block, the data, zeros up to the next block."""
+    """Where a member lies in its tar: a header of one block, the data, zeros up to the next block; CRC-32 of all."""
 
     offset: int
     size: int
     crc32: int
-    """Of all three."""
 
 
 class Entry(TypedDict):
-    """One sample of a tar."""
+    """One sample of a tar: its members by suffix, such as `features.npy`, in the order of the tar."""
 
     key: str
     members: dict[str, Member]
-    """By suffix, such as `features.npy`, in the order of the tar."""
 
 
 class Index(TypedDict):
@@ -129,12 +127,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path, option: str) -> Manifest:
-    """Read a manifest; its shards are checked when they are opened.
-
-    Args:
-        folder: The shard set.
-        option: The option that named the folder, for errors.
-    """
+    """Read the manifest of a folder that an option named; its shards are checked when they are opened."""
     if not folder.is_dir():
         raise UserError(f"{option}: there is no folder '{folder}'. Check the path, or extract features first.")
     if not (folder / MANIFEST).is_file():
@@ -148,31 +141,31 @@ def read_manifest(folder: Path, option: str) -> Manifest:
 
 
 def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
-    """Read the bytes of a manifest.
-
-    Args:
-        data: The bytes.
-        place: Folder or address of the set, for errors.
-        option: The option that named it, for errors.
-    """
+    """Read the bytes of a manifest from a folder or address that an option named."""
     try:
         contents = json.loads(data)
         version = contents.get("format_version", FORMAT_VERSION)
-        if version == FORMAT_VERSION:  # another version may have other fields
-            if data != to_json({**contents, SEAL: seal(contents)}):
-                raise ValueError("it has changed since it was written")
-            contents.pop(SEAL)
-            manifest = TypeAdapter(Manifest).validate_python(contents)
-            if len({shard["name"] for shard in manifest["shards"]}) < len(manifest["shards"]):
-                raise ValueError("it names a shard twice")
-            return manifest
+        if version != FORMAT_VERSION:  # which may have other fields
+            raise UserError(
+                f"{option}: '{place}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
+                "Extract the features again."
+            )
+        if data != to_json({**contents, SEAL: seal(contents)}):
+            raise ValueError("it has changed since it was written")
+        contents.pop(SEAL)
+        manifest = TypeAdapter(Manifest).validate_python(contents)
+        if len({shard["name"] for shard in manifest["shards"]}) < len(manifest["shards"]):
+            raise ValueError("it names a shard twice")
+        return manifest
+    except UserError:
+        raise
     except (ValueError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{option}: '{place}/{MANIFEST}' is damaged ({reason}). {AGAIN}") from error
-    raise UserError(
-        f"{option}: '{place}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
-        "Extract the features again."
-    )
+        raise UserError(f"{option}: '{place}/{MANIFEST}' is damaged ({one_line(error)}). {AGAIN}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error of another library, which may have many lines."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def find_sets(name: str, folder: Path) -> dict[str, Path]:

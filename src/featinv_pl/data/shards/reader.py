@@ -1,4 +1,4 @@
-"""Reading a shard set by sample number.
+"""Reading a shard set by sample number, and checking it to the last byte and the last value.
 
 webdataset reads these tars too, but as a stream that stops silently at a damaged header, and in an order that is
 neither exact nor repeatable across workers. Reading by offset is also ten times faster, and gives any sample at any
@@ -9,17 +9,17 @@ import hashlib
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from featinv_pl.data.shards.manifest import AGAIN, INDEX, Entry, Shard, index_path, read_manifest
+from featinv_pl.data.shards.manifest import AGAIN, INDEX, Entry, Shard, find_sets, index_path, one_line, read_manifest
 from featinv_pl.data.shards.remote import RemoteSet
 from featinv_pl.data.shards.samples import Sample, collate_samples, decode, widen
 from featinv_pl.errors import UserError
@@ -96,11 +96,7 @@ class ShardSet(Dataset[Sample]):
         return widen(self.stored(number))
 
     def stored(self, number: int) -> Sample:
-        """Read one sample, in half precision.
-
-        Raises:
-            DamagedError: It is not as it was written.
-        """
+        """Read one sample, in half precision, or raise DamagedError if it is not as it was written."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         position = bisect_right(self._ends, number)
@@ -112,16 +108,13 @@ class ShardSet(Dataset[Sample]):
             members = _read(path, shard["bytes"], entry, self.with_images)
             image_size = made_by["image_size"] if self.with_images else None
             sample = decode(members, self.manifest["settings"]["storage"], image_size)
-            self._latent_shape = self._latent_shape or tuple(sample["moments"].shape)
-            for name, tensor, shape in (
-                ("a feature map", sample["features"], tuple(made_by["feature_shape"])),
-                ("logits", sample["logits"], (made_by["num_classes"],)),
-                ("moments", sample["moments"], self._latent_shape),
-            ):
-                if tensor.shape != shape:
-                    raise ValueError(f"{name} of shape {tuple(tensor.shape)} instead of {shape}")
+            self._latent_shape = self._latent_shape or sample["moments"].shape
+            shapes = {"features": made_by["feature_shape"], "logits": [made_by["num_classes"]]}
+            for name, shape in (shapes | {"moments": [*self._latent_shape]}).items():
+                if (found := [*cast(Any, sample)[name].shape]) != shape:
+                    raise ValueError(f"{name} of shape {found} instead of {shape}")
         except DAMAGE as error:
-            reason = " ".join((f"no member {error}" if isinstance(error, KeyError) else str(error)).split())[:300]
+            reason = f"no member {error}" if isinstance(error, KeyError) else one_line(error)
             raise DamagedError(
                 f"The sample '{entry['key']}' of the shard '{path}' is damaged: {reason}. Copy the shard again, "
                 "extract the features again, or leave damaged samples out with `on_error`: skip."
@@ -129,41 +122,13 @@ class ShardSet(Dataset[Sample]):
         sample["source"] = self.source
         return sample
 
-    def batch(self, numbers: Sequence[int]) -> Batch:
-        """Read a batch, in half precision; a set that skips leaves damaged samples out and says which.
-
-        Raises:
-            DamagedError: A sample is damaged, and the set does not skip or nothing is left.
-        """
-        samples, skipped = [], []
-        for number in numbers:
-            try:
-                samples.append(self.stored(number))
-            except DamagedError as error:
-                if self.on_error == "raise":
-                    raise
-                skipped.append(str(error))
-        if not samples:
-            raise DamagedError(f"All {len(skipped)} samples of a batch are damaged, such as this: {skipped[0]}")
-        batch = collate_samples(samples)
-        if skipped:
-            batch["skipped"] = skipped
-        return batch
-
     def _entries(self, shard: Shard) -> list[Entry]:
         """The entries of a shard, which is fetched first if need be."""
         if self.remote is not None:
             path = self.folder / shard["name"]
             self.remote.fetch(index_path(path), shard["index_sha256"])
             self.remote.fetch(path, shard["sha256"], shard["bytes"])
-            self._check_files(shard)
-        entries = _read_index(self.folder, shard["name"], shard["index_sha256"])
-        if len(entries) != shard["samples"]:
-            raise DamagedError(
-                f"The index of '{self.folder / shard['name']}' has {len(entries)} samples, and its manifest says "
-                f"{shard['samples']}. Extract the features again."
-            )
-        return entries
+        return _read_index(self.folder, shard["name"], shard["index_sha256"], shard["samples"])
 
     def _check_files(self, shard: Shard) -> None:
         """Check that a tar is there, complete by its size, and its index beside it."""
@@ -177,9 +142,31 @@ class ShardSet(Dataset[Sample]):
         if not index_path(path).is_file():
             raise DamagedError(f"{self.option}: the index '{index_path(path)}' is missing. {AGAIN}")
 
+    def problems(self) -> Iterator[str]:
+        """Every difference between the files and the manifest, one line for each; the set is one that skips."""
+        yield from sorted(set(self.skipped))
+        listed = {shard["name"] for shard in self.manifest["shards"]}
+        for path in sorted(self.folder.glob("*.tar")):
+            if path.name not in listed:
+                yield f"'{path}' is not in the manifest. Move it elsewhere."
+        for shard, end in zip(self.shards, self._ends, strict=True):
+            path = self.folder / shard["name"]
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+                    yield f"The shard '{path}' has changed since it was written: its SHA-256 is another."
+            damaged = []
+            for sample in range(end - shard["samples"], end):
+                try:
+                    self.stored(sample)
+                except DamagedError as error:
+                    damaged.append(str(error))
+            yield from dict.fromkeys(damaged)  # all samples of a shard with a damaged index share one error
+
 
 class BatchReader(Dataset[Batch]):
     """A shard set read a batch at a time: its index is the list of samples in a batch.
+
+    A set that skips leaves damaged samples out and says which in `skipped`.
 
     Args:
         shards: The set.
@@ -190,21 +177,53 @@ class BatchReader(Dataset[Batch]):
         self.shards, self.half = shards, half
 
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
-        batch = self.shards.batch(numbers)
+        samples, skipped = [], []
+        for number in numbers:
+            try:
+                samples.append(self.shards.stored(number))
+            except DamagedError as error:
+                if self.shards.on_error == "raise":
+                    raise
+                skipped.append(str(error))
+        if not samples:
+            raise DamagedError(f"All {len(skipped)} samples of a batch are damaged, such as this: {skipped[0]}")
+        batch = collate_samples(samples)
+        if skipped:
+            batch["skipped"] = skipped
         return batch if self.half else widen(batch)
 
 
+def verify(folder: Path) -> bool:
+    """Check the set in a folder, or all sets below it, print the result, and tell whether nothing is damaged."""
+    intact = True
+    for path in find_sets("", folder).values():
+        try:
+            shards = ShardSet(path, "", "verify", on_error="skip")
+        except UserError as error:  # the manifest itself
+            print(f"{path}: damaged\n  {error}")
+            intact = False
+            continue
+        problems, manifest = list(shards.problems()), shards.manifest
+        unreadable = f", {len(manifest['unreadable'])} unreadable images" if manifest["unreadable"] else ""
+        state = f"{path}: {'damaged' if problems else 'complete'}: {len(manifest['shards'])} shards"
+        print("\n  ".join([f"{state}, {manifest['samples']} samples{unreadable}", *problems]))
+        intact = intact and not problems
+    return intact
+
+
 @lru_cache(maxsize=INDICES)
-def _read_index(folder: Path, shard: str, sha256: str) -> list[Entry]:
+def _read_index(folder: Path, shard: str, sha256: str, samples: int) -> list[Entry]:
     path = index_path(folder / shard)
     data = read_bytes(path, "index", AGAIN)
     try:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("it has changed since it was written")
-        return INDEX.validate_json(data)["entries"]
+        entries = INDEX.validate_json(data)["entries"]
+        if len(entries) != samples:
+            raise ValueError(f"it has {len(entries)} samples, and its manifest says {samples}")
+        return entries
     except ValueError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise DamagedError(f"The index '{path}' is damaged: {reason}. {AGAIN}") from error
+        raise DamagedError(f"The index '{path}' is damaged: {one_line(error)}. {AGAIN}") from error
 
 
 def _read(path: str, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:

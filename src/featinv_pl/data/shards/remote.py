@@ -1,6 +1,5 @@
 """Shard sets that lie elsewhere: complete files are fetched into a cache, checked, and read from there."""
 
-import errno
 import hashlib
 import io
 import os
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
-from featinv_pl.data.shards.manifest import MANIFEST, parse_manifest
+from featinv_pl.data.shards.manifest import MANIFEST, one_line, parse_manifest
 from featinv_pl.errors import UserError
 from featinv_pl.files import LARGEST, atomic, write_bytes
 from featinv_pl.masking import MASK, masked
@@ -41,9 +40,8 @@ class RemoteSet:
     several attempts, and processes that wait for each other.
 
     Args:
-        place: `https://...`, `http://...`, `s3://...`, or `pipe:COMMAND`, which prints the file whose
-            name takes the place of `{}`. Commands run only if the environment allows them: a
-            configuration may be anybody's.
+        place: `https://...`, `http://...`, `s3://...`, or `pipe:COMMAND`, which prints the file whose name takes the
+            place of `{}`. Commands run only if the environment allows them: a configuration may be anybody's.
         cache: Where files are kept.
         option: The option that named the address, for errors.
 
@@ -84,21 +82,18 @@ class RemoteSet:
             return
         # Processes that want the same file wait for the first.
         with FileLock(path.with_name(f".{path.name}.lock")):
-            if not path.is_file():
-                with atomic(path) as partial, partial.open("wb") as file:
-                    found = self._copy(path.name, file, size)
-                    if found != sha256:
-                        raise self._error(
-                            f"has a '{path.name}' that is not the file that its manifest describes: its SHA-256 is "
-                            f"{found[:12]} instead of {sha256[:12]}. Copy it there again."
-                        )
+            if path.is_file():
+                return
+            with atomic(path) as partial, partial.open("wb") as file:
+                found = self._copy(path.name, file, size)
+                if found != sha256:
+                    raise self._error(
+                        f"has a '{path.name}' that is not the file that its manifest describes: its SHA-256 is "
+                        f"{found[:12]} instead of {sha256[:12]}. Copy it there again."
+                    )
 
     def _copy(self, name: str, file: IO[bytes], size: int | None = None) -> str:
-        """Copy a file of the set into an open one, in several attempts if need be; its SHA-256.
-
-        Raises:
-            UserError: It cannot be fetched, or is larger than it may be.
-        """
+        """Copy a file of the set into an open one, in several attempts if need be; its SHA-256."""
         for wait in (*WAITS_S, None):
             try:
                 return self._attempt(name, file, size)
@@ -107,11 +102,10 @@ class RemoteSet:
             except ImportError as error:
                 raise self._error(f"needs another package: {error}.") from error
             except Exception as error:  # each protocol has errors of its own
-                if wait is None or _is_final(error):
-                    reason = masked((str(error) or type(error).__name__).splitlines()[0])
+                if wait is None or isinstance(error, FileNotFoundError | PermissionError):
                     raise self._error(
-                        f"has a '{name}' that could not be fetched ({reason}). Check address and network; what has "
-                        "been fetched is kept."
+                        f"has a '{name}' that could not be fetched ({masked(one_line(error))}). Check address and "
+                        "network; what has been fetched is kept."
                     ) from error
                 time.sleep(wait)
         raise AssertionError
@@ -123,10 +117,8 @@ class RemoteSet:
         with self._open(name) as source:
             while chunk := source.read(CHUNK):
                 if file.tell() + len(chunk) > most:
-                    raise self._error(
-                        f"has a '{name}' of more than the {most} bytes that "
-                        f"{'such a file may have' if size is None else 'its manifest says'}. Copy it there again."
-                    )
+                    told = "such a file may have" if size is None else "its manifest says"
+                    raise self._error(f"has a '{name}' of more than the {most} bytes that {told}. Copy it there again.")
                 found.update(chunk)
                 file.write(chunk)
         if size is not None and file.tell() < size:
@@ -162,12 +154,3 @@ class RemoteSet:
 
     def _error(self, text: str) -> UserError:
         return UserError(f"{self.option}: '{self.shown}' {text}")
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether another attempt would end as this one."""
-    status = getattr(error, "status", None)  # of HTTP
-    if isinstance(status, int):
-        return 400 <= status < 500 and status not in (408, 429)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or isinstance(error, FileNotFoundError | PermissionError)

@@ -42,6 +42,9 @@ class Sample(TypedDict):
     fooled: NotRequired[bool]
 
 
+Stored = TypeVar("Stored", Sample, Batch)
+
+
 class Arrays(TypedDict):
     """A batch on its way into a tar: all that is left to do is to write bytes."""
 
@@ -53,11 +56,7 @@ class Arrays(TypedDict):
 
 
 def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
-    """Round a batch to what is stored.
-
-    Args:
-        batch: With images.
-        storage: Of the feature maps. `int8` keeps a byte for each value and a step for each channel.
+    """Round a batch with images to what is stored; `int8` keeps a byte for each feature and a step for each channel.
 
     Raises:
         UserError: Values do not fit half precision, or bytes would change a map too much.
@@ -83,23 +82,20 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
 
 
 def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, bytes]:
-    """Turn one sample of a batch into the members of a tar.
+    """Turn one sample of a batch into the members of a tar, by suffix.
 
-    The image comes last, so that training, which does not need it, reads the rest in one go.
-
-    Args:
-        arrays: The batch.
-        index: Which sample.
-        image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
+    The image comes last, so that training, which does not need it, reads the rest in one go. `png` keeps every bit;
+    `jpg` (quality 95) suits large photographs.
     """
+    members = {"json": json.dumps(arrays["meta"][index]).encode()}
+    for suffix, values in arrays["members"].items():
+        buffer = io.BytesIO()
+        np.save(buffer, values[index], allow_pickle=False)
+        members[suffix] = buffer.getvalue()
     image = io.BytesIO()
-    options = {"quality": 95} if image_format == "jpg" else {}
-    Image.fromarray(arrays["images"][index]).save(image, {"jpg": "JPEG", "png": "PNG"}[image_format], **options)
-    return {
-        "json": json.dumps(arrays["meta"][index]).encode(),
-        **{suffix: _encode_array(values[index]) for suffix, values in arrays["members"].items()},
-        image_format: image.getvalue(),
-    }
+    options = {"format": "JPEG", "quality": 95} if image_format == "jpg" else {"format": "PNG"}
+    Image.fromarray(arrays["images"][index]).save(image, **options)
+    return {**members, image_format: image.getvalue()}
 
 
 def decode(members: dict[str, memoryview], storage: Storage = "float16", image_size: int | None = None) -> Sample:
@@ -121,14 +117,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
     if storage == "int8":
         steps = _decode_array(members[STEPS], np.float32)
         tensors["features"] = (tensors["features"] * steps[:, None, None]).half()
-    sample: Sample = {
-        "features": tensors["features"],
-        "logits": tensors["logits"],
-        "moments": tensors["moments"],
-        "labels": int(meta["label"]),
-        "source": str(meta["source"]),
-        "key": str(meta["key"]),
-    }
+    sample: Any = {**tensors, "labels": int(meta["label"]), "source": str(meta["source"]), "key": str(meta["key"])}
     if "fooled" in meta:
         sample["fooled"] = meta["fooled"] is True
     if image_size is not None:
@@ -136,7 +125,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
         if image.size != (image_size, image_size):  # before it is unpacked: a few bytes can claim any size
             raise ValueError(f"an image of {image.width} x {image.height} pixels instead of {image_size}")
         sample["images"] = from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
-    return sample
+    return cast(Sample, sample)
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,6 +154,24 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
     return quantised.to(torch.int8), steps
 
 
+def collate_samples(samples: list[Sample]) -> Batch:
+    """Stack samples to a batch, in half precision."""
+    listed: Any = {name: [cast(Any, sample)[name] for sample in samples] for name in samples[0] if name != "fooled"}
+    # torch's own function stacks right into the memory that a worker shares with its parent.
+    batch: Any = listed | {name: default_collate(listed[name]) for name in {*MEMBERS, "images"} & listed.keys()}
+    batch["labels"] = torch.tensor(batch["labels"])
+    if any("fooled" in sample for sample in samples):
+        batch["fooled"] = torch.tensor([float(sample.get("fooled", nan)) for sample in samples])
+    return cast(Batch, batch)
+
+
+def widen(stored: Stored) -> Stored:
+    """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
+    values: Any = stored
+    values |= {name: values[name].float() for name in MEMBERS}
+    return stored
+
+
 def _half(tensor: Tensor, name: str, keys: list[str]) -> Tensor:
     half = tensor.to(torch.float16)
     if not half.isfinite().all():
@@ -174,12 +181,6 @@ def _half(tensor: Tensor, name: str, keys: list[str]) -> Tensor:
             f"Of {len(keys)} samples this concerns {len(wrong)}, such as '{wrong[0]}'."
         )
     return half
-
-
-def _encode_array(array: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _decode_array(data: memoryview, dtype: type[np.generic]) -> Tensor:
@@ -209,29 +210,3 @@ def _decode_header(header: bytes) -> tuple[np.dtype[np.generic], tuple[int, ...]
     if fortran or dtype.hasobject or min(shape, default=0) < 0:
         raise ValueError("an array that is pickled, in Fortran's order or of a negative size")
     return dtype, shape
-
-
-def collate_samples(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch, in half precision."""
-    batch: Any = {
-        name: [cast(Any, sample)[name] for sample in samples] for name in (*MEMBERS, "labels", "source", "key")
-    }
-    for name in MEMBERS:  # torch's own function stacks right into the memory that a worker shares with its parent
-        batch[name] = default_collate(batch[name])
-    batch["labels"] = torch.tensor(batch["labels"])
-    if any("fooled" in sample for sample in samples):
-        batch["fooled"] = torch.tensor([float(sample.get("fooled", nan)) for sample in samples])
-    if "images" in samples[0]:
-        batch["images"] = default_collate([sample["images"] for sample in samples])
-    collated: Batch = batch
-    return collated
-
-
-Stored = TypeVar("Stored", Sample, Batch)
-
-
-def widen(stored: Stored) -> Stored:
-    """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
-    values: Any = stored
-    values |= {name: values[name].float() for name in MEMBERS}
-    return stored

@@ -24,6 +24,7 @@ from featinv_pl.data.shards.manifest import (
     MANIFEST,
     Entry,
     Index,
+    Manifest,
     Member,
     Settings,
     Shard,
@@ -35,7 +36,7 @@ from featinv_pl.data.shards.manifest import (
 )
 from featinv_pl.data.shards.samples import encode, prepare
 from featinv_pl.errors import UserError
-from featinv_pl.files import PARTIAL, named, publish, write_bytes
+from featinv_pl.files import PARTIAL, named, publish, read_json, write_bytes
 from featinv_pl.types import Batch, Provenance
 
 ENCODERS = 2  # threads; compressing an image takes about as long as a GPU takes for its features
@@ -44,13 +45,10 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 class ShardFile:
-    """A tar in progress, which gets its name and its index when it is complete.
+    """A tar in progress, which gets its final path and its index when it is complete.
 
     The format is the standard library's; the file is written here because webdataset's writer tells
     neither where members lie nor what they hold.
-
-    Args:
-        path: Its final name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,10 +58,12 @@ class ShardFile:
         self._file = self.partial.open("wb")
         self._sha256 = hashlib.sha256()
 
-    def add(self, key: str, members: dict[str, bytes]) -> None:
-        """Append an entry."""
+    def add(self, key: str, members: dict[str, bytes]) -> int:
+        """Append an entry; the bytes that it takes."""
+        start = self._file.tell()
         places = {suffix: self._append(f"{key}.{suffix}", data) for suffix, data in members.items()}
         self.entries.append({"key": key, "members": places})
+        return self._file.tell() - start
 
     def _append(self, name: str, data: bytes) -> Member:
         info = tarfile.TarInfo(name)
@@ -105,7 +105,7 @@ class ShardSetWriter:
     Args:
         folder: Where to.
         source: Name of the source.
-        settings: What determines the bytes; an unfinished set of other settings is refused.
+        settings: What determines the bytes; a set of other settings, finished or not, is refused.
         provenance: The networks, likewise.
         rank: This process's rank.
         world_size: Number of processes.
@@ -129,7 +129,7 @@ class ShardSetWriter:
     ) -> None:
         self.folder, self.source, self.settings, self.provenance = folder, source, settings, provenance
         self.max_bad_fraction = max_bad_fraction
-        self._begun = {"settings": settings, "provenance": provenance}
+        self._begun: Any = {"settings": settings, "provenance": provenance}
         self.finished = self._is_finished()
         self.unreadable = 0
         self.missing: list[range] = []
@@ -148,7 +148,6 @@ class ShardSetWriter:
         self._shard: ShardFile | None = None
 
     def _is_finished(self) -> bool:
-        """Whether a finished set is there; one of other settings is refused, finished or not."""
         finished = (self.folder / MANIFEST).is_file()
         if not finished and not (self.folder / BEGUN).is_file():
             if any(self.folder.glob("*.tar")):
@@ -157,20 +156,21 @@ class ShardSetWriter:
                     "they are left as they are. Choose another folder, or remove them first."
                 )
             return False
-        different = _differences(read_manifest(self.folder, "`folder`") if finished else self._noted(), self._begun)
+        advice = "Choose another folder, or remove it first."
+        begun = self.folder / BEGUN
+        theirs: Any = read_manifest(self.folder, "`folder`") if finished else read_json(begun, "`folder`", advice)
+        different = [
+            f"{name}: {str(theirs[part].get(name))[:60]} there, {str(value)[:60]} here"
+            for part, values in self._begun.items()
+            for name, value in values.items()
+            if theirs[part].get(name) != value
+        ]
         if different:
             raise UserError(
                 f"`folder`: '{self.folder}' already holds {'a finished' if finished else 'part of a'} shard set, made "
-                f"with other settings ({'; '.join(different)}), which is left as it is. Use those settings, choose "
-                "another folder, or remove it first."
+                f"with other settings ({'; '.join(different)}), which is left as it is. Use those settings. {advice}"
             )
         return finished
-
-    def _noted(self) -> Any:
-        try:
-            return json.loads((self.folder / BEGUN).read_bytes())
-        except ValueError:
-            return {}
 
     def begin(self) -> None:
         """Note the settings, and remove what an interrupted run has left half-written. For one rank alone."""
@@ -214,9 +214,7 @@ class ShardSetWriter:
             self.unreadable += 1
             self._check_unreadable(image, self.unreadable)
         else:
-            members = entry.result()
-            self._shard.add(f"{number:09d}", members)
-            self.bytes_written += sum(BLOCK + len(data) + -len(data) % BLOCK for data in members.values())
+            self.bytes_written += self._shard.add(f"{number:09d}", entry.result())
             self.samples_written += 1
         if number in self._ends:
             self._shard.finish()
@@ -258,19 +256,17 @@ class ShardSetWriter:
             )
         if unreadable:
             self._check_unreadable(unreadable[-1], len(unreadable))
-        write_manifest(
-            self.folder,
-            {
-                "format_version": FORMAT_VERSION,
-                "package_version": version("featinv-pl"),
-                "source": self.source,
-                "provenance": self.provenance,
-                "settings": self.settings,
-                "samples": sum(shard["samples"] for shard in shards),
-                "unreadable": unreadable,
-                "shards": shards,
-            },
-        )
+        manifest: Manifest = {
+            "format_version": FORMAT_VERSION,
+            "package_version": version("featinv-pl"),
+            "source": self.source,
+            "provenance": self.provenance,
+            "settings": self.settings,
+            "samples": sum(shard["samples"] for shard in shards),
+            "unreadable": unreadable,
+            "shards": shards,
+        }
+        write_manifest(self.folder, manifest)
         (self.folder / BEGUN).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
@@ -290,17 +286,3 @@ def _complete(path: Path) -> Index | None:
         return index if path.stat().st_size == index["bytes"] else None
     except (OSError, ValueError):
         return None
-
-
-def _differences(theirs: Any, ours: dict[str, Any]) -> list[str]:
-    """Where two extractions differ, for the error."""
-    found = []
-    for part, values in ours.items():
-        other = theirs.get(part) if isinstance(theirs, dict) else None
-        other = other if isinstance(other, dict) else {}
-        found += [
-            f"{name}: {str(other.get(name))[:60]} there, {str(value)[:60]} here"
-            for name, value in values.items()
-            if other.get(name) != value
-        ]
-    return found
