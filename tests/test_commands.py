@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from featinv_pl.commands import COMMANDS
-from featinv_pl.options import add_sampler, changed
+from featinv_pl.commands import COMMANDS, add_sampler, changed
 from featinv_pl.sampling.sampler import AUTHORS, Refinement, Sampler
 
 SAMPLING = ("reconstruct", "steer", "interpolate", "compose", "compare", "app")

@@ -13,7 +13,7 @@ LAYERS = (
     {"runtime", "pages", "inverter"},
     {"tasks", "evaluation", "explore"},
     {"trust"},
-    {"config", "options", "publishing"},
+    {"config", "publishing"},
     {"cli"},
     {"commands"},
     {"__main__"},

@@ -19,7 +19,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_labels
-from featinv_pl.explore.interpolation import Mode, interpolate
+from featinv_pl.explore.pairs import Mode, interpolate
 from featinv_pl.explore.samples import Samples, read_samples
 from featinv_pl.explore.steering import Steering, steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
@@ -69,9 +69,9 @@ class Evidence(Report):
         tiles = []
         for b in CLASSES:
             moved = self.drawn[a, next(c for c in CLASSES if c != a) if a == b else b]
-            image, logits = (
-                (moved.original, moved.original_logits) if a == b else (moved.images[-1, 0], moved.logits[-1, 0])
-            )
+            image, logits = moved.found["images"][-1, 0], moved.found["logits"][-1, 0]
+            if a == b:
+                [image], [logits] = moved.originals["images"], moved.originals["logits"]
             tiles.append(Tile(as_picture(image), prediction(logits), int(logits.argmax()) != b))
         return tiles
 
@@ -111,7 +111,7 @@ def moved(
 def arrived(steerings: dict[tuple[int, int], list[Steering]]) -> tuple[float, float]:
     """The share of images that are classified as b at the largest strength, and of pairs for which most are."""
     hits = torch.tensor(
-        [[int(one.logits[-1, 0].argmax()) == b for one in several] for (_, b), several in steerings.items()]
+        [[int(one.found["logits"][-1, 0].argmax()) == b for one in several] for (_, b), several in steerings.items()]
     ).double()
     return hits.mean().item(), (hits.mean(1) > 0.5).double().mean().item()
 

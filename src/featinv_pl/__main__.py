@@ -24,7 +24,6 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 def main(args: list[str] | None = None) -> None:
     """Run one command; what users can put right ends as one line on stderr and exit status 1."""
     try:
-        _check_home()
         with _log_shown():
             run(sys.argv[1:] if args is None else args)
         sys.stdout.flush()  # here, where a reader that has gone is not an error
@@ -38,10 +37,8 @@ def main(args: list[str] | None = None) -> None:
         if error.errno not in REFUSALS:
             raise
         where = f" '{error.filename}'" if error.filename else ""
-        _fail(
-            f"the file system refuses{where}: {error.strerror}. Complete files are intact. "
-            "Free space or fix permissions, then rerun the same command."
-        )
+        advice = "Complete files are intact. Free space or fix permissions, then rerun the same command."
+        _fail(f"the file system refuses{where}: {error.strerror}. {advice}")
     except KeyboardInterrupt:
         print("featinv-pl: interrupted", file=sys.stderr)
         sys.exit(128 + SIGINT)
@@ -53,15 +50,12 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _check_home() -> None:
-    """Refuse to start where caches and settings have no place, such as in a container under an unknown user."""
+def _home() -> Path:
+    """The place of caches and settings, which may be missing in a container under an unknown user."""
     try:
-        Path.home()
+        return Path.home()
     except RuntimeError as error:
-        raise UserError(
-            f"HOME: user {os.getuid()} has no entry in passwd, so it has no home folder. Set HOME to a folder that "
-            "the user may write to."
-        ) from error
+        raise UserError(f"HOME: user {os.getuid()} has no home folder. Set HOME to one that is writable.") from error
 
 
 @contextmanager
@@ -86,7 +80,7 @@ def _reader_has_gone() -> bool:
 
 def run(args: list[str]) -> None:
     """Run one command and let its errors pass."""
-    args = [re.sub(r"^(--[\w.+-]+=)?~(?=/)", rf"\g<1>{Path.home()}", arg) for arg in args]  # as shells do not after `=`
+    args = [re.sub(r"^(--[\w.+-]+=)?~(?=/)", rf"\g<1>{_home()}", arg) for arg in args]  # as shells do not after `=`
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
         print(usage(), end="")
@@ -98,23 +92,22 @@ def run(args: list[str]) -> None:
         from featinv_pl.cli import train
 
         train(overlaid(args, os.environ.get(OVERLAY)))
-    elif name in ("demo", "study"):
-        raise UserError(f"`make {name}` runs the {name}, in the folder of the repository.")
     else:
         raise UserError(f"there is no command '{name}'. `featinv-pl --help` lists them.")
 
 
 def usage() -> str:
     """The output of `featinv-pl --help`."""
-    return "\n".join(
-        [
-            "usage: featinv-pl COMMAND [options]\n",
-            "Reconstruct natural images from a classifier's spatial feature map (FeatInv).\n",
-            *(f"  {name:11}  {command.does}" for name, command in COMMANDS.items()),
-            "\n`featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.",
-            f"{OVERLAY}=FILE in the environment overrides the configuration files of the first four.\n",
-        ]
-    )
+    commands = "\n".join(f"  {name:11}  {command.does}" for name, command in COMMANDS.items())
+    return f"""usage: featinv-pl COMMAND [options]
+
+Reconstruct natural images from a classifier's spatial feature map (FeatInv).
+
+{commands}
+
+`featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.
+{OVERLAY}=FILE in the environment overrides the configuration files of the first four.
+"""
 
 
 def overlaid(args: list[str], overlay: str | None) -> list[str]:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -66,19 +66,25 @@ class FeatinvCLI(CommandLine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self.entered:  # what lasts as long as the command, such as claims on folders
-            for explained in (options_spelled(self._options), ranks_together(), workers_explained(), _explained()):
+            for explained in (options_spelled(self._options), ranks_together(), workers_explained()):
                 self.entered.enter_context(explained)
-            super().__init__(*args, **kwargs)
+            try:
+                super().__init__(*args, **kwargs)
+            except MisconfigurationException as error:  # such as for a GPU that is not there
+                raise UserError(f"`trainer`: {' '.join(str(error).split())}") from error
+
+    @property
+    def settings(self) -> Any:
+        """The options of the command."""
+        return self.config[self.config.subcommand]
 
     def _options(self) -> Iterator[str]:
-        """The options of this command; empty before its line is parsed."""
-        config = getattr(self, "config", None)
-        return _options_of(config[config.subcommand]) if config else iter(())
+        return _options_of(self.settings) if hasattr(self, "config") else iter(())  # before the line is parsed
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse a checkpoint that cannot be read, before Lightning tries to."""
         self.config = parser.parse_args(cast(list[str], args))
-        settings, training = self.config[self.config.subcommand], self.config.subcommand == "fit"
+        settings, training = self.settings, self.config.subcommand == "fit"
         if settings.trainer.overfit_batches:
             raise UserError(
                 "`overfit_batches`: each epoch takes other batches here, so it would not take the same few. Extract a "
@@ -106,7 +112,6 @@ class FeatinvCLI(CommandLine):
             help="CPU threads of the networks. One is best for tiny networks, whose threads mostly wait for each "
             "other, and gives the same figures on every machine; null leaves the choice to torch.",
         )
-
         parser.add_argument(
             "--dry_run",
             "--plan",
@@ -117,27 +122,22 @@ class FeatinvCLI(CommandLine):
     def before_instantiate_classes(self) -> None:
         """Settings of the process, and what only a command line can decide."""
         self.given = self.config.clone()
+        settings, trainer = self.settings, self.settings.trainer
         join_ranks()
-        if self.config[self.subcommand].dry_run:
+        if settings.dry_run:
             self._dry_run()
         if self.subcommand == "predict" and self.config.predict.return_predictions is None:
             # Lightning would keep every prediction until the end: all of ImageNet's features, in memory.
             self.config.predict.return_predictions = False
-        if (num_threads := self.config[self.subcommand].num_threads) is not None:
-            torch.set_num_threads(num_threads)
-        trainer = self.config[self.subcommand].trainer
-        self.trainer_defaults["callbacks"] = [
-            Speed(),
-            KeepRunId(),
-            Resume(),
-            Changes(self.config[self.subcommand].seed_everything),
-        ]
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
+        callbacks: list[Callback] = [Speed(), KeepRunId(), Resume(), Changes(settings.seed_everything)]
         if trainer.enable_progress_bar is not False:
-            self.trainer_defaults["callbacks"].append(Progress())
-        named = [callback.class_path for callback in trainer.callbacks or []] if self.subcommand == "fit" else []
-        if not any(name.endswith(".FiniteGuard") for name in named):
-            self.trainer_defaults["callbacks"].append(FiniteGuard())
-        self.trainer_defaults["callbacks"].append(Stop())  # last: it saves what the others have made of the weights
+            callbacks.append(Progress())
+        if self.subcommand != "fit" or not _named(trainer.callbacks, "FiniteGuard"):
+            callbacks.append(FiniteGuard())
+        # Last: it saves what the others have made of the weights.
+        self.trainer_defaults["callbacks"] = [*callbacks, Stop()]
         self._track()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -155,7 +155,7 @@ class FeatinvCLI(CommandLine):
 
     def _enter(self, trainer: Trainer) -> None:
         """Claim the run's folder before anything is written there."""
-        settings = self.config[self.subcommand]
+        settings = self.settings
         if trainer.is_global_zero and not settings.dry_run:
             for folder in written_folders(trainer, self.datamodule, str(self.subcommand)):
                 self.entered.enter_context(claim(folder))
@@ -164,25 +164,22 @@ class FeatinvCLI(CommandLine):
 
     def _track(self) -> None:
         """Prepare what W&B needs to know before the run begins."""
-        settings = self.config[self.subcommand]
-        trainer, model = settings.trainer, settings.model
+        trainer, model = self.settings.trainer, self.settings.model
         loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        for logger in loggers:
-            if getattr(logger, "class_path", "").endswith(".WandbLogger"):
-                check_route(logger)
-                folder = home(trainer)
-                if logger.init_args.save_dir == ".":  # the client's default
-                    logger.init_args.save_dir = str(folder)
-                group = folder.relative_to(SHELF) if folder.is_relative_to(SHELF) else folder.absolute().name
-                tags = [model.class_path.rpartition(".")[2], model.init_args.get("conditioning")]
-                offline = logger.init_args.offline
-                describe(str(self.subcommand), str(group), [tag for tag in tags if tag], offline, self.run_id)
+        for logger in _named(loggers, "WandbLogger"):
+            check_route(logger)
+            folder = home(trainer)
+            if logger.init_args.save_dir == ".":  # the client's default
+                logger.init_args.save_dir = str(folder)
+            group = folder.relative_to(SHELF) if folder.is_relative_to(SHELF) else folder.absolute().name
+            tags = [model.class_path.rpartition(".")[2], model.init_args.get("conditioning")]
+            offline = logger.init_args.offline
+            describe(str(self.subcommand), str(group), [tag for tag in tags if tag], offline, self.run_id)
 
     def _dry_run(self) -> None:
         """Let an extraction or a test do nothing but estimate itself."""
-        trainer, command = self.config[self.subcommand].trainer, str(self.subcommand)
-        kind = {"predict": "ShardWriter", "test": "Evaluation"}.get(command)
-        found = [one for one in trainer.callbacks or [] if one.class_path.endswith(f".{kind}")]
+        trainer, command = self.settings.trainer, str(self.subcommand)
+        found = _named(trainer.callbacks, {"predict": "ShardWriter", "test": "Evaluation"}.get(command, "none"))
         if not found:
             raise UserError(
                 "`dry_run`: only test with an Evaluation, and predict with a ShardWriter, among `trainer.callbacks` "
@@ -193,6 +190,11 @@ class FeatinvCLI(CommandLine):
         if command == "test":
             trainer.callbacks, trainer.limit_test_batches = found, BATCHES
         trainer.logger, self.save_config_callback = False, None
+
+
+def _named(objects: Any, name: str) -> list[Any]:
+    """Those of a class, of objects as they are configured."""
+    return [one for one in objects or [] if getattr(one, "class_path", "").endswith(f".{name}")]
 
 
 def _options_of(settings: Any, prefix: str = "--") -> Iterator[str]:
@@ -209,17 +211,12 @@ def _options_of(settings: Any, prefix: str = "--") -> Iterator[str]:
 
 def _checkpoint_places(trainer: Any) -> set[Path]:
     """The folders in which a configuration keeps its checkpoints."""
-    root = home(trainer)
-    savers = [one for one in trainer.callbacks or [] if one.class_path.endswith(".ModelCheckpoint")]
-    return {root, *(Path(saver.init_args.dirpath) for saver in savers if saver.init_args.dirpath)}
+    folders = [saver.init_args.dirpath for saver in _named(trainer.callbacks, "ModelCheckpoint")]
+    return {home(trainer), *(Path(folder) for folder in folders if folder)}
 
 
 def train(args: list[str]) -> None:
-    """Run one of Lightning's commands.
-
-    Args:
-        args: The command line, without the program's name.
-    """
+    """Run one of Lightning's commands, given without the program's name."""
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
     silence_tips()
@@ -238,16 +235,3 @@ def train(args: list[str]) -> None:
             parser_class=ConfigParser,
             parser_kwargs={"parser_mode": MODE},
         )
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    """Say in one line what Lightning refuses, such as a GPU that is not there.
-
-    Raises:
-        UserError: Lightning has refused the settings.
-    """
-    try:
-        yield
-    except MisconfigurationException as error:
-        raise UserError(f"`trainer`: {' '.join(str(error).split())}") from error

@@ -2,47 +2,39 @@
 
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import NoneType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from featinv_pl.errors import options_spelled, renamed
-from featinv_pl.options import (
-    add_model,
-    add_out,
-    add_pictures,
-    add_sampler,
-    add_sampling,
-    box,
-    load_pipeline,
-    positive,
-    strengths,
-)  # fmt: skip
 
 if TYPE_CHECKING:
+    from featinv_pl.inverter.pipeline import FeatInvPipeline
     from featinv_pl.pages.page import Report
+    from featinv_pl.sampling.sampler import Sampler
 
 NUM_IMAGES = 2000
 BOX = "TOP,LEFT,HEIGHT,WIDTH"
+MODEL = "a folder that `export` or `import` wrote, or its hub name"
+OUT = "the folder for what the command writes"
+CONCEPTS = "a folder that `featinv-pl concepts` wrote"
 
 
 def _reconstruct(parser: ArgumentParser, args: list[str]) -> None:
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
-    add_model(parser)
-    add_out(parser)
-    add_sampling(parser, num_samples=4)
-    options = parser.parse_args(args)
+    options = parse_pictures(parser, args, "+", num_samples=4)
     from featinv_pl.explore.reconstruct import reconstruct
 
-    pipeline = load_pipeline(options.model, options)
-    print(reconstruct(pipeline, options.images, options.out, options.num_samples, options.seed))
+    pictures = load_pipeline(options.model, options), options.paths, options.pictures
+    print(reconstruct(*pictures, options.out, options.num_samples, options.seed))
 
 
 def _concepts(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="shard sets of one backbone and layer")
     parser.add_argument("--method", choices=("nmf", "difference", "cav"), default="nmf", help="(%(default)s)")
-    add_out(parser)
+    parser.add_argument("--out", required=True, type=folder, help=OUT)
     parser.add_argument("--num_concepts", type=positive, default=8, help="components of nmf (%(default)s)")
     parser.add_argument(
         "--between", metavar=("A", "B"), nargs=2, action="append", default=[],
@@ -53,7 +45,6 @@ def _concepts(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of nmf (%(default)s)")
     options = parser.parse_args(args)
     from featinv_pl.explore import concepts
-    from featinv_pl.explore.gallery import gallery
     from featinv_pl.explore.samples import read_samples
 
     samples = read_samples(options.shards, options.num_images, "SHARDS")
@@ -64,14 +55,11 @@ def _concepts(parser: ArgumentParser, args: list[str]) -> None:
         pairs = concepts.pairs_of_labels(samples, options.between) or concepts.pair_of_sets(samples)
         found = find(samples, pairs, options.pooled)
     found.save(options.out)
-    _finish(gallery(found, samples), options.out)
+    _finish(concepts.gallery(found, samples), options.out)
 
 
 def _steer(parser: ArgumentParser, args: list[str]) -> None:
-    parser.add_argument("image", metavar="IMAGE", type=Path)
-    add_model(parser)
-    add_out(parser)
-    parser.add_argument("--concepts", required=True, type=Path, help="a folder that `featinv-pl concepts` wrote")
+    parser.add_argument("--concepts", required=True, type=Path, help=CONCEPTS)
     parser.add_argument("--concept", default="0", help="by number or name (%(default)s)")
     parser.add_argument("--edit", choices=("add", "scale", "remove"), default="add", help="(%(default)s)")
     parser.add_argument(
@@ -83,76 +71,60 @@ def _steer(parser: ArgumentParser, args: list[str]) -> None:
     where.add_argument("--box", type=box, metavar=BOX, help="the region to edit, in pixels of the classifier's crop")
     where.add_argument("--mask", type=Path, help="the region to edit: a picture of the size of IMAGE, white inside")
     parser.add_argument("--class", dest="classes", type=int, action="append", default=[], help="plot its probability")
-    add_sampling(parser, num_samples=1)
-    options = parser.parse_args(args)
+    options = parse_pictures(parser, args, 1, num_samples=1)
     from featinv_pl.explore.concepts import Concepts
-    from featinv_pl.explore.edits import box_mask, picture_mask
+    from featinv_pl.explore.exploration import box_mask, picture_mask
     from featinv_pl.explore.steering import steer
-    from featinv_pl.pages.pictures import open_picture
 
-    picture, concepts = open_picture(options.image), Concepts.load(options.concepts)
+    concepts = Concepts.load(options.concepts)
     concept = concepts.number(options.concept)
     pipeline = load_pipeline(options.model, options)
-    mask = picture_mask(options.mask, options.image, pipeline) if options.mask else None
+    mask = picture_mask(options.mask, options.paths[0], pipeline) if options.mask else None
     if options.box:
         mask = box_mask(options.box, pipeline.inverter.classifier.input_size)
-    edit = options.strengths, options.edit, mask
-    found = steer(pipeline, picture, concepts, concept, *edit, options.classes, options.num_samples, options.seed)
-    _finish(found, options.out)
+    moved = options.pictures[0], concepts, concept, options.strengths, options.edit, mask, options.classes
+    _finish(steer(pipeline, *moved, options.num_samples, options.seed), options.out)
 
 
 def _interpolate(parser: ArgumentParser, args: list[str]) -> None:
-    add_pictures(parser)
     parser.add_argument("--steps", type=positive, default=11, help="number of maps, ends included (%(default)s)")
     parser.add_argument("--mode", choices=("linear", "slerp"), default="linear", help="slerp keeps norms (%(default)s)")
     parser.add_argument("--real", type=Path, help="a shard set of real images; steps outside their range are flagged")
     parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="at most, of --real (%(default)s)")
-    add_sampling(parser)
-    options = parser.parse_args(args)
-    from featinv_pl.explore.interpolation import interpolate
+    options = parse_pictures(parser, args, 2)
+    from featinv_pl.explore.pairs import interpolate
     from featinv_pl.explore.samples import read_samples
-    from featinv_pl.pages.pictures import open_picture
 
-    first, second = open_picture(options.first), open_picture(options.second)
     real = read_samples([options.real], options.num_images, "`real`") if options.real else None
-    pipeline = load_pipeline(options.model, options)
+    pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
     _finish(interpolate(pipeline, first, second, options.steps, options.mode, real, options.seed), options.out)
 
 
 def _compose(parser: ArgumentParser, args: list[str]) -> None:
-    add_pictures(parser)
     parser.add_argument("--box", type=box, metavar=BOX, required=True, help="in pixels of the classifier's crop")
-    add_sampling(parser, num_samples=1)
-    options = parser.parse_args(args)
-    from featinv_pl.explore.composition import compose
-    from featinv_pl.pages.pictures import open_picture
+    options = parse_pictures(parser, args, 2, num_samples=1)
+    from featinv_pl.explore.pairs import compose
 
-    first, second = open_picture(options.first), open_picture(options.second)
-    pipeline = load_pipeline(options.model, options)
+    pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
     _finish(compose(pipeline, first, second, options.box, options.num_samples, options.seed), options.out)
 
 
 def _compare(parser: ArgumentParser, args: list[str]) -> None:
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+")
     parser.add_argument("--models", metavar="MODEL", required=True, nargs="+", help="model folders, or hub names")
-    add_out(parser)
-    add_sampling(parser)
-    options = parser.parse_args(args)
-    from featinv_pl.explore.comparison import compare
-    from featinv_pl.pages.pictures import open_picture, unique_names
+    options = parse_pictures(parser, args, "+", model=False)
+    from featinv_pl.explore.reconstruct import compare
+    from featinv_pl.pages.pictures import unique_names
 
-    pictures = [open_picture(path) for path in options.images]
     models = zip(unique_names([Path(model).name for model in options.models]), options.models, strict=True)
     pipelines = ((name, load_pipeline(model, options)) for name, model in models)
-    names = unique_names([path.stem for path in options.images])
     with renamed("model", "models"):
-        found = compare(pipelines, names, pictures, options.seed)
+        found = compare(pipelines, unique_names([path.stem for path in options.paths]), options.pictures, options.seed)
     _finish(found, options.out)
 
 
 def _app(parser: ArgumentParser, args: list[str]) -> None:
-    add_model(parser)
-    parser.add_argument("--concepts", type=Path, help="a folder that `featinv-pl concepts` wrote, to steer along")
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--concepts", type=Path, help=f"{CONCEPTS}, to steer along")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="(%(default)s)")
     add_sampler(parser)
@@ -240,21 +212,135 @@ def run_command(name: str, args: list[str]) -> None:
     does, run = COMMANDS[name]
     assert run
     parser = ArgumentParser(f"featinv-pl {name}", description=f"{does[0].upper()}{does[1:]}.")
+    # `--strengths -2:2:9` and `--box -1,...`: argparse takes a value that begins with a minus for an option.
+    args = [re.sub(r"^(?=-[\d.]+[:,])", " ", arg) for arg in args]
     with options_spelled(lambda: re.findall(r"--[\w.]+", parser.format_usage())):
-        run(parser, _joined(args))
-
-
-def _joined(args: list[str]) -> list[str]:
-    """Join `--strengths -2:2:9` by `=`: argparse takes a value that begins with a minus for an option."""
-    joined: list[str] = []
-    for arg in args:
-        if joined and re.match(r"-[\d.]+[:,]", arg):
-            joined[-1] += f"={arg}"
-        else:
-            joined.append(arg)
-    return joined
+        run(parser, args)
 
 
 def _finish(result: "Report", folder: Path) -> None:
     result.save(folder)
     print(f"{result.lead}\nOpen {folder / f'{result.name}.html'}.")
+
+
+# Options that commands share
+
+
+def parse_pictures(
+    parser: ArgumentParser, args: list[str], count: int | str, num_samples: int | None = None, model: bool = True
+) -> Namespace:
+    """Add the options of commands that reconstruct pictures, and parse; `paths` are opened as `pictures`.
+
+    `count` is that of pictures, as argparse's `nargs`, and `num_samples` the default of the option, if there is one.
+    """
+    parser.add_argument("paths", metavar="IMAGE", type=Path, nargs=count)
+    if model:
+        parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument("--out", required=True, type=folder, help=OUT)
+    if num_samples is not None:
+        parser.add_argument("--num_samples", type=positive, default=num_samples, help="of each map (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add_sampler(parser)
+    options = parser.parse_args(args)
+    from featinv_pl.pages.pictures import open_picture
+    from featinv_pl.sampling.sampler import Sampler
+
+    changed(Sampler(), options)  # a bad value is an error before anything is read
+    options.pictures = [open_picture(path) for path in options.paths]
+    return options
+
+
+def add_sampler(parser: ArgumentParser) -> None:
+    """An option for each field of `Sampler`, and for the precision."""
+    from featinv_pl.sampling.sampler import Sampler
+
+    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="bf16 is faster, and rounds")
+    group = parser.add_argument_group("sampler", "How images are sampled; what is not given is as in the model folder.")
+    _add_fields(group, Sampler, "--sampler")
+
+
+def _add_fields(group: Any, settings: Any, prefix: str) -> None:
+    """An option for each field of a dataclass, with the help of its docstring; fields of fields have longer names."""
+    import docstring_parser
+
+    helps = {one.arg_name: one.description for one in docstring_parser.parse(settings.__doc__ or "").params}
+    hints = get_type_hints(settings)
+    for field in fields(settings):
+        name, hint = f"{prefix}.{field.name}", hints[field.name]
+        if NoneType in get_args(hint):
+            hint = next(one for one in get_args(hint) if one is not NoneType)
+        if is_dataclass(hint):
+            _add_fields(group, hint, name)
+            continue
+        kind: dict[str, Any] = {"type": hint, "metavar": "N" if hint is int else "X"}
+        if get_origin(hint) is Literal:
+            kind = {"choices": get_args(hint)}
+        elif get_origin(hint) is tuple:
+            kind = {"nargs": len(get_args(hint)), "type": get_args(hint)[0], "metavar": ("LOW", "HIGH")}
+        group.add_argument(name, help=(helps[field.name] or "").replace("%", "%%"), **kind)
+
+
+def changed(sampler: "Sampler", options: Namespace) -> "Sampler":
+    """A sampler with the fields that options give in place of its own."""
+    from featinv_pl.sampling.sampler import Refinement
+
+    given: dict[str, Any] = {
+        name.removeprefix("sampler."): tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if name.startswith("sampler.") and value is not None
+    }
+    nested = [name for name in given if name.startswith("refine.")]
+    if refine := {name.removeprefix("refine."): given.pop(name) for name in nested}:
+        given["refine"] = replace(sampler.refine or Refinement(), **refine)
+    return replace(sampler, **given)
+
+
+def load_pipeline(model: str, options: Namespace) -> "FeatInvPipeline":
+    """A model folder or hub name on the GPU, if there is one, with the sampler and precision that options give."""
+    import torch
+
+    from featinv_pl.inverter.pipeline import FeatInvPipeline
+
+    dtype = torch.bfloat16 if options.precision == "bf16" else None
+    pipeline = FeatInvPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    pipeline.inverter.sampler = changed(pipeline.inverter.sampler, options)
+    return pipeline
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise ArgumentTypeError(f"must be at least 1, and is {number}")
+    return number
+
+
+def folder(text: str) -> Path:
+    """A folder to write to."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise ArgumentTypeError(f"must be a folder, and '{text}' is a file")
+    return path
+
+
+def strengths(text: str) -> list[float]:
+    """`FROM:TO:COUNT`, evenly spaced, or values separated by commas."""
+    try:
+        if ":" not in text:
+            return [float(value) for value in text.split(",")]
+        start, end, count = text.split(":")
+        steps = positive(count)
+        return [float(start) + (float(end) - float(start)) * step / max(steps - 1, 1) for step in range(steps)]
+    except ValueError as error:
+        raise ArgumentTypeError(
+            f"must be FROM:TO:COUNT or values separated by commas, and is '{text.strip()}'"
+        ) from error
+
+
+def box(text: str) -> tuple[int, int, int, int]:
+    """`TOP,LEFT,HEIGHT,WIDTH`."""
+    try:
+        top, left, height, width = map(int, text.split(","))
+    except ValueError as error:
+        raise ArgumentTypeError(f"must be TOP,LEFT,HEIGHT,WIDTH in pixels, and is '{text.strip()}'") from error
+    return top, left, height, width

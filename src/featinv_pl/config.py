@@ -15,8 +15,6 @@ from featinv_pl.trust import Parser
 
 MODE = "yaml with base"
 _folder: ContextVar[Path] = ContextVar("folder", default=Path())
-
-
 MOVED = {
     **dict.fromkeys(("hidden_channels", "num_layers"), "`model.encoder.{}`"),
     **dict.fromkeys(("dropout", "min_snr_gamma", "consistency", "consistency_below"), "`model.objective.{}`"),
@@ -56,10 +54,9 @@ class ConfigParser(Parser):
 
 
 def load_yaml(text: str) -> Any:
-    """Read YAML in which `base: FILE` puts the settings of another file beneath those of this one.
+    """Read YAML in which `base: FILE`, or several, puts other files' settings beneath those of this one.
 
-    Of several, `base: [FILE, FILE]`, each overrides those before it. Paths are relative to the including file.
-    `~/` is the home folder. `None` is null, as a sweep of W&B writes it.
+    Paths are relative to the including file. `~/` is the home folder. `None` is null, as a sweep of W&B writes it.
     """
     settings = _expand_home(_on_base(_parse(text), _folder.get(), ()))
     return None if settings == "None" else settings
@@ -109,7 +106,6 @@ def merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expand_home(value: Any) -> Any:
-    """Values in which texts that begin with `~/` begin with the home folder instead."""
     if isinstance(value, dict):
         return {key: _expand_home(one) for key, one in value.items()}
     if isinstance(value, list):

@@ -10,9 +10,8 @@ NAME = re.compile(r"`([\w./-]+)`")
 class UserError(ValueError):
     """Something the user can put right.
 
-    The message says what is wrong, what was given and what to do. The command prints it alone,
-    without a traceback, and exits with status 1. It names an argument of a constructor or function in
-    backticks, with its group where the name alone is ambiguous: `num_samples`, `data.train`.
+    The message says what is wrong, what was given and what to do. The command prints it without a traceback, and exits
+    with status 1. It names an argument in backticks, with its group if the name is ambiguous: `data.train`.
     """
 
 
@@ -31,13 +30,9 @@ def user_error(error: BaseException) -> UserError:
 
 @contextmanager
 def options_spelled(options: Callable[[], Iterable[str]]) -> Iterator[None]:
-    """Let the messages of a command name its options where they name arguments: `num_samples`, `--model.num_samples`.
+    """Let a command's messages name its options instead of arguments, such as `num_samples`: `--model.num_samples`.
 
-    Args:
-        options: Gives those of the command, once it has failed.
-
-    Raises:
-        UserError: With such a message.
+    `options` gives those of the command, once it has failed.
     """
     try:
         yield

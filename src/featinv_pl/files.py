@@ -17,12 +17,7 @@ PARTIAL = ".partial"  # what an incomplete file or folder is called after its na
 
 
 def read_bytes(path: Path, option: str, advice: str) -> bytes:
-    """Read a complete file.
-
-    Args:
-        path: The file.
-        option: The option that named it, for errors.
-        advice: What to do if the file cannot be used, for errors.
+    """Read a complete file; errors begin with `option`, which named it, and end with `advice`.
 
     Raises:
         UserError: It cannot be read, is larger than any such file, or is not a plain file: a pipe may never end.
@@ -76,9 +71,6 @@ def atomic(path: Path) -> Iterator[Path]:
 
     A file that is there is replaced; a folder that is there is an error, unless it is empty.
 
-    Args:
-        path: The file or folder; the folders above it are made.
-
     Yields:
         Where to write it: a new name beside `path`, which an interrupted run leaves behind and the next one replaces.
 
@@ -107,10 +99,18 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def publish(partial: Path, path: Path) -> None:
     """Flush a complete file or folder to the disk, and then give it its name."""
+
+    def flush(part: Path) -> None:
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     for part in (partial, *partial.rglob("*")):
-        _flush(part)
+        flush(part)
     os.replace(partial, path)
-    _flush(path.parent)  # or a loss of power may undo the renaming
+    flush(path.parent)  # or a loss of power may undo the renaming
 
 
 @contextlib.contextmanager
@@ -130,11 +130,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,38 +16,29 @@ class Observation(TypedDict):
 
     images: NotRequired[Tensor]
     """(B, 3, H, W) in [-1, 1]. Training on shards leaves them out: it needs only latents."""
-    features: Tensor
-    """(B, C, h, w), the penultimate feature map."""
-    logits: Tensor
-    """(B, K)."""
+    features: Tensor  # (B, C, h, w)
+    logits: Tensor  # (B, K)
 
 
 class View(TypedDict):
     """A random view of an image: all that is needed to make it again."""
 
-    number: int
-    """Which of the views of its image, from 0."""
-    crop: tuple[int, int, int, int]
-    """Top, left, height and width in pixels of the original."""
-    flips: str
-    """`h`, `v`, `hv`, or empty."""
+    number: int  # among the views of its image
+    crop: tuple[int, int, int, int]  # top, left, height and width in pixels of the original
+    flips: str  # `h`, `v`, `hv`, or empty
 
 
 class ImageBatch(TypedDict):
     """Images before any backbone has seen them."""
 
-    images: Tensor
-    """(B, 3, H, W) in [-1, 1]."""
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
     labels: Tensor
     """(B,) places of the classes among those of the data module; -1 where there is none."""
     class_name: list[str]
     """The classes by name, which say what a label means to a classifier; empty where there is none."""
-    source: list[str]
-    """Where each image comes from, such as `imagenet-a` or `corrupted/fog/3`."""
-    key: list[str]
-    """A name for each image, unique within its source."""
-    view: list[View | None]
-    """None for the central crop."""
+    source: list[str]  # where each image comes from, such as `imagenet-a` or `corrupted/fog/3`
+    key: list[str]  # a name for each image, unique within its source
+    view: list[View | None]  # None for the central crop
     unreadable: list[str]
     """Why an image could not be read, in which case it is black; empty for those that could."""
 
@@ -60,8 +51,7 @@ class Batch(Observation):
     labels: Tensor
     source: list[str]
     key: list[str]
-    view: NotRequired[list[View | None]]
-    """Only while features are extracted, as is the next."""
+    view: NotRequired[list[View | None]]  # only while features are extracted, as is the next
     unreadable: NotRequired[list[str]]
     fooled: NotRequired[Tensor]
     """(B,), of adversarial images: 1 where the attack succeeded, 0 where it did not, NaN where the classifier was wrong
@@ -81,8 +71,7 @@ class Provenance(TypedDict):
     transform: str
     autoencoder_digest: str
     image_size: int
-    attack: str
-    """The attack on the images before extraction; empty for none."""
+    attack: str  # on the images before extraction; empty for none
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from featinv_pl.explore.reconstruct import Fidelity
+from featinv_pl.explore.reconstruct import compare, fidelity
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.types import Observation, to_uint8
+from featinv_pl.types import to_uint8
 
 
 @pytest.fixture
@@ -44,14 +44,12 @@ def test_command_writes_pictures_and_a_sheet(
     saved = pipeline.crop([Image.open(f"out/grey-{number}.png") for number in range(2)])
     assert torch.equal(to_uint8(saved), to_uint8(reconstructed))
     cosines = torch.cosine_similarity(pipeline.classify(saved)["features"], original["features"])
-    assert [sample["cosine"] for sample in facts[2]["samples"]] == pytest.approx(
-        cosines.mean((1, 2)).tolist(), abs=1e-4
-    )
+    means = [sample["cosine"] for sample in facts[2]["samples"]]
+    assert means == pytest.approx(cosines.mean((1, 2)).tolist(), abs=1e-4)
     assert facts[2]["cosine_by_location"] == pytest.approx(np.array(cosines.mean(0).tolist()), abs=1e-4)
     spread = ((saved + 1) / 2).std(0).square().mean(0).sqrt()
-    assert facts[2]["pixel_spread"] == pytest.approx(
-        {"mean": spread.mean().item(), "max": spread.max().item()}, abs=1e-3
-    )
+    expected = {"mean": spread.mean().item(), "max": spread.max().item()}
+    assert facts[2]["pixel_spread"] == pytest.approx(expected, abs=1e-3)
 
     main([*command, "again"])
     files = [{path.name: path.read_bytes() for path in Path(folder).iterdir()} for folder in ("out", "again")]
@@ -69,45 +67,52 @@ def test_command_samples_as_its_options_say(inverter_folder: Path, pictures: lis
     assert not np.array_equal(more, own)
 
 
+@pytest.mark.parametrize("bad", ["bad.png", "missing.png"])
 def test_command_refuses_a_bad_picture_before_it_writes(
-    inverter_folder: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+    bad: str, pictures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("bad.png").write_text("no picture")
-    for bad in ("bad.png", "missing.png"):
-        with pytest.raises(SystemExit):
-            main(["reconstruct", "--model", str(inverter_folder), *pictures, bad, "--out", "out"])
-        assert f"error: IMAGE: '{bad}' cannot be read as a picture" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["reconstruct", "--model", "nowhere", *pictures, bad, "--out", "out"])
+    assert f"error: IMAGE: '{bad}' cannot be read as a picture" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
-def samples(images: torch.Tensor, features: torch.Tensor) -> Observation:
-    return {"images": images, "features": features, "logits": torch.zeros(len(images), 10)}
-
-
 def test_cosines_and_spread_are_those_of_each_place() -> None:
-    target = torch.ones(2, 1, 3)
     features = torch.ones(2, 2, 1, 3)
     features[:, :, 0, 1] = -1  # the opposite, in both samples
     features[0, 0, 0, 2] = -1  # at a right angle, in one of two
     images = torch.zeros(2, 3, 4, 4)
     images[0, :, 1, 2] = 0.5  # pixels in [0, 1] differ by a quarter
-    found = Fidelity.measure(target, samples(images, features))
-    torch.testing.assert_close(found.cosines, torch.tensor([[1.0, -1.0, 0.5]]))
-    assert found.spread is not None
-    expected = torch.zeros(4, 4)
-    expected[1, 2] = 0.25 / 2**0.5
-    torch.testing.assert_close(found.spread, expected)
-    assert found.facts["cosine_by_location"] == [[1.0, -1.0, 0.5]]
-
     picture = Image.new("RGB", (8, 8), "black")
-    lost, spread = found.tiles(picture)
+    (lost, spread), facts = fidelity(picture, torch.ones(1, 2, 1, 3), images, features)
+    assert facts["cosine_by_location"] == [[1.0, -1.0, 0.5]]
+    deviation = 0.25 / 2**0.5
+    assert facts["pixel_spread"] == pytest.approx({"mean": deviation / 16, "max": deviation}, abs=1e-4)
     assert lost.caption == "bright: lost\ncosine -1.000 to 1.000"
     assert sum(lost.picture.getpixel((4, 4))) > sum(lost.picture.getpixel((0, 4)))  # type: ignore[arg-type]
     assert sum(spread.picture.getpixel((5, 3))) > sum(spread.picture.getpixel((0, 0)))  # type: ignore[arg-type]
+    tiles, facts = fidelity(picture, torch.ones(1, 2, 1, 3), images[:1], features[:1])
+    assert len(tiles) == 1  # one sample has no spread
+    assert "pixel_spread" not in facts
 
 
-def test_one_sample_has_no_spread() -> None:
-    found = Fidelity.measure(torch.ones(2, 1, 1), samples(torch.zeros(1, 3, 4, 4), torch.ones(1, 2, 1, 1)))
-    assert found.spread is None
-    assert len(found.tiles(Image.new("RGB", (8, 8)))) == 1
-    assert "pixel_spread" not in found.facts
+def test_each_model_reconstructs_each_picture(
+    pipeline: FeatInvPipeline, opened: tuple[Image.Image, Image.Image]
+) -> None:
+    found = compare([("one", pipeline), ("two", pipeline)], ["a", "b"], opened, seed=2)
+    before = pipeline.classify(pipeline.crop(opened))
+    facts = found.facts()
+    assert list(facts) == ["a", "b"]
+    for number, name in enumerate(facts):
+        features = before["features"][number]
+        after = pipeline.classify(pipeline.reconstruct(features, seed=2))
+        cosine = torch.cosine_similarity(after["features"], features[None]).mean().item()
+        share, likely = before["logits"][number].softmax(0).max(0)
+        for model in ("one", "two"):
+            drawn = found.models[model][1]["images"][number]
+            torch.testing.assert_close(drawn, after["images"], atol=2 / 127, rtol=0)
+            assert facts[name][model]["cosine"] == pytest.approx(cosine, abs=1e-3)
+            assert len(facts[name][model]["before"]) == len(facts[name][model]["after"]) == 5
+            first = next(iter(facts[name][model]["before"].items()))
+            assert first == (str(int(likely)), pytest.approx(share.item(), abs=1e-4))

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from scipy.stats import spearmanr
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts, difference_concepts, nmf_concepts, pairs_of_labels
-from featinv_pl.explore.samples import Origin, Samples, read_samples
+from featinv_pl.explore.samples import Samples, read_samples
 from featinv_pl.explore.steering import steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.types import to_uint8
@@ -40,21 +41,22 @@ def test_scores_and_classes_are_those_of_the_images(
 ) -> None:
     strengths = [-40.0, 0.0, 15.0, 40.0]
     found = steer(pipeline, opened[0], difference, 1, strengths, classes=[7], num_samples=2, seed=5)
+    images, logits = found.found["images"], found.found["logits"]
     features = pipeline.classify(pipeline.crop([opened[0]]))["features"]
     for step, strength in enumerate(strengths):
         edited = features[0] + strength * difference.directions[1]
         views = pipeline.classify(pipeline.reconstruct(edited, 2, seed=5))  # the same noise at each
-        assert torch.equal(to_uint8(found.images[step]), to_uint8(views["images"]))
-        torch.testing.assert_close(found.logits[step], views["logits"])
+        assert torch.equal(to_uint8(images[step]), to_uint8(views["images"]))
+        torch.testing.assert_close(logits[step], views["logits"])
         torch.testing.assert_close(found.scores[step], difference.score(views["features"], EVERYWHERE)[:, 1])
-    assert not torch.equal(found.images[0], found.images[-1])
-    assert not torch.equal(found.images[:, 0], found.images[:, 1])
+    assert not torch.equal(images[0], images[-1])
+    assert not torch.equal(images[:, 0], images[:, 1])
     ranks = [spearmanr(strengths, found.scores[:, sample]).statistic for sample in (0, 1)]
     assert found.spearman == pytest.approx(sum(ranks) / 2)
     assert found.classes[0] == 7
     facts = found.facts()
     assert facts["steps"][1]["scores"] == found.scores[1].tolist()
-    assert facts["steps"][1]["probabilities"]["7"] == found.probabilities[1, :, 7].tolist()
+    assert facts["steps"][1]["probabilities"]["7"] == logits[1].softmax(-1)[:, 7].tolist()
 
 
 def test_a_constant_score_has_no_rank(
@@ -72,43 +74,44 @@ def test_a_mask_confines_the_edit(
     """A mask of everything is no mask; one of a half gives what the half alone would."""
     everything, half = torch.ones(32, 32), torch.zeros(32, 32)
     half[:, :16] = 1
-    draw = [steer(pipeline, opened[0], parts, 0, [20.0], mask=mask).images for mask in (None, everything, half)]
-    assert torch.equal(draw[0], draw[1])
-    assert not torch.equal(draw[0], draw[2])
+    masks = (None, everything, half)
+    found = [steer(pipeline, opened[0], parts, 0, [20.0], mask=mask).found["images"][0] for mask in masks]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
     edited = pipeline.classify(pipeline.crop([opened[0]]))["features"][0].clone()
     edited[..., :2] += 20 * parts.directions[0]
-    assert torch.equal(pipeline.classify(pipeline.reconstruct(edited))["images"], draw[2][0])
+    assert torch.equal(pipeline.classify(pipeline.reconstruct(edited))["images"], found[2])
 
 
 def test_removing_a_part_is_scaling_it_to_nothing(
     pipeline: FeatInvPipeline, parts: Concepts, opened: tuple[Image.Image, Image.Image]
 ) -> None:
-    removed = steer(pipeline, opened[0], parts, 1, [0.0, 0.5, 1.0], "remove")
-    scaled = steer(pipeline, opened[0], parts, 1, [1.0, 0.5, 0.0], "scale")
-    assert torch.equal(removed.images, scaled.images)
-    features = pipeline.classify(pipeline.crop([opened[0]]))["features"]
-    plain = pipeline.classify(pipeline.reconstruct(features[0]))["images"]
-    assert torch.equal(removed.images[0], plain)
-    without = features - parts.part(features, 1)
-    assert parts.activations(without)[:, 1].abs().max() < parts.activations(features)[:, 1].abs().max()
+    removed, scaled = (
+        steer(pipeline, opened[0], parts, 1, strengths, edit).found["images"][:, 0]
+        for edit, strengths in (("remove", [0.0, 0.5, 1.0]), ("scale", [1.0, 0.5, 0.0]))
+    )
+    assert torch.equal(removed, scaled)
+    [features] = pipeline.classify(pipeline.crop([opened[0]]))["features"]
+    without = features - parts.part(features[None], 1)[0]
+    for step, edited in ((0, features), (2, without)):
+        assert torch.equal(removed[step], pipeline.classify(pipeline.reconstruct(edited))["images"][0])
 
 
-def test_refuses(pipeline: FeatInvPipeline, difference: Concepts, opened: tuple[Image.Image, Image.Image]) -> None:
-    for edit in ("scale", "remove"):
-        with pytest.raises(UserError, match=f"`edit`: only a component .* {edit} can act on"):
-            steer(pipeline, opened[0], difference, 0, [1.0], edit)
-    with pytest.raises(UserError, match="`class`: there is no class 10; the classifier has 10"):
-        steer(pipeline, opened[0], difference, 0, [1.0], classes=[10])
-    origin = difference.origin
-    others: list[Origin] = [
-        {**origin, "backbone_digest": "0" * 64},
-        {**origin, "layer": "layer3"},
-        {**origin, "feature_shape": [8, 8, 8]},
-    ]
-    for theirs in others:
-        other = replace(difference, origin=theirs)
-        with pytest.raises(UserError, match=r"`concepts` belongs to .*, and the model reads 'test_res"):
-            steer(pipeline, opened[0], other, 0, [1.0])
+@pytest.mark.parametrize(
+    "origin", [{"backbone_digest": "0" * 64}, {"layer": "layer3"}, {"feature_shape": [8, 8, 8]}, {}]
+)
+def test_refuses(
+    origin: dict[str, Any],
+    pipeline: FeatInvPipeline,
+    difference: Concepts,
+    opened: tuple[Image.Image, Image.Image],
+) -> None:
+    other = replace(difference, origin={**difference.origin, **origin})  # type: ignore[typeddict-item]
+    message = (
+        r"`concepts` belongs to .*, and the model reads 'test_res" if origin else "`edit`: only a component .* scale"
+    )
+    with pytest.raises(UserError, match=message):
+        steer(pipeline, opened[0], other, 0, [1.0], "scale")
 
 
 # The command
@@ -129,10 +132,10 @@ def test_command_masks(command: list[str], picture: Path) -> None:
     mask = Image.new("L", Image.open(picture).size)
     mask.paste(255, (0, 0, 16, 32))
     mask.save("mask.png")
-    for name, where in (("mask", ["--mask", "mask.png"]), ("box", ["--box", "0,0,32,16"]), ("all", [])):
-        main([*command[:-1], name, "--strengths=9,30", *where])
-    facts = [(Path(name) / "steering.json").read_text() for name in ("mask", "box", "all")]
-    assert facts[0] == facts[1] != facts[2]
+    for name, where in (("mask", ["--mask", "mask.png"]), ("box", ["--box", "0,0,32,16"])):
+        main([*command[:-1], name, "--strengths=30", *where])
+    facts = [(Path(name) / "steering.json").read_text() for name in ("mask", "box")]
+    assert facts[0] == facts[1]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,8 @@ def test_command_masks(command: list[str], picture: Path) -> None:
         (["--mask", "black.png"], "--mask: 'black.png' is black within the classifier's crop"),
         (["--mask", "none.png"], "--mask: 'none.png' cannot be read as a picture"),
         (["--concept", "7"], "--concept: there is no concept '7'"),
+        (["--class", "10"], "--class: there is no class 10; the classifier has 10"),
+        (["--edit", "remove"], "--edit: only a component .* remove can act on"),
     ],
 )
 def test_command_refuses(

@@ -12,8 +12,8 @@ from PIL import Image
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.interpolation import Mode, interpolate
-from featinv_pl.explore.reconstruct import reconstruct_maps, tile
+from featinv_pl.explore.exploration import classify, reconstruct_maps, tile
+from featinv_pl.explore.pairs import Mode, interpolate
 from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.explore.steering import steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline
@@ -47,20 +47,19 @@ class OwnPages:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer or refuse a request."""
+        answer = self.app
         if scope["type"] in ("http", "websocket"):
             headers = Headers(scope=scope)
             host, origin = headers.get("host", ""), headers.get("origin")
             if not self._is_own(host) or (origin is not None and origin.partition("://")[2] != host):
-                await PlainTextResponse("This page is for this machine's own address.", 403)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+                answer = PlainTextResponse("This page is for this machine's own address.", 403)
+        await answer(scope, receive, send)
 
     def _is_own(self, host: str) -> bool:
         name = host
         try:
             name = urlsplit(f"//{host}").hostname or ""
-            ip_address(name)  # an address, which no name server chooses
-            return True
+            return bool(ip_address(name))  # an address, which no name server chooses
         except ValueError:  # a name, or an unmatched bracket
             return name in self.names
 
@@ -73,20 +72,12 @@ def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port:
     """
     page = build(pipeline, concepts)
     print(f"Open http://{host}:{port}. Ctrl+C ends it.")
+    # Fonts of the system: gradio's own theme would fetch its from the network.
+    theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    own: Any = {"middleware": [Middleware(OwnPages, host=host)]}
+    look: Any = {"theme": theme, "footer_links": [], "quiet": True, "ssr_mode": False, "share": False}
     try:
-        # Fonts of the system: gradio's own theme would fetch its from the network.
-        theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-        page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            ssr_mode=False,
-            theme=theme,
-            footer_links=[],
-            quiet=True,
-            max_file_size=LARGEST,
-            app_kwargs={"middleware": [Middleware(OwnPages, host=host)]},
-        )
+        page.launch(server_name=host, server_port=port, max_file_size=LARGEST, app_kwargs=own, **look)
     except OSError as error:
         raise UserError(f"`port`: cannot listen at {host}:{port} ({error}). Give another `port` or `host`.") from error
 
@@ -137,7 +128,7 @@ def _upload(label: str) -> Any:
 
 
 def _reconstruct(pipeline: FeatInvPipeline, picture: Image.Image, samples: int, seed: int) -> list[Tile]:
-    original = pipeline.classify(pipeline.crop([picture]))
+    original = classify(pipeline, [picture])
     found = reconstruct_maps(pipeline, original["features"], samples, seed)
     reconstructions = zip(found["images"][0], found["logits"][0], strict=True)
     return [tile(original["images"][0], original["logits"][0], "the picture"), *(tile(*one) for one in reconstructions)]

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -24,11 +25,19 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 from featinv_pl.errors import UserError
 from featinv_pl.explore.samples import Origin, Samples
 from featinv_pl.files import read_bytes, read_json, write_bytes
+from featinv_pl.pages.page import Report, Section, Tile
+from featinv_pl.pages.pictures import overlay
 
 Method = Literal["nmf", "difference", "cav"]
+LEADS = {
+    "nmf": "Parts of which the feature vectors at all locations are sums; the share of their energy that is",
+    "difference": "Directions from the mean map of one group of images to that of another.",
+    "cav": "Normals of the planes that separate two groups of images; cross-validated accuracy,",
+}
 TENSORS, FACTS = "concepts.safetensors", "concepts.json"
 UNIT_QUANTILE = 0.99  # of an NMF component's activations: strength 1
 FOLDS = 5
+BATCH = 256  # maps at a time
 
 
 class Facts(TypedDict):
@@ -96,28 +105,24 @@ class Concepts:
         """
         if self.method == "nmf":
             return _coefficients(features, self.directions)
-        directions, starts = self.directions.to(features), self.starts.to(features)
-        energy = directions.square().sum(1, keepdim=True).mean((2, 3), keepdim=True)
-        shape = features.shape[1:]
-        scaled = (directions / energy).expand(-1, *shape)
-        offsets = (starts * directions / energy).sum(1).expand(-1, *shape[1:])
-        return torch.einsum("bchw,kchw->bkhw", features, scaled) - offsets
+        scaled = self.directions / self.directions.square().sum(1, keepdim=True).mean((2, 3), keepdim=True)
+        projected = torch.einsum("bchw,kchw->bkhw", features, scaled.expand(-1, *features.shape[1:]))
+        return projected - (self.starts * scaled).sum(1)
 
     def score(self, features: Tensor, weight: Tensor) -> Tensor:
         """How strongly maps (B, C, h, w) express each concept within a weight (h, w) in [0, 1]: (B, K).
 
         0 is the start, and 1 a strength of 1 further.
         """
-        weight = weight.to(features)
         mean = (self.activations(features) * weight).sum((2, 3)) / weight.sum()
         if self.method == "nmf":
             return mean
-        energy = self.directions.to(features).square().sum(1).expand(-1, *weight.shape)
+        energy = self.directions.square().sum(1).expand(-1, *weight.shape)
         return mean * energy.mean((1, 2)) * weight.sum() / (energy * weight).sum((1, 2))
 
     def part(self, features: Tensor, number: int) -> Tensor:
         """The contribution of an NMF component to maps (B, C, h, w), of the same shape."""
-        return self.activations(features)[:, number, None] * self.directions[number].to(features)
+        return self.activations(features)[:, number, None] * self.directions[number]
 
     def save(self, folder: Path) -> None:
         """Write `concepts.safetensors` and `concepts.json`."""
@@ -169,7 +174,7 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
     A layer that has negative values too is factorised as its positive and its negative part side by side; a
     component's direction is the difference of its two halves.
     """
-    maps = samples.features.float()
+    maps = samples.maps()
     locations = maps.movedim(1, -1).flatten(0, 2)
     channels = locations.shape[1]
     if not 1 <= num_concepts <= min(locations.shape):
@@ -188,8 +193,8 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
     coefficients = _coefficients(maps, components[..., None, None])
     units = np.quantile(coefficients.numpy(), UNIT_QUANTILE, axis=(0, 2, 3))
     missing = maps - torch.einsum("bkhw,kc->bchw", coefficients, components)
-    scaled = components * torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)[:, None]
-    directions = scaled[..., None, None]
+    units = torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)
+    directions = (components * units[:, None])[..., None, None]
     explained = {"explained": round(1 - (missing.square().sum() / maps.square().sum()).item(), 4)}
     names = [f"part {number}" for number in range(num_concepts)]
     return Concepts("nmf", names, directions, torch.zeros_like(directions), explained, samples.origin)
@@ -211,7 +216,7 @@ def _coefficients(features: Tensor, directions: Tensor) -> Tensor:
     targets = (locations @ basis).numpy()
     solved = np.stack([nnls(reduced.numpy(), target)[0] for target in targets])
     shape = (len(features), *features.shape[2:], len(directions))
-    return torch.from_numpy(solved).reshape(shape).movedim(-1, 1).to(features)
+    return torch.from_numpy(solved).float().reshape(shape).movedim(-1, 1)
 
 
 def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tensor]], pooled: bool) -> Concepts:
@@ -225,10 +230,7 @@ def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Ten
     directions = torch.stack([second - first for first, second in means])
     for (name, *_), direction in zip(pairs, directions, strict=True):
         if not 0 < direction.norm() < torch.inf:
-            raise UserError(
-                f"the two groups of '{name}' have the same mean map, or one that is not finite, so there is "
-                "no direction between them. Give other groups."
-            )
+            raise UserError(f"the two groups of '{name}' have the same mean map, or not a finite one. Give others.")
     starts = torch.stack([first for first, _ in means])
     return Concepts("difference", [name for name, *_ in pairs], directions, starts, {}, samples.origin)
 
@@ -271,5 +273,69 @@ def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
             f"SHARDS: without `between`, two shard sets are compared, and {len(samples.sets)} given. "
             "Give two, or the labels of two classes."
         )
-    groups = torch.tensor(samples.groups)
-    return [("-".join(shards.source for shards in samples.sets), groups == 0, groups == 1)]
+    return [("-".join(shards.source for shards in samples.sets), samples.groups == 0, samples.groups == 1)]
+
+
+class Example(NamedTuple):
+    """An image that expresses a concept: each location by its heat (h, w), all of it by its score."""
+
+    picture: Image.Image
+    heat: Tensor
+    score: float
+    label: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Gallery(Report):
+    """For each concept the images that express it most, the strongest first."""
+
+    name = "examples"
+
+    concepts: Concepts
+    examples: list[list[Example]]
+
+    @property
+    def title(self) -> str:
+        return f"Concepts of {self.concepts.origin['backbone']} ({self.concepts.method})"
+
+    @property
+    def lead(self) -> str:
+        origin = self.concepts.origin
+        scores = "".join(f" {name}: {value:.3f}." for name, value in self.concepts.scores.items())
+        shape = "x".join(map(str, origin["feature_shape"]))
+        return f"{LEADS[self.concepts.method]}{scores} Layer {origin['layer']}, maps of {shape}."
+
+    def sections(self) -> list[Section]:
+        sections = []
+        for number, (name, examples) in enumerate(zip(self.concepts.names, self.examples, strict=True)):
+            if hottest := max(one.heat.abs().max().item() for one in examples):
+                images = [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label}") for one in examples]
+                heats = [Tile(overlay(one.picture, one.heat / hottest), "where") for one in examples]
+                sections.append(Section(f"{number}: {name}", rows=[images, heats]))
+        return sections
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            name: [
+                {"score": one.score, "label": one.label, "source": one.source, "heat": one.heat.tolist()}
+                for one in examples
+            ]
+            for name, examples in zip(self.concepts.names, self.examples, strict=True)
+        }
+
+
+def gallery(concepts: Concepts, samples: Samples, num_examples: int = 8) -> Gallery:
+    """Find the images that express each concept most."""
+    everywhere = torch.ones(samples.features.shape[-2:])
+    batches = [maps.float() for maps in samples.features.split(BATCH)]
+    heat = torch.cat([concepts.activations(maps) for maps in batches])
+    score = torch.cat([concepts.score(maps, everywhere) for maps in batches])
+    best = score.argsort(dim=0, descending=True)[:num_examples]
+
+    def example(index: int, concept: int) -> Example:
+        label, source = int(samples.labels[index]), samples.sets[int(samples.groups[index])].source
+        return Example(samples.picture(index), heat[index, concept], score[index, concept].item(), label, source)
+
+    numbers = range(len(concepts.names))
+    return Gallery(concepts, [[example(index, number) for index in best[:, number].tolist()] for number in numbers])

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -39,8 +39,8 @@ class Samples:
         keys: Names, which begin with that of the class's folder where there is one.
         origin: What made them.
         sets: The shard sets.
-        groups: The index in `sets` of each sample's set.
-        numbers: The sample's number in it.
+        groups: (n,), the index in `sets` of each sample's set.
+        numbers: Each sample's number in its set.
     """
 
     features: Tensor
@@ -48,16 +48,17 @@ class Samples:
     keys: list[str]
     origin: Origin
     sets: list[ShardSet]
-    groups: list[int]
+    groups: Tensor
     numbers: list[int]
 
     def maps(self, pooled: bool = False) -> Tensor:
         """The maps in single precision, or their means over locations (n, C, 1, 1)."""
-        return self.features.float().mean((2, 3), keepdim=True) if pooled else self.features.float()
+        maps = self.features.float()
+        return maps.mean((2, 3), keepdim=True) if pooled else maps
 
     def picture(self, index: int) -> Image.Image:
         """The image that a map was taken from."""
-        return as_picture(self.sets[self.groups[index]][self.numbers[index]]["images"])
+        return as_picture(self.sets[int(self.groups[index])][self.numbers[index]]["images"])
 
     def of_class(self, label: int | str) -> Tensor:
         """A boolean for each sample (n,): whether it has a label, or lies in the class folder of that name.
@@ -70,9 +71,8 @@ class Samples:
             return self.labels == int(label)
         chosen = torch.tensor([key.startswith(f"{label}/") for key in self.keys])
         if not chosen.any():
-            names = ", ".join(map(str, known))
-            if len(known) > 20:
-                names = f"{len(known)} labels from {known[0]} to {known[-1]}"
+            many = f"{len(known)} labels from {known[0]} to {known[-1]}"
+            names = many if len(known) > 20 else ", ".join(map(str, known))
             raise UserError(
                 f"`between`: no sample has the label {label}. There are {names}. Names of class folders work as well."
             )
@@ -89,22 +89,22 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
     origins = [_origin(shards) for shards in sets]
     found: list[Sample] = []
     groups, numbers = [], []
-    for group, (folder, origin) in enumerate(zip(folders, origins, strict=True)):
+    for group, (folder, origin, shards) in enumerate(zip(folders, origins, sets, strict=True)):
         if origin != origins[0]:
             raise UserError(
                 f"{option}: '{folders[0]}' holds maps of {_described(origins[0])}, and '{folder}' those of "
                 f"{_described(origin)}. Give sets of one backbone and layer."
             )
-        reader = ShardSet(folder, folder.name, option, with_images=False)
-        if not len(reader):
+        if not len(shards):
             raise UserError(f"{option}: the shard set '{folder}' has no samples. Extract features first.")
-        chosen = np.linspace(0, len(reader) - 1, min(num_images, len(reader))).round().astype(int).tolist()
-        found += map(reader.stored, chosen)
+        chosen = np.linspace(0, len(shards) - 1, min(num_images, len(shards))).round().astype(int).tolist()
+        found += map(ShardSet(folder, folder.name, option, with_images=False).stored, chosen)
         groups += [group] * len(chosen)
         numbers += chosen
     features = torch.stack([sample["features"] for sample in found])
     labels = torch.tensor([sample["labels"] for sample in found])
-    return Samples(features, labels, [sample["key"] for sample in found], origins[0], sets, groups, numbers)
+    keys = [sample["key"] for sample in found]
+    return Samples(features, labels, keys, origins[0], sets, torch.tensor(groups), numbers)
 
 
 def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) -> None:
@@ -124,8 +124,8 @@ def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) 
 
 
 def _origin(shards: ShardSet) -> Origin:
-    provenance = shards.manifest["provenance"]
-    return cast(Origin, {name: value for name, value in provenance.items() if name in Origin.__annotations__})
+    made_by = cast(dict[str, Any], shards.manifest["provenance"])
+    return cast(Origin, {name: made_by[name] for name in Origin.__annotations__})
 
 
 def _described(origin: Origin) -> str:

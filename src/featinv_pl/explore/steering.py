@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -12,47 +13,57 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.edits import add, location_weights, refuse_overflow, scale
-from featinv_pl.explore.reconstruct import reconstruct_maps, tile
+from featinv_pl.explore.exploration import Exploration, classify, location_weights, reconstruct_maps, tile
 from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Report, Section, plot_probabilities
+from featinv_pl.pages.page import Section, plot_probabilities
 from featinv_pl.pages.pictures import class_name, prediction
 from featinv_pl.types import predicted
 
 Edit = Literal["add", "scale", "remove"]
 SHOWN_CLASSES = 5
+LARGEST = torch.finfo(torch.half).max  # maps are stored in half precision, and computed so on GPUs
 
 
 @dataclass(frozen=True)
-class Steering(Report):
-    """Reconstructions of a map at each strength of an edit, all from the same noise.
+class Steering(Exploration):
+    """Reconstructions of a picture's map at each strength of an edit.
 
     Attributes:
-        concept: Its name.
+        concepts: Those of which one was used.
+        number: Its number among them.
         edit: What was done to the map.
         strengths: How much of it (S).
-        original: (3, H, W), the picture.
-        original_logits: (K,).
-        original_score: How strongly the picture expresses the concept.
-        images: (S, n, 3, H, W) in [-1, 1], as bytes would hold them.
-        scores: (S, n), measured on the images.
-        logits: (S, n, K), measured on the images.
+        weight: (h, w), the share of each location that was edited; scores are measured there.
         classes: Whose probabilities are shown.
     """
 
-    name: ClassVar[str] = "steering"
+    name = "steering"
 
-    concept: str
+    concepts: Concepts
+    number: int
     edit: Edit
     strengths: list[float]
-    original: Tensor
-    original_logits: Tensor
-    original_score: float
-    images: Tensor
-    scores: Tensor
-    logits: Tensor
+    weight: Tensor
     classes: list[int]
+
+    @property
+    def concept(self) -> str:
+        """Its name."""
+        return self.concepts.names[self.number]
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """(S, n), how strongly the images express the concept."""
+        return torch.stack([self._scores(features) for features in self.found["features"]])
+
+    @property
+    def original_score(self) -> float:
+        """How strongly the picture expresses the concept."""
+        return self._scores(self.originals["features"]).item()
+
+    def _scores(self, features: Tensor) -> Tensor:
+        return self.concepts.score(features, self.weight)[:, self.number]
 
     @property
     def spearman(self) -> float | None:
@@ -63,9 +74,10 @@ class Steering(Report):
         return float(sum(ranks) / len(ranks))
 
     @property
-    def probabilities(self) -> Tensor:
-        """(S, n, K)."""
-        return self.logits.float().softmax(-1)
+    def probabilities(self) -> dict[str, Tensor]:
+        """(S, n), of the classes that are shown, by name."""
+        shares = self.found["logits"].float().softmax(-1)
+        return {class_name(index, shares.shape[-1]): shares[:, :, index] for index in self.classes}
 
     @property
     def title(self) -> str:
@@ -82,13 +94,15 @@ class Steering(Report):
         )
 
     def sections(self) -> list[Section]:
-        original = tile(self.original, self.original_logits, "the picture", f"score {self.original_score:.2f}")
+        [picture], [expected] = self.originals["images"], self.originals["logits"]
+        original = tile(picture, expected, "the picture", f"score {self.original_score:.2f}")
+        samples = (values.unbind(1) for values in (self.found["images"], self.scores, self.found["logits"]))
         rows = [
             [
-                tile(image, logits, f"{strength:+g}", f"score {score:.2f}", expected=self.original_logits)
+                tile(image, logits, f"{strength:+g}", f"score {score:.2f}", expected=expected)
                 for strength, image, score, logits in zip(self.strengths, *sample, strict=True)
             ]
-            for sample in zip(self.images.unbind(1), self.scores.unbind(1), self.logits.unbind(1), strict=True)
+            for sample in zip(*samples, strict=True)
         ]
         text = "Below each image its strength, score and predicted class, in red where that is not the picture's."
         return [
@@ -105,25 +119,21 @@ class Steering(Report):
         axes.legend(fontsize="small")
 
     def _plot_classes(self, axes: Axes) -> None:
-        means = {name: values.mean(1) for name, values in self._shown().items()}
+        means = {name: values.mean(1) for name, values in self.probabilities.items()}
         plot_probabilities(axes, self.strengths, means, "strength")
-
-    def _shown(self) -> dict[str, Tensor]:
-        """Probabilities (S, n) of the classes that are shown, by name."""
-        return {class_name(index, self.logits.shape[-1]): self.probabilities[:, :, index] for index in self.classes}
 
     def facts(self) -> dict[str, Any]:
         return {
             "concept": self.concept,
             "edit": self.edit,
             "spearman": self.spearman,
-            "picture": {"score": self.original_score, "prediction": prediction(self.original_logits)},
+            "picture": {"score": self.original_score, "prediction": prediction(self.originals["logits"][0])},
             "steps": [
                 {
                     "strength": strength,
                     "scores": self.scores[step].tolist(),
-                    "predictions": [prediction(logits) for logits in self.logits[step]],
-                    "probabilities": {name: values[step].tolist() for name, values in self._shown().items()},
+                    "predictions": [prediction(logits) for logits in self.found["logits"][step]],
+                    "probabilities": {name: values[step].tolist() for name, values in self.probabilities.items()},
                 }
                 for step, strength in enumerate(self.strengths)
             ],
@@ -157,35 +167,21 @@ def steer(
             f"`edit`: only a component of an NMF contributes a part that {edit} can act on, and these concepts were "
             f"found by '{concepts.method}'. Use add, or concepts that were found by nmf."
         )
-    original = pipeline.classify(pipeline.crop([picture]))
-    features, num_classes = original["features"], original["logits"].shape[1]
+    original = classify(pipeline, [picture])
+    [features], num_classes = original["features"], original["logits"].shape[1]
     for index in classes:
         if not 0 <= index < num_classes:
             raise UserError(f"`class`: there is no class {index}; the classifier has {num_classes}, from 0.")
-    weight = torch.ones(features.shape[-2:])
-    if mask is not None:
-        weight = location_weights(mask, (features.shape[-2], features.shape[-1]))
-    maps = [_edited(features, concepts, concept, strength, edit, weight.to(features))[0] for strength in strengths]
-    refuse_overflow(torch.stack(maps), "`strengths`")
+    weight = torch.ones(features.shape[-2:]) if mask is None else location_weights(mask, features)
+    part = concepts.directions[concept] if edit == "add" else concepts.part(original["features"], concept)[0]
+    amounts = {"add": strengths, "scale": [one - 1 for one in strengths], "remove": [-one for one in strengths]}
+    maps = torch.stack([features + amount * weight * part for amount in amounts[edit]])
+    if not bool((maps.abs() <= LARGEST).all()):  # false for NaN, too
+        raise UserError(
+            f"`strengths`: the edited map reaches {maps.abs().max().item():.3g}, and half precision ends at "
+            f"{LARGEST:.0f}. Give smaller values."
+        )
     found = reconstruct_maps(pipeline, maps, num_samples, seed)
-    likely = torch.cat([predicted(original["logits"]).cpu(), predicted(found["logits"]).flatten()]).tolist()
+    likely = torch.cat([predicted(original["logits"]), predicted(found["logits"]).flatten()]).tolist()
     shown = list(dict.fromkeys([*classes, *likely] if num_classes else []))[: max(SHOWN_CLASSES, len(classes))]
-    return Steering(
-        concepts.names[concept],
-        edit,
-        list(strengths),
-        original["images"][0].cpu(),
-        original["logits"][0].cpu(),
-        concepts.score(features, weight)[0, concept].item(),
-        found["images"],
-        torch.stack([concepts.score(features, weight)[:, concept] for features in found["features"]]),
-        found["logits"],
-        shown,
-    )
-
-
-def _edited(features: Tensor, concepts: Concepts, concept: int, strength: float, edit: Edit, weight: Tensor) -> Tensor:
-    if edit == "add":
-        return add(features, concepts.directions[concept].to(features), strength, weight)
-    factor = strength if edit == "scale" else 1 - strength
-    return scale(features, concepts.part(features, concept), factor, weight)
+    return Steering(original, found, concepts, concept, edit, list(strengths), weight, shown)
