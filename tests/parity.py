@@ -85,13 +85,18 @@ def write_backbone(folder: Path) -> Path:
     return folder
 
 
-def imported(folder: Path) -> Inverter:
-    """The recorded checkpoint, brought through `import` and loaded."""
-    state = state_dict()
+def write_parts(folder: Path, state: dict[str, Tensor]) -> Path:
+    """The recorded checkpoint, and the parts that it belongs to."""
     save_file(state, folder / "authors.safetensors")
-    backbone, prior = write_backbone(folder / "backbone"), write_prior(folder / "prior", state)
-    import_official(folder / "authors.safetensors", folder / "model", str(backbone), str(prior))
-    return FeatInvPipeline.from_pretrained(folder / "model").inverter
+    write_backbone(folder / "backbone")
+    write_prior(folder / "prior", state)
+    return folder
+
+
+def imported(parts: Path, model: Path) -> Inverter:
+    """The recorded checkpoint, brought through `import` and loaded."""
+    import_official(parts / "authors.safetensors", model, str(parts / "backbone"), str(parts / "prior"))
+    return FeatInvPipeline.from_pretrained(model).inverter
 
 
 def figures(inverter: Inverter) -> dict[str, float]:
@@ -124,12 +129,11 @@ def figures(inverter: Inverter) -> dict[str, float]:
         differences |= _autoencoder(prior.autoencoder, inputs, outputs)
 
     differences |= _training(inverter, inputs, outputs)
-    prior.prompt, prior.empty = context, inputs["uncond_context"]  # theirs differ from sample to sample
-    inverter.sampler = Sampler("ddim", GOLDEN["ddim"]["steps"], GOLDEN["ddim"]["guidance"], "text")
-    drawn = sample(
-        inverter.denoiser(hint, inputs["x_T"], inverter.sampler), inputs["x_T"], prior.schedule, inverter.sampler
-    )
-    differences["latents sampled in 10 steps"] = difference(drawn, outputs["ddim10/final"])
+    # Of one of the two samples, each of which has a prompt of its own.
+    noise, prior.prompt, prior.empty = inputs["x_T"][:1], context[:1], inputs["uncond_context"][:1]
+    sampler = Sampler("ddim", GOLDEN["ddim"]["steps"], GOLDEN["ddim"]["guidance"], "text")
+    drawn = sample(inverter.denoiser(hint[:1], noise, sampler), noise, prior.schedule, sampler)
+    differences["latents sampled in 10 steps"] = difference(drawn, outputs["ddim10/final"][:1])
     return differences
 
 
@@ -193,7 +197,7 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def main() -> None:
     """Print the table."""
     with TemporaryDirectory() as folder:
-        differences = figures(imported(Path(folder)))
+        differences = figures(imported(write_parts(Path(folder), state_dict()), Path(folder, "model")))
     print("\nrelative L2 difference from the authors' code, fp32:")
     for name, value in differences.items():
         print(f"  {name:60} {value:.1e}")

@@ -45,7 +45,7 @@ class Shapes:
     @classmethod
     def of(cls, model: FeatureInversion) -> Self:
         """Those of a model."""
-        prior, width = model.inverter.prior, model.inverter.control.encoder.hidden_channels
+        prior, width = model.inverter.prior, model.inverter.control.encoder.config.hidden_channels
         latents, prompt = prior.latent_grid(model.inverter.image_size), tuple(prior.prompt.shape[-2:])
         return cls(dict(prior.unet.config), width, model.inverter.classifier.feature_shape, latents, prompt)
 

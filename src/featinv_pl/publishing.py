@@ -3,20 +3,18 @@
 import logging
 import shlex
 from collections import Counter
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
-from pydantic import TypeAdapter, ValidationError
-from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
+from pydantic import ValidationError
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.results import METRICS, Document, Name, Score, by_name, read_document
+from featinv_pl.evaluation.results import METRICS, Document, Name, by_name, read_document
 from featinv_pl.files import atomic, read_yaml
-from featinv_pl.inverter.compatibility import load_control
+from featinv_pl.inverter.identity import check_checkpoint, fill_control
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.model_folder import model_index, save_inverter
 from featinv_pl.nets import ldm
@@ -48,7 +46,8 @@ def export(run: Path, folder: Path) -> str:
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
     inverter = _inverter(settings, home / CONFIGURATION)
     try:
-        load_control(inverter, state, "RUN")
+        check_checkpoint(state, inverter, "RUN")
+        fill_control(inverter, state["state_dict"], "RUN")
     except UserError as error:
         raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
     tested = _tested(home, checkpoint, digest(inverter.control))
@@ -71,9 +70,8 @@ def import_official(
     """
     _refuse_existing(folder)
     state = read_weights(checkpoint, "CKPT")
-    for prefix, count in sorted(Counter(map(_prefix, state)).items()):
-        values = sum(value.numel() for name, value in state.items() if _prefix(name) == prefix)
-        logger.info(f"{checkpoint.name}: {prefix:24} {count:5} tensors {values / 1e6:8.1f} M values")
+    for part, count in Counter(name.partition(".")[0] for name in state if "." in name).items():
+        logger.info(f"{checkpoint.name}: {part}, {count} tensors")
     option = f"CKPT '{checkpoint}'"
     classifier = Backbone(backbone, weights, input_size=input_size)
     inverter = Inverter(classifier, Prior(prior), image_size=image_size, sampler=AUTHORS)
@@ -108,29 +106,9 @@ def _only_checkpoint(run: Path) -> Path:
     if not found:
         raise UserError(f"RUN: '{run}' holds no checkpoint. Give a run of `featinv-pl fit`.")
     if len(found) > 1:
-        names = ", ".join(str(path) for path in found)
+        names = ", ".join(map(str, found))
         raise UserError(f"RUN: '{run}' holds {len(found)} checkpoints: {names}. Give the one to export as RUN.")
     return found[0]
-
-
-def _prefix(name: str) -> str:
-    """The part of a checkpoint that a tensor belongs to."""
-    parts = name.split(".")
-    return ".".join(parts[:2]) if parts[0] == "model" else parts[0] if len(parts) > 1 else "(schedule)"
-
-
-class Saved(TypedDict):
-    """The options of a saved configuration from which the inverter is built."""
-
-    backbone: str
-    prior: str
-    weights: str
-    layer: str
-    input_size: int | None
-    image_size: int
-    conditioning: Literal["spatial", "pooled"]
-    encoder: Encoder
-    sampler: dict[str, Any]
 
 
 def _inverter(settings: Any, path: Path) -> Inverter:
@@ -138,20 +116,19 @@ def _inverter(settings: Any, path: Path) -> Inverter:
     model = settings.get("model") if isinstance(settings, dict) else None
     if not isinstance(model, dict) or not str(model.get("class_path")).endswith(".FeatureInversion"):
         raise UserError(f"RUN: '{path}' does not configure a FeatureInversion. Give a run of `featinv-pl fit`.")
-    options = model.get("init_args") or {}
+    options = model["init_args"]
     older = {name: options[name] for name in ("hidden_channels", "num_layers") if name in options}
+    encoder = Encoder(**options.get("encoder", older))
     try:
-        saved = TypeAdapter(Saved).validate_python({"encoder": older, **options})
-        sampler = Sampler.from_fields(saved["sampler"])
-    except ValidationError as error:
-        raise UserError(
-            f"RUN: '{path}' is damaged ({' '.join(str(error).split())[:300]}). Give another run."
-        ) from error
-    if isinstance(seed := settings.get("seed_everything"), int) and not isinstance(seed, bool):
+        sampler = Sampler.from_fields(options["sampler"])
+    except ValidationError as error:  # as of an older version's guidance
+        raise UserError(f"RUN: the sampler of '{path}' is not known ({error}). Give another run.") from error
+    if type(seed := settings["seed_everything"]) is int:
         torch.manual_seed(seed)
-    classifier = Backbone(saved["backbone"], saved["weights"], saved["layer"], saved["input_size"])
-    prior = Prior(saved["prior"])
-    return Inverter(classifier, prior, saved["encoder"], saved["image_size"], saved["conditioning"], sampler)
+    classifier = Backbone(*(options[name] for name in ("backbone", "weights", "layer", "input_size")))
+    return Inverter(
+        classifier, Prior(options["prior"]), encoder, options["image_size"], options["conditioning"], sampler
+    )
 
 
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
@@ -194,30 +171,23 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
 
 def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None = None) -> str:
     """Write the folder atomically, and return a summary."""
-    scores = by_name(tested) if tested else {}
-    names = [score for score in SHOWN_SCORES if any(name.score == score for name in scores)]
-    test_sets = sorted({name.test_set for name in scores if "/" not in name.test_set})
-    table = {one: [_value(scores, Name(one, score)) for score in names] for one in test_sets}
-    template = files("featinv_pl.inverter").joinpath("model_card.md").read_text()
-    card = (
-        Environment(undefined=StrictUndefined, trim_blocks=True)
-        .from_string(template)
-        .render(
-            name=folder.name,
-            index=model_index(inverter),
-            shape="x".join(map(str, inverter.classifier.feature_shape)),
-            recipe=recipe,
-            names=names,
-            scores=table,
-            notes=tested["notes"] if tested else [],
-        )
+    values = {name: score["value"] for name, score in by_name(tested).items()} if tested else {}
+    names = [score for score in SHOWN_SCORES if any(name.score == score for name in values)]
+    test_sets = sorted({name.test_set for name in values if "/" not in name.test_set})
+    template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
+        files("featinv_pl.inverter").joinpath("model_card.md").read_text()
+    )
+    card = template.render(
+        name=folder.name,
+        index=model_index(inverter),
+        shape="x".join(map(str, inverter.classifier.feature_shape)),
+        recipe=recipe,
+        names=names,
+        scores={one: [values.get(Name(one, score)) for score in names] for one in test_sets},
+        notes=tested["notes"] if tested else [],
     )
     with atomic(folder) as partial:
         save_inverter(inverter, partial)
         (partial / "README.md").write_text(card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR"
-
-
-def _value(scores: Mapping[Name, Score], name: Name) -> float | None:
-    return scores[name]["value"] if name in scores else None

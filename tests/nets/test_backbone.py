@@ -1,9 +1,9 @@
 """A backbone shows timm's own penultimate map and logits, whatever the layout of the model."""
 
-import copy
 import json
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.classifier_files import Classes
 from featinv_pl.nets.frozen import digest
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -45,10 +46,6 @@ def some_images(*size: int) -> Tensor:
     return torch.rand(2, 3, *size) * 2 - 1
 
 
-def channels_first(output: Tensor) -> Tensor:
-    return output
-
-
 def channels_last(output: Tensor) -> Tensor:
     return output.permute(0, 3, 1, 2)
 
@@ -70,8 +67,8 @@ SWIN = {"img_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "
 @pytest.mark.parametrize(
     ("name", "size", "model_args", "as_map"),
     [
-        ("test_resnet", (64, 64), {"channels": [8, 8, 8, 12]}, channels_first),
-        ("test_efficientnet", (64, 96), {}, channels_first),
+        ("test_resnet", (64, 64), {"channels": [8, 8, 8, 12]}, Tensor.clone),
+        ("test_efficientnet", (64, 96), {}, Tensor.clone),
         ("swin_tiny_patch4_window7_224", (32, 32), SWIN, channels_last),
         ("mambaout_femto", (32, 64), {"depths": [1, 1], "dims": [8, 16]}, channels_last),
         ("test_vit", (64, 32), {"img_size": (64, 32)}, after_a_class_token),
@@ -105,34 +102,16 @@ def test_images_of_another_size_are_resized_as_the_model_says(tmp_path: Path) ->
 
 def test_a_name_of_timm_builds_that_model() -> None:
     backbone = Backbone("test_resnet", "random")
-    assert backbone.feature_shape == (96, 5, 5)
-    assert backbone.input_size == (160, 160)
-    assert backbone.num_classes == 1000
+    assert (backbone.feature_shape, backbone.input_size, backbone.num_classes) == ((96, 5, 5), (160, 160), 1000)
 
 
-def test_stays_frozen(classifier_folder: Path) -> None:
-    backbone = Backbone(str(classifier_folder))
-    images = some_images(32, 32)
-    before = backbone(images)[1]
-    assert torch.equal(backbone.train()(images)[1], before)
-    assert not before.requires_grad
-    assert not any(parameter.requires_grad for parameter in backbone.parameters())
-
-
-def test_gradients_reach_images_that_are_seen_but_not_those_that_are_looked_at(classifier_folder: Path) -> None:
+def test_gradients_reach_images_but_not_those_that_are_classified(classifier_folder: Path) -> None:
     backbone, images = Backbone(str(classifier_folder)), some_images(32, 32).requires_grad_()
     features, _ = backbone(images)
     features.square().sum().backward()
     assert images.grad is not None
     assert images.grad.abs().max() > 0
     assert not backbone.classify(images)["features"].requires_grad
-
-
-def test_a_copy_of_its_parent_shares_it(classifier_folder: Path) -> None:
-    parent = torch.nn.ModuleList([Backbone(str(classifier_folder)), torch.nn.Linear(1, 1)])
-    backbone, linear = copy.deepcopy(parent)
-    assert backbone is parent[0]
-    assert linear is not parent[1]
 
 
 def test_sees_the_same_in_a_run_of_mixed_precision(classifier_folder: Path) -> None:
@@ -180,23 +159,7 @@ def test_refuses_a_name(name: str, message: str) -> None:
         Backbone(name, "random")
 
 
-def test_refuses_a_folder_that_is_no_classifier(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(UserError, match=r"`backbone`: there is no file '.*elsewhere/config\.json'"):
-        Backbone(str(tmp_path / "elsewhere"))
-
-
 # Layers, weights and sizes
-
-
-def intermediate(model: Any, images: Tensor, index: int) -> Tensor:
-    """What timm itself gives for a stage or block, as (B, C, h, w)."""
-    with torch.no_grad():
-        [output] = model.forward_intermediates(
-            images, indices=[index], norm=False, output_fmt="NCHW", intermediates_only=True
-        )
-    assert isinstance(output, Tensor)
-    return output
 
 
 @pytest.mark.parametrize(
@@ -216,7 +179,9 @@ def test_any_layer_can_be_the_map(
     backbone = Backbone(str(tmp_path / "model"), layer=layer)
     images = some_images(*size)
     features, logits = backbone(images)
-    torch.testing.assert_close(features, intermediate(model, normalise(images), index), rtol=1e-5, atol=1e-5)
+    options = {"indices": [index], "norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+    [expected] = model.forward_intermediates(normalise(images), **options)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, model(normalise(images)), rtol=1e-5, atol=1e-5)
     assert backbone.feature_shape == features.shape[1:]
 
@@ -278,27 +243,35 @@ def test_weights_from_a_file(file: str, legacy: bool) -> None:
     assert "state_dict" not in model.pretrained_cfg
 
 
-@pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        (lambda: timm.create_model("test_resnet", num_classes=10).state_dict(), "it has 10 classes, and 'test_resnet'"),
-        (lambda: timm.create_model("test_resnet", in_chans=1).state_dict(), r"it takes images with 1 channel\(s\)"),
-        (lambda: {"vit.encoder.layer.0.output.dense.weight": torch.ones(1)}, "its names are those of .* transformers"),
-        (
-            lambda: {"model.a": torch.ones(1), "net.a": torch.zeros(1)},
-            "two networks of the same names and other values",
-        ),
-    ],
-)
-def test_says_why_weights_do_not_fit(state: Callable[[], State], message: str) -> None:
-    torch.save(state(), "weights.pth")
+def resnet(**options: Any) -> State:
+    return dict(timm.create_model("test_resnet", **options).state_dict())
+
+
+CONTENTS: dict[str, Callable[[], State]] = {
+    "it has 10 classes, and 'test_resnet'": lambda: resnet(num_classes=10),
+    r"it takes images with 1 channel\(s\)": lambda: resnet(in_chans=1),
+    "its names are those of .* transformers": lambda: {"vit.encoder.layer.0.output.weight": torch.ones(1)},
+    "two networks of the same names and other": lambda: {"model.a": torch.ones(1), "net.a": torch.zeros(1)},
+    "does not hold the weights of 'test_resnet'": lambda: dict(timm.create_model("test_convnext").state_dict()),
+}
+
+
+@pytest.mark.parametrize("message", CONTENTS)
+def test_says_why_weights_do_not_fit(message: str) -> None:
+    torch.save(CONTENTS[message](), "weights.pth")
     with pytest.raises(UserError, match=f"`weights`: 'weights.pth' .*{message}"):
         Backbone("test_resnet", "weights.pth")
 
 
+@pytest.mark.parametrize(("weights", "message"), [("missing.pth", "is not a file"), ("config.json", "is damaged or")])
+def test_refuses_what_does_not_hold_weights(weights: str, message: str) -> None:
+    Path("config.json").write_text("{}")
+    with pytest.raises(UserError, match=f"`weights`: '{weights}' {message}"):
+        Backbone("test_resnet", weights)
+
+
 def test_a_folder_says_how_many_classes_a_file_has() -> None:
-    state = timm.create_model("test_resnet", num_classes=10).state_dict()
-    torch.save(state, "weights.pth")
+    torch.save(state := resnet(num_classes=10), "weights.pth")
     with pytest.raises(UserError) as refusal:
         Backbone("test_resnet", "weights.pth")
     Path("folder").mkdir()
@@ -311,40 +284,17 @@ def test_a_folder_says_how_many_classes_a_file_has() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["ViTModel"], "model_type": "vit"}, "does not name an architecture of timm"),
+        (None, r"there is no file 'folder/config\.json'"),
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, "'folder' does not name an architecture of timm"),
         ({"architecture": "test_resnet", "model_args": {"in_chans": 1}, "pretrained_cfg": {}}, "with 1 channel"),
     ],
 )
-def test_refuses_a_folder_of_another_kind(config: dict[str, Any], message: str) -> None:
+def test_refuses_a_folder_of_another_kind(config: dict[str, Any] | None, message: str) -> None:
     Path("folder").mkdir()
-    Path("folder/config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"`backbone`: .*'folder' .*{message}"):
-        Backbone("folder", "random")
-
-
-def another_architecture(file: Path) -> None:
-    save_file(timm.create_model("test_convnext").state_dict(), file)
-
-
-def cut(file: Path) -> None:
-    save_file(timm.create_model("test_resnet").state_dict(), file)
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"), [(another_architecture, "does not hold .* 'test_resnet'"), (cut, "is damaged or")]
-)
-def test_refuses_weights(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
-    damage(tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match=f"`weights`: '.*weights.safetensors' {message}"):
-        Backbone("test_resnet", str(tmp_path / "weights.safetensors"))
-
-
-@pytest.mark.parametrize(("weights", "message"), [("missing.pth", "is not a file"), ("config.json", "is damaged or")])
-def test_refuses_what_is_no_file_of_weights(weights: str, message: str) -> None:
-    Path("config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"`weights`: '{weights}' {message}"):
-        Backbone("test_resnet", weights)
+    if config:
+        Path("folder/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"`backbone`: .*{message}"):
+        Backbone("folder", "random" if config else "pretrained")
 
 
 @pytest.mark.parametrize(("name", "grid"), [("test_vit", 6), ("test_convnext", 3)])
@@ -354,8 +304,7 @@ def test_another_input_size(name: str, grid: int, tmp_path: Path) -> None:
     backbone = Backbone(name, str(tmp_path / "weights.safetensors"), input_size=96)
     assert backbone.input_size == (96, 96)
     assert backbone.feature_shape[1:] == (grid, grid)
-    head = model.get_classifier().weight
-    assert torch.equal(backbone.model.get_classifier().weight, head)
+    assert torch.equal(backbone.model.get_classifier().weight, model.get_classifier().weight)
 
 
 @pytest.mark.parametrize(("name", "input_size"), [("test_convnext", None), ("resnet18.a1_in1k", 288), ("test_vit", 96)])
@@ -404,3 +353,42 @@ def test_saved_backbone_is_the_same(source: str, tmp_path: Path) -> None:
         assert torch.equal(ours, theirs)
     assert digest(again.model) == digest(backbone.model)
     assert again.title == backbone.title == "test_vit"
+
+
+# Names of classes, against timm's own files
+
+SYNSETS = {1000: "imagenet", 11221: "imagenet21k_miil", 11821: "imagenet12k", 21841: "imagenet22k"}
+SYNSETS |= {21842: "imagenet22k_ms", 21843: "imagenet21k_goog"}
+
+
+def head(num_classes: int) -> Classes:
+    return Classes.of(timm.create_model("test_resnet", channels=(8, 8, 8, 8), num_classes=num_classes), num_classes)
+
+
+@pytest.mark.parametrize("num_classes", SYNSETS)
+def test_wnids_are_labelled_in_the_order_of_the_head(num_classes: int) -> None:
+    lines = files("timm.data").joinpath(f"_info/{SYNSETS[num_classes]}_synsets.txt").read_text().splitlines()
+    classes = head(num_classes)
+    for label in (0, 217, num_classes - 1):
+        assert classes.label(lines[label]) == label
+    assert classes.label("n99999999") == classes.label("cat") == classes.label(str(num_classes)) == -1
+    assert classes.label("217") == (217 if num_classes == 1000 else -1)  # the folders of ImageNet-V2
+
+
+def test_other_heads_say_nothing_of_wnids() -> None:
+    assert head(100).label("n01440764") == -1
+    assert head(10).label("7") == 7
+
+
+def test_names_of_a_configuration_decide(tmp_path: Path) -> None:
+    model = timm.create_model("test_resnet", channels=(8, 8, 8, 8), num_classes=3)
+    save_for_hf(model, str(tmp_path), {"label_names": ["n02102040", "owl", "0"]}, safe_serialization=True)
+    backbone = Backbone(str(tmp_path), input_size=32)
+    names = ("n02102040", "owl", "0", "1", "n01440764")
+    assert [backbone.classes.label(name) for name in names] == [0, 1, 2, -1, -1]
+    backbone.save_pretrained(tmp_path / "again")
+    assert Backbone(str(tmp_path / "again"), input_size=32).classes == backbone.classes
+    for wrong in (["a", "b"], ["a", "a", "b"], [1, 2, 3], "abc"):
+        model.pretrained_cfg["label_names"] = wrong
+        with pytest.raises(UserError, match=r"label_names in config\.json are not 3 different names"):
+            Classes.of(model, 3)

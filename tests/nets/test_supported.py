@@ -12,12 +12,10 @@ from torch import Tensor
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.supported import read_schedule
+from featinv_pl.nets.supported import SCHEDULER, read_schedule
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.sampling.solvers import sample
-
-SCHEDULER = "scheduler/scheduler_config.json"
 
 
 @pytest.fixture
@@ -67,15 +65,8 @@ def test_what_is_not_supported_is_refused_by_training_and_by_extraction(
 
 def test_how_others_sample_a_prior_is_left_out(own_prior: Path) -> None:
     before = Prior(str(own_prior)).schedule.config
-    edit(
-        own_prior / SCHEDULER,
-        {
-            "_class_name": "DPMSolverMultistepScheduler",
-            "algorithm_type": "sde-dpmsolver++",
-            "use_karras_sigmas": True,
-            "thresholding": True,
-        },
-    )
+    sampled = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True, "thresholding": True}
+    edit(own_prior / SCHEDULER, {"_class_name": "DPMSolverMultistepScheduler", **sampled})
     assert Prior(str(own_prior)).schedule.config == before
 
 
@@ -116,6 +107,5 @@ def test_a_perfect_denoiser_is_sampled_back_by_every_accepted_schedule(
 
     timesteps = torch.tensor([0, schedule.config.num_train_timesteps - 1])
     assert min_snr_weights(schedule, timesteps, 5.0).isfinite().all()
-    noisy = schedule.add_noise(goal, noise, timesteps)
-    target = denoising_target(schedule, goal, noise, timesteps)
+    noisy, target = schedule.add_noise(goal, noise, timesteps), denoising_target(schedule, goal, noise, timesteps)
     torch.testing.assert_close(clean_estimate(schedule, noisy, target, timesteps), goal, rtol=0, atol=5e-3)

@@ -4,7 +4,7 @@ import shutil
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +20,26 @@ from featinv_pl.nets.weights import fill, read_weights
 WEIGHTS = {"one.weight": torch.arange(6.0).view(2, 3), "one.bias": torch.ones(2)}
 
 
-@pytest.fixture
-def lightnings_object() -> Iterator[Any]:
-    """An object such as old checkpoints keep, of a module that is not installed."""
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    kind = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    module.ModelCheckpoint = kind  # type: ignore[attr-defined]
-    sys.modules[module.__name__] = module
-    yield kind()
-    del sys.modules[module.__name__]
-
-
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_reads_files_of_torch(legacy: bool, wrapped: bool) -> None:
-    contents = {"state_dict": OrderedDict(WEIGHTS), "epoch": 2} if wrapped else WEIGHTS
+@pytest.mark.parametrize("contents", [WEIGHTS, {"state_dict": OrderedDict(WEIGHTS), "epoch": 2}])
+def test_reads_files_of_torch(legacy: bool, contents: dict[str, Any]) -> None:
     torch.save(contents, "weights.ckpt", _use_new_zipfile_serialization=not legacy)
     read = read_weights(Path("weights.ckpt"), "CKPT")
     assert read.keys() == WEIGHTS.keys()
     assert all(torch.equal(value, WEIGHTS[name]) for name, value in read.items())
 
 
-def test_reads_safetensors() -> None:
-    save_file(WEIGHTS, "weights.safetensors")
-    read = read_weights(Path("weights.safetensors"), "CKPT")
-    assert all(torch.equal(value, WEIGHTS[name]) for name, value in read.items())
-
-
-def test_objects_of_lightning_and_numpy_are_left_out(lightnings_object: Any) -> None:
-    lightnings_object.best_model_path = "somewhere"
-    extras = {"callbacks": {type(lightnings_object): {"best": lightnings_object}}, "score": WEIGHTS["one.bias"].numpy()}
+def test_objects_of_lightning_and_numpy_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")  # which is not installed
+    kind = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    monkeypatch.setattr(module, "ModelCheckpoint", kind, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    saver: Any = kind()
+    saver.best_model_path = "somewhere"
+    extras = {"callbacks": {kind: {"best": saver}}, "score": WEIGHTS["one.bias"].numpy()}
     torch.save({"state_dict": WEIGHTS, **extras}, "weights.ckpt")
-    del sys.modules[type(lightnings_object).__module__]
-    sys.modules[type(lightnings_object).__module__] = types.ModuleType("empty")
+    monkeypatch.setitem(sys.modules, module.__name__, types.ModuleType("empty"))
     assert read_weights(Path("weights.ckpt"), "CKPT").keys() == WEIGHTS.keys()
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_never_runs_a_pickle(legacy: bool, tmp_path: Path) -> None:
-    file = tmp_path / "weights.ckpt"
-    torch.save(
-        {"state_dict": {**WEIGHTS, "x": Runs(tmp_path / "ran")}}, file, _use_new_zipfile_serialization=not legacy
-    )
-    with pytest.raises(UserError, match=r"CKPT: '.*weights.* would call posix.system when loaded"):
-        read_weights(file, "CKPT")
-    assert not (tmp_path / "ran").exists()
 
 
 class Copies:
@@ -74,69 +49,51 @@ class Copies:
         return shutil.copyfile, (__file__, "ran")
 
 
-def test_nothing_but_known_packages_is_left_out() -> None:
-    torch.save({"state_dict": {**WEIGHTS, "x": Copies()}}, "weights.ckpt")
-    with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' would call shutil.copyfile when loaded"):
+@pytest.mark.parametrize(
+    ("code", "called", "legacy"),
+    [
+        (Runs(Path("ran")), "posix.system", False),
+        (Runs(Path("ran")), "posix.system", True),
+        (Copies(), "shutil.copyfile", False),
+    ],
+)
+def test_never_runs_a_pickle(code: object, called: str, legacy: bool) -> None:
+    torch.save({"state_dict": {**WEIGHTS, "x": code}}, "weights.ckpt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=rf"CKPT: 'weights.ckpt' would call {called} when loaded"):
         read_weights(Path("weights.ckpt"), "CKPT")
     assert not Path("ran").exists()
 
 
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-200])
+@pytest.mark.parametrize("change", [lambda data: data[:-200], lambda _: b"", lambda _: b"<html>not found</html>"])
+def test_refuses_a_damaged_file(change: Callable[[bytes], bytes]) -> None:
+    torch.save(WEIGHTS, "weights.ckpt")
+    save_file(WEIGHTS, "weights.safetensors")
+    for file in (Path("weights.ckpt"), Path("weights.safetensors")):
+        file.write_bytes(change(file.read_bytes()))
+        with pytest.raises(UserError, match=f"CKPT: '{file}' is damaged or is not a file of weights"):
+            read_weights(file, "CKPT")
 
 
-def emptied(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def overwritten(file: Path) -> None:
-    file.write_bytes(b"<html>not found</html>")
-
-
-@pytest.mark.parametrize("damage", [cut, emptied, overwritten])
-@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
-def test_refuses_a_damaged_file(damage: Callable[[Path], None], suffix: str) -> None:
-    file = Path(f"weights{suffix}")
-    if suffix == ".ckpt":
-        torch.save(WEIGHTS, file)
-    else:
-        save_file(WEIGHTS, file)
-    damage(file)
-    with pytest.raises(UserError, match=f"CKPT: '{file}' is damaged or is not a file of weights"):
-        read_weights(file, "CKPT")
-
-
-@pytest.mark.parametrize("contents", [{"epoch": 1}, [1, 2], {"state_dict": {}}])
-def test_refuses_a_file_without_tensors(contents: Any) -> None:
-    torch.save(contents, "weights.ckpt")
-    with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' holds no tensors"):
-        read_weights(Path("weights.ckpt"), "CKPT")
-
-
-def test_refuses_a_missing_file() -> None:
+def test_refuses_a_file_without_tensors() -> None:
     with pytest.raises(UserError, match=r"CKPT: there is no file 'weights.ckpt'"):
         read_weights(Path("weights.ckpt"), "CKPT")
-
-
-def cache(tmp_path: Path, name: str, file: str, contents: str) -> None:
-    """Lay out the hub's cache as if a file of a repository had been fetched."""
-    repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("0123abcd")
-    path = repository / "snapshots" / "0123abcd" / file
-    path.parent.mkdir(parents=True)
-    path.write_text(contents)
+    contents: Any
+    for contents in ({"epoch": 1}, [1, 2], {"state_dict": {}}):
+        torch.save(contents, "weights.ckpt")
+        with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' holds no tensors"):
+            read_weights(Path("weights.ckpt"), "CKPT")
 
 
 def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
-    cache(tmp_path, "someone/prior", "unet/config.json", "{}")
-    assert (find_folder("someone/prior", ["unet/*"], "--model.prior") / "unet" / "config.json").read_text() == "{}"
-
-
-@pytest.mark.parametrize("name", ["someone/prior", "no such folder/at all"])
-def test_refuses_a_source_that_cannot_be_found(name: str) -> None:
-    with pytest.raises(UserError, match=f"--model.prior: '{name}' is neither a folder nor a file"):
-        find_folder(name, ["*"], "--model.prior")
+    repository = tmp_path / "hub/models--someone--prior"
+    config = repository / "snapshots/0123abcd/unet/config.json"
+    for path, text in ((repository / "refs/main", "0123abcd"), (config, "{}")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    assert (find_folder("someone/prior", ["unet/*"], "`prior`") / "unet/config.json").read_text() == "{}"
+    for name in ("someone/else", "no such folder/at all"):
+        with pytest.raises(UserError, match=f"`prior`: '{name}' is neither a folder nor a file"):
+            find_folder(name, ["*"], "`prior`")
 
 
 @pytest.mark.parametrize(

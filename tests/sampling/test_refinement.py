@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.sampling.diffusion import implied_prediction
-from featinv_pl.sampling.refinement import refined
+from featinv_pl.sampling.guidance import Denoiser, refined
 from featinv_pl.sampling.sampler import Refinement, Sampler
 from featinv_pl.sampling.solvers import sample
 
@@ -24,11 +24,10 @@ def drawn(observe: Any, refinement: Refinement | None, target: Tensor, noise: Te
     """What a prior that knows nothing draws: its estimate of the clean latents is always zero, plus a trifle."""
     schedule = make_schedule(**options)
 
-    def denoiser(latents: Tensor, timestep: Tensor) -> Tensor:
+    def plain(latents: Tensor, timestep: Tensor) -> Tensor:
         return implied_prediction(schedule, latents, 0.01 * latents, timestep)
 
-    if refinement is not None:
-        denoiser = refined(denoiser, schedule, observe, target, refinement)  # type: ignore[assignment]
+    denoiser: Denoiser = refined(plain, schedule, observe, target, refinement) if refinement else plain
     return sample(denoiser, noise, schedule, Sampler("ddim", 10))
 
 
@@ -36,8 +35,7 @@ def cosines(observe: Any, latents: Tensor, target: Tensor) -> Tensor:
     return cosine_similarity(observe(latents), target).mean((1, 2))
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("distance", ["cosine", "l2"])
+@pytest.mark.parametrize(("prediction_type", "distance"), [("epsilon", "cosine"), ("v_prediction", "l2")])
 def test_moves_towards_the_target(observe: Any, prediction_type: str, distance: Any) -> None:
     target, noise = observe(torch.randn(3, 4, 4, 4)), torch.randn(3, 4, 4, 4)
     refinement = Refinement(steps=30, step_size=0.05, distance=distance, interval=(0, 1))
@@ -50,9 +48,7 @@ def test_moves_towards_the_target(observe: Any, prediction_type: str, distance: 
 def test_stops_at_its_target_cosine(observe: Any) -> None:
     target, noise = observe(torch.randn(3, 4, 4, 4)), torch.randn(3, 4, 4, 4)
     near = drawn(observe, Refinement(steps=30, target=0.7, interval=(0, 1)), target, noise)
-    far = drawn(observe, Refinement(steps=30, interval=(0, 1)), target, noise)
     assert ((cosines(observe, near, target) > 0.6) & (cosines(observe, near, target) < 0.85)).all()
-    assert (cosines(observe, far, target) > 0.9).all()
 
 
 def test_acts_within_its_interval_alone(observe: Any) -> None:
@@ -64,8 +60,7 @@ def test_acts_within_its_interval_alone(observe: Any) -> None:
         seen.append(latents)
         return observe(latents)  # type: ignore[no-any-return]
 
-    outside = drawn(watched, Refinement(interval=(0.99, 1.0)), target, noise)
-    assert torch.equal(outside, plain)
+    assert torch.equal(drawn(watched, Refinement(interval=(0.99, 1.0)), target, noise), plain)
     assert not seen
     drawn(watched, Refinement(steps=1, interval=(0.0, 0.45)), target, noise)
     assert len(seen) == 5  # of ten denoising steps, at 401, 301, ... 1

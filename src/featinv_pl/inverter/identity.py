@@ -1,32 +1,28 @@
-"""Which inverter a file belongs to: checkpoints, model folders, scores and cached reconstructions."""
+"""Which inverter a file belongs to: shards, checkpoints, controls, scores and cached reconstructions.
+
+`option` is the option that named the file, for errors.
+"""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, NotRequired
+from pathlib import Path
+from typing import Any
 
 import torch
-from pydantic import Field
-from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
+from featinv_pl.errors import UserError
+from featinv_pl.inverter.inverter import Inverter, plain
 from featinv_pl.nets.frozen import digest
+from featinv_pl.nets.hub import check_sums, read_index
+from featinv_pl.nets.weights import fill
+from featinv_pl.types import Provenance
 
-Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
-
-
-class Settings(TypedDict):
-    """The settings of an inverter besides its frozen parts: the only list of these fields."""
-
-    layer: str
-    input_size: Side
-    image_size: Side
-    conditioning: Literal["spatial", "pooled"]
-    hidden_channels: Annotated[int, Field(ge=1, le=100_000)]
-    num_layers: NotRequired[Annotated[int, Field(ge=2, le=100)]]  # older folders lack it
+IDENTITY = "inversion"  # the entry of a checkpoint that holds the identity of its inverter
 
 
-def sampling(inverter: Any, precision: str) -> dict[str, Any]:
+def sampling(inverter: Inverter, precision: str) -> dict[str, Any]:
     """All else that determines a reconstruction, besides identity, sampler, feature map and key."""
     networks = (inverter.prior.unet, inverter.prior.autoencoder.vae, inverter.control.controlnet)
     return {
@@ -38,14 +34,15 @@ def sampling(inverter: Any, precision: str) -> dict[str, Any]:
     }
 
 
+def hashed(contents: Any) -> str:
+    """A hexadecimal digest of values for JSON."""
+    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """The fields in which two identities differ, for an error: `name: value there, value here`.
+    """The fields in which what a file says differs from an identity, for an error: `name: value there, value here`.
 
-    A field that one of the two lacks is not compared: older files have fewer.
-
-    Args:
-        theirs: What a file says, which may be more than an identity.
-        ours: The identity of the inverter at hand.
+    A field that the file lacks is not compared: older files have fewer.
     """
     found = []
     for name, value in ours.items():
@@ -57,12 +54,61 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]
     return found
 
 
-def hashed(contents: Any) -> str:
-    """A hexadecimal digest of values for JSON."""
-    return hashlib.blake2b(json.dumps(contents, sort_keys=True).encode(), digest_size=16).hexdigest()
+def check_shards(manifests: Mapping[Any, Mapping[str, Any]], inverter: Inverter) -> None:
+    """Refuse shard sets, given by folder, that other frozen parts have made, naming both sides."""
+    classifier, digests = inverter.classifier, inverter.digests
+    for folder, manifest in manifests.items():
+        theirs: Provenance = manifest["provenance"]
+        shape = tuple(theirs["feature_shape"])
+        if theirs["backbone_digest"] != digests["backbone"] or shape != classifier.feature_shape:
+            raise UserError(
+                f"The shard set '{folder}' was made with the backbone '{theirs['backbone']}' (maps of {shape}, "
+                f"weights {theirs['backbone_digest'][:8]}); `backbone` is '{classifier.name}' (maps of "
+                f"{classifier.feature_shape}, weights {digests['backbone'][:8]}). "
+                "Give the backbone that made the shards, or extract features with this one."
+            )
+        for option, made_with, ours in (
+            ("layer", theirs["layer"], classifier.layer),
+            ("input_size", theirs["transform"], classifier.transform_name),
+            ("image_size", theirs["image_size"], inverter.image_size),
+        ):
+            if made_with != ours:
+                raise UserError(
+                    f"`model.{option}`: the shard set '{folder}' was made with '{made_with}', and this model has "
+                    f"'{ours}'. Give what made the shards, or extract features with this."
+                )
+        if theirs["autoencoder_digest"] != digests["autoencoder"]:
+            raise UserError(
+                f"The latents of the shard set '{folder}' were made with another autoencoder (weights "
+                f"{theirs['autoencoder_digest'][:8]}) than that of `prior` '{inverter.prior.source}' (weights "
+                f"{digests['autoencoder'][:8]}). Give that prior, or extract features with this one."
+            )
 
 
-def plain(config: Mapping[str, Any]) -> Any:
-    """A configuration of diffusers as values for JSON, without its private fields."""
-    public = {name: value for name, value in config.items() if not name.startswith("_")}
-    return json.loads(json.dumps(public, default=str))
+def check_control(folder: Path, inverter: Inverter, option: str) -> None:
+    """Refuse a model folder whose control is not as it was written, or of another prior, maybe of the same shapes."""
+    check_sums(folder, option)
+    theirs, ours = read_index(folder, option).get("digests", {}).get("unet"), inverter.digests["unet"]
+    if theirs != ours:
+        raise UserError(
+            f"{option}: the control in '{folder}' was trained with another prior (UNet {str(theirs)[:8]}) than "
+            f"`prior` '{inverter.prior.source}' (UNet {ours[:8]}). Give that prior, or another control."
+        )
+
+
+def check_checkpoint(checkpoint: Mapping[str, Any], inverter: Inverter, option: str) -> None:
+    """Refuse the checkpoint of another model, naming the differences."""
+    theirs = checkpoint.get(IDENTITY)
+    if not isinstance(theirs, dict):
+        raise UserError(f"{option}: the checkpoint is not one of a FeatureInversion.")
+    if different := differences(theirs, inverter.identity()):
+        raise UserError(
+            f"{option}: the checkpoint belongs to another model ({'; '.join(different)}). "
+            "Give the configuration that it was trained with."
+        )
+
+
+def fill_control(inverter: Inverter, state_dict: Mapping[str, Any], option: str) -> Any:
+    """Load weights named `control.*`, strictly; the inverter is left as it was if anything is wrong."""
+    weights = {name.removeprefix("control."): value for name, value in state_dict.items()}
+    return fill(inverter.control, weights, "control", option)

@@ -1,5 +1,7 @@
 """p(image | feature map): a classifier, a frozen latent diffusion prior, and the control that joins them."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -8,14 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featinv_pl.inverter.identity import Settings, plain
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import digest, weights_digest
 from featinv_pl.nets.prior import Prior
-from featinv_pl.sampling.guidance import Denoiser, weighted, within
+from featinv_pl.sampling.guidance import Denoiser, refined, weighted, within
 from featinv_pl.sampling.noise import keyed_noise
-from featinv_pl.sampling.refinement import refined
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.sampling.solvers import sample
 
@@ -138,16 +138,13 @@ class Inverter(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, features: Tensor, keys: list[str], seed: int, sampler: Sampler | None = None) -> Tensor:
-        """Reconstruct images from feature maps: of several candidates the one with the most similar map.
+        """Reconstruct images (B, 3, H, W), about [-1, 1], from feature maps (B, C, h, w).
 
         Args:
-            features: (B, C, h, w).
+            features: Of several candidates, the one with the map most similar to its own is kept.
             keys: One name for each map, which decides its noise together with the seed.
             seed: Of the noise.
             sampler: Replaces the inverter's own.
-
-        Returns:
-            (B, 3, H, W), about [-1, 1].
         """
         sampler = sampler or self.sampler
         shape = self.prior.latent_grid(self.image_size)
@@ -165,32 +162,10 @@ class Inverter(nn.Module):
 
     @torch.no_grad()
     def reconstruct_from(self, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
-        """Reconstruct one candidate for each feature map from given noise.
-
-        Args:
-            features: (B, C, h, w).
-            noise: (B, latent channels, H / f, W / f), standard normal.
-            sampler: Replaces the inverter's own.
-
-        Returns:
-            (B, 3, H, W), about [-1, 1].
-        """
+        """Reconstruct one candidate for each feature map from standard normal noise (B, channels, H / f, W / f)."""
         sampler = sampler or self.sampler
         latents = sample(self.denoiser(features, noise, sampler), noise, self.prior.schedule, sampler)
         return self.prior.autoencoder.decode(latents)
-
-    @property
-    def settings(self) -> Settings:
-        """The arguments of the constructor besides the frozen parts."""
-        encoder = self.control.encoder
-        return {
-            "layer": self.classifier.layer,
-            "input_size": self.classifier.input_size[0],
-            "image_size": self.image_size,
-            "conditioning": self.conditioning,
-            "hidden_channels": encoder.hidden_channels,
-            "num_layers": encoder.num_layers,
-        }
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -205,10 +180,21 @@ class Inverter(nn.Module):
     def identity(self) -> dict[str, Any]:
         """Settings, noise schedule and digests of the frozen parts, as JSON values: what a control was trained for."""
         return {
-            **self.settings,
+            "layer": self.classifier.layer,
+            "input_size": self.classifier.input_size[0],
+            "image_size": self.image_size,
+            "conditioning": self.conditioning,
+            "hidden_channels": self.control.encoder.config.hidden_channels,
+            "num_layers": self.control.encoder.config.num_layers,
             "feature_shape": list(self.classifier.feature_shape),
             "transform": self.classifier.transform_name,
             "scaling_factor": self.prior.autoencoder.scaling_factor,
             "schedule": plain(self.prior.schedule.config),
             **self.digests,
         }
+
+
+def plain(config: Mapping[str, Any]) -> Any:
+    """A configuration of diffusers as values for JSON, without its private fields."""
+    public = {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(public, default=str))

@@ -4,41 +4,42 @@ import json
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.inverter.compatibility import check_control
-from featinv_pl.inverter.identity import Settings, differences
+from featinv_pl.inverter.identity import differences
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
-from featinv_pl.nets.hub import INDEX, find_folder, read_index, write_sums
+from featinv_pl.nets.hub import INDEX, check_sums, find_folder, read_index, write_sums
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.sampler import Sampler
 
 CLASSIFIER, PRIOR = "backbone", "prior"
 OPTION = "`model`"
+Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
 
 
-class Index(Settings):
+class Index(TypedDict):
     """The entries of `model_index.json` from which a model is loaded."""
 
+    layer: str
+    input_size: Side
+    image_size: Side
+    conditioning: Literal["spatial", "pooled"]
+    hidden_channels: Annotated[int, Field(ge=1, le=100_000)]
+    num_layers: Annotated[int, Field(ge=2, le=100)]
     backbone: str
     prior: str
     sampler: dict[str, Any]
     digests: dict[str, str]
 
 
-INDEX_TYPE = TypeAdapter(Index)
-
-
 def load_inverter(source: str | Path) -> Inverter:
-    """Load a model folder, as `featinv-pl export` and `import` write it, on the CPU.
-
-    Args:
-        source: The folder, or its name on the hub.
+    """Load a model folder, as `featinv-pl export` and `import` write it, or its name on the hub, on the CPU.
 
     Raises:
         UserError: Files are missing or damaged, or the frozen parts are not those of the training.
@@ -46,7 +47,7 @@ def load_inverter(source: str | Path) -> Inverter:
     folder = find_folder(str(source), ["*"], OPTION)
     contents = read_index(folder, OPTION)
     try:
-        index = INDEX_TYPE.validate_python(contents)
+        index = TypeAdapter(Index).validate_python(contents)
         sampler = Sampler.from_fields(index["sampler"])
     except ValidationError as error:
         reason = " ".join(str(error).split())[:300]
@@ -59,12 +60,12 @@ def load_inverter(source: str | Path) -> Inverter:
     inverter = Inverter(
         Backbone(classifier, layer=index["layer"], input_size=index["input_size"]),
         Prior(prior),
-        Encoder(index["hidden_channels"], index.get("num_layers", 3)),
+        Encoder(index["hidden_channels"], index["num_layers"]),
         index["image_size"],
         index["conditioning"],
         sampler,
     )
-    check_control(folder, inverter, OPTION)
+    check_sums(folder, OPTION)
     inverter.control.load_pretrained(folder, OPTION)
     if different := differences({**contents, **index["digests"]}, inverter.identity()):
         raise UserError(
@@ -75,12 +76,7 @@ def load_inverter(source: str | Path) -> Inverter:
 
 
 def save_inverter(inverter: Inverter, folder: Path) -> None:
-    """Write a model folder: `encoder/`, `controlnet/`, `model_index.json`, frozen parts of this disk, and sums.
-
-    Args:
-        inverter: In full precision.
-        folder: Must not exist.
-    """
+    """Write a new folder: `encoder/`, `controlnet/`, `model_index.json`, frozen parts of this disk, and sums."""
     folder.mkdir(parents=True)
     inverter.control.save_pretrained(folder)
     classifier, prior = inverter.classifier, inverter.prior

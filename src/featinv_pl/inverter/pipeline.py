@@ -23,11 +23,7 @@ class FeatInvPipeline:
         [reconstructions] = pipeline(Image.open("cat.jpg"), num_samples=4)
         reconstructions[0].save("reconstruction.png")
 
-    Args:
-        inverter: With its frozen parts.
-
-    Attributes:
-        inverter: The same, whose `sampler` may be replaced.
+    The `sampler` of its `inverter` may be replaced.
     """
 
     def __init__(self, inverter: Inverter) -> None:
@@ -36,19 +32,11 @@ class FeatInvPipeline:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
-        """Load a model folder, as `featinv-pl export` and `import` write it.
-
-        Args:
-            source: The folder, or its name on the hub.
-        """
+        """Load a model folder, as `featinv-pl export` and `import` write it, or one of the hub by its name."""
         return cls(load_inverter(source))
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a model folder; see `save_inverter`.
-
-        Args:
-            folder: Must not exist.
-        """
+        """Write a new model folder; see `save_inverter`."""
         if self.dtype != torch.float32:
             raise UserError(f"This pipeline holds its weights in {self.dtype}. Save one in full precision.")
         save_inverter(self.inverter, folder)
@@ -56,9 +44,7 @@ class FeatInvPipeline:
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move all networks.
 
-        Args:
-            device: The target.
-            dtype: With bfloat16, images are sampled in mixed precision from now on, and weights take half the memory.
+        With a `dtype` of bfloat16, images are sampled in mixed precision from now on, and weights take half the memory.
         """
         self.inverter.to(device)
         if dtype is not None:
@@ -71,25 +57,15 @@ class FeatInvPipeline:
         """The classifier's crops of pictures of any size: (B, 3, H, W) in [-1, 1]."""
         return torch.stack([self.inverter.classifier.crop(picture) for picture in pictures])
 
-    @torch.no_grad()
     def classify(self, images: Tensor) -> Observation:
         """Run the classifier on images (B, 3, H, W) in [-1, 1]."""
         return self.inverter.classifier.classify(images.to(self.inverter.device))
 
-    @torch.no_grad()
     def reconstruct(self, features: Tensor, num_samples: int = 1, seed: int = 0) -> Tensor:
-        """Reconstruct images from one feature map.
+        """Reconstruct images (num_samples, 3, H, W), about [-1, 1], from one feature map (C, h, w).
 
         Noise depends on the seed and on the sample's number alone, so equal numbers of two maps start
         from equal noise, and their differences are due to the maps.
-
-        Args:
-            features: (C, h, w).
-            num_samples: Number of images.
-            seed: Of the noise.
-
-        Returns:
-            (num_samples, 3, H, W), about [-1, 1].
         """
         inverter = self.inverter
         shape = inverter.classifier.feature_shape
@@ -113,11 +89,9 @@ class FeatInvPipeline:
         Returns:
             For each picture or map its `num_samples` images.
         """
-        if isinstance(pictures, Tensor):
-            features = pictures
-        else:
-            several = [pictures] if isinstance(pictures, Image.Image) else pictures
-            features = self.classify(self.crop(several))["features"]
+        if isinstance(pictures, Image.Image):
+            pictures = [pictures]
+        features = pictures if isinstance(pictures, Tensor) else self.classify(self.crop(pictures))["features"]
         return [[as_picture(image) for image in self.reconstruct(one, num_samples, seed)] for one in features]
 
     def with_sampler(self, **changes: Any) -> Self:

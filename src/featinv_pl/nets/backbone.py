@@ -17,8 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.decoding import NoImageError, to_rgb
 from featinv_pl.errors import UserError, reason
-from featinv_pl.nets.classes import Classes
-from featinv_pl.nets.classifier_files import misfit, read_classifier
+from featinv_pl.nets.classifier_files import Classes, misfit, read_classifier
 from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.hub import read_config
 from featinv_pl.types import Observation, from_uint8, to_uint8
@@ -39,9 +38,8 @@ class Backbone(Frozen):
             in timm's layout (`config.json` and `model.safetensors`), as `Classifier` writes it.
         weights: `pretrained` loads those that belong to the name, `random` none, which serves tests; else
             a file of weights for that architecture: `.safetensors`, or whatever torch has saved.
-        layer: The module whose output is the map, by its name in the model (`layer3`, `stages.2`,
-            `blocks.5`). `forward_features` stands for the penultimate layer: timm's function of that
-            name, whose output is what the classifier's head reads.
+        layer: The module whose output is the map, by its name in the model (`layer3`, `stages.2`, `blocks.5`).
+            `forward_features`, timm's function of that name, is the penultimate layer: what the head reads.
         input_size: Side of the images that the classifier sees, if not that of its configuration.
 
     Attributes:
@@ -72,7 +70,7 @@ class Backbone(Frozen):
             ) from error
         self.freeze()
         if layer != PENULTIMATE:
-            _check_layer(self.model, layer, name)
+            self._check_layer()
         with torch.no_grad():
             features, logits = self(torch.zeros(1, 3, *self.input_size))
         self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
@@ -80,7 +78,6 @@ class Backbone(Frozen):
         self.classes = Classes.of(self.model, self.num_classes)
 
     def _prepare(self, config: dict[str, Any]) -> None:
-        """Prepare images as timm does."""
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
         if not all(1 <= side <= LARGEST_INPUT for side in self.input_size):
             raise ValueError(f"images of {self.input_size} pixels, and a side has 1 to {LARGEST_INPUT}")
@@ -91,14 +88,7 @@ class Backbone(Frozen):
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Classify images of any size.
-
-        Args:
-            images: (B, 3, H, W) in [-1, 1].
-
-        Returns:
-            The feature map (B, C, h, w) and the logits (B, K).
-        """
+        """The feature map (B, C, h, w) and logits (B, K) of images (B, 3, H, W) in [-1, 1], of any size."""
         # In full precision also within a run of mixed precision: maps are compared with each other.
         with torch.autocast(images.device.type, enabled=False):
             output, logits = self._run(self.transform(images.float()))
@@ -118,7 +108,6 @@ class Backbone(Frozen):
             return logits
 
     def _run(self, images: Tensor) -> tuple[Any, Tensor]:
-        """The output of the layer, in whatever layout, and the logits."""
         if self.layer == PENULTIMATE:
             output = self.model.forward_features(images)
             return output, self.model.forward_head(output)
@@ -128,12 +117,17 @@ class Backbone(Frozen):
             logits = self.model(images)
         return outputs[-1] if outputs else None, logits
 
-    def crop(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode by timm's evaluation transform, before normalisation: (3, H, W) in [-1, 1].
+    def _check_layer(self) -> None:
+        layers = [module for module, _ in self.model.named_modules() if module]
+        if self.layer not in layers:
+            close = difflib.get_close_matches(self.layer, layers) or [one["module"] for one in self.model.feature_info]
+            raise UserError(
+                f"`layer`: '{self.name}' has no layer '{self.layer}'. Did you mean {', '.join(close)}? "
+                f"`{PENULTIMATE}` is the penultimate one."
+            )
 
-        Raises:
-            UserError: `to_rgb` refuses the picture.
-        """
+    def crop(self, image: Image.Image) -> Tensor:
+        """A picture of any size and mode by timm's evaluation transform, before normalisation: (3, H, W) in [-1, 1]."""
         try:
             return from_uint8(self._crop(to_rgb(image)))
         except NoImageError as error:
@@ -172,26 +166,33 @@ class Backbone(Frozen):
 
 
 def _create(name: str, weights: str, input_size: int | None) -> Any:
-    """Build a timm model, with errors that say what to do."""
     source = name
     if Path(name).is_dir():
         source = f"local-dir:{name}"
         if weights == "pretrained":
-            read_config(Path(name), "`backbone`", "Give a folder in timm's layout, such as a Classifier's.")
+            read_config(
+                Path(name, "config.json"), "`backbone`", "Give a folder in timm's layout, such as a Classifier's."
+            )
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         hint = f"Did you mean {', '.join(close)}? " if close else ""
         raise UserError(
             f"`backbone`: '{name}' is neither a folder nor a timm model. {hint}`timm.list_models()` lists all names."
         )
-    overlay = _from_file(weights) if weights not in ("pretrained", "random") else {}
+    overlay: dict[str, Any] = {}
+    if weights not in ("pretrained", "random"):  # timm converts older layouts, as of its own weights
+        if not Path(weights).is_file():
+            raise UserError(
+                f"`weights`: '{weights}' is not a file. "
+                "Give one, `pretrained` for the weights that belong to the model's name, or `random`."
+            )
+        overlay = {"state_dict": read_classifier(Path(weights)), "custom_load": False, "source": None}
+    options: dict[str, Any] = {"pretrained": weights != "random", "pretrained_cfg_overlay": overlay}
     try:
-        model = timm.create_model(source, pretrained=weights != "random", pretrained_cfg_overlay=overlay)
+        model = timm.create_model(source, **options)
         if input_size and model.pretrained_cfg.get("fixed_input_size"):
             # Built again, so that timm fits tables of positions to the grid while it loads the weights.
-            model = timm.create_model(
-                source, pretrained=weights != "random", pretrained_cfg_overlay=overlay, img_size=input_size
-            )
+            model = timm.create_model(source, **options, img_size=input_size)
         model.pretrained_cfg.pop("state_dict", None)
         return model
     except Exception as error:  # a hostile configuration can raise anything
@@ -215,16 +216,6 @@ def _classifies(model: Any) -> bool:
     return bool(model.num_classes) and not (tower and model.num_classes in EMBEDDINGS)
 
 
-def _from_file(weights: str) -> dict[str, Any]:
-    """The overlay with which timm loads the weights of a file, converting older layouts as for its own weights."""
-    if not Path(weights).is_file():
-        raise UserError(
-            f"`weights`: '{weights}' is not a file. "
-            "Give one, `pretrained` for the weights that belong to the model's name, or `random`."
-        )
-    return {"state_dict": read_classifier(Path(weights)), "custom_load": False, "source": None}
-
-
 def _cannot_load(name: str, weights: str, source: str, overlay: dict[str, Any], error: Exception) -> str:
     if overlay:
         why = f"{reason(error)}. Give the file of that architecture, undamaged."
@@ -244,29 +235,12 @@ def _cannot_load(name: str, weights: str, source: str, overlay: dict[str, Any], 
     return f"`backbone`: the weights of '{name}' could not be loaded ({reason(error)}). {advice}"
 
 
-def _check_layer(model: Any, layer: str, name: str) -> None:
-    layers = [module for module, _ in model.named_modules() if module]
-    if layer not in layers:
-        close = difflib.get_close_matches(layer, layers, n=3) or [info["module"] for info in model.feature_info]
-        raise UserError(
-            f"`layer`: '{name}' has no layer '{layer}'. Did you mean {', '.join(close)}? "
-            f"`{PENULTIMATE}` is the penultimate one."
-        )
-
-
 def _as_map(output: Any, batch_size: int, model: Any, input_size: tuple[int, int]) -> Tensor | None:
-    """Bring the output of a layer to (B, C, h, w).
+    """Bring the output of a layer, also (B, h, w, C) or tokens (B, N, C) after others, to (B, C, h, w); else None.
 
-    Args:
-        output: (B, C, h, w), (B, h, w, C), or tokens (B, N, C) with or without prefix tokens.
-        batch_size: Windows of a transformer are no batch.
-        model: The timm model, asked for its layout where shapes leave it open.
-        input_size: (H, W) of the input: a map has its aspect ratio.
-
-    Returns:
-        The map, or None if the output is nothing of the kind.
+    A map has the aspect ratio of the input; where shapes leave its layout open, the timm model is asked.
     """
-    if not isinstance(output, Tensor) or len(output) != batch_size:
+    if not isinstance(output, Tensor) or len(output) != batch_size:  # windows of a transformer are not a batch
         return None
     if output.ndim == 4:
         return output.permute(0, 3, 1, 2) if _is_channels_last(output, model, input_size) else output
@@ -282,7 +256,7 @@ def _as_map(output: Any, batch_size: int, model: Any, input_size: tuple[int, int
 
 
 def _is_channels_last(output: Tensor, model: Any, input_size: tuple[int, int]) -> bool:
-    """Whether a map is (B, h, w, C): told by the aspect ratio, since layers within a model differ."""
+    """Told by the aspect ratio, since layers within a model differ."""
     _, first, second, third = output.shape
     fits_last = first * input_size[1] == second * input_size[0]
     fits_first = second * input_size[1] == third * input_size[0]

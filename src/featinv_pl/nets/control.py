@@ -9,8 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featinv_pl.errors import UserError
 from featinv_pl.nets.weights import fill, read_weights
+from featinv_pl.sampling.sampler import check_option
 
 Residuals = tuple[list[Tensor], Tensor]
 """A ControlNet's residuals for the UNet: one tensor per skip connection, and one for the middle block."""
@@ -32,48 +32,31 @@ class Encoder:
     num_layers: int = 3
 
     def __post_init__(self) -> None:
-        if self.num_layers < 2:
-            raise UserError(f"`encoder.num_layers` must be at least 2, and is {self.num_layers}.")
-        if self.hidden_channels < 1:
-            raise UserError(f"`encoder.hidden_channels` must be at least 1, and is {self.hidden_channels}.")
+        for name, value, least in (("hidden_channels", self.hidden_channels, 1), ("num_layers", self.num_layers, 2)):
+            check_option(f"encoder.{name}", value, value >= least, f"Give at least {least}.")
 
 
 class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Brings a feature map to the width and grid of the prior's first layer.
+    """Brings a feature map (B, C, h, w) to the width and grid of the prior's first layer.
 
-    Bilinear upsampling to the latent grid, then 3x3 convolutions with SiLU between them, three in the
+    Bilinear upsampling to the latent grid, then `num_layers` 3x3 convolutions with SiLU between them, three in the
     authors' code. The last one starts at zero, as there, so that training starts from the bare prior.
-
-    Args:
-        in_channels: Channels of the feature map.
-        out_channels: Width of the UNet's first block.
-        hidden_channels: Width between.
-        num_layers: Number of convolutions.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, in_channels: int, out_channels: int, hidden_channels: int = 512, num_layers: int = 3) -> None:
         super().__init__()
-        self.hidden_channels, self.num_layers = hidden_channels, num_layers
         widths = [in_channels, *[hidden_channels] * (num_layers - 1), out_channels]
         layers: list[nn.Module] = []
         for width, following in pairwise(widths):
             layers += [nn.Conv2d(width, following, 3, padding=1), nn.SiLU()]
-        _zero(layers[-2])
+        for parameter in layers[-2].parameters():
+            nn.init.zeros_(parameter)
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
-        """Encode feature maps.
-
-        Args:
-            features: (B, C, h, w).
-            size: (H / f, W / f), the latent grid.
-
-        Returns:
-            (B, out_channels, H / f, W / f).
-        """
-        upsampled = functional.interpolate(features, size, mode="bilinear", align_corners=False)
-        encoded: Tensor = self.layers(upsampled)
+        """Encode feature maps (B, C, h, w) on the latent grid `size`: (B, out_channels, H / f, W / f)."""
+        encoded: Tensor = self.layers(functional.interpolate(features, size, mode="bilinear", align_corners=False))
         return encoded
 
 
@@ -131,11 +114,6 @@ class FeatureControl(nn.Module):
             weights = read_weights(folder / name / WEIGHTS, option)
             if adapt and name == "encoder":
                 own = network.state_dict()
-                fitting = {key: weights[key] for key in own if key in weights and weights[key].shape == own[key].shape}
+                fitting = {key: one for key, one in weights.items() if key in own and one.shape == own[key].shape}
                 weights = {**own, **fitting}
             fill(network, weights, f"{name} in '{folder}'", option)
-
-
-def _zero(layer: nn.Module) -> None:
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)

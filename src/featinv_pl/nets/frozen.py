@@ -25,13 +25,9 @@ class Frozen(nn.Module):
 
 
 def keep_products_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Keep the weights of linear layers and convolutions in the precision in which autocast would use them.
+    """Keep the weights of linear layers and convolutions in autocast's `dtype`; the module must not train.
 
     Autocast would convert frozen weights at every use. Results are the same, with half the memory.
-
-    Args:
-        module: One that does not train.
-        dtype: That of autocast.
     """
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):

@@ -5,7 +5,6 @@
 
 import hashlib
 import inspect
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +23,7 @@ HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 
 
 def find_folder(source: str, files: list[str], option: str) -> Path:
-    """The folder of a source, fetched from the hub where it is a name.
-
-    Args:
-        source: A folder, or a name on the hub.
-        files: Patterns of the files that are needed.
-        option: The argument that named the source, for errors.
-    """
+    """The folder of a source, which is a folder or a name on the hub; `files` are patterns of what to fetch from it."""
     if Path(source).is_dir():
         return Path(source)
     try:
@@ -44,11 +37,19 @@ def find_folder(source: str, files: list[str], option: str) -> Path:
 
 def load_part(kind: type[Part], folder: Path, option: str) -> Part:
     """Load one network in diffusers' layout, refusing a file in which weights are missing."""
-    config = read_config(folder, option, f"Give a folder in diffusers' layout, with the weights of a {kind.__name__}.")
+    path, advice = folder / "config.json", f"Give a folder in diffusers' layout, with the weights of a {kind.__name__}."
+    config = read_config(path, option, advice)
     for name, parameter in inspect.signature(kind).parameters.items():  # others would fail while sampling only
         if isinstance(parameter.default, float) and not isinstance(config.get(name, 0.0), int | float):
-            raise UserError(f"{option}: {name} in '{folder / 'config.json'}' is not a number. Download it again.")
-    _check_parts(folder, option)
+            raise UserError(f"{option}: {name} in '{path}' is not a number. Download it again.")
+    for index in folder.glob("*.index.json"):  # large weights in several files
+        files = read_json(index, option, "Download the model again.").get("weight_map")
+        for file in files.values() if isinstance(files, dict) else [files]:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(
+                    f"{option}: '{index}' names the file {str(file)[:100]!r}, which is not in its folder. "
+                    "Do not use this model: it is damaged, or made to reach outside."
+                )
     # Old folders hold a pickle alone, which diffusers reads as tensors only.
     safe = not any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
     try:
@@ -57,58 +58,39 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
         )
     except Exception as error:  # a hostile configuration can raise anything
         raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason(error)}") from error
-    if report["missing_keys"]:
+    if missing := report["missing_keys"]:
         raise UserError(
-            f"{option}: '{folder}' lacks {len(report['missing_keys'])} weights of {kind.__name__}, "
-            f"such as {report['missing_keys'][0]}. The file is damaged or of another architecture."
+            f"{option}: '{folder}' lacks {len(missing)} weights of {kind.__name__}, such as {missing[0]}. "
+            "The file is damaged or of another architecture."
         )
     check_finite(network.state_dict(), f"'{folder}'", option)
     loaded: Part = network
-    for tensor in chain(loaded.parameters(), loaded.buffers()):
+    for tensor in [*loaded.parameters(), *loaded.buffers()]:
         tensor.data = tensor.data.clone()  # out of the mapped file, which would stay in memory and could change
     return loaded
 
 
-def read_config(folder: Path, option: str, advice: str) -> dict[str, Any]:
-    """Read the `config.json` of a network, refusing one that asks for more weights than its folder has bytes."""
-    config = read_json(folder / "config.json", option, advice)
-    check_size(config, folder, option)
-    return config
+def read_config(path: Path, option: str, advice: str) -> dict[str, Any]:
+    """Read what a folder says of its network, refusing one with widths and depths above the bytes of its files."""
 
+    def largest(value: Any) -> int:
+        if isinstance(value, dict | list):
+            return max(map(largest, value.values() if isinstance(value, dict) else value), default=0)
+        return value if isinstance(value, int) else 0
 
-def check_size(config: Any, folder: Path, option: str) -> None:
-    """Refuse widths and depths above the bytes of the files that should hold their weights."""
-    if (most := _largest(config)) > (size := sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())):
+    config, folder = read_json(path, option, advice), path.parent
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if (most := largest(config)) > size:
         raise UserError(
             f"{option}: '{folder}' asks for a network of size {most}, and its files have {size} bytes. "
             "Use another model."
         )
-
-
-def _largest(value: Any) -> int:
-    if isinstance(value, dict | list):
-        return max(map(_largest, value.values() if isinstance(value, dict) else value), default=0)
-    return value if isinstance(value, int) else 0
-
-
-def _check_parts(folder: Path, option: str) -> None:
-    """Refuse large weights in several files if some lie outside their folder."""
-    for index in folder.glob("*.index.json"):
-        files = read_json(index, option, "Download the model again.").get("weight_map")
-        for name in files.values() if isinstance(files, dict) else [files]:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(
-                    f"{option}: '{index}' names the file {str(name)[:100]!r}, which is not in its folder. "
-                    "Do not use this model: it is damaged, or made to reach outside."
-                )
+    return config
 
 
 def read_index(folder: Path, option: str) -> dict[str, Any]:
-    """Read what a model folder, as `export` and `import` write it, says of itself."""
-    advice = "Give a folder that `featinv-pl export` or `featinv-pl import` has written."
-    index = read_json(folder / INDEX, option, advice)
-    check_size(index, folder, option)
-    return index
+    """Read what a model folder says of itself."""
+    return read_config(folder / INDEX, option, "Give a folder that `featinv-pl export` or `featinv-pl import` wrote.")
 
 
 def write_sums(folder: Path) -> None:
@@ -118,14 +100,12 @@ def write_sums(folder: Path) -> None:
 
 
 def check_sums(folder: Path, option: str) -> None:
-    """Refuse a model folder that is not as it was written; folders of earlier versions have no such sums."""
+    """Refuse a model folder that is not as it was written, if it has sums."""
     if not (folder / SUMS).exists():
         return
     text = read_bytes(folder / SUMS, option, "Copy the folder again.").decode(errors="replace")
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
-    found = _sums(folder)
-    changed = [name for name in sorted({*listed, *found}) if listed.get(name) != found.get(name)]
-    if changed:
+    if changed := sorted({name for name, _ in listed.items() ^ _sums(folder).items()}):
         raise UserError(
             f"{option}: {len(changed)} files of '{folder}' are not as {SUMS} in it says, such as '{changed[0]}'. "
             f"Copy the folder again; if you changed it yourself, remove {SUMS}."

@@ -43,15 +43,15 @@ def schedule() -> DDIMScheduler:
 
 def check_prior(state: State, option: str) -> None:
     """Refuse a file whose UNet is not supported, as far as its shapes tell; it may have none."""
-    if unet_state := part(state, UNET):
+    if part(state, UNET):
         with _complete("UNet", option):
-            _checked_unet(unet_state, state, option)
+            _checked_unet(state, option)
 
 
 def unet(state: State, option: str, num_heads: int = NUM_HEADS) -> UNet2DConditionModel:
     """Build the UNet of a state dict that holds `model.diffusion_model.*`."""
     with _complete("UNet", option):
-        config = _checked_unet(_needed(state, UNET, "UNet", option), state, option)
+        config = _checked_unet(state, option)
         network = UNet2DConditionModel(**config, attention_head_dim=num_heads)
         fill(network, convert_ldm_unet_checkpoint(state, config), "UNet", option)
         return network
@@ -68,7 +68,6 @@ def autoencoder(state: State, option: str) -> AutoencoderKL:
 
 @contextmanager
 def _complete(what: str, option: str) -> Iterator[None]:
-    """Say so where names or shapes of a file are not those of the network that is built of them."""
     try:
         yield
     except UserError:
@@ -80,34 +79,35 @@ def _complete(what: str, option: str) -> Iterator[None]:
         ) from error
 
 
-def text_encoder_config(state: State) -> dict[str, int]:
-    """Arguments of the CLIPTextConfig of a text encoder's state, whose names are those of transformers."""
-    embeddings = next(value for name, value in state.items() if name.endswith("token_embedding.weight"))
-    positions = next(value for name, value in state.items() if name.endswith("position_embedding.weight"))
-    wide = [value for name, value in state.items() if name.endswith("mlp.fc1.weight")]
-    vocab_size, hidden_size = embeddings.shape
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": wide[0].shape[0],
-        "num_hidden_layers": len(wide),
-        "num_attention_heads": max(1, hidden_size // 64),
-        "max_position_embeddings": positions.shape[0],
-    }
+def text_encoder(state: State, option: str) -> tuple[dict[str, int], State]:
+    """The arguments of a CLIPTextConfig and the weights of the text encoder, whose names are those of transformers."""
+    with _complete("text encoder", option):
+        weights = _needed(state, TEXT_ENCODER, "text encoder", option)
+        [embeddings], [positions], wide = (
+            [value for name, value in weights.items() if name.endswith(f"{layer}.weight")]
+            for layer in ("token_embedding", "position_embedding", "mlp.fc1")
+        )
+        vocab_size, hidden_size = embeddings.shape
+        config = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": wide[0].shape[0],
+            "num_hidden_layers": len(wide),
+            "num_attention_heads": max(1, hidden_size // 64),
+            "max_position_embeddings": positions.shape[0],
+        }
+        return config, weights
 
 
 def load_control(control: FeatureControl, state: State, option: str) -> None:
     """Load the authors' trained half, `control_model.*`: their ControlNet, whose hint block is our feature encoder."""
     with _complete("ControlNet", option):
-        _needed(state, CONTROL, "ControlNet", option)
-        hint = part(state, HINT)
-        theirs = hint.get("1.weight")
-        channels = control.encoder.config.in_channels
-        if theirs is None or theirs.shape[1] != channels:
-            found = "no feature encoder" if theirs is None else f"a feature encoder for {theirs.shape[1]} channels"
+        hint = _needed(state, HINT, "feature encoder", option)
+        given, channels = hint["1.weight"].shape[1], control.encoder.config.in_channels
+        if given != channels:
             raise UserError(
-                f"{option}: the file holds {found}, and the backbone's map has {channels}. "
-                "Give the backbone that the file was trained for, at its input size."
+                f"{option}: the file holds a feature encoder for {given} channels, and the backbone's map has "
+                f"{channels}. Give the backbone that the file was trained for, at its input size."
             )
         # Theirs begins with the upsampling, which has no weights and is no layer of ours.
         encoder = {f"{int(index) - 1}.{name}": value for key, value in hint.items() for index, name in [key.split(".")]}
@@ -118,7 +118,7 @@ def load_control(control: FeatureControl, state: State, option: str) -> None:
 
 
 def largest_difference(network: nn.Module, other: nn.Module) -> float:
-    """Largest relative L2 difference between equally named tensors of two networks; infinite if names differ."""
+    """Largest relative L2 difference between equally named tensors of two networks; infinite if shapes differ."""
     ours, theirs = network.state_dict(), other.state_dict()
     if {name: value.shape for name, value in ours.items()} != {name: value.shape for name, value in theirs.items()}:
         return float("inf")
@@ -126,8 +126,7 @@ def largest_difference(network: nn.Module, other: nn.Module) -> float:
 
 
 def _needed(state: State, prefix: str, what: str, option: str) -> State:
-    found = part(state, prefix)
-    if not found:
+    if not (found := part(state, prefix)):
         raise UserError(
             f"{option}: the file has no {what} ({prefix}*). Give a complete checkpoint in the original layout of "
             "Stable Diffusion 1."
@@ -135,8 +134,8 @@ def _needed(state: State, prefix: str, what: str, option: str) -> State:
     return found
 
 
-def _checked_unet(unet_state: State, state: State, option: str) -> dict[str, Any]:
-    config = _unet_config(unet_state, option)
+def _checked_unet(state: State, option: str) -> dict[str, Any]:
+    config = _unet_config(_needed(state, UNET, "UNet", option), option)
     channels = _autoencoder_config(_needed(state, AUTOENCODER, "autoencoder", option))["latent_channels"]
     check_unet(config, channels, "the file", option)
     return config

@@ -14,7 +14,7 @@ from featinv_pl.nets.frozen import Frozen
 from featinv_pl.nets.hub import find_folder, load_part
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import encode_prompts, read_prompts, write_prompts
-from featinv_pl.nets.supported import check_prior, read_schedule
+from featinv_pl.nets.supported import SCHEDULER, check_prior, read_schedule
 from featinv_pl.nets.weights import read_weights
 
 OPTION, ADVICE = "`prior`", "Give a complete prior in diffusers' layout."
@@ -62,29 +62,24 @@ class Prior(Frozen):
         check_prior(folder, OPTION)
         self.autoencoder = LatentAutoencoder(load_part(AutoencoderKL, folder / "vae", OPTION))
         self.unet = load_part(UNet2DConditionModel, folder / "unet", OPTION)
-        self.schedule = read_schedule(folder / "scheduler" / "scheduler_config.json", OPTION)
+        self.schedule = read_schedule(folder / SCHEDULER, OPTION)
         if (folder / PROMPTS).is_file():
             return read_prompts(folder / PROMPTS, OPTION)
-        weights = sorted((folder / "text_encoder").glob("*.safetensors")) or sorted(
-            (folder / "text_encoder").glob("*.bin")
-        )
-        if not weights or not (folder / "tokenizer").is_dir():
+        text, tokenizer = folder / "text_encoder", folder / "tokenizer"
+        weights = sorted(text.glob("*.safetensors")) or sorted(text.glob("*.bin"))
+        if not weights or not tokenizer.is_dir():
             raise UserError(
                 f"{OPTION}: '{folder}' has neither {PROMPTS} nor both text_encoder/ and tokenizer/. "
                 "Give a complete prior; fitting a NoisePredictor writes one without text."
             )
-        config = read_json(folder / "text_encoder" / "config.json", OPTION, ADVICE)
-        return encode_prompts(read_weights(weights[0], OPTION), config, str(folder / "tokenizer"), OPTION)
+        config = read_json(text / "config.json", OPTION, ADVICE)
+        return encode_prompts(read_weights(weights[0], OPTION), config, str(tokenizer), OPTION)
 
     def _load_file(self, path: Path) -> tuple[Tensor, Tensor]:
         state, option = read_weights(path, OPTION), f"{OPTION} '{path}'"
         self.autoencoder = LatentAutoencoder(ldm.autoencoder(state, option))
-        self.unet = ldm.unet(state, option)
-        self.schedule = ldm.schedule()
-        text_encoder = ldm.part(state, ldm.TEXT_ENCODER)
-        if not text_encoder:
-            raise UserError(f"{OPTION}: '{path}' has no text encoder ({ldm.TEXT_ENCODER}*). Give a complete file.")
-        config = ldm.text_encoder_config(text_encoder)
+        self.unet, self.schedule = ldm.unet(state, option), ldm.schedule()
+        config, text_encoder = ldm.text_encoder(state, option)
         tokenizer = path.parent / "tokenizer"
         return encode_prompts(text_encoder, config, str(tokenizer) if tokenizer.is_dir() else TOKENIZER, OPTION)
 

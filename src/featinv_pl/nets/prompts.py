@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from featinv_pl.errors import UserError, reason
 from featinv_pl.files import atomic
 from featinv_pl.nets.frozen import weights_digest
+from featinv_pl.nets.weights import check_finite, read_weights
 
 PROMPT = "a high-quality, detailed, and professional image"
 FILE = "prompts.safetensors"
@@ -21,14 +21,10 @@ LENGTH = 77  # tokens of a prompt of Stable Diffusion, the end filled up
 
 def read_prompts(path: Path, option: str) -> tuple[Tensor, Tensor]:
     """Read the stored embeddings: of the prompt and of the empty prompt, both (L, D)."""
-    try:
-        prompts = load_file(path)
-        prompt, empty = prompts["prompt"], prompts["empty"]
-        if not all(one.is_floating_point() and one.float().isfinite().all() for one in (prompt, empty)):
-            raise ValueError("its values are not all finite")
-        return prompt.float(), empty.float()
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise UserError(f"{option}: '{path}' is damaged ({reason(error)}). Copy the prior again.") from error
+    weights = read_weights(path, option)
+    check_finite(weights, f"'{path}'", option)
+    prompt, empty = (weights.get(name, torch.empty(0)).float() for name in ("prompt", "empty"))
+    return prompt, empty
 
 
 def write_prompts(path: Path, prompt: Tensor, empty: Tensor) -> None:
@@ -52,10 +48,9 @@ def encode_prompts(
         The last hidden states of the prompt and of the empty prompt, both (L, D).
     """
     stored = cached_assets_path("featinv-pl", namespace="prompts", subfolder=weights_digest(state)) / FILE
-    if not stored.is_file():
-        with FileLock(stored.with_name(f".{FILE}.lock")):  # processes that want the same prompts wait for the first
-            if not stored.is_file():
-                write_prompts(stored, *_encode(state, config, tokenizer, option))
+    with FileLock(stored.with_name(f".{FILE}.lock")):  # processes that want the same prompts wait for the first
+        if not stored.is_file():
+            write_prompts(stored, *_encode(state, config, tokenizer, option))
     return read_prompts(stored, option)
 
 
@@ -69,6 +64,8 @@ def _encode(state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, op
             None, config=CLIPTextConfig.from_dict(config), state_dict=state, output_loading_info=True
         )
         encoder, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"the text encoder lacks {len(missing)} weights, such as {missing[0]}")
         tokenize = CLIPTokenizer.from_pretrained(tokenizer)
         # Where the files are out of reach, transformers makes an empty tokenizer without a word.
         if len(tokenize) != encoder.config.vocab_size:
@@ -79,10 +76,5 @@ def _encode(state: dict[str, Tensor], config: dict[str, Any], tokenizer: str, op
             f"{option}: the prompts could not be encoded with the prior's text encoder and the tokenizer '{tokenizer}' "
             f"({reason(error)}). Check the network, or put tokenizer/ of the same model beside the weights."
         ) from error
-    if report["missing_keys"]:
-        raise UserError(
-            f"{option}: the text encoder lacks {len(report['missing_keys'])} weights, such as "
-            f"{sorted(report['missing_keys'])[0]}. The file is damaged or of another architecture."
-        )
     prompt, empty = encoder.eval()(tokens.input_ids).last_hidden_state
     return prompt, empty

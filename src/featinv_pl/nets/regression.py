@@ -12,12 +12,7 @@ LEARNING_RATE, WEIGHT_DECAY, LONGEST_GRADIENT = 2e-3, 0.01, 1.0
 
 
 class LatentRegression(nn.Module):
-    """A few convolutions from a feature map to latents.
-
-    Args:
-        feature_shape: (C, h, w).
-        latent_shape: (channels, H / f, W / f).
-    """
+    """A few convolutions from feature maps of a shape (C, h, w) to latents (channels, H / f, W / f)."""
 
     def __init__(self, feature_shape: tuple[int, ...], latent_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -43,12 +38,7 @@ class LatentRegression(nn.Module):
 
 
 def fit(network: LatentRegression, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
-    """Minimise the mean squared error, then leave the network in eval mode.
-
-    Args:
-        network: Is changed.
-        batches: `steps` pairs of maps (B, C, h, w) and latents (B, channels, H / f, W / f).
-        steps: How many, which the learning rate follows.
+    """Minimise the mean squared error over `steps` pairs of maps and latents, leave the network in eval mode.
 
     Returns:
         The error of the last batch.

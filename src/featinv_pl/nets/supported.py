@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from diffusers import DDIMScheduler
+from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_json
@@ -18,6 +19,7 @@ from featinv_pl.files import read_json
 MOST_TIMESTEPS = 100_000  # of a schedule, whose tables have as many entries; usual are 1,000
 PREDICTIONS = ("epsilon", "v_prediction")
 ZERO_SIGNAL = 1e-12  # of the last timestep's share of signal: with less, noise says nothing of the image
+SCHEDULER = "scheduler/scheduler_config.json"
 ADVICE = "Download or copy the prior again."
 
 # Stable Diffusion 1's. The defaults of diffusers' scheduler differ in three of these.
@@ -35,14 +37,7 @@ SCHEDULE: Final = {
 TRAINED: Final = (SCHEDULE.keys() | {"trained_betas", "rescale_betas_zero_snr"}) - {"clip_sample"}
 
 # Solvers whose priors were trained on such a schedule; others are of flow matching, of EDM, or of one-step models.
-SCHEDULERS: Final = tuple(
-    f"{name}Scheduler"
-    for name in (
-        *("DDIM", "DDIMParallel", "DDPM", "DDPMParallel", "PNDM", "LMSDiscrete", "EulerDiscrete"),
-        *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DEISMultistep"),
-        *("DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE", "SASolver", "UniPCMultistep"),
-    )
-)
+SCHEDULERS: Final = KarrasDiffusionSchedulers.__members__.keys() - {"EDMEulerScheduler"}
 
 # Of a UNet: what else it needs as input.
 CONDITIONS: Final = {
@@ -56,9 +51,7 @@ CONDITIONS: Final = {
 
 def check_prior(folder: Path, option: str) -> None:
     """Refuse a prior in diffusers' layout that is not supported; parts of it may be missing."""
-    vae, unet, scheduler = (
-        folder / name for name in ("vae/config.json", "unet/config.json", "scheduler/scheduler_config.json")
-    )
+    vae, unet, scheduler = folder / "vae/config.json", folder / "unet/config.json", folder / SCHEDULER
     if vae.is_file():
         channels = check_autoencoder(read_json(vae, option, ADVICE), f"'{vae.parent}'", option)
         if unet.is_file():
@@ -104,16 +97,15 @@ def read_schedule(path: Path, option: str) -> DDIMScheduler:
     have latents sampled is left out: the sampler says so.
     """
     config = read_json(path, option, "Give a complete prior in diffusers' layout.")
-    prediction = config.get("prediction_type", "epsilon")
-    for name, value, valid in (
-        ("prediction_type", prediction, prediction in PREDICTIONS),
-        ("_class_name", config.get("_class_name"), config.get("_class_name", "DDIMScheduler") in SCHEDULERS),
-        ("use_flow_sigmas", config.get("use_flow_sigmas"), not config.get("use_flow_sigmas")),
-        ("timestep_type", config.get("timestep_type"), config.get("timestep_type") != "continuous"),
+    for name, valid in (
+        ("prediction_type", config.get("prediction_type", "epsilon") in PREDICTIONS),
+        ("_class_name", str(config.get("_class_name", "DDIMScheduler")) in SCHEDULERS),
+        ("use_flow_sigmas", not config.get("use_flow_sigmas")),
+        ("timestep_type", config.get("timestep_type") != "continuous"),
     ):
         if not valid:
             raise UserError(
-                f"{option}: '{path}' is of a prior that is not supported ({name} is {value}). Supported are the "
+                f"{option}: '{path}' is of a prior that is not supported ({name} is {config[name]}). Supported are the "
                 f"prediction types {' and '.join(PREDICTIONS)} on the schedules of DDIM, DDPM, PNDM, Euler, DPM-Solver "
                 "and UniPC; not flow matching, EDM, distilled models, or priors that predict the sample."
             )
@@ -128,7 +120,7 @@ def read_schedule(path: Path, option: str) -> DDIMScheduler:
     # Of a hostile configuration diffusers and torch raise any of these; an unknown schedule is a RuntimeError, too.
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise UserError(f"{option}: '{path}' does not describe a schedule ({error}). {ADVICE}") from error
-    if prediction == "epsilon" and schedule.alphas_cumprod[-1] < ZERO_SIGNAL:
+    if schedule.config.prediction_type == "epsilon" and schedule.alphas_cumprod[-1] < ZERO_SIGNAL:
         raise UserError(
             f"{option}: '{path}' ends in pure noise (zero terminal SNR), of which a predicted noise says nothing. "
             "Supported is v_prediction there; or set rescale_betas_zero_snr to false if the prior was trained so."

@@ -49,12 +49,7 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of our own runs, which holds tensors and plain values only.
-
-    Args:
-        path: The file.
-        option: The argument that named it, for errors.
-        map_location: `meta` checks the file without keeping its tensors.
+    """Read a checkpoint of our own runs, which holds tensors and plain values only; on `meta`, it is only checked.
 
     Raises:
         UserError: There is no such file, it is damaged, it is not a checkpoint, or it would run code.
@@ -64,40 +59,31 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
         found: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta")
         if not isinstance(found, dict):
             raise TypeError(f"it holds a {type(found).__name__}")
-        if path.name != SPAWNED:
-            weights = found.get("state_dict")
-            if not (isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)):
-                raise ValueError("it holds no weights")
-            if not isinstance(found.get("global_step"), int):
-                raise ValueError("it does not know its step")
+        weights, step = found.get("state_dict"), found.get("global_step")
+        named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
+        if path.name != SPAWNED and not (named and isinstance(step, int)):
+            raise ValueError("it does not hold weights and their step")
         return found
 
 
 def check_archive(path: Path) -> None:
-    """Compare a file of torch with the checksums in it, which torch itself does not.
-
-    Raises:
-        BadZipFile: They differ, or an entry is compressed, which torch's never are and may hide any size.
-        Exception: Of other kinds, for other damages of an archive.
-    """
+    """Compare a file of torch with the checksums in it, which torch itself does not; raise whatever its damage does."""
     with zipfile.ZipFile(path) as archive:
+        # Torch's entries are never compressed, which may hide any size.
         packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-        damaged = archive.testzip() if not packed else packed[0]
-    if damaged is not None:
+        damaged = packed[0] if packed else archive.testzip()
+    if damaged:
         raise zipfile.BadZipFile(f"its entry {damaged} is not as it was written")
 
 
 def fill(network: nn.Module, weights: dict[str, Tensor], what: str, option: str) -> Any:
-    """Load weights into a network, naming what is missing, too many or of another shape.
-
-    Args:
-        network: Is left as it was if anything is wrong.
-        weights: By the names of its state dict.
-        what: The network, in the error's words.
-        option: The argument that named the source, for errors.
+    """Load weights into a network, called `what` in errors, which is left as it was if anything is wrong.
 
     Returns:
         What `load_state_dict` returns.
+
+    Raises:
+        UserError: Tensors are missing, too many, of another shape or not finite.
     """
     expected = network.state_dict()
     wrong = [
@@ -116,11 +102,9 @@ def fill(network: nn.Module, weights: dict[str, Tensor], what: str, option: str)
 
 def check_finite(weights: dict[str, Tensor], what: str, option: str) -> None:
     """Refuse weights that are NaN or infinite; `what` says where they come from, in the error's words."""
-    wrong = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
-    if wrong:
-        raise UserError(
-            f"{option}: {len(wrong)} tensors of {what} are not finite, such as {wrong[0]}. Use another file."
-        )
+    if wrong := [name for name, value in weights.items() if not value.isfinite().all()]:
+        found = f"{len(wrong)} tensors of {what} are not finite, such as {wrong[0]}"
+        raise UserError(f"{option}: {found}. Use another file.")
 
 
 @contextmanager
@@ -144,8 +128,7 @@ class _Inert:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setstate__(self, state: Any) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def _load_torch(path: Path, option: str) -> Any:
@@ -179,7 +162,6 @@ def _tensors(contents: Any) -> dict[str, Tensor]:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a value is a dense tensor that has a value for each of its places."""
     return (
         isinstance(value, Tensor)
         and value.layout is torch.strided

@@ -3,6 +3,8 @@
 With `a` the schedule's cumulative product at a timestep, noisy latents are sqrt(a) clean + sqrt(1 - a) noise, and
 the velocity is sqrt(a) noise - sqrt(1 - a) clean (Salimans and Ho, arXiv 2202.00512). A schedule says in its
 `prediction_type` which of noise and velocity its prior predicts.
+
+Latents, noise and predictions are (B, channels, h, w); timesteps are (B,), or a scalar except in `min_snr_weights`.
 """
 
 import torch
@@ -11,14 +13,7 @@ from torch import Tensor
 
 
 def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """The regression target of a denoiser: noise or velocity.
-
-    Args:
-        schedule: Says which of the two.
-        latents: (B, channels, h, w), clean and scaled.
-        noise: Of the shape of `latents`.
-        timesteps: (B,).
-    """
+    """The regression target of a denoiser, noise or velocity, for clean and scaled latents."""
     if _predicts_velocity(schedule):
         velocity: Tensor = schedule.get_velocity(latents, noise, timesteps)
         return velocity
@@ -26,14 +21,7 @@ def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, ti
 
 
 def clean_estimate(schedule: DDIMScheduler, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
-    """The clean latents that a prediction implies.
-
-    Args:
-        schedule: Says what the prediction is of.
-        noisy_latents: (B, channels, h, w).
-        prediction: Of the shape of `noisy_latents`.
-        timesteps: (B,) or scalar.
-    """
+    """The clean latents that a prediction implies."""
     signal, noise = _rates(schedule, noisy_latents, timesteps)
     if _predicts_velocity(schedule):
         return signal * noisy_latents - noise * prediction
@@ -41,14 +29,7 @@ def clean_estimate(schedule: DDIMScheduler, noisy_latents: Tensor, prediction: T
 
 
 def implied_prediction(schedule: DDIMScheduler, noisy_latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
-    """The prediction that implies these clean latents. Inverse of `clean_estimate`.
-
-    Args:
-        schedule: Says what the prediction is of.
-        noisy_latents: (B, channels, h, w).
-        clean: Of the shape of `noisy_latents`.
-        timesteps: (B,) or scalar.
-    """
+    """The prediction that implies these clean latents. Inverse of `clean_estimate`."""
     signal, noise = _rates(schedule, noisy_latents, timesteps)
     if _predicts_velocity(schedule):
         return (signal * noisy_latents - clean) / noise
@@ -56,17 +37,10 @@ def implied_prediction(schedule: DDIMScheduler, noisy_latents: Tensor, clean: Te
 
 
 def min_snr_weights(schedule: DDIMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weights of the squared errors of a denoiser that keep easy timesteps from ruling (Hang et al., arXiv 2303.09556).
+    """Weights (B,) of a denoiser's squared errors that keep easy timesteps from ruling (Hang et al., arXiv 2303.09556).
 
-    min(SNR, gamma) / SNR where noise is predicted, min(SNR, gamma) / (SNR + 1) where velocity is.
-
-    Args:
-        schedule: Says what is predicted.
-        timesteps: (B,).
-        gamma: The signal-to-noise ratio above which weights are cut; the paper's is 5.
-
-    Returns:
-        (B,).
+    min(SNR, gamma) / SNR where noise is predicted, min(SNR, gamma) / (SNR + 1) where velocity is; the paper's gamma
+    is 5.
     """
     alphas: Tensor = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
     ratio = alphas / (1 - alphas)

@@ -3,10 +3,18 @@
 from collections.abc import Callable
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from featinv_pl.sampling.diffusion import clean_estimate, implied_prediction
+from featinv_pl.sampling.sampler import Refinement
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(latents (B, channels, h, w), scalar timestep) -> prediction of the same shape as the latents."""
+
+Observer = Callable[[Tensor], Tensor]
+"""Clean latents (B, channels, h, w) -> the feature maps (B, C, h', w') of their images, with gradients."""
 
 
 def weighted(branches: Denoiser, scale: float) -> Denoiser:
@@ -26,16 +34,53 @@ def weighted(branches: Denoiser, scale: float) -> Denoiser:
 
 
 def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
-    """Guidance in a limited interval of timesteps (Kynkäänniemi et al., arXiv 2404.07724).
-
-    Args:
-        guided: The denoiser from `low` to `high`.
-        plain: The denoiser elsewhere.
-        low: The first timestep of the interval.
-        high: The last.
-    """
+    """Guidance in a limited interval of timesteps (Kynkäänniemi et al., arXiv 2404.07724): plain outside of it."""
 
     def limited(latents: Tensor, timestep: Tensor) -> Tensor:
         return (guided if low <= timestep <= high else plain)(latents, timestep)
 
     return limited
+
+
+def refined(
+    denoiser: Denoiser, schedule: DDIMScheduler, observe: Observer, target: Tensor, refinement: Refinement
+) -> Denoiser:
+    """A denoiser whose estimate of the clean latents moves towards a target map before it is handed on.
+
+    Each image is treated alone, whatever else is in its batch.
+
+    Args:
+        denoiser: Predicts noise, or velocity where the schedule says so.
+        schedule: The schedule that the prior was trained with.
+        observe: From clean latents to feature maps.
+        target: (B, C, h', w'), the maps that are asked for.
+        refinement: How.
+    """
+    low, high = (fraction * schedule.config.num_train_timesteps for fraction in refinement.interval)
+
+    def refine(latents: Tensor, timestep: Tensor) -> Tensor:
+        prediction = denoiser(latents, timestep)
+        if not low <= timestep <= high:
+            return prediction
+        clean = clean_estimate(schedule, latents, prediction, timestep).float()
+        for _ in range(refinement.steps):
+            clean = clean + _step(clean, observe, target, refinement)
+        return implied_prediction(schedule, latents, clean.to(latents.dtype), timestep)
+
+    return refine
+
+
+def _step(clean: Tensor, observe: Observer, target: Tensor, refinement: Refinement) -> Tensor:
+    """One step down the gradient, of equal length for each image that is not there yet."""
+    # Gradients need tensors that were not made in inference mode, in which Lightning evaluates.
+    with torch.inference_mode(False), torch.enable_grad():
+        candidate, target = clean.clone().requires_grad_(), target.clone()
+        maps = observe(candidate)
+        cosine = cosine_similarity(maps, target, dim=1).flatten(1).mean(1)
+        distance = 1 - cosine
+        if refinement.distance == "l2":
+            distance = (maps - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad(distance.sum(), candidate)
+    size = gradient.flatten(1).square().mean(1).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
+    length = refinement.step_size * (cosine.detach() < refinement.target) / size
+    return -length.view(-1, 1, 1, 1) * gradient

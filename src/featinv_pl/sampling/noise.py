@@ -17,13 +17,8 @@ def generator(*identity: int | str) -> Generator:
 
 
 def keyed_noise(keys: list[str], shape: tuple[int, ...], *identity: int | str) -> Tensor:
-    """Standard normal noise (len(keys), *shape) in which each sample's part depends on its key alone.
+    """Standard normal noise (len(keys), *shape) in which each sample's part depends on its key and `identity` alone.
 
     A sample gets the same noise in every batch, on every rank and device, with every batch size.
-
-    Args:
-        keys: One for each sample.
-        shape: Of each part.
-        identity: What else decides the noise, such as a seed.
     """
     return torch.stack([torch.randn(shape, generator=generator(*identity, key)) for key in keys])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from featinv_pl.errors import UserError
+from featinv_pl.sampling.sampler import check_option
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,8 @@ class Objective:
     consistency_below: float = 0.3
 
     def __post_init__(self) -> None:
-        for name, value, valid, advice in (
-            ("dropout", self.dropout, 0 <= self.dropout < 1, "Give a probability below 1."),
-            (
-                "min_snr_gamma",
-                self.min_snr_gamma,
-                self.min_snr_gamma is None or self.min_snr_gamma > 0,
-                "Give a number above 0; the usual value is 5.",
-            ),
-            ("consistency", self.consistency, self.consistency >= 0, "Give at least 0, which disables the loss."),
-            (
-                "consistency_below",
-                self.consistency_below,
-                0 < self.consistency_below <= 1,
-                "Give a fraction of the noise schedule.",
-            ),
-        ):
-            if not valid:
-                raise UserError(f"`objective.{name}` cannot be {value}. {advice}")
+        gamma, weight, below = self.min_snr_gamma, self.consistency, self.consistency_below
+        check_option("objective.dropout", self.dropout, 0 <= self.dropout < 1, "Give a probability below 1.")
+        check_option("objective.min_snr_gamma", gamma, gamma is None or gamma > 0, "Give a number above 0, such as 5.")
+        check_option("objective.consistency", weight, weight >= 0, "Give at least 0, which disables the loss.")
+        check_option("objective.consistency_below", below, 0 < below <= 1, "Give a fraction of the noise schedule.")

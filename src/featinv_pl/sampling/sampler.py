@@ -11,6 +11,7 @@ from featinv_pl.errors import UserError
 MOST = 1000  # candidates or gradient steps, each of which takes its time
 FRACTIONS = "Give two fractions of the noise schedule, such as [0.1, 0.8], the smaller one first."
 TENTH = "0.1 is a tenth of the latents' spread"
+STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Refinement:
         target: The cosine at which an image is left as it is.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     steps: int = 3
     step_size: float = 0.02
@@ -41,10 +42,10 @@ class Refinement:
 
     def __post_init__(self) -> None:
         low, high = self.interval
-        _check("sampler.refine.steps", self.steps, 1 <= self.steps <= MOST, f"Give 1 to {MOST}.")
-        _check("sampler.refine.step_size", self.step_size, self.step_size > 0, f"Give a number above 0; {TENTH}.")
-        _check("sampler.refine.interval", list(self.interval), 0 <= low < high <= 1, FRACTIONS)
-        _check("sampler.refine.target", self.target, -1 <= self.target <= 1, "Give a cosine, from -1 to 1.")
+        check_option("sampler.refine.steps", self.steps, 1 <= self.steps <= MOST, f"Give 1 to {MOST}.")
+        check_option("sampler.refine.step_size", self.step_size, self.step_size > 0, f"Give a number above 0; {TENTH}.")
+        check_option("sampler.refine.interval", list(self.interval), 0 <= low < high <= 1, FRACTIONS)
+        check_option("sampler.refine.target", self.target, -1 <= self.target <= 1, "Give a cosine, from -1 to 1.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Sampler:
         best_of: Number of candidates, of which the one with the most similar feature map is kept.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     scheduler: Literal["ddim", "dpm", "unipc"] = "dpm"
     steps: int = 15
@@ -81,24 +82,23 @@ class Sampler:
 
     def __post_init__(self) -> None:
         scale, control, (low, high) = self.guidance_scale, self.control_scale, self.guidance_interval
-        _check("sampler.steps", self.steps, self.steps >= 1, "Give at least 1.")
-        _check("sampler.guidance_scale", scale, isfinite(scale), "Give a number; 1 disables guidance.")
-        _check("sampler.guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1, FRACTIONS)
-        _check("sampler.control_scale", control, 0 <= control < inf, "Give at least 0; the control was trained for 1.")
-        _check("sampler.best_of", self.best_of, 1 <= self.best_of <= MOST, f"Give 1 to {MOST}.")
+        check_option("sampler.steps", self.steps, self.steps >= 1, "Give at least 1.")
+        check_option("sampler.guidance_scale", scale, isfinite(scale), "Give a number; 1 disables guidance.")
+        check_option("sampler.guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1, FRACTIONS)
+        check_option(
+            "sampler.control_scale", control, 0 <= control < inf, "Give at least 0; the control was trained for 1."
+        )
+        check_option("sampler.best_of", self.best_of, 1 <= self.best_of <= MOST, f"Give 1 to {MOST}.")
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
-        """Build a sampler from the JSON of `dataclasses.asdict`.
-
-        Raises:
-            ValidationError: A field is unknown, or its value is not allowed.
-        """
+        """Build a sampler from the JSON of `asdict`; pydantic's ValidationError tells of an unknown or wrong field."""
         known = {name: value for name, value in fields.items() if name != "text_scale"}  # which older files have
-        return TypeAdapter(cls).validate_python({"spacing": "leading", **known})  # of files older than the field
+        return TypeAdapter(cls).validate_python(known)
 
 
-def _check(name: str, value: object, valid: bool, advice: str) -> None:
+def check_option(name: str, value: object, valid: bool, advice: str) -> None:
+    """Refuse the value of an option."""
     if not valid:
         raise UserError(f"`{name}` cannot be {value}. {advice}")
 

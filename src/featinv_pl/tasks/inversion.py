@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
 from featinv_pl.errors import UserError
-from featinv_pl.inverter.compatibility import IDENTITY, check_checkpoint, check_control, check_shards, fill_control
+from featinv_pl.inverter.identity import IDENTITY, check_checkpoint, check_control, check_shards, fill_control
 from featinv_pl.inverter.inverter import Execution, Inverter
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import Encoder
