@@ -1,5 +1,6 @@
 """Configurations as a command would have them, without running it."""
 
+import json
 from functools import cache
 from typing import Any
 
@@ -8,11 +9,12 @@ from jsonargparse import capture_parser
 from featinv_pl.cli import train
 
 
-def effective_config(args: list[str]) -> str:
-    """The whole configuration of a command line, as YAML."""
+def effective_config(args: list[str]) -> dict[str, Any]:
+    """The whole configuration that a command line amounts to."""
     parser = _parser()
-    dumped: str = parser.dump(parser.parse_args(args), skip_none=False)
-    return dumped
+    parsed = parser.parse_args(args)
+    whole: dict[str, Any] = json.loads(parser.dump(parsed, format="json", skip_none=False, skip_validation=True))
+    return whole[args[0]]
 
 
 @cache

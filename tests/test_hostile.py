@@ -18,7 +18,7 @@ from PIL import Image
 from featinv_pl.__main__ import main
 from tiny import TRAINER
 from torture.hostile import Kind, kinds, make_originals, trial, trials
-from torture.spoils import ANY, BAD_PICTURES, Runs
+from torture.spoils import ANY, BAD_PICTURES, RUNS
 
 NAMES = [kind.name for kind in kinds(Path())]
 EVERY = {"authors' checkpoint": 4, "scores of a run": 3}  # of those that take longer
@@ -119,5 +119,5 @@ def test_a_pickle_does_run_without_care(tmp_path: Path, monkeypatch: pytest.Monk
     """What all the others rely on."""
     (tmp_path / "place").mkdir()
     monkeypatch.chdir(tmp_path / "place")
-    pickle.loads(pickle.dumps(Runs()))
+    pickle.loads(pickle.dumps(RUNS))
     assert Path("../ran").exists()

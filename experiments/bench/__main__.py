@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from bench import digits, machine, sampling, startup, training
 from bench.full_size import write_prior
@@ -124,7 +123,7 @@ def _training(options: Any) -> dict[str, Any]:
 def _sampling(options: Any) -> dict[str, Any]:
     words = ["fit", f"--config={training.CONFIGS / 'full.yaml'}", *options.option]
     allow_imports()
-    own = yaml.safe_load(effective_config(words))["fit"]["model"]["init_args"]
+    own = effective_config(words)["model"]["init_args"]
     names = ("backbone", "weights", "input_size", "prior", "image_size")
     ways, noise, rates = sampling.measure(
         {name: own[name] for name in names} | {"encoder": Encoder(**own["encoder"])},

@@ -154,7 +154,7 @@ def _train(one: Configuration, model: list[str], steps: int) -> None:
 
 def _files(name: str) -> list[str]:
     """A configuration's file and those that it lies over."""
-    names = list(NAMES)
+    names = [*SAVINGS, *ON_GPU]
     return [*SAVINGS, name] if name in AGAIN else names[: names.index(name) + 1]
 
 

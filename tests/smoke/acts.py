@@ -127,4 +127,4 @@ def root_of(command: str, words: list[str]) -> Path:
 
 def settings_of(command: str, words: list[str]) -> Any:
     """The configuration that a command line amounts to."""
-    return yaml.safe_load(effective_config([command, *words]))[command]
+    return effective_config([command, *words])

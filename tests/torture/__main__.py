@@ -8,43 +8,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from torture import HEAD, Figure
 from torture.hostile import damage_files
-from torture.kills import fill_disk, kill_stage, prepare, stages
+from torture.kills import STAGES, fill_disk, kill_stage, prepare
 from torture.ranks import compare_ranks, end_one_of_two
 from torture.saving import kill_saving
-from torture.table import HEAD, Figure
 
 
 def torture(root: Path, kills: int, mutations: int, rng: random.Random) -> Iterator[Figure]:
     """One theme after the other."""
     prepare(root)
-    for stage in stages():
-        yield kill_stage(root, stage, kills, rng)
+    some = max(kills // 4, 1)
+    yield from (kill_stage(root, stage, kills, rng) for stage in STAGES)
     yield from kill_saving(2 * kills)
     yield from compare_ranks(root)
-    yield from end_one_of_two(root, max(kills // 4, 1), rng)
-    for stage in stages():
-        if stage.ranks == 1:
-            yield fill_disk(root, stage, max(kills // 4, 1), rng)
+    yield from end_one_of_two(root, some, rng)
+    yield from (fill_disk(root, stage, some, rng) for stage in STAGES if stage.ranks == 1)
     yield from damage_files(root / "hostile", mutations)
-    yield families()
-
-
-def families() -> Figure:
-    """The classifiers that take too long for `make test`."""
-    families = import_module("nets.test_families")  # by name, or mypy finds the module under two names
-    wrong = []
-    for name in families.LARGE:
-        try:
-            families.test_map_is_spatial_and_logits_are_timms(name)
-        except AssertionError:
-            wrong.append(name)
-    return Figure("classifiers of timm", "maps and logits", len(families.LARGE), len(wrong), ", ".join(wrong))
 
 
 def main() -> None:

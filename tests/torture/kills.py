@@ -5,25 +5,26 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tiny import extraction, inversion, make_classifier, make_prior, write
-from torture.observers import ROWS, SEEN, lines
-from torture.processes import TWO, moments, run
-from torture.table import Figure
+from torture import Figure
+from torture.processes import ROWS, SEEN, TWO, lines, moments, run
+from trainings import short
 
 STEPS = 12  # of epochs of four, of which every second is saved and every third validated
-PATH = "run/inversion.ckpt"
 ONE_LINE = r"featinv-pl: error: .*'.*(File too large|No space left)"  # and the name of the file
 LEAST = 20_000  # bytes: what commands print and note goes to files too
+WEIGHTS = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers")
 
 
 def prepare(root: Path) -> Path:
@@ -34,57 +35,42 @@ def prepare(root: Path) -> Path:
     extract["trainer"] |= {"enable_progress_bar": False, "limit_predict_batches": 11}
     extract["trainer"]["callbacks"][0]["init_args"]["shard_size"] = 14
     extract["data"]["init_args"]["batch_size"] = 7  # 77 samples, which two ranks cannot share evenly
-    write(root / "extract.yaml", extract)
 
-    fit = inversion(classifier, prior)
-    last = {"filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
+    recorder = {"class_path": "torture.processes.Recorder"}
+    fit = short(classifier, prior, Path("shards"))
+    fit["trainer"] |= {"max_steps": STEPS, "val_check_interval": 3, "log_every_n_steps": 1, "gradient_clip_val": 1.0}
+    fit["trainer"]["logger"] = {"class_path": "torture.processes.Rows"}
     best = {"dirpath": "run/best", "filename": "best", "monitor": "val/loss", "enable_version_counter": False}
-    fit["trainer"] |= {
-        "enable_progress_bar": False,
-        "max_steps": STEPS,
-        "val_check_interval": 3,
-        "check_val_every_n_epoch": None,
-        "log_every_n_steps": 1,
-        "gradient_clip_val": 1.0,
-        "logger": {"class_path": "torture.observers.Rows"},
-        "callbacks": [
-            {"class_path": "torture.observers.Recorder"},
-            {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
-            {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 100}},
-            {"class_path": "ModelCheckpoint", "init_args": last},
-            {"class_path": "ModelCheckpoint", "init_args": best},
-        ],
-    }
+    fit["trainer"]["callbacks"] += [
+        recorder,
+        {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 100}},
+        {"class_path": "ModelCheckpoint", "init_args": best},
+    ]
+    schedule = {"max_lr": 0.01, "total_steps": STEPS}
     fit["model"]["init_args"]["lr_scheduler"] = {
         "class_path": "torch.optim.lr_scheduler.OneCycleLR",
-        "init_args": {"max_lr": 0.01, "total_steps": STEPS},
+        "init_args": schedule,
     }
-    fit["data"]["init_args"] |= {"batch_size": 16, "num_workers": 2, "test": {"val": "shards/val"}}
-    write(root / "fit.yaml", fit)
+    fit["data"]["init_args"]["num_workers"] = 2
 
     test = inversion(classifier, prior)
-    test["trainer"] |= {
-        "enable_progress_bar": False,
-        "callbacks": [
-            {"class_path": "torture.observers.Recorder"},
-            {"class_path": "Evaluation", "init_args": {"num_images": 0}},
-        ],
-    }
+    evaluation = {"class_path": "Evaluation", "init_args": {"num_images": 0}}
+    test["trainer"] |= {"enable_progress_bar": False, "callbacks": [recorder, evaluation]}
     test["data"]["init_args"] |= {"batch_size": 8, "test": {"val": "shards/val", "train": "shards/train"}}
-    write(root / "test.yaml", test)
-    shutil.rmtree(root / "shards", ignore_errors=True)
+    for name, settings in (("extract", extract), ("fit", fit), ("test", test)):
+        write(root / f"{name}.yaml", settings)
     run(["predict", "--config", "extract.yaml"], root)
     return root
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
     """A command that is interrupted: how much it has done in a folder, and what it leaves there in the end."""
 
     name: str
-    args: Sequence[str]
+    args: tuple[str, ...]
     marks: Callable[[Path], int]
-    left: Callable[[Path], Any]
+    left: Callable[[Path], dict[str, Any]]
     ranks: int = 1
 
     def place(self, root: Path, name: str) -> Path:
@@ -99,31 +85,24 @@ class Stage:
         return folder
 
 
-def stages() -> list[Stage]:
-    fit = ("fit", "--config", "fit.yaml", "--ckpt_path", "last")
-    two = (*fit, *TWO, "--data.batch_size=8", "--data.num_workers=1")
-    predict = ("predict", "--config", "extract.yaml")
-    return [
-        Stage("fit", fit, lambda folder: len(samples(folder)), trained),
-        Stage("fit", two, lambda folder: len(samples(folder)), trained, ranks=2),
-        Stage("predict", predict, shards, extracted),
-        Stage("predict", (*predict, *TWO), shards, extracted, ranks=2),
-        Stage("test", ("test", "--config", "test.yaml"), batches, scores),
-    ]
+@cache
+def undisturbed(root: Path, stage: Stage) -> tuple[dict[str, Any], int, int]:
+    """What a command leaves that nothing happens to, its marks, and the size of its largest file."""
+    folder = stage.place(root, "undisturbed")
+    run(stage.args, folder)
+    return stage.left(folder), stage.marks(folder), max(map(len, files(folder).values()))
 
 
 def kill_stage(root: Path, stage: Stage, kills: int, rng: random.Random) -> Figure:
     """Kill a command and start it again until it is done; compare with one that nobody has killed."""
-    undisturbed = stage.place(root, "undisturbed")
-    run(stage.args, undisturbed)
-    expected, total = stage.left(undisturbed), stage.marks(undisturbed)
+    expected, total, _ = undisturbed(root, stage)
     done = wrong = rounds = partly = 0
     while done < kills:
         folder = stage.place(root, str(rounds))
         rounds += 1
         for moment in islice(moments(partial(stage.marks, folder), total, folder, rng), kills - done):
             partly += stage.marks(folder) > 0
-            if run(stage.args, folder, moment) is not None:
+            if run(stage.args, folder, moment):
                 break
             done += 1
         else:
@@ -135,9 +114,7 @@ def kill_stage(root: Path, stage: Stage, kills: int, rng: random.Random) -> Figu
 
 def fill_disk(root: Path, stage: Stage, times: int, rng: random.Random) -> Figure:
     """Run a command whose files can grow only so large, then the same command with room; compare likewise."""
-    undisturbed = stage.place(root, "undisturbed")
-    run(stage.args, undisturbed)
-    expected, largest = stage.left(undisturbed), max(map(len, files(undisturbed).values()))
+    expected, _, largest = undisturbed(root, stage)
     wrong = 0
     for number in range(times):
         folder = stage.place(root, f"full-{number}")
@@ -149,32 +126,22 @@ def fill_disk(root: Path, stage: Stage, times: int, rng: random.Random) -> Figur
     return Figure(stage.name, "disk full", times, wrong, "one line each, and the same command resumes")
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def differ(folder: Path, left: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether two states are not the same to the bit."""
+    if wrong := [name for name in left.keys() | expected.keys() if left.get(name) != expected.get(name)]:
+        print(f"{folder}: {wrong} differ", file=sys.stderr)
+    return bool(wrong)
+
+
+def files(folder: Path) -> dict[str, Any]:
     """Every file below a folder, except configurations."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix != ".yaml"
-    }
-
-
-def shards(folder: Path) -> int:
-    return len(list(folder.glob("shards/*/*.tar")))
-
-
-def extracted(folder: Path) -> dict[str, bytes]:
-    return files(folder / "shards")
-
-
-def batches(folder: Path) -> int:
-    return len(list(folder.glob("run/reconstructions/*.safetensors")))
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".yaml"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def scores(folder: Path) -> dict[str, Any]:
     """What a test writes, but its date. How its images are shared out among files depends on where it was stopped."""
-    found: dict[str, Any] = {
-        n: data for n, data in files(folder / "run").items() if not n.startswith("reconstructions/")
-    }
+    found = {name: data for name, data in files(folder / "run").items() if not name.startswith("reconstructions/")}
     found["metrics.json"] = json.loads(found["metrics.json"])
     del found["metrics.json"]["provenance"]["date"]
     return found
@@ -182,10 +149,9 @@ def scores(folder: Path) -> dict[str, Any]:
 
 def trained(folder: Path) -> dict[str, Any]:
     """All that a training leaves, and all that it has ever logged and read, which must be the same each time."""
-    checkpoint = torch.load(folder / PATH, weights_only=True)
-    state = {name: checkpoint[name] for name in ("state_dict", "current_model_state", "averaging_state")}
-    state |= {name: checkpoint[name] for name in ("optimizer_states", "lr_schedulers", "global_step", "epoch")}
-    state["order"], state["random"] = checkpoint["FeatureShards"], checkpoint["unfinished"]["random"]
+    checkpoint = torch.load(folder / "run/inversion.ckpt", weights_only=True)
+    state = {name: checkpoint[name] for name in (*WEIGHTS, "global_step", "epoch", "FeatureShards")}
+    state["random"] = checkpoint["unfinished"]["random"]
     states = checkpoint["callbacks"].items()
     state["stopping"] = [value for name, value in states if name.startswith("EarlyStopping")]
     state["best"] = torch.load(folder / "run/best/best.ckpt", weights_only=True)["state_dict"]
@@ -194,7 +160,7 @@ def trained(folder: Path) -> dict[str, Any]:
         for name, value in metrics.items():
             state["rows"].setdefault(f"{step} {name}", set()).add(value)
     state["seen"] = [samples(folder, rank) for rank in range(2)]
-    return state
+    return tree_map(lambda leaf: leaf.numpy().tobytes() if isinstance(leaf, Tensor) else leaf, state)
 
 
 def samples(folder: Path, rank: int = 0) -> dict[str, set[str]]:
@@ -205,21 +171,23 @@ def samples(folder: Path, rank: int = 0) -> dict[str, set[str]]:
     return seen
 
 
-def differ(folder: Path, left: Any, expected: Any) -> bool:
-    if (difference := unlike(left, expected)) is not None:
-        print(f"{folder}: {difference}", file=sys.stderr)
-    return difference is not None
+def count(pattern: str) -> Callable[[Path], int]:
+    return lambda folder: len(list(folder.glob(pattern)))
 
 
-def unlike(one: Any, other: Any, name: str = "") -> str | None:
-    """The name of the first thing that two states differ in, to the bit."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        if one.keys() != other.keys():
-            return f"{name}: {sorted(map(str, one.keys() ^ other.keys()))}"
-        pairs = [(f"{name}/{key}", one[key], other[key]) for key in one]
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        pairs = [(f"{name}/{number}", *pair) for number, pair in enumerate(zip(one, other, strict=True))]
-    else:
-        same = torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
-        return None if same else f"{name}: {one} and {other}"
-    return next((found for key, left, right in pairs if (found := unlike(left, right, key)) is not None), None)
+FIT = ("fit", "--config", "fit.yaml", "--ckpt_path", "last")
+PREDICT = ("predict", "--config", "extract.yaml")
+MADE: tuple[Any, Any] = (count("shards/*/*.tar"), lambda folder: files(folder / "shards"))
+STAGES = (
+    Stage("fit", FIT, lambda folder: len(samples(folder)), trained),
+    Stage(
+        "fit",
+        (*FIT, *TWO, "--data.batch_size=8", "--data.num_workers=1"),
+        lambda folder: len(samples(folder)),
+        trained,
+        2,
+    ),
+    Stage("predict", PREDICT, *MADE),
+    Stage("predict", (*PREDICT, *TWO), *MADE, 2),
+    Stage("test", ("test", "--config", "test.yaml"), count("run/reconstructions/*.safetensors"), scores),
+)

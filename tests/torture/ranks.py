@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tiny import joined
-from torture.kills import stages
-from torture.observers import ROWS, SEEN, lines
-from torture.processes import PATIENCE_S, TWO, ended, kill, run, start_as_users_do
-from torture.table import Figure
+from torture import Figure
+from torture.kills import STAGES, undisturbed
+from torture.processes import PATIENCE_S, SEEN, TWO, ended, kill, lines, run, start_as_users_do
 
 LIMIT_S = 60.0  # in which the other rank must have ended
 LOSSES, SCORES = 1e-5, 1e-6  # how far one and two ranks may be apart
@@ -25,56 +24,45 @@ def compare_ranks(root: Path) -> Iterator[Figure]:
 
     77 samples are evaluated, which two ranks cannot share evenly, by batches of 10.
     """
-    one, two, extract, extract_by_two, test = stages()
-    curves = []
-    for stage in (one, two):
-        folder = stage.place(root, "parity")
-        run(stage.args, folder)
-        curves.append(curve(folder))
-    losses = [abs(curves[0][key] - curves[1].get(key, math.inf)) for key in curves[0]]
-    wrong = sum(loss > LOSSES for loss in losses)
-    yield Figure("fit", "losses, 1 and 2 processes", len(losses), wrong, f"at most {max(losses):.0e} apart")
+    fit, fit_by_two, extract, extract_by_two, test = STAGES
+    losses, others = (
+        {name: max(values) for name, values in undisturbed(root, stage)[0]["rows"].items() if "loss" in name}
+        for stage in (fit, fit_by_two)
+    )
+    yield compared("fit", "losses", losses, others, LOSSES)
 
-    found = []
+    found, seen = [], []
     for ranks, more in ((1, ["--data.batch_size=10"]), (2, [*TWO, "--data.batch_size=5", "--data.num_workers=3"])):
         folder = test.place(root, f"parity-{ranks}")
         run([*test.args, *more, "--data.test.val=shards/val"], folder)
-        seen = sorted(key for rank in range(ranks) for *_, keys in lines(folder / SEEN.format(rank)) for key in keys)
-        found.append((joined(json.loads((folder / "run/metrics.json").read_text())), seen))
-    (scores, seen), (others, same) = found
-    apart = {name: abs(value - others[name]) for name, value in scores.items()}
-    wrong = sum(difference > SCORES for difference in apart.values())
-    yield Figure("test", "scores, 1 and 2 processes", len(apart), wrong, f"at most {max(apart.values()):.0e} apart")
-    twice = len(same) - len(set(same))
-    yield Figure("test", "samples, 1 and 2 processes", len(seen), twice + (same != seen), "each seen once")
+        seen.append(
+            sorted(key for rank in range(ranks) for *_, keys in lines(folder / SEEN.format(rank)) for key in keys)
+        )
+        found.append(joined(json.loads((folder / "run/metrics.json").read_text())))
+    yield compared("test", "scores", *found, SCORES)
+    twice = len(seen[1]) - len(set(seen[1]))
+    yield Figure("test", "samples, 1 and 2 processes", len(seen[0]), twice + (seen[0] != seen[1]), "each seen once")
 
-    sets = []
-    for stage in (extract, extract_by_two):
-        folder = stage.place(root, "parity")
-        run(stage.args, folder)
-        sets.append(stage.left(folder))
-    wrong = sum(sets[0].get(name) != sets[1].get(name) for name in sets[0].keys() | sets[1].keys())
-    yield Figure("predict", "files, 1 and 2 processes", len(sets[0]), wrong, "the same to the byte")
+    one, two = (undisturbed(root, stage)[0] for stage in (extract, extract_by_two))
+    wrong = sum(one.get(name) != two.get(name) for name in one.keys() | two.keys())
+    yield Figure("predict", "files, 1 and 2 processes", len(one), wrong, "the same to the byte")
 
 
-def curve(folder: Path) -> dict[str, float]:
-    """Each loss, by its name and step."""
-    return {
-        f"{name} {step}": value for step, row in lines(folder / ROWS) for name, value in row.items() if "loss" in name
-    }
+def compared(stage: str, what: str, one: dict[str, float], other: dict[str, float], most: float) -> Figure:
+    apart = [abs(value - other.get(name, math.inf)) for name, value in one.items()]
+    wrong = sum(difference > most for difference in apart)
+    return Figure(stage, f"{what}, 1 and 2 processes", len(apart), wrong, f"at most {max(apart):.0e} apart")
 
 
 def end_one_of_two(root: Path, times: int, rng: random.Random) -> Iterator[Figure]:
     """Kill or ask one rank, in training and in a test, and see whether both end, in time and by their exit status."""
-    _, fit, _, _, test = stages()
-    for stage in (fit, test):
-        more = "--data.batch_size=1" if stage is test else "--trainer.max_steps=100000"
-        args = [*stage.args, *TWO, more]
+    _, fit, _, _, test = STAGES
+    for stage, more in ((fit, "--trainer.max_steps=100000"), (test, "--data.batch_size=1")):
         for number, what in ((signal.SIGKILL, "kill -9 of"), (signal.SIGTERM, "SIGTERM to")):
             wrong, longest = 0, 0.0
             for _ in range(times):
                 folder = stage.place(root, "ranks")
-                seconds, status = end_one(args, folder, number, rng)
+                seconds, status = end_one([*stage.args, *TWO, more], folder, number, rng)
                 longest = max(longest, seconds)
                 said = (folder / "output.txt").read_text()
                 wrong += seconds > LIMIT_S or status in (0, None) or "Traceback" in said
@@ -86,19 +74,15 @@ def end_one(args: list[str], folder: Path, number: int, rng: random.Random) -> t
     """Send a signal to one of two ranks at work; return after how many seconds none is left, and the exit status."""
     first, begun = start_as_users_do(args, folder), time.monotonic()
     while not all((folder / SEEN.format(rank)).is_file() for rank in range(2)):
-        if time.monotonic() - begun > PATIENCE_S:
+        if time.monotonic() - begun > PATIENCE_S or ended(first) is not None:
             kill(first)
-            raise TimeoutError(f"{args} has not begun in {PATIENCE_S:.0f} seconds")
-        if ended(first) is not None:
-            raise RuntimeError(f"{args} has ended:\n{(folder / 'output.txt').read_text()[-3000:]}")
+            raise RuntimeError(f"{args} has not begun:\n{(folder / 'output.txt').read_text()[-3000:]}")
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.5))
     os.kill(rng.choice(ranks(first)), number)
     begun, status = time.monotonic(), None
-    while time.monotonic() - begun < LIMIT_S + 5:
+    while (group(first) or status is None) and time.monotonic() - begun < LIMIT_S + 5:
         status = ended(first) if status is None else status
-        if status is not None and not group(first):
-            break
         time.sleep(0.02)
     seconds = time.monotonic() - begun
     kill(first)

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
@@ -17,14 +16,14 @@ from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from featinv_pl.errors import UserError
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints
-from torture.table import Figure
+from torture import Figure
 
-MEMORY = Path("/dev/shm")
 VALUES = 10_000_000  # of four bytes
 
 
-def checkpoint(step: int) -> dict[str, Any]:
-    return {"state_dict": {"weight": torch.full((VALUES,), float(step))}, "global_step": step}
+def save(how: CheckpointIO, path: Path, step: int) -> None:
+    state = {"weight": torch.full((VALUES,), float(step))}
+    how.save_checkpoint({"state_dict": state, "global_step": step}, path)
 
 
 def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, int]:
@@ -34,7 +33,7 @@ def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, i
         How many left a broken checkpoint under its name, and how many were in the middle of saving.
     """
     start = time.perf_counter()
-    how.save_checkpoint(checkpoint(0), path)
+    save(how, path, 0)
     duration = time.perf_counter() - start
     broken = interrupted = 0
     for kill in range(kills):
@@ -42,7 +41,7 @@ def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, i
         child = os.fork()
         if child == 0:
             for step in range(1, 1000):
-                how.save_checkpoint(checkpoint(step), path)
+                save(how, path, step)
             os._exit(0)
         time.sleep(duration * (1 + 3 * kill / kills))
         os.kill(child, signal.SIGKILL)
@@ -53,14 +52,14 @@ def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, i
             broken += not bool((found["state_dict"]["weight"] == found["global_step"]).all())
         except UserError:
             broken += 1
-            how.save_checkpoint(checkpoint(0), path)
+            save(how, path, 0)
     return broken, interrupted
 
 
 def kill_saving(kills: int) -> Iterator[Figure]:
     """Both ways of saving."""
     for name, how in (("Lightning", TorchCheckpointIO()), ("this project", AtomicCheckpoints())):
-        with tempfile.TemporaryDirectory(dir=".") as folder, tempfile.TemporaryDirectory(dir=MEMORY) as temporary:
+        with tempfile.TemporaryDirectory(dir=".") as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as temporary:
             tempfile.tempdir = temporary  # where Lightning's file waits for its name
             broken, interrupted = kill_while_saving(how, Path(folder).absolute() / "a.ckpt", kills)
             tempfile.tempdir = None

@@ -9,7 +9,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,54 +18,47 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from conftest import Runs
+from shard_sets import rewrite_index
+
 Spoil = Callable[[Path], object]
 Spoils = dict[str, Spoil]
 
 DEEP = 100_000
+RUNS = Runs(Path("../ran"))  # as seen from where the command runs
 LEAVES: tuple[Any, ...] = (
-    None, True, -1, 0, 2**31, 10**12, 10**400, 1e308, float("nan"), float("inf"), "", "\0", "a\nb", "../../outside",
+    None, True, -1, 0, 2**31, 10**12, 1e308, float("nan"), float("inf"), "", "\0", "a\nb", "../../outside",
     "/etc/passwd", "ü" * 10_000, [], {}, [[]], [10**9] * 3, {"a": {"b": []}},
 )  # fmt: skip
 
 
-class Runs:
-    """A pickle that makes a file, `../ran` as seen from where the command runs, when it is loaded without care."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, ("touch ../ran",)
-
-
-def holds(data: bytes | str) -> Spoil:
-    return lambda path: path.write_bytes(data.encode() if isinstance(data, str) else data)
-
-
-def links_to(target: str) -> Spoil:
-    def spoil(path: Path) -> None:
-        path.unlink(missing_ok=True)
-        path.symlink_to(target)
-
-    return spoil
+def holds(data: bytes) -> Spoil:
+    return lambda path: path.write_bytes(data)
 
 
 def instead(make: Callable[[Path], object]) -> Spoil:
     def spoil(path: Path) -> None:
-        path.unlink()
+        path.unlink(missing_ok=True)
         make(path)
 
     return spoil
 
 
+def links_to(target: str) -> Spoil:
+    return instead(lambda path: path.symlink_to(target))
+
+
 ANY: Spoils = {
     "empty": holds(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3]),
-    "pickle": holds(pickle.dumps(Runs())),
+    "pickle": holds(pickle.dumps(RUNS)),
     "not text": holds(b"\xff\xfe\x80 \x00" * 40),
     "missing": Path.unlink,
     "folder": instead(Path.mkdir),
     "endless pipe": instead(os.mkfifo),
     "link to endless zeros": links_to("/dev/zero"),
     "link elsewhere": links_to("/etc/passwd"),
-    "link to itself": lambda path: links_to(path.name)(path),
+    "link to itself": instead(lambda path: path.symlink_to(path.name)),
 }
 
 
@@ -74,58 +67,53 @@ def random_damage(path: Path, rng: random.Random) -> None:
     data = path.read_bytes()
     place, amount = rng.randrange(len(data)), rng.randrange(1, 600)
     head, middle, tail = data[:place], data[place : place + amount], data[place + amount :]
-    changed = [
-        head + bytes([middle[0] ^ 1 << rng.randrange(8)]) + middle[1:] + tail,
-        head,
-        head + bytes(len(middle)) + tail,
-        head + tail,
-        head + rng.randbytes(amount) + middle + tail,
-        head + 2 * middle + tail,
-    ]
-    path.write_bytes(rng.choice(changed))
+    flipped = bytes([middle[0] ^ 1 << rng.randrange(8)]) + middle[1:]
+    inserted = rng.randbytes(amount) + middle
+    others = [flipped, b"", bytes(len(middle)), inserted, 2 * middle]
+    path.write_bytes(rng.choice([head, *(head + other + tail for other in others)]))
 
 
 # JSON
 
 JSONS: Spoils = {
-    "deep": holds("[" * DEEP + "]" * DEEP),
-    "many digits": holds("9" * DEEP),
-    "not an object": holds("[]"),
-    "nothing in it": holds("{}"),
-    "infinite": holds('{"a": Infinity}'),
+    "deep": holds(b"[" * DEEP + b"]" * DEEP),
+    "many digits": holds(b"9" * DEEP),
+    "not an object": holds(b"[]"),
+    "nothing in it": holds(b"{}"),
+    "infinite": holds(b'{"a": Infinity}'),
 }
 
 
-def put(contents: Any, where: tuple[Any, ...], value: Any) -> None:
-    for key in where[:-1]:
-        contents = contents[key]
-    contents[where[-1]] = value
-
-
-def puts(*where: Any, value: Any) -> Spoil:
+def puts(where: Sequence[str], value: Any) -> Spoil:
     """Another value at a place of a JSON document."""
 
     def spoil(path: Path) -> None:
-        contents = json.loads(path.read_text())
-        put(contents, where, value)
+        contents = part = json.loads(path.read_text())
+        for number, name in enumerate(where, 1):
+            key = int(name) if isinstance(part, list) else name
+            if number == len(where):
+                part[key] = value
+            part = part[key]
         path.write_text(json.dumps(contents))
 
     return spoil
 
 
+def values(table: dict[str, Sequence[Any]]) -> Spoils:
+    """From places in a document, and the values that are put there."""
+    rows = ((where, value) for where, several in table.items() for value in several)
+    return {f"{where} = {value!r}"[:60]: puts(where.split("/"), value) for where, value in rows}
+
+
 def random_value(path: Path, rng: random.Random) -> None:
     """Another value at any place of a JSON document."""
-    places, contents = [], json.loads(path.read_text())
 
-    def walk(value: Any, where: tuple[Any, ...]) -> None:
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        for key, one in items:
-            places.append((*where, key))
-            walk(one, (*where, key))
+    def places(part: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for key, one in part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list) else ():
+            yield (*where, str(key))
+            yield from places(one, (*where, str(key)))
 
-    walk(contents, ())
-    put(contents, rng.choice(places), rng.choice([leaf for leaf in LEAVES if leaf != 10**400]))
-    path.write_text(json.dumps(contents))
+    puts(rng.choice([*places(json.loads(path.read_text()))]), rng.choice(LEAVES))(path)
 
 
 # Files of torch and safetensors
@@ -148,7 +136,7 @@ def first_weight(change: Callable[[torch.Tensor], Any]) -> Spoil:
     return loads(one)
 
 
-def rezipped(path: Path, change: Callable[[str, bytes], bytes] = lambda _, data: data, compression: int = 0) -> None:
+def rezipped(path: Path, change: Callable[[str, bytes], bytes], compression: int = 0) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
@@ -172,9 +160,9 @@ def huge_storage(path: Path) -> None:
 
 
 RUN_CODE: Spoils = {
-    "pickle in a zip": saves({"state_dict": {"a": Runs()}}),
-    "pickle of before": saves({"state_dict": {"a": Runs()}}, legacy=True),
-    "pickle beside weights": loads(lambda contents: {**contents, "extra": Runs()}),
+    "pickle in a zip": saves({"state_dict": {"a": RUNS}}),
+    "pickle of before": saves({"state_dict": {"a": RUNS}}, legacy=True),
+    "pickle beside weights": loads(lambda contents: {**contents, "extra": RUNS}),
 }
 ARCHIVES: Spoils = {"zip bomb": zip_bomb, "storage of 2^40 values": huge_storage}
 WEIGHTS: Spoils = {
@@ -188,23 +176,20 @@ WEIGHTS: Spoils = {
 }
 CONTENTS: Spoils = {
     "a list": loads(lambda contents: [contents]),
-    "a tensor alone": loads(lambda contents: torch.zeros(3)),
-    "nothing in it": loads(lambda contents: {}),
+    "a tensor alone": saves(torch.zeros(3)),
+    "nothing in it": saves({}),
     "no weights": loads(lambda contents: {**contents, "state_dict": {}}),
     "names that are numbers": loads(lambda contents: {**contents, "state_dict": {1: torch.zeros(1)}}),
 }
 
 
-def header(text: bytes, length: int | None = None, data: bytes = b"") -> Spoil:
-    return holds(struct.pack("<Q", len(text) if length is None else length) + text + data)
+def header(text: bytes, length: int | None = None) -> Spoil:
+    """A header of safetensors, before the bytes of three values."""
+    return holds(struct.pack("<Q", length or len(text)) + text + bytes(12))
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Spoil:
     return lambda path: save_file({name: one.contiguous() for name, one in change(load_file(path)).items()}, path)
-
-
-def each(change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
-    return tensors(lambda found: {name: change(one) if one.is_floating_point() else one for name, one in found.items()})
 
 
 HEADERS: Spoils = {
@@ -214,15 +199,14 @@ HEADERS: Spoils = {
         b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4000000000000000000]}}'
     ),
     "header: overlapping": header(
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}',
-        data=bytes(12),
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
     ),
-    "header: unknown dtype": header(b'{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,1]}}', data=b"1"),
+    "header: unknown dtype": header(b'{"a":{"dtype":"X9","shape":[12],"data_offsets":[0,12]}}'),
 }
 TENSORS: Spoils = {
     "a tensor missing": tensors(lambda found: dict(list(found.items())[:-1])),
-    "other shapes": each(lambda one: one[None]),
-    "NaN": each(lambda one: torch.full_like(one, torch.nan)),
+    "other shapes": tensors(lambda found: {name: one[None] for name, one in found.items()}),
+    "NaN": tensors(lambda found: {name: one * torch.nan for name, one in found.items()}),
 }
 
 # Shards, whose members an author writes together with their checksums
@@ -239,19 +223,14 @@ def member(suffix: str, data: bytes) -> Spoil:
     """Another member in every sample of a shard; its index agrees."""
 
     def spoil(path: Path) -> None:
-        index = json.loads(path.with_suffix(".json").read_text())
-        old, new = path.read_bytes(), io.BytesIO()
-        for entry in index["entries"]:
-            for name, place in entry["members"].items():
-                start = place["offset"] + tarfile.BLOCKSIZE
-                content = data if name == suffix else old[start : start + place["size"]]
-                info = tarfile.TarInfo(f"{entry['key']}.{name}")
+        with tarfile.open(path) as tar:
+            contents = [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for info, content in contents:
+                content = data if info.name.endswith(f".{suffix}") else content
                 info.size = len(content)
-                block = info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
-                place |= {"offset": new.tell(), "size": len(content), "crc32": zlib.crc32(block)}
-                new.write(block)
-        path.write_bytes(new.getvalue() + bytes(2 * tarfile.BLOCKSIZE))
-        path.with_suffix(".json").write_text(json.dumps(index))
+                tar.addfile(info, io.BytesIO(content))
+        rewrite_index(path)
 
     return spoil
 
@@ -268,7 +247,7 @@ def tar_header(path: Path, **fields: Any) -> None:
 MEMBERS: Spoils = {
     "meta: deep": member("json", b"[" * DEEP + b"]" * DEEP),
     "meta: label of 5,000 digits": member("json", b'{"label": ' + b"1" * 5000 + b', "source": "s", "key": "k"}'),
-    "array: pickled": member("features.npy", npy("'|O'", "(1,)", pickle.dumps(Runs()))),
+    "array: pickled": member("features.npy", npy("'|O'", "(1,)", pickle.dumps(RUNS))),
     "array: 10^12 values": member("features.npy", npy("'<f2'", "(1000000, 1000000)", bytes(64))),
     "array: negative shape": member("features.npy", npy("'<f2'", "(-8, 4, 4)", bytes(256))),
     "array: NaN": member("features.npy", npy("'<f2'", "(8, 4, 4)", b"\x00\x7e" * 128)),
@@ -282,29 +261,22 @@ MEMBERS: Spoils = {
 # Pictures
 
 
-def png(width: int, height: int, data: bytes = b"") -> bytes:
+def png(width: int, height: int, data: bytes | None = None) -> bytes:
     """A black picture of a few kilobytes, whatever its size."""
-    packer, rows = zlib.compressobj(9), bytes(width // 8 + 2)
-    packed = b"".join(packer.compress(rows) for _ in range(min(height, 2000))) + packer.flush()
+    packed = zlib.compress(bytes((width // 8 + 2) * min(height, 2000)), 9) if data is None else data
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", data or packed), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        for kind, content in chunks
+        for kind, content in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
     )
 
 
-def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-JPEG, DOT = encoded(Image.new("RGB", (64, 64)), "JPEG"), Image.new("P", (1, 1))
+Image.new("RGB", (64, 64)).save(buffer := io.BytesIO(), "JPEG")
+JPEG = buffer.getvalue()
 SIZE = JPEG.index(b"\xff\xc0") + 5
 BAD_PICTURES: dict[str, bytes] = {
     "50,000 x 50,000 pixels": png(50_000, 50_000),
-    "a line of 2^31 - 1 pixels": png(2**31 - 1, 1)[:200],
+    "a line of 2^31 - 1 pixels": png(2**31 - 1, 1, b""),
     "JPEG of 65,500 x 65,500": JPEG[:SIZE] + struct.pack(">HH", 65_500, 65_500) + JPEG[SIZE + 4 :],
     "PNG of 0 x 0": png(0, 0),
     "PNG without data": png(8, 8, zlib.compress(b"")),
