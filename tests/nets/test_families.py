@@ -41,7 +41,7 @@ def test_there_are_at_least_seventy() -> None:
     assert len({*FAMILIES, *LARGE}) >= 70
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_map_is_spatial_and_logits_are_timms(name: str) -> None:
     fixed = timm.get_pretrained_cfg(name).fixed_input_size
     backbone = Backbone(name, "random", input_size=None if fixed else 160 if name == "inception_v3" else SMALLER)
