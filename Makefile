@@ -17,7 +17,7 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 bench bench-data torture \
-	parity full-size wandb-picture viz-digits clean
+	parity full-size wandb-picture viz-digits dist matrix clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +85,12 @@ wandb-picture: demo-once  ## what Weights & Biases is sent by runs on digits, dr
 
 viz-digits: demo-once  ## whether steering and interpolation do what they claim, on digits
 	PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m bench.viz_digits $(BRIEF)
+
+dist: install  ## build wheel and sdist, install the wheel into an empty environment (SHORT=1: on .venv's libraries) and try it
+	PYTHONPATH=tests $(BIN)/python -m installs dist --pip="$(PIP_FLAGS)" $(BRIEF) $(FLAGS)
+
+matrix: install  ## the wheel on Python 3.11 to 3.13 with the newest and oldest libraries; 20 GB; SHORT=1 only resolves them
+	PYTHONPATH=tests $(BIN)/python -m installs matrix $(BRIEF) $(FLAGS)
 
 clean:  ## remove what runs and tests leave, but not .venv
 	rm -rf runs .snakemake .coverage* .mypy_cache .pytest_cache .ruff_cache

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2]
-TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "wandb-picture", "viz-digits")
+TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "wandb-picture", "viz-digits", "dist", "matrix")
 """Those that run no file of `experiments` by itself; the demo and the studies do."""
 INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # by which an outer make would pass its own FLAGS on
 LINKED = ("Makefile", "pyproject.toml", "constraints.txt", ".venv", "src", "tests", "experiments")
