@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -21,14 +22,7 @@ PATIENCE_S = 1800.0  # far more than anything takes on a busy machine
 
 
 class Interrupt(Callback):
-    """Sends this process signals, or its whole group, as a terminal does.
-
-    Args:
-        numbers: Of the signals, one after the other.
-        step: After which.
-        validating: Whether while this step is being validated.
-        group: Whether from another process to the group.
-    """
+    """Sends this process signals after a step or while that is validated; or its whole group, as a terminal does."""
 
     def __init__(self, numbers: list[int], step: int = 0, validating: bool = False, group: bool = False) -> None:
         self.numbers, self.step, self.validating, self.group = numbers, step, validating, group
@@ -79,11 +73,7 @@ class Validated(Callback):
 
 
 class Spoil(Callback):
-    """Makes a number of something infinite or none, at step 3.
-
-    Args:
-        what: `loss`, `gradient`, `weight`, or every loss: `losses`.
-    """
+    """Makes a number of a `loss`, `gradient` or `weight` infinite or NaN at step 3; `losses`: of each loss."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -115,23 +105,20 @@ def added(name: str, **arguments: Any) -> list[str]:
     return options + [f"--trainer.callbacks.{key}={value}" for key, value in arguments.items()]
 
 
-def checkpoint(path: str = "run/inversion.ckpt") -> dict[str, Any]:
+def checkpoint(path: str | Path = "run/inversion.ckpt") -> dict[str, Any]:
     found: dict[str, Any] = torch.load(path, weights_only=True)
     return found
 
 
-def weights(path: str = "run/inversion.ckpt", steps: int = STEPS) -> dict[str, Tensor]:
+def weights(path: str | Path = "run/inversion.ckpt", steps: int = STEPS) -> dict[str, Tensor]:
     """All that the last checkpoint holds of weights, their average and the optimizer."""
     found = checkpoint(path)
     assert found["global_step"] == steps
+    moments = found["optimizer_states"][0]["state"]
     return {
         **found["current_model_state"],
         **{f"average {name}": value for name, value in found["state_dict"].items()},
-        **{
-            f"{name} {key}": value
-            for name, state in found["optimizer_states"][0]["state"].items()
-            for key, value in state.items()
-        },
+        **{f"{name} {key}": value for name, state in moments.items() for key, value in state.items()},
     }
 
 

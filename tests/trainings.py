@@ -1,6 +1,7 @@
 """Fixtures: trainings of five steps, of which every second is saved and validated."""
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,23 @@ def fit(settings: dict[str, Any]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def uninterrupted(
+def uninterrupted_run(
     tmp_path_factory: pytest.TempPathFactory, trained_on: Path, classifier_folder: Path, prior_folder: Path
-) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
-    """Weights and validated samples of a training to which nothing happens."""
+) -> Path:
+    """The folder of a training to which nothing happens, which validated `Validated.keys`."""
     Validated.keys.clear()
     torch.set_num_threads(1)  # as in the tests that it is compared with
-    with contextlib.chdir(tmp_path_factory.mktemp("uninterrupted")), pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEATINV_IMPORTS", "interrupts")
         config = write(Path("fit.yaml"), short(classifier_folder, prior_folder, trained_on))
         main(["fit", "--config", config, "--ckpt_path=last", *added("Validated")])  # which has nothing to resume from
-        return weights(), dict(Validated.keys)
+    (folder / "validated.json").write_text(json.dumps(Validated.keys))
+    return folder / "run"
+
+
+@pytest.fixture
+def uninterrupted(uninterrupted_run: Path) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
+    """Its weights and validated samples."""
+    validated = json.loads((uninterrupted_run.parent / "validated.json").read_text())
+    return weights(uninterrupted_run / "inversion.ckpt"), {int(step): keys for step, keys in validated.items()}

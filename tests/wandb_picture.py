@@ -1,4 +1,4 @@
-"""Draws what W&B is sent by a run on digits that is interrupted and goes on, and by a small sweep.
+"""Draws what W&B is sent by a run on digits that is interrupted and continued, and by a small sweep.
 
 The server is that of the tests, so that no account is needed: what is drawn is what arrived there. `--short` is for
 runs of a few steps.
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from wandb_server import Run, WandbServer, serve
+from wandb_server import Run, serve
 
 FOLDER = Path("runs/wandb-picture")
 DIGITS = ["--config", "experiments/digits/spatial.yaml", "--config", "experiments/sweeps/digits.yaml"]
@@ -26,26 +26,18 @@ STEPS = 2 if SHORT else 300  # of each part
 DIGITS += ["--config", "experiments/debug.yaml"] * SHORT
 CURVES = ("train/loss", "val/cosine", "train/samples_per_second")
 SCALES, SCHEDULERS = (1.0, 2.0, 4.0), ("ddim", "dpm")
+SWEEP = list(product(SCHEDULERS, SCALES))
 
 
-def train() -> None:
-    """A run in two parts."""
-    options = [f"--trainer.default_root_dir={FOLDER}"]
+def work() -> None:
+    """A run in two parts, and some runs of the sweep over guidance."""
+    options, last = [f"--trainer.default_root_dir={FOLDER}"], ["--ckpt_path", f"{FOLDER}/inversion.ckpt"]
     main(["fit", *DIGITS, *options, f"--trainer.max_steps={STEPS}"])
-    main(["fit", *DIGITS, *options, f"--trainer.max_steps={2 * STEPS}", "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
-
-
-def sweep(server: WandbServer) -> dict[tuple[str, float], Run]:
-    """Some runs of the sweep over guidance, by scheduler and scale."""
-    found = {}
-    for scheduler, scale in product(SCHEDULERS, SCALES):
-        before = set(server.runs)
+    main(["fit", *DIGITS, *options, f"--trainer.max_steps={2 * STEPS}", *last])
+    for scheduler, scale in SWEEP:
         options = [f"--model.sampler.scheduler={scheduler}", f"--model.sampler.guidance_scale={scale}"]
         options += [f"--trainer.default_root_dir={FOLDER}/{scheduler}-{scale}", "--model.sampler.guidance=features"]
-        main(["validate", *DIGITS, *options, "--ckpt_path", f"{FOLDER}/inversion.ckpt"])
-        [name] = set(server.runs) - before
-        found[scheduler, scale] = server.runs[name]
-    return found
+        main(["validate", *DIGITS, *options, *last])
 
 
 def draw(run: Run, tried: dict[tuple[str, float], Run]) -> Figure:
@@ -71,10 +63,10 @@ def draw(run: Run, tried: dict[tuple[str, float], Run]) -> Figure:
 
 if __name__ == "__main__":
     shutil.rmtree(FOLDER, ignore_errors=True)
-    with serve() as running:
-        os.environ.update({**running.environment(), "WANDB_SILENT": "true"})
-        train()
-        [trained] = running.runs.values()
-        picture = io.BytesIO()
-        FigureCanvasAgg(draw(trained, sweep(running))).print_png(picture)
+    with serve() as server:
+        os.environ.update({**server.environment(), "WANDB_SILENT": "true"})
+        work()
+        trained, *swept = server.runs.values()
+    picture = io.BytesIO()
+    FigureCanvasAgg(draw(trained, dict(zip(SWEEP, swept, strict=True)))).print_png(picture)
     Image.open(picture).quantize(128).save(sys.argv[1], optimize=True)

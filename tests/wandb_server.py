@@ -1,9 +1,10 @@
 """A server of Weights & Biases for tests: it answers the real client on loopback, and keeps what it is told.
 
-It knows the calls that runs, `wandb sync`, `wandb sweep` and `wandb agent` make, and nothing of users or of other
-projects. What a sweep tries next, and which runs it stops, the test says: how the real server decides that is its own
-matter, and what it is sent is ours.
+It knows the calls that runs, `wandb sync`, `wandb sweep` and `wandb agent` make. What a sweep tries next, and which
+runs it stops, the test says: how the real server decides that is its own matter, and what it is sent is ours.
 """
+
+# ruff: noqa: N802, N815 (methods are named as the operations that they answer)
 
 import json
 import re
@@ -24,13 +25,10 @@ ID = "QQ=="
 
 @dataclass
 class Run:
-    """What is known of a run."""
+    """What is known of a run: by `starts`, what the client said each time that it began or continued it."""
 
     state: str = "pending"
-    parameters: dict[str, Any] = field(default_factory=dict)
-    """Of the sweep, by option."""
     starts: list[dict[str, Any]] = field(default_factory=list)
-    """What the client said each time that it began the run, or went on with it."""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -80,10 +78,8 @@ class WandbServer(ThreadingHTTPServer):
         if not isinstance(sys.exception(), ConnectionError):
             raise
 
-    # GraphQL: one method for each operation
-
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """Answer a query of a client; with nothing, if it asks what this server has no answer to."""
+        """Answer a query in GraphQL by the method of its operation; with nothing, if there is none."""
         found = re.search(r"(?:query|mutation)\s+(\w+)", query)
         assert found is not None, query
         method = getattr(self, f"_{found[1]}", None)
@@ -91,10 +87,10 @@ class WandbServer(ThreadingHTTPServer):
             answer: dict[str, Any] = method(variables) if method else {}
         return answer
 
-    def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802 (named as the operations)
+    def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"viewer": {"id": ID, "entity": "we", "username": "me", "flags": "{}", "teams": {"edges": []}}}
 
-    def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _UpsertBucket(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables.get("name") or variables["id"]
         run = self.runs.setdefault(name, Run())
         run.starts.append(variables)
@@ -105,53 +101,51 @@ class WandbServer(ThreadingHTTPServer):
         bucket |= {"sweepName": sweep, "historyLineCount": len(run.history), "project": PROJECT}
         return {"upsertBucket": {"bucket": bucket, "inserted": len(run.starts) == 1}}
 
-    def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        run = self.runs.get(variables["name"])
-        if run is None or not run.starts:
-            return {"model": {"id": ID, "name": PROJECT["name"], "entity": PROJECT["entity"], "bucket": None}}
-        bucket = {
-            "name": variables["name"],
-            "summaryMetrics": json.dumps(run.summary),
-            "displayName": run.starts[0].get("displayName"),
-            "logLineCount": 0,
-            "historyLineCount": len(run.history),
-            "eventsLineCount": 0,
-            "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
-            "eventsTail": "[]",
-            "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
-            "tags": run.starts[0].get("tags"),
-            "wandbConfig": '{"t": 1}',  # the client's sign that the run has begun
-        }
+    def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
+        run, bucket = self.runs.get(variables["name"]), None
+        if run is not None and run.starts:
+            bucket = {
+                "name": variables["name"],
+                "summaryMetrics": json.dumps(run.summary),
+                "displayName": run.starts[0].get("displayName"),
+                "logLineCount": 0,
+                "historyLineCount": len(run.history),
+                "eventsLineCount": 0,
+                "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
+                "eventsTail": "[]",
+                "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
+                "tags": run.starts[0].get("tags"),
+                "wandbConfig": '{"t": 1}',  # the client's sign that the run has begun
+            }
         return {"model": {"id": ID, "name": PROJECT["name"], "entity": PROJECT["entity"], "bucket": bucket}}
 
-    def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = variables["run"]
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{run}/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
 
-    def _ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _ArtifactType(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"project": {"artifact": None}}
 
-    def _CreateArtifact(self, _: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _CreateArtifact(self, _: dict[str, Any]) -> dict[str, Any]:
         sequence = {"id": ID, "name": "table", "latestArtifact": {"id": ID, "versionIndex": 0}}
         return {"createArtifact": {"artifact": {"id": ID, "state": "COMMITTED", "artifactSequence": sequence}}}
 
-    def _UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        config = yaml.safe_load(variables["config"])
+    def _UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = f"sweep{len(self.sweeps)}"
-        self.sweeps[name] = Sweep(config)
+        self.sweeps[name] = Sweep(yaml.safe_load(variables["config"]))
         return {"upsertSweep": {"sweep": {"name": name, "project": PROJECT}, "configValidationWarnings": []}}
 
-    def _SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["sweep"]
         sweep = {"id": name, "name": name, "method": "grid", "state": "RUNNING", "runs": {"edges": []}}
         sweep |= {"config": yaml.safe_dump(self.sweeps[name].config), "createdAt": "2026-01-01T00:00:00"}
         return {"project": {"sweep": sweep}}
 
-    def _CreateAgent(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _CreateAgent(self, variables: dict[str, Any]) -> dict[str, Any]:
         return {"createAgent": {"agent": {"id": variables["sweep"]}}}
 
-    def _Heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+    def _Heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["id"]
         running = [run for run, runs in json.loads(variables["runState"] or "{}").items() if runs]
         commands = [{"type": "stop", "run_id": run} for run in running if run in self.stopped]
@@ -161,18 +155,13 @@ class WandbServer(ThreadingHTTPServer):
 
     def _next(self, name: str) -> dict[str, Any]:
         sweep = self.sweeps[name]
-        for run in sweep.runs:  # the agent says that none is running
-            if self.runs[run].state in ("pending", "running"):
-                self.runs[run].state = "crashed"
         if len(sweep.runs) == len(self.proposals):
             return {"type": "exit"}
         run, parameters = f"{name}run{len(sweep.runs)}", self.proposals[len(sweep.runs)]
         sweep.runs.append(run)
-        self.runs[run] = Run(parameters=parameters)
+        self.runs[run] = Run()
         args = {option: {"value": value} for option, value in parameters.items()}
         return {"type": "run", "run_id": run, "program": sweep.config.get("program"), "args": args}
-
-    # What a run sends while it goes
 
     def stream(self, name: str, contents: dict[str, Any]) -> None:
         """Take in lines of the history and of the summary, and how the run ended."""
@@ -188,12 +177,6 @@ class WandbServer(ThreadingHTTPServer):
                 run.exit_code = contents["exitcode"]
                 run.state = "failed" if run.exit_code else "finished"
 
-    def upload(self, path: str, data: bytes) -> None:
-        """Keep a file of a run."""
-        _, _, name, file = path.split("/", 3)
-        with self.lock:
-            self.runs[name].files[file] = data
-
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -202,14 +185,14 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: Any) -> None:
         """Say nothing."""
 
-    def do_HEAD(self) -> None:
-        self._reply({})
-
     def do_GET(self) -> None:
         self._reply({})
 
+    do_HEAD = do_GET
+
     def do_PUT(self) -> None:
-        self.server.upload(self.path, self._body())
+        _, _, name, file = self.path.split("/", 3)
+        self.server.runs[name].files[file] = self._body()
         self._reply({})
 
     def do_POST(self) -> None:
@@ -251,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 def serve() -> Iterator[WandbServer]:
     """A server that runs meanwhile."""
     with WandbServer() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
         thread.start()
         try:
             yield server

@@ -35,14 +35,13 @@ from featinv_pl.runtime.changes import Changes
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
 from featinv_pl.runtime.finite import FiniteGuard
 from featinv_pl.runtime.internals import CommandLine, savers, silence_tips
-from featinv_pl.runtime.progress import Progress
+from featinv_pl.runtime.progress import Progress, Speed
 from featinv_pl.runtime.ranks import join_ranks, ranks_together
-from featinv_pl.runtime.resuming import Resume
+from featinv_pl.runtime.resuming import RUN_ID, Resume
 from featinv_pl.runtime.run_folder import claim, home, refuse_used, written_folders
 from featinv_pl.runtime.saving import SaveConfig
-from featinv_pl.runtime.speed import Speed
 from featinv_pl.runtime.stopping import SaveLast, Stop
-from featinv_pl.runtime.tracking import RUN_ID, KeepRunId, check_route, describe, session, sweep_run
+from featinv_pl.runtime.tracking import check_route, describe, session, sweep_run
 from featinv_pl.trust import allow_imports
 
 SHELF = Path("runs")  # the folder of all runs, which names no group of them
@@ -131,7 +130,7 @@ class FeatinvCLI(CommandLine):
             self.config.predict.return_predictions = False
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        callbacks: list[Callback] = [Speed(), KeepRunId(), Resume(), Changes(settings.seed_everything)]
+        callbacks: list[Callback] = [Speed(), Resume(), Changes(settings.seed_everything)]
         if trainer.enable_progress_bar is not False:
             callbacks.append(Progress())
         if self.subcommand != "fit" or not _named(trainer.callbacks, "FiniteGuard"):

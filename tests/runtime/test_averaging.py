@@ -13,8 +13,8 @@ from conftest import MakeBatch
 from featinv_pl.errors import UserError
 from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.averaging import MovingAverage
-from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
+from tiny import TRAINER
 
 DECAY = 0.8
 
@@ -33,33 +33,20 @@ class History(Callback):
         self.validated.append({name: value.clone() for name, value in pl_module.inverter.control.state_dict().items()})
 
 
-def averages(weights: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """By the formula; the first step starts it."""
-    average = weights[0]
-    for step in weights[1:]:
-        average = {name: DECAY * old + (1 - DECAY) * step[name] for name, old in average.items()}
-    return average
-
-
 def test_average_is_validated_saved_and_kept(
     classifier_folder: Path, prior_folder: Path, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
-    model = FeatureInversion(str(classifier_folder), str(prior_folder), encoder=Encoder(8), sampler=Sampler("ddim", 2))
+    model = FeatureInversion(str(classifier_folder), str(prior_folder), encoder=Encoder(8))
     frozen = dict(model.inverter.digests)
     history, average = History(), MovingAverage(DECAY)
-    trainer = Trainer(
-        max_steps=5,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[history, average],
-    )
+    options: dict[str, Any] = {**TRAINER, "max_steps": 5, "default_root_dir": tmp_path, "enable_progress_bar": False}
     batches: Any = [make_batch(4)] * 5
-    trainer.fit(model, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None))
-    expected = averages(history.weights)
+    Trainer(**options, callbacks=[history, average]).fit(
+        model, DataLoader(batches, batch_size=None), DataLoader(batches[:1], batch_size=None)
+    )
+    expected = history.weights[0]  # the first step starts it
+    for step in history.weights[1:]:
+        expected = {name: DECAY * old + (1 - DECAY) * step[name] for name, old in expected.items()}
     [checkpoint] = tmp_path.rglob("*.ckpt")
     saved = torch.load(checkpoint, weights_only=True)
     for name, value in expected.items():
@@ -75,7 +62,7 @@ def test_average_is_validated_saved_and_kept(
     assert copied.module.inverter.prior is model.inverter.prior  # frozen parts take no second place in memory
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+@pytest.mark.parametrize("decay", [0.0, 1.5])
 def test_refuses_a_decay_out_of_range(decay: float) -> None:
     with pytest.raises(UserError, match=rf"`decay` must lie between 0 and 1, and is {decay}"):
         MovingAverage(decay)

@@ -1,5 +1,7 @@
 """Settings that change between two parts of a training."""
 
+import contextlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
-from interrupts import checkpoint, stopped
+from interrupts import assert_same, checkpoint, stopped
 from test_cli import files
 from tiny import write
+from trainings import short
 
 NO_VALIDATION = "--trainer.limit_val_batches=0"
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
@@ -22,15 +25,13 @@ class Rates(Callback):
     """Notes what each step is made with."""
 
     def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
-        group = optimizer.param_groups[0]
         with Path("rates").open("a") as file:
-            file.write(f"{trainer.global_step} {group['lr']} {group['weight_decay']} {group.get('betas')}\n")
+            file.write(rate(trainer.global_step, optimizer))
 
 
-def rates(args: list[str]) -> list[str]:
-    Path("rates").unlink(missing_ok=True)
-    main([*args, f"--trainer.callbacks+={__name__}.Rates"])
-    return Path("rates").read_text().splitlines()
+def rate(step: int, optimizer: Any) -> str:
+    group = optimizer.param_groups[0]
+    return f"{step} {group['lr']} {group['weight_decay']} {group['betas']}\n"
 
 
 def option(name: str, value: Any) -> str:
@@ -39,6 +40,36 @@ def option(name: str, value: Any) -> str:
 
 def with_args(spec: dict[str, Any], **arguments: Any) -> dict[str, Any]:
     return {**spec, "init_args": {**spec["init_args"], **arguments}}
+
+
+@pytest.fixture(scope="module")
+def old(
+    tmp_path_factory: pytest.TempPathFactory, trained_on: Path, classifier_folder: Path, prior_folder: Path
+) -> Path:
+    """Two trainings of two steps: with a schedule in `run-cycle`, without in `run`."""
+    folder = tmp_path_factory.mktemp("changes")
+    with contextlib.chdir(folder):
+        config = write(folder / "fit.yaml", short(classifier_folder, prior_folder, trained_on))
+        args = ["fit", "--config", config, NO_VALIDATION, "--trainer.max_steps=2", option("optimizer", ADAM)]
+        main(args)
+        main([*args, option("lr_scheduler", CYCLE), "--trainer.default_root_dir=run-cycle"])
+    return folder
+
+
+def made(spec: dict[str, Any], *args: Any) -> Any:
+    module, _, name = spec["class_path"].rpartition(".")
+    return getattr(importlib.import_module(module), name)(*args, **spec["init_args"])
+
+
+def from_the_beginning(adam: dict[str, Any], schedule: dict[str, Any] | None, steps: int) -> list[str]:
+    optimizer = made(adam, [torch.nn.Parameter(torch.zeros(1))])
+    scheduler, found = made(schedule, optimizer) if schedule else None, []
+    for step in range(steps):
+        found.append(rate(step, optimizer))
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -51,96 +82,78 @@ def with_args(spec: dict[str, Any], **arguments: Any) -> dict[str, Any]:
         (CYCLE, ADAM, with_args(CYCLE, pct_start=0.6), "the schedule"),
         (CYCLE, ADAM, None, "lr_scheduler: OneCycleLR in the checkpoint, none here"),
         (None, ADAM, CYCLE, "lr_scheduler: none in the checkpoint, OneCycleLR here"),
+        (CYCLE, ADAM, CYCLE, None),
     ],
 )
 def test_changed_rates_hold_from_the_checkpoint_on(
     schedule: Any,
     optimizer: Any,
     new_schedule: Any,
-    said: str,
+    said: str | None,
+    old: Path,
     fit: list[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each step is made with what a training with the new settings from its beginning makes it with."""
-    args = [*fit, NO_VALIDATION]
-    new = [*args, option("optimizer", optimizer), option("lr_scheduler", new_schedule)]
-    expected = rates([*new, "--trainer.default_root_dir=new"])
-    main([*args, option("optimizer", ADAM), option("lr_scheduler", schedule), "--trainer.max_steps=2"])
-    capsys.readouterr()
-    assert rates([*new, "--ckpt_path=last"]) == expected[2:]
-    assert f"from step 2 on, settings are other than before ({said}" in capsys.readouterr().err
+    new = [option("optimizer", optimizer), option("lr_scheduler", new_schedule), "--trainer.max_steps=4"]
+    before = old / ("run-cycle" if schedule else "run") / "inversion.ckpt"
+    main([*fit, NO_VALIDATION, *new, f"--ckpt_path={before}", f"--trainer.callbacks+={__name__}.Rates"])
+    assert Path("rates").read_text() == "".join(from_the_beginning(optimizer, new_schedule, 4)[2:])
+    error = capsys.readouterr().err
+    assert f"from step 2 on, settings are other than before ({said}" in error if said else "other than" not in error
 
 
-def test_the_same_settings_are_no_change(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    settings["model"]["init_args"] |= {"optimizer": ADAM, "lr_scheduler": CYCLE}
-    args = ["fit", "--config", write(Path("fit.yaml"), settings), NO_VALIDATION]
-    main([*args, "--trainer.max_steps=2"])
-    Path("run").rename("old")
-    old = checkpoint("old/inversion.ckpt")
-    del old["settings"]  # as checkpoints of before
-    torch.save(old, "old/inversion.ckpt")
-    main([*args, "--ckpt_path=old/inversion.ckpt"])
+def test_new_settings_hold_where_a_checkpoint_names_none(
+    old: Path, fit: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = checkpoint(str(old / "run-cycle/inversion.ckpt"))
+    del found["settings"]  # as of a trainer of one's own
+    torch.save(found, "old.ckpt")
+    new = [option("optimizer", with_args(ADAM, lr=0.001)), "--trainer.max_steps=3"]
+    main([*fit, NO_VALIDATION, *new, "--ckpt_path=old.ckpt", f"--trainer.callbacks+={__name__}.Rates"])
+    assert Path("rates").read_text().split()[1] == "0.001"
     assert "settings are other" not in capsys.readouterr().err
-    Path("run").rename("from-old")
-    main(args)
-    one, other = (checkpoint(f"{folder}/inversion.ckpt") for folder in ("run", "from-old"))
-    assert one["lr_schedulers"] == other["lr_schedulers"]
-    assert all(torch.equal(one["state_dict"][name], other["state_dict"][name]) for name in one["state_dict"])
-
-
-def test_settings_hold_where_a_checkpoint_of_before_names_none(fit: list[str]) -> None:
-    adafactor = {"class_path": "torch.optim.Adafactor", "init_args": {"lr": 0.01}}  # its memory depends on shapes
-    args = [*fit, NO_VALIDATION]
-    main([*args, option("optimizer", adafactor), "--trainer.max_steps=2"])
-    old = checkpoint()
-    del old["settings"]
-    torch.save(old, "run/inversion.ckpt")
-    new = rates(
-        [*args, "--ckpt_path=last", "--trainer.max_steps=3", option("optimizer", with_args(adafactor, lr=0.001))]
-    )
-    assert [line.split()[1] for line in new] == ["0.001"]
 
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--seed_everything=1"], "a training keeps its seed (--seed_everything: 0 in the checkpoint, 1 here)"),
     ([option("optimizer", {"class_path": "torch.optim.SGD"})], "--model.optimizer: AdamW in the checkpoint, SGD"),
-    ([option("optimizer", with_args(ADAM, amsgrad=True))], "keeps exp_avg, exp_avg_sq, max_exp_avg_sq, step"),
+    ([option("optimizer", with_args(ADAM, amsgrad=True))], "its amsgrad (--model.optimizer: False in the checkpoint"),
     ([option("lr_scheduler", with_args(CYCLE, total_steps=1))], "of step 2, and --model.lr_scheduler ends before"),
     (["--trainer.max_steps=1"], "has come to step 2, and --trainer.max_steps is 1"),
 ]
 
 
-def test_what_would_make_another_training_of_it_is_refused(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    args = [*fit, option("optimizer", ADAM), NO_VALIDATION]
-    main([*args, "--trainer.max_steps=2"])
-    before = files(Path("run"))
+def test_what_would_make_another_training_of_it_is_refused(
+    old: Path, fit: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, args = files(old), [*fit, option("optimizer", ADAM), f"--trainer.default_root_dir={old}/run"]
     for options, message in REFUSED:
         assert message in stopped([*args, *options, "--ckpt_path=last"], capsys)[1]
-        assert files(Path("run")) == before
+        assert files(old) == before
 
 
 def test_a_moving_average_comes_and_goes(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     average = settings["trainer"]["callbacks"].pop(0)
     args = ["fit", NO_VALIDATION, "--config", write(Path("without.yaml"), settings)]
-    main([*args, "--trainer.default_root_dir=whole", "--trainer.max_steps=3"])
-    whole = checkpoint("whole/inversion.ckpt")["state_dict"]
+    main([*args, "--trainer.default_root_dir=complete", "--trainer.max_steps=3"])
     settings["trainer"]["callbacks"].insert(0, average)
     main([*args[:-1], write(Path("with.yaml"), settings), "--trainer.max_steps=2"])
     main([*args, "--ckpt_path=last", "--trainer.max_steps=3"])
     assert "moving average: 0.5 in the checkpoint, none here" in capsys.readouterr().err
     assert "current_model_state" not in checkpoint()
-    assert all(torch.equal(value, whole[name]) for name, value in checkpoint()["state_dict"].items())
-    main([*args[:-1], "with.yaml", "--ckpt_path=last"])
+    assert_same(checkpoint()["state_dict"], checkpoint("complete/inversion.ckpt")["state_dict"])
+    main([*args[:-1], "with.yaml", "--ckpt_path=last", "--trainer.max_steps=4"])
     assert "moving average: none in the checkpoint, 0.5 here" in capsys.readouterr().err
     assert "current_model_state" in checkpoint()
 
 
 def test_changed_patience_holds(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "mode": "max", "patience": 9}}
-    settings["trainer"] |= {"callbacks": [*settings["trainer"]["callbacks"], stopping], "limit_val_batches": 2}
+    settings["trainer"] |= {"callbacks": [*settings["trainer"]["callbacks"], stopping], "limit_val_batches": 1}
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]
     main([*args, "--trainer.max_steps=2"])
-    main([*args, "--ckpt_path=last", "--trainer.callbacks.patience=4"])
+    main([*args, "--ckpt_path=last", "--trainer.callbacks.patience=4", "--trainer.max_steps=3"])
     assert "patience: 9 in the checkpoint, 4 here" in capsys.readouterr().err
     [state] = [value for name, value in checkpoint()["callbacks"].items() if name.startswith("EarlyStopping")]
     assert state["patience"] == 4

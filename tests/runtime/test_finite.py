@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from featinv_pl.__main__ import main
+from featinv_pl.errors import UserError
+from featinv_pl.runtime.finite import FiniteGuard
 from interrupts import added, checkpoint, stopped
-from test_cli import refused
 from tiny import write
 
 SAMPLES = r"The samples were: (\d+, ){7}\d+ and 8 more\."
@@ -56,6 +57,6 @@ def test_a_step_may_be_skipped(settings: dict[str, Any], capsys: pytest.CaptureF
     assert "step 4: loss inf" in line
 
 
-def test_no_negative_number_of_steps_is_skipped(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    guard = ["--trainer.callbacks+=FiniteGuard", "--trainer.callbacks.max_skipped=-1"]
-    refused([*fit, *guard], capsys, "--trainer.callbacks.max_skipped must be 0 or more, and is -1")
+def test_no_negative_number_of_steps_is_skipped() -> None:
+    with pytest.raises(UserError, match="`max_skipped` must be 0 or more, and is -1"):
+        FiniteGuard(-1)

@@ -16,30 +16,38 @@ import torch
 from torch import Tensor
 
 from featinv_pl.__main__ import main
+from featinv_pl.runtime.ranks import FIRST
 from interrupts import PATIENCE_S, Sent, Validated, added, assert_same, checkpoint, eventually, stopped, weights
 from test_cli import refused
 from tiny import extraction, write
-from torture.processes import start
+from torture.processes import TWO, start
 from torture.ranks import group
 
+Capture = pytest.CaptureFixture[str]
 TESTS = Path(__file__).parents[1]
 Uninterrupted = tuple[dict[str, Tensor], dict[int, list[str]]]
+TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+
+
+def interrupt(*numbers: int, step: int, **more: Any) -> list[str]:
+    return added("Interrupt", numbers=[int(number) for number in numbers], step=step, **more)
 
 
 @pytest.mark.parametrize(
     ("number", "step", "validating"),
-    [(signal.SIGTERM, 1, False), (signal.SIGINT, 3, False), (signal.SIGTERM, 4, False), (signal.SIGINT, 2, True)],
+    [
+        (TERM, 3, False),
+        (INT, 2, True),
+        pytest.param(TERM, 1, False, marks=pytest.mark.slow),
+        pytest.param(INT, 3, False, marks=pytest.mark.slow),
+        pytest.param(TERM, 4, False, marks=pytest.mark.slow),
+    ],
 )
 def test_resumes_after_a_signal(
-    number: signal.Signals,
-    step: int,
-    validating: bool,
-    fit: list[str],
-    uninterrupted: Uninterrupted,
-    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals, step: int, validating: bool, fit: list[str], uninterrupted: Uninterrupted, capsys: Capture
 ) -> None:
     args = [*fit, "--ckpt_path=last", *added("Validated")]
-    code, line = stopped([*args, *added("Interrupt", numbers=[int(number)], step=step, validating=validating)], capsys)
+    code, line = stopped([*args, *interrupt(number, step=step, validating=validating)], capsys)
     assert code == 128 + number
     assert line == (
         f"featinv-pl: stopped by {number.name}; step {step} is saved. "
@@ -55,10 +63,9 @@ def test_resumes_after_a_signal(
     assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [INT, TERM])
 def test_workers_leave_a_signal_to_the_group_to_the_run(number: signal.Signals, fit: list[str]) -> None:
-    interrupt = added("Interrupt", numbers=[int(number)], step=3, group=True)
-    child = start([*fit, "--data.num_workers=2", *interrupt], Path())
+    child = start([*fit, "--data.num_workers=2", *interrupt(number, step=3, group=True)], Path())
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + number, Path("output.txt").read_text()
     assert f"stopped by {number.name}; step 3 is saved." in Path("output.txt").read_text()
@@ -75,7 +82,7 @@ def test_workers_end_with_a_run_that_is_killed(fit: list[str]) -> None:
     assert eventually(lambda: not group(child))
 
 
-def test_a_worker_that_dies_is_one_line(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_dies_is_one_line(fit: list[str], capsys: Capture) -> None:
     code, line = stopped([*fit, "--data.num_workers=1", *added("LoseWorker")], capsys)
     assert code == 1
     assert line.startswith("featinv-pl: error: --data.num_workers: a worker has died (DataLoader worker (pid")
@@ -83,7 +90,7 @@ def test_a_worker_that_dies_is_one_line(fit: list[str], capsys: pytest.CaptureFi
 
 
 def test_a_script_that_a_worker_would_run_again_is_told_so(
-    fit: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fit: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)  # as a new worker says
     refused([*fit, "--data.num_workers=1"], capsys, "below `if __name__ == '__main__':`")
@@ -111,81 +118,80 @@ def test_a_lost_terminal_saves_and_ends(fit: list[str]) -> None:
     assert eventually(saved)
     os.close(terminal)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert os.waitstatus_to_exitcode(status) == 128 + HUP
     assert checkpoint()["global_step"] >= 2
 
 
-class Scontrol:
-    """A stand-in for SLURM's command, which notes how it is called."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, status: int = 0) -> None:
-        self.called = folder / "called"
-        self.path = folder / "scontrol"
-        self.path.write_text(f'#!/bin/sh\necho "$@" >> {self.called}\nexit {status}\n')
-        self.path.chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-        job = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_ID": 4242, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
-        for name, value in {**job, "JOB_NAME": "train", "NODELIST": "localhost"}.items():
-            monkeypatch.setenv(f"SLURM_{name}", str(value))
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for SLURM's command, which notes how it is called, in a job of SLURM."""
+    path = tmp_path / "scontrol"
+    path.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "called"}\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    job = {"NTASKS": 1, "NTASKS_PER_NODE": 1, "JOB_ID": 4242, "PROCID": 0, "LOCALID": 0, "NODEID": 0}
+    for name, value in {**job, "JOB_NAME": "train", "NODELIST": "localhost"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return path
 
 
 @pytest.mark.parametrize(
-    ("options", "number", "validating", "job"),
-    [
-        ([], signal.SIGUSR1, False, "4242"),
-        (["SLURMEnvironment", "--trainer.plugins.requeue_signal=SIGUSR2"], signal.SIGUSR2, True, "41_7"),  # of an array
-    ],
+    ("number", "validating", "job"),
+    [(USR1, False, "4242"), pytest.param(USR2, True, "41_7", marks=pytest.mark.slow)],  # of an array
 )
 def test_slurm_starts_a_job_again(
-    options: list[str],
     number: signal.Signals,
     validating: bool,
     job: str,
+    scontrol: Path,
     fit: list[str],
     uninterrupted: Uninterrupted,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
-    scontrol = Scontrol(tmp_path, monkeypatch)
-    if options:
+    if number == USR2:
         monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "41")
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
-        fit += [f"--trainer.plugins+=lightning.pytorch.plugins.environments.{options[0]}", *options[1:]]
+        fit.append("--trainer.plugins+=lightning.pytorch.plugins.environments.SLURMEnvironment")
+        fit.append("--trainer.plugins.requeue_signal=SIGUSR2")
     step = 2 if validating else 3
-    code, line = stopped([*fit, *added("Interrupt", numbers=[int(number)], step=step, validating=validating)], capsys)
+    code, line = stopped([*fit, *interrupt(number, step=step, validating=validating)], capsys)
     assert code == 128 + number
     assert line == (
         f"featinv-pl: stopped by {number.name}; step {step} is saved. Resume: the same command with --ckpt_path "
         f"run/hpc_ckpt_1.ckpt (SLURM does that: job {job} is requeued)"
     )
-    assert scontrol.called.read_text() == f"requeue {job}\n"
+    assert scontrol.with_name("called").read_text() == f"requeue {job}\n"
     main(fit)  # Lightning finds what was saved
     assert_same(weights(), uninterrupted[0])
 
 
-def test_slurm_may_refuse_and_may_send_sigterm_too(
-    fit: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    scontrol = Scontrol(tmp_path, monkeypatch, status=1)
-    code, line = stopped([*fit, *added("Interrupt", numbers=[int(signal.SIGUSR1), 15], step=3)], capsys)
-    assert code == 128 + signal.SIGUSR1
+def test_slurm_may_refuse_and_may_send_sigterm_too(scontrol: Path, fit: list[str], capsys: Capture) -> None:
+    scontrol.write_text("#!/bin/sh\nexit 1\n")
+    code, line = stopped([*fit, *interrupt(USR1, TERM, step=1)], capsys)
+    assert code == 128 + USR1
     assert line.endswith("--ckpt_path run/hpc_ckpt_1.ckpt (scontrol requeue has failed)")
-    scontrol.path.unlink()
-    _, line = stopped([*fit, "--ckpt_path=last", *added("Interrupt", numbers=[int(signal.SIGUSR1)], step=4)], capsys)
+    scontrol.unlink()
+    _, line = stopped([*fit, "--ckpt_path=hpc", *interrupt(USR1, step=2)], capsys)
     assert line.endswith("--ckpt_path run/hpc_ckpt_2.ckpt (scontrol requeue has failed)")
-    code, line = stopped([*fit, "--ckpt_path=hpc", *added("Interrupt", numbers=[15], step=5)], capsys)
-    assert (code, line.split(" Resume")[0]) == (143, "featinv-pl: stopped by SIGTERM; step 5 is saved.")
 
 
-def test_all_ranks_stop_when_one_is_asked_to(fit: list[str]) -> None:
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=8"]  # Lightning starts the second rank
-    command = [sys.executable, "-m", "featinv_pl", *fit, *two, *added("Interrupt", numbers=[15], step=3)]
+def test_all_ranks_stop_when_one_is_asked_to(fit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FIRST, raising=False)  # of commands that this process has run; it leads no ranks
+    _, status = os.waitpid(start([*fit, *TWO, "--data.batch_size=8", *interrupt(TERM, step=3)], Path()), 0)
+    said = Path("output.txt").read_text()
+    assert os.waitstatus_to_exitcode(status) == 143, said
+    assert said.count("featinv-pl: stopped by SIGTERM; step 3 is saved.") == 1
+    assert checkpoint()["global_step"] == 3
+
+
+@pytest.mark.slow
+def test_ranks_that_lightning_starts_stop_too(fit: list[str]) -> None:
+    command = [sys.executable, "-m", "featinv_pl", *fit, *TWO, "--data.batch_size=8", *interrupt(TERM, step=3)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert result.returncode == 143, result.stderr
     assert result.stderr.count("featinv-pl: stopped by SIGTERM; step 3 is saved.") == 1
-    assert checkpoint()["global_step"] == 3
 
 
 def test_a_run_can_be_sent_to_processes_that_are_spawned(fit: list[str]) -> None:
@@ -194,38 +200,33 @@ def test_a_run_can_be_sent_to_processes_that_are_spawned(fit: list[str]) -> None
 
 
 def test_a_second_ctrl_c_does_not_wait(fit: list[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([*fit, *added("Interrupt", numbers=[2, 2], step=3)])
-    assert caught.value.code == 130
+    with pytest.raises(SystemExit, match="130"):
+        main([*fit, *interrupt(INT, INT, step=3)])
     assert checkpoint()["global_step"] == 2
 
 
-def test_who_keeps_the_best_alone_gets_the_last_when_stopped(
-    settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_keeps_the_best_alone_gets_the_last_when_stopped(settings: dict[str, Any], capsys: Capture) -> None:
     settings["trainer"]["callbacks"][1]["init_args"] = {"filename": "best", "monitor": "val/loss"}
     config = write(Path("fit.yaml"), settings)
-    _, line = stopped(["fit", "--config", config, *added("Interrupt", numbers=[15], step=3)], capsys)
+    _, line = stopped(["fit", "--config", config, *interrupt(TERM, step=3)], capsys)
     assert line.endswith("step 3 is saved. Resume: the same command with --ckpt_path run/last.ckpt")
     assert checkpoint("run/last.ckpt")["global_step"] == 3
     main(["validate", "--config", config, "--ckpt_path=best"])
     assert "--ckpt_path best: 'run/best.ckpt'" in capsys.readouterr().err
 
 
-def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsys: Capture) -> None:
     del settings["trainer"]["callbacks"][1]
     settings["trainer"]["enable_checkpointing"] = False
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]
-    code, line = stopped([*args, *added("Interrupt", numbers=[15], step=3)], capsys)
+    code, line = stopped([*args, *interrupt(TERM, step=1)], capsys)
     assert (code, line) == (143, "featinv-pl: stopped by SIGTERM; the same command resumes what is not done yet.")
     assert not list(Path().rglob("*.ckpt"))
 
 
-def test_extraction_resumes_after_a_signal(
-    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_extraction_resumes_after_a_signal(classifier_folder: Path, prior_folder: Path, capsys: Capture) -> None:
     args = ["predict", "--config", write(Path("p.yaml"), extraction(classifier_folder, prior_folder, ["train"]))]
-    code, line = stopped([*args, *added("Interrupt", numbers=[15], step=0)], capsys)
+    code, line = stopped([*args, *interrupt(TERM, step=0)], capsys)
     assert code == 143
     assert line.endswith("stopped by SIGTERM; the same command resumes what is not done yet.")
     assert not Path("shards/train/manifest.json").exists()
@@ -233,9 +234,7 @@ def test_extraction_resumes_after_a_signal(
     assert Path("shards/train/manifest.json").exists()
 
 
-def test_full_disk_ends_training_and_keeps_the_last_checkpoint(
-    fit: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_full_disk_ends_training_and_keeps_the_last_checkpoint(fit: list[str], capsys: Capture) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         code, line = stopped([*fit, *added("FullDisk")], capsys)
@@ -247,7 +246,7 @@ def test_full_disk_ends_training_and_keeps_the_last_checkpoint(
     assert not list(Path("run").glob("*.partial"))
 
 
-def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: Capture) -> None:
     args = ["test", "--config", write(Path("fit.yaml"), settings)]
     Path("empty").mkdir()
     for given in ("last", "empty"):
@@ -256,8 +255,8 @@ def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: pytes
 
 def test_a_checkpoint_does_not_decide_what_is_made(fit: list[str]) -> None:
     """Lightning would make objects of what it calls its hyper-parameters."""
-    main([*fit, "--trainer.max_steps=2"])
+    main([*fit, "--trainer.max_steps=1"])
     evil = {"hyper_parameters": {"optimizer": {"class_path": "torch.hub.load"}}}
     torch.save({**checkpoint(), **evil}, "run/evil.ckpt")
-    main([*fit, "--ckpt_path=run/evil.ckpt", "--trainer.max_steps=3"])
-    assert checkpoint()["global_step"] == 3
+    main([*fit, "--ckpt_path=run/evil.ckpt", "--trainer.max_steps=2"])
+    assert checkpoint()["global_step"] == 2

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,7 +21,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from featinv_pl.__main__ import main, overlaid
-from featinv_pl.runtime.provenance import git_state
+from featinv_pl.errors import UserError
+from featinv_pl.runtime.saving import git_state
+from featinv_pl.runtime.tracking import describe, session
 from interrupts import PATIENCE_S, eventually
 from test_cli import refused
 from tiny import inversion, write
@@ -71,16 +73,39 @@ def only_run(server: WandbServer) -> Run:
 # Online or offline
 
 
-def test_without_a_key_a_run_is_offline_and_can_be_uploaded(
-    settings: dict[str, Any], server: WandbServer, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("variables", "offline", "found"),
+    [
+        ({}, False, "offline"),
+        ({"WANDB_API_KEY": KEY}, False, None),
+        ({"WANDB_API_KEY": KEY}, True, "offline"),
+        ({"NETRC": ""}, False, None),
+        ({"WANDB_MODE": "disabled"}, False, "disabled"),
+        ({"WANDB_MODE": "online"}, False, "WANDB_MODE is online, but there is no key .* `wandb login`"),
+        ({"WANDB_API_KEY": "short"}, False, "WANDB_API_KEY invalid.* Run `wandb login`"),
+    ],
+)
+def test_who_is_online(
+    variables: dict[str, str], offline: bool, found: str | None, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, config = dict(os.environ), write(Path("tiny.yaml"), settings)
-    main(["fit", "--config", config])
-    printed = capsys.readouterr().err
-    assert "W&B: there is no key" in printed
-    [hint] = re.findall(r"wandb sync (\S+)$", printed, re.MULTILINE)  # not the client's own beside it
-    assert list(Path(hint).glob("run-*.wandb"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost")
+    if variables.pop("NETRC", None) is not None:
+        Path.home().joinpath(".netrc").write_text(f"machine localhost\n  login user\n  password {KEY}\n")
+        Path.home().joinpath(".netrc").chmod(0o600)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    refused = pytest.raises(UserError, match=found) if found and " " in found else contextlib.nullcontext()
+    with refused, session():
+        describe("fit", "tiny", ["spatial"], offline, None)
+        assert os.environ.get("WANDB_MODE") == found
     assert dict(os.environ) == before
+
+
+@pytest.mark.slow
+def test_an_offline_run_can_be_uploaded(settings: dict[str, Any], server: WandbServer) -> None:
+    config = write(Path("tiny.yaml"), settings)
+    main(["fit", "--config", config])
     main(["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"])
     folders = sorted(map(str, Path("runs/tiny/spatial/wandb").glob("offline-run-*")))
     wandb(["sync", "--yes", *folders], {**os.environ, **server.environment()})
@@ -90,44 +115,10 @@ def test_without_a_key_a_run_is_offline_and_can_be_uploaded(
     assert_continuous(run)
 
 
-def test_nothing_is_kept_where_it_is_disabled(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
-    assert not list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))
-
-
-def test_offline_by_configuration(settings: dict[str, Any], online: WandbServer) -> None:
-    main(["fit", "--config", write(Path("tiny.yaml"), settings), "--trainer.logger.offline=true"])
-    assert len(list(Path("runs").glob("tiny/spatial/wandb/offline-run-*"))) == 1
-    assert not online.runs
-
-
-def test_a_key_is_found_in_netrc(
-    settings: dict[str, Any], server: WandbServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    netrc = Path.home() / ".netrc"
-    netrc.write_text(f"machine {server.url.removeprefix('http://')}\n  login user\n  password {KEY}\n")
-    netrc.chmod(0o600)
-    monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
-    assert only_run(server).state == "finished"
-
-
-def test_who_insists_needs_a_key(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("WANDB_MODE", "online")
-    config = write(Path("tiny.yaml"), settings)
-    refused(["fit", "--config", config], capsys, "WANDB_MODE is online, but there is no key", "`wandb login`")
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    refused(["fit", "--config", config], capsys, "WANDB_API_KEY invalid", "Run `wandb login`")
-
-
 # What arrives
 
 
-def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None:
+def test_what_a_run_tells_and_that_it_goes_on(settings: dict[str, Any], online: WandbServer) -> None:
     config = write(Path("tiny.yaml"), settings)
     main(["fit", "--config", config])
     run = only_run(online)
@@ -140,24 +131,29 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     saved = yaml.safe_load(Path("runs/tiny/spatial/fit.yaml").read_text())
     told = {name: value for name, value in run.config.items() if name != "_wandb"}
     assert set(told) == {*saved, "ckpt_path", "code", "shards"}
-    assert told["model"] == saved["model"]
-    assert told["trainer"] == saved["trainer"]
+    assert (told["model"], told["trainer"]) == (saved["model"], saved["trainer"])
     assert told["data"]["init_args"]["train"] == "~/project/shards/train"
     assert told["shards"] == {
         f"~/project/shards/{name}": json.loads(Path("shards", name, "manifest.json").read_text())["manifest_sha256"]
         for name in ("train", "val", "clean")
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+", told["code"]["version"])
-
     for metric, count in (("train/loss", 2), ("train/samples_per_second", 2), ("val/cosine", 1)):
         assert len(run.values(metric)) == count, metric
     [picture] = run.values("reconstructions/val/first")
     assert picture["captions"] == ["val, first, from top to bottom: original, autoencoder, reconstruction"]
     assert run.files[picture["filenames"][0]] == next(Path("runs/tiny/spatial/wandb").rglob("first_*.png")).read_bytes()
 
-    assert_private(online)
+    # Neither the key nor where the user's home is, in whatever was written or sent.
+    written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
+    assert any(path.suffix == ".wandb" for path in written)
+    own = [Path("runs/tiny/spatial", name) for name in ("fit.yaml", "inversion.ckpt")]  # never sent
+    for place, data in [*written.items(), *enumerate(online.received)]:
+        assert KEY.encode() not in data, place
+        assert place in own or b"home-of-somebody" not in data, place
 
-    main(["validate", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt"])
+    more = ["--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt"]
+    main(["validate", *more])
     [validation] = [other for other in online.runs.values() if other is not run]
     start = validation.starts[0]
     assert (start["jobType"], start["groupName"]) == ("validate", "tiny/spatial")
@@ -170,22 +166,30 @@ def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None
     assert table["data"][0][:3] == ["val", "60", "reconstruction"]
     assert len(table["data"]) == shown["nrows"]
 
+    main(["fit", *more, "--trainer.max_steps=4"])
+    assert len(online.runs) == 2
+    assert len(run.values("train/loss")) == 4
+    validated = run.values("val/cosine")  # once more after step 2, which had been saved before its validation
+    assert validated[0] == validated[1]
+    assert len(validated) == 3
+    assert_continuous(run)
 
-def assert_private(online: WandbServer) -> None:
-    """Neither the key nor where the user's home is, in whatever was written or sent."""
-    written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
-    assert any(path.suffix == ".wandb" for path in written)
-    own = [Path("runs/tiny/spatial", name) for name in ("fit.yaml", "validate.yaml", "inversion.ckpt")]  # never sent
-    for place, data in [*written.items(), *enumerate(online.received)]:
-        assert KEY.encode() not in data, place
-        assert place in own or b"home-of-somebody" not in data, place
+
+def assert_continuous(run: Run) -> None:
+    """Both axes go on, and no step is logged twice."""
+    internal = [row["_step"] for row in run.history]
+    assert internal == list(range(len(internal)))
+    steps = [row["trainer/global_step"] for row in run.history]
+    assert steps == sorted(steps)
+    trained = [row["trainer/global_step"] for row in run.history if "train/loss" in row]
+    assert trained == list(range(len(trained)))
 
 
 def test_credentials_of_an_address_are_nowhere(settings: dict[str, Any], online: WandbServer) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as files:
         Thread(target=files.serve_forever, args=(0.01,), daemon=True).start()
         place = f"http://somebody:PASSWORD@127.0.0.1:{files.server_port}/shards/val?token=TOKEN"
-        options = [f"--data.val={place}", "--data.cache=cache"]
+        options = [f"--data.val={place}", "--data.cache=cache", "--trainer.max_steps=1"]
         main(["fit", "--config", write(Path("tiny.yaml"), settings), *options])
         files.shutdown()
     written = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
@@ -197,17 +201,12 @@ def test_credentials_of_an_address_are_nowhere(settings: dict[str, Any], online:
 
 @pytest.mark.parametrize("where", ["init_args", "dict_kwargs"])
 def test_a_configuration_cannot_send_the_key_elsewhere(
-    where: str, settings: dict[str, Any], server: WandbServer, capsys: pytest.CaptureFixture[str]
+    where: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    elsewhere = {"settings": {"base_url": server.url}}
-    settings["trainer"]["logger"] = {**LOGGER, where: {**LOGGER["init_args"], **elsewhere}}
-    refused(
-        ["fit", "--config", write(Path("tiny.yaml"), settings)],
-        capsys,
-        "send your W&B key by base_url",
-        "WANDB_BASE_URL=",
-    )
-    assert not server.received
+    elsewhere = {**LOGGER["init_args"], "settings": {"base_url": "http://elsewhere"}}
+    settings["trainer"]["logger"] = {**LOGGER, where: elsewhere}
+    message = ("send your W&B key by base_url", "WANDB_BASE_URL=")
+    refused(["fit", "--config", write(Path("tiny.yaml"), settings)], capsys, *message)
 
 
 class Failure(Callback):
@@ -247,53 +246,30 @@ def test_validation_does_not_count_as_training(settings: dict[str, Any], monkeyp
     assert rates == [16.0] * 4
 
 
-def assert_continuous(run: Run) -> None:
-    """Both axes go on, and no step is logged twice."""
-    internal = [row["_step"] for row in run.history]
-    assert internal == list(range(len(internal)))
-    steps = [row["trainer/global_step"] for row in run.history]
-    assert steps == sorted(steps)
-    trained = [row["trainer/global_step"] for row in run.history if "train/loss" in row]
-    assert trained == list(range(len(trained)))
-
-
-def test_training_goes_on_under_the_same_id(settings: dict[str, Any], online: WandbServer) -> None:
-    config = write(Path("tiny.yaml"), settings)
-    main(["fit", "--config", config])
-    name = next(iter(online.runs))
-    more = ["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"]
-    main(more)
-    run = only_run(online)
-    assert len(run.values("train/loss")) == 4
-    validated = run.values("val/cosine")  # once more after step 2, which had been saved before its validation
-    assert validated[0] == validated[1]
-    assert len(validated) == 3
-    assert_continuous(run)
-
-    main([*more, "--trainer.max_steps=6", "--trainer.logger.id=another"])  # unless somebody says so
-    assert set(online.runs) == {name, "another"}
-
-
 # Sweeps
 
 
-def wandb(args: list[str], environment: dict[str, str]) -> str:
+def wandb(args: list[str], environment: dict[str, str]) -> None:
     """Run the client's own command."""
     command = [sys.executable, "-m", "wandb", *args]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    assert eventually(lambda: condition() or process.poll() is not None)
-    assert process.poll() is None, "the agent has ended"
+def test_a_run_of_a_sweep_has_a_folder_of_its_own(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r", "FEATINV_CONFIG": "overlay.yaml"}.items():
+        monkeypatch.setenv(name, value)
+    write(Path("overlay.yaml"), {"trainer": {"max_steps": 1, "logger": False}})
+    main(["fit", "--config", write(Path("tiny.yaml"), settings)])
+    assert sorted(path.name for path in Path("runs/tiny/spatial/r").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+    with session():
+        describe("fit", "tiny", ["spatial"], True, None)
+        assert not {"WANDB_RUN_GROUP", "WANDB_NAME"} & set(os.environ)  # there the server names and groups
 
 
-def saved(run: str) -> Any:
-    return yaml.safe_load(Path("runs/featinv-pl", run, "fit.yaml").read_text())
-
-
+@pytest.mark.slow
 def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) -> None:
     """The shipped sweep on tiny networks: one run is stopped early, and one loses its agent."""
     Path("experiments").symlink_to(ROOT / "experiments")
@@ -303,11 +279,7 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
     overlay["trainer"] |= {"limit_val_batches": 1, "gradient_clip_val": None}
     overlay["model"]["init_args"] |= {"input_size": None}
     overlay["data"]["init_args"] |= {"num_workers": 0}
-    shown = {"model.optimizer.lr": 0.001, "model.objective.dropout": 0.0}
-    online.proposals = [
-        {"model.encoder.hidden_channels": 16, "model.encoder.num_layers": 4, **shown},
-        {"model.encoder.hidden_channels": 8, "model.encoder.num_layers": 2, **shown},
-    ]
+    online.proposals = [{"model.encoder.hidden_channels": width, "model.optimizer.lr": 0.001} for width in (16, 8)]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": source, "FEATINV_CONFIG": write(Path("o.yaml"), overlay)}
@@ -315,42 +287,41 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
     [(name, sweep)] = online.sweeps.items()
     metric, patience = sweep.config["metric"]["name"], sweep.config["early_terminate"]["min_iter"]
     runs = [f"{name}run{number}" for number in range(2)]
+    folders = [Path("runs/featinv-pl", run) for run in runs]
 
     command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", f"we/featinv-pl/{name}"]
     agent = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with contextlib.ExitStack() as stack:
-        stack.callback(agent.kill)
-
-        def falls_behind() -> bool:
-            return runs[0] in online.runs and len(online.runs[runs[0]].values(metric)) >= patience
-
-        wait_until(falls_behind, agent)
-        online.stopped.add(runs[0])
-        wait_until(Path("runs/featinv-pl", runs[1], "inversion.ckpt").exists, agent)
+    try:
+        for until in (
+            lambda: runs[0] in online.runs and len(online.runs[runs[0]].values(metric)) >= patience,
+            (folders[1] / "inversion.ckpt").exists,
+        ):
+            assert eventually(lambda until=until: until() or agent.poll() is not None)
+            assert agent.poll() is None, "the agent has ended"
+            online.stopped.add(runs[0])
         agent.send_signal(signal.SIGTERM)
         agent.wait(PATIENCE_S)
+    finally:
+        agent.kill()
 
-    states = [(online.runs[run].state, online.runs[run].exit_code) for run in runs]
-    assert states == [("failed", 143), ("failed", 143)]
-    for run, proposal in zip(runs, online.proposals, strict=True):
-        init = saved(run)["model"]["init_args"]
-        for option, value in proposal.items():
-            place = init
-            for part in option.split(".")[1:]:
-                place = place.get("init_args", place)[part]
-            assert place == value
-        assert online.runs[run].config["model"]["init_args"] == init
-        assert online.runs[run].starts[0]["sweep"] in (None, name)
-    assert online.runs[runs[0]].summary[metric] == online.runs[runs[0]].values(metric)[-1]
+    for run, folder, proposal in zip(runs, folders, online.proposals, strict=True):
+        found = online.runs[run]
+        assert (found.state, found.exit_code) == ("failed", 143)
+        init = yaml.safe_load((folder / "fit.yaml").read_text())["model"]["init_args"]
+        assert init["encoder"]["hidden_channels"] == proposal["model.encoder.hidden_channels"]
+        assert init["optimizer"]["init_args"]["lr"] == 0.001
+        assert found.config["model"]["init_args"] == init
+        assert found.starts[0]["sweep"] in (None, name)
 
     # What was stopped resumes where it was, under its id.
-    run = runs[0]
-    steps = len(online.runs[run].values("train/loss"))
-    again = ["--config", f"runs/featinv-pl/{run}/fit.yaml", "--ckpt_path", f"runs/featinv-pl/{run}/inversion.ckpt"]
+    run = online.runs[runs[0]]
+    assert run.summary[metric] == run.values(metric)[-1]
+    steps = len(run.values("train/loss"))
+    again = ["--config", str(folders[0] / "fit.yaml"), "--ckpt_path", str(folders[0] / "inversion.ckpt")]
     main(["fit", *again, f"--trainer.max_steps={steps + 2}"])
-    assert online.runs[run].state == "finished"
-    assert len(online.runs[run].values("train/loss")) == steps + 2
-    assert_continuous(online.runs[run])
+    assert run.state == "finished"
+    assert len(run.values("train/loss")) == steps + 2
+    assert_continuous(run)
 
 
 @pytest.mark.parametrize(
@@ -370,13 +341,16 @@ def test_an_overlay_lies_over_files_and_beneath_options(line: str, expected: str
 # Other loggers
 
 
-def test_other_loggers_take_what_they_can(settings: dict[str, Any]) -> None:
-    settings["trainer"]["logger"] = [
-        {"class_path": f"{kind}Logger", "init_args": {"save_dir": "runs", "name": kind}}
-        for kind in ("TensorBoard", "CSV")
-    ]
+def test_other_loggers_take_what_they_can(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    others = ("TensorBoard", "CSV")
+    loggers = [{"class_path": f"{kind}Logger", "init_args": {"save_dir": "runs", "name": kind}} for kind in others]
+    settings["trainer"]["logger"] = [LOGGER, *loggers]
     config = write(Path("tiny.yaml"), settings)
     main(["fit", "--config", config])
+    printed = capsys.readouterr().err
+    assert "W&B: there is no key" in printed
+    [hint] = re.findall(r"wandb sync (\S+)$", printed, re.MULTILINE)  # not the client's own beside it
+    assert list(Path(hint).glob("run-*.wandb"))
     main(["validate", "--config", config])
     training, validation = (EventAccumulator(f"runs/TensorBoard/version_{number}").Reload() for number in range(2))
     tags = {"train/loss", "train/samples_per_second", "val/cosine", "val/cosine.floor"}
@@ -403,14 +377,13 @@ def test_other_loggers_take_what_they_can(settings: dict[str, Any]) -> None:
 def test_git_state(tmp_path: Path) -> None:
     def git(*args: str) -> str:
         identity = ["-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
-        result = subprocess.run(["git", *identity, *args], capture_output=True, text=True, check=True)
-        return result.stdout.strip()
+        return subprocess.run(["git", *identity, *args], capture_output=True, text=True, check=True).stdout.strip()
 
-    assert git_state(tmp_path) == {}
-    git("init", "--quiet")
     package = tmp_path / "package"
     package.mkdir()
     package.joinpath("code.py").write_text("1")
+    assert git_state(package) == {}
+    git("init", "--quiet")
     assert git_state(package) == {}  # it lies in a repository of something else
     git("add", ".")
     git("commit", "--quiet", "--message", "first")

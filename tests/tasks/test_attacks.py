@@ -18,10 +18,9 @@ from featinv_pl.data.images.digits import DigitsData
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import Backbone
-from featinv_pl.tasks.attacks import Attack, attack
-from featinv_pl.tasks.extraction import AdversarialExtraction
+from featinv_pl.tasks.extraction import AdversarialExtraction, Attack, attack
 from featinv_pl.tasks.pretraining import Classifier
-from featinv_pl.types import ImageBatch, from_uint8, to_uint8
+from featinv_pl.types import from_uint8, to_uint8
 
 
 def digits(source: str, number: int) -> tuple[Tensor, Tensor]:
@@ -47,21 +46,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def brighter(images: Tensor) -> Tensor:
-    """Class 1 for bright images, class 0 for dark ones."""
-    mean = images.mean((1, 2, 3))
-    return torch.stack([-mean, mean], dim=1) * 50
+def test_goes_as_far_as_it_may() -> None:
+    def brighter(images: Tensor) -> Tensor:
+        """Class 1 for bright images, class 0 for dark ones."""
+        mean = images.mean((1, 2, 3))
+        return torch.stack([-mean, mean], dim=1) * 50
 
-
-@pytest.mark.parametrize("labels", [[0, 0], [1, 1]])
-def test_goes_as_far_as_it_may(labels: list[int]) -> None:
-    images = torch.full((2, 3, 8, 8), 128 / 127.5 - 1)
+    images, labels = torch.full((2, 3, 8, 8), 128 / 127.5 - 1), torch.tensor([0, 1])
     start = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    attacked = attack(brighter, images, torch.tensor(labels), start, Attack(4, 1.0, 20))
-    assert brighter(attacked).argmax(1).tolist() == [1 - label for label in labels]
+    attacked = attack(brighter, images, labels, start, Attack(4, 1.0, 20))
+    assert brighter(attacked).argmax(1).tolist() == [1, 0]
     change = ((attacked - images) * 127.5).round()
     assert change.abs().max() == 4
-    assert (change.sign() == (1 if labels[0] == 0 else -1)).float().mean() > 0.99
+    assert (change.sign() == torch.tensor([1, -1]).view(2, 1, 1, 1)).float().mean() > 0.99
+    with pytest.raises(UserError, match="`attack`"):
+        Attack(steps=0)
 
 
 def test_extraction_attacks_the_backbone_itself(
@@ -74,17 +73,15 @@ def test_extraction_attacks_the_backbone_itself(
         before = model.backbone(given["images"])[1].argmax(1)
         labels = before.clone()
         labels[0] = -1  # without a label, it is attacked from what the backbone predicts
-        batch: ImageBatch = {
-            "images": given["images"].clone(),
+        batch: Any = {
+            **{name: given[name] for name in ("images", "source", "key")},  # type: ignore[literal-required]
             "labels": torch.arange(6),  # the data's own numbers, which say nothing to the classifier
             "class_name": [str(label) if label >= 0 else "" for label in labels.tolist()],
-            "source": given["source"],
-            "key": given["key"],
             "view": [None] * 6,
             "unreadable": [""] * 6,
         }
         attacked = model.predict_step(batch, 0)
-        last: Any = {name: values[5:] for name, values in batch.items()}  # type: ignore[index]
+        last: Any = {name: values[5:] for name, values in batch.items()}
         alone = model.predict_step(last, 0)
     other = AdversarialExtraction(Attack(4, 2.0, 10), **parts).provenance
     assert len({other["attack"], model.provenance["attack"], ""}) == 3  # sets of different attacks are not mixed up
@@ -94,11 +91,6 @@ def test_extraction_attacks_the_backbone_itself(
     assert torch.equal(attacked["labels"], labels)
     # A grey level here and there: networks round differently in batches of other sizes.
     assert ((alone["images"] - attacked["images"][5:]).abs() > 0).float().mean() < 0.01
-
-
-def test_settings_are_checked() -> None:
-    with pytest.raises(UserError, match="`attack`"):
-        Attack(steps=0)
 
 
 def test_black_and_white_pixels_have_the_gradient_of_others(trained: Path) -> None:

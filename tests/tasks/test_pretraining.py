@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 
@@ -26,6 +25,7 @@ from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
 from test_cli import files
+from tiny import TRAINER, write
 
 WNIDS = ("n01440764", "n02102040", "n03028079")
 AUTOENCODER = {
@@ -63,67 +63,32 @@ def images() -> Path:
 
 def fit(name: str, images: Path, steps: int = 4, options: tuple[str, ...] = (), **init_args: Any) -> None:
     """`featinv-pl fit`, saving to a folder of the class's name."""
+    saving = {"class_path": "SavePretrained", "init_args": {"folder": name.lower()}}
+    folders = {"train": str(images / "train"), "val": str(images / "val"), "image_size": 16, "batch_size": 8}
     settings = {
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_model_summary": False,
-            "callbacks": [{"class_path": "SavePretrained", "init_args": {"folder": name.lower()}}],
-        },
+        "trainer": {**TRAINER, "max_steps": steps, "enable_checkpointing": False, "callbacks": [saving]},
         "model": {"class_path": name, "init_args": init_args},
-        "data": {
-            "class_path": "FolderData",
-            "init_args": {
-                "train": str(images / "train"),
-                "val": str(images / "val"),
-                "image_size": 16,
-                "batch_size": 8,
-                "num_workers": 0,
-            },
-        },
+        "data": {"class_path": "FolderData", "init_args": {**folders, "num_workers": 0}},
     }
-    Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    main(["fit", "--config", f"{name}.yaml", *options])
+    main(["fit", "--config", write(Path(f"{name}.yaml"), settings), *options])
 
 
-def extract(name: str, images: Path) -> None:
+def extract(name: str, images: Path, **init_args: Any) -> None:
     """`featinv-pl predict` of the validation images, to a folder of the model's name."""
+    parts = {"backbone": "classifier", "autoencoder": "autoencoder", "image_size": 16}
+    folders = {"predict": {"val": str(images / "val")}, "image_size": 16, "batch_size": 16}
     settings: dict[str, Any] = {
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "default_root_dir": name,
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": name}}],
-        },
-        "model": {
-            "class_path": name,
-            "init_args": {"backbone": "classifier", "autoencoder": "autoencoder", "image_size": 16},
-        },
-        "data": {
-            "class_path": "FolderData",
-            "init_args": {"predict": {"val": str(images / "val")}, "image_size": 16, "batch_size": 16},
-        },
+        "trainer": {**TRAINER, "default_root_dir": name, "callbacks": [{"class_path": "ShardWriter"}]},
+        "model": {"class_path": name, "init_args": {**parts, **init_args}},
+        "data": {"class_path": "FolderData", "init_args": folders},
     }
-    if name == "AdversarialExtraction":
-        settings["model"]["init_args"]["attack"] = {"epsilon": 90, "step": 10, "steps": 10}
-    Path(f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    main(["predict", "--config", f"{name}.yaml"])
+    main(["predict", "--config", write(Path(f"{name}.yaml"), settings)])
 
 
 def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
-    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.003}}
-    fit(
-        "Classifier",
-        images,
-        steps=100,
-        model="test_resnet",
-        num_classes=3,
-        image_size=16,
-        model_args={"output_stride": 8, "channels": [8, 8, 8, 8]},
-        optimizer=adam,
-    )
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}
+    small = {"output_stride": 8, "channels": [8, 8, 8, 8]}
+    fit("Classifier", images, 40, model="test_resnet", num_classes=3, image_size=16, model_args=small, optimizer=adam)
     backbone = Backbone("classifier")
     assert backbone.feature_shape == (8, 2, 2)
     assert backbone.input_size == (16, 16)
@@ -134,8 +99,11 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     assert set(seen["labels"].tolist()) == {1, 2}
 
     fit("Autoencoder", images, config=AUTOENCODER)
-    for name in ("FeatureExtraction", "AdversarialExtraction"):
-        extract(name, images)
+    for name, more in (
+        ("FeatureExtraction", {}),
+        ("AdversarialExtraction", {"attack": {"epsilon": 90, "step": 10, "steps": 10}}),
+    ):
+        extract(name, images, **more)
         manifest = read_manifest(Path(name, "val"), "")
         assert manifest["settings"]["classes"] == {WNIDS[1]: 1, WNIDS[2]: 2}
         ((batch,),) = FeatureShards(val=Path(name, "val")).val_dataloader()
@@ -145,13 +113,8 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
         assert kept == (1 if name == "FeatureExtraction" else pytest.approx(0, abs=0.5))
 
     fit("NoisePredictor", images, autoencoder="autoencoder", config=UNET, prediction_type="v_prediction")
-    assert sorted(path.name for path in Path("noisepredictor").iterdir()) == [
-        "SHA256SUMS",
-        "prompts.safetensors",
-        "scheduler",
-        "unet",
-        "vae",
-    ]
+    parts = {"SHA256SUMS", "prompts.safetensors", "scheduler", "unet", "vae"}
+    assert {path.name for path in Path("noisepredictor").iterdir()} == parts
     prior = Prior("noisepredictor")
     assert prior.schedule.config.prediction_type == "v_prediction"
     assert prior.autoencoder.latent_channels == 4
@@ -183,6 +146,10 @@ def test_a_model_is_replaced_by_its_own_training_alone(images: Path, capsys: pyt
 
     folder, weights = Path("autoencoder"), Path("autoencoder/diffusion_pytorch_model.safetensors")
     folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    refused("'autoencoder' holds what SavePretrained has not written")
+    assert files(folder) == {"config.json": b"{}"}
+    (folder / "config.json").unlink()
     saving = ("--trainer.enable_checkpointing=true",)
     fit("Autoencoder", images, 1, saving, config=AUTOENCODER)
     first = weights.read_bytes()
@@ -227,22 +194,13 @@ def test_a_kill_while_a_model_is_replaced_leaves_one(images: Path, monkeypatch: 
     assert files(Path("autoencoder")) != first
 
 
-def test_a_folder_of_something_else_is_never_replaced(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("autoencoder").mkdir()
-    Path("autoencoder/config.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        fit("Autoencoder", images, steps=1, config=AUTOENCODER)
-    assert "'autoencoder' holds what SavePretrained has not written" in capsys.readouterr().err
-    assert files(Path("autoencoder")) == {"config.json": b"{}"}
-
-
 def test_the_scaling_factor_gives_latents_unit_variance() -> None:
     torch.manual_seed(0)
     model = Autoencoder(AUTOENCODER)
     images = torch.stack([DigitImages("val")[index].images for index in range(6)])[..., 8:24, 8:24]
     batch: Any = {"images": images, "key": [str(index) for index in range(6)]}
     with torch.no_grad():
-        for step in range(500):
+        for step in range(350):
             model.losses(batch, (step,))
     model.save_pretrained(Path("vae"))
     autoencoder = LatentAutoencoder.load("vae")
@@ -262,9 +220,9 @@ def test_losses_fall() -> None:
         Autoencoder(AUTOENCODER),
         NoisePredictor("vae", UNET),
     ):
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses = []
-        for _ in range(30):
+        for _ in range(15):
             loss = model.losses(batch, (0,))["loss"]
             optimizer.zero_grad()
             loss.backward()

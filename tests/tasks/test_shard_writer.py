@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from featinv_pl.__main__ import main
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import read_manifest
+from interrupts import stopped
+from tiny import extraction, write
 
 WNIDS = ("n01440764", "n01443537", "n02123045")
 SIZE = 21
@@ -30,30 +31,13 @@ def config(classifier_folder: Path, prior_folder: Path) -> str:
         path = Path("images") / WNIDS[number % 3] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.effect_noise((48, 40), 10 + number).convert("RGB").save(path)
-    settings = {
-        "trainer": {
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_model_summary": False,
-            "enable_progress_bar": False,
-            "default_root_dir": "run",
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 8}}],
-        },
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {
-                "backbone": "classifier",
-                "autoencoder": str(prior_folder / "vae"),
-                "image_size": 32,
-            },
-        },
-        "data": {
-            "class_path": "FolderData",
-            "init_args": {"predict": {"mine": "images"}, "image_size": 32, "batch_size": 3},
-        },
-    }
-    Path("extract.yaml").write_text(yaml.safe_dump(settings))
-    return "extract.yaml"
+    settings = extraction(Path("classifier"), prior_folder, [])
+    writer = {"class_path": "ShardWriter", "init_args": {"folder": "shards", "shard_size": 8}}
+    settings["trainer"] |= {"enable_progress_bar": False, "default_root_dir": "run", "callbacks": [writer]}
+    del settings["trainer"]["limit_predict_batches"]
+    images = {"predict": {"mine": "images"}, "image_size": 32, "batch_size": 3}
+    settings["data"] = {"class_path": "FolderData", "init_args": images}
+    return write(Path("extract.yaml"), settings)
 
 
 def extract(config: str, *more: str) -> None:
@@ -61,11 +45,9 @@ def extract(config: str, *more: str) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], config: str, *more: str) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        extract(config, *more)
-    assert stop.value.code == 1
-    return capsys.readouterr().err
+    code, line = stopped(["predict", "--config", config, *more], capsys)
+    assert code == 1
+    return line
 
 
 def files(folder: str) -> dict[str, bytes]:
@@ -145,14 +127,14 @@ def test_plan_writes_nothing_and_tells_all(config: str, capsys: pytest.CaptureFi
     assert re.search(r"^mine +42 +6 +0 +0\.000$", capsys.readouterr().out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("plan", [[], ["--plan"]])
 def test_a_disk_that_is_too_small_is_refused(
-    plan: list[str], config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No test can fill a disk, so this one says that it is full."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
-    assert "need about 0.00 GB" in refused(capsys, config, *plan)
-    assert not Path("shards/mine/manifest.json").exists()
+    for plan in ([], ["--plan"]):
+        assert "need about 0.00 GB" in refused(capsys, config, *plan)
+        assert not Path("shards/mine/manifest.json").exists()
 
 
 def test_refuses_what_cannot_be_extracted(config: str, capsys: pytest.CaptureFixture[str]) -> None:

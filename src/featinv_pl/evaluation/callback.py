@@ -28,7 +28,7 @@ from featinv_pl.files import write_bytes
 from featinv_pl.inverter.identity import sampling
 from featinv_pl.metrics.weights import Weights
 from featinv_pl.nets.backbone import Backbone
-from featinv_pl.runtime.progress import hide_score_tables
+from featinv_pl.runtime.internals import hide_score_tables
 from featinv_pl.runtime.ranks import hands_back_little
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch

@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.evaluation.methods import INVERSION
-from featinv_pl.runtime.provenance import provenance
+from featinv_pl.runtime.saving import provenance
 from featinv_pl.sampling.sampler import Sampler
 
 

@@ -46,12 +46,11 @@ class MovingAverage(WeightAveraging):
             checkpoint["state_dict"] = self._average_model.module.state_dict()  # the trained half alone
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._average_model is None:  # outside of training the average is all there is
-            return
-        self._average_model.module.load_state_dict(checkpoint["state_dict"])
-        if "averaging_state" in checkpoint:
-            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
-            pl_module.load_state_dict(checkpoint["current_model_state"])
+        if self._average_model is not None:  # outside of training the average is all there is
+            self._average_model.module.load_state_dict(checkpoint["state_dict"])
+            if "averaging_state" in checkpoint:
+                self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+                pl_module.load_state_dict(checkpoint["current_model_state"])
 
 
 def _average(decay: float, averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:

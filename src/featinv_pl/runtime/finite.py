@@ -1,15 +1,16 @@
 """Stops training at the first NaN or Inf."""
 
-from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from featinv_pl.errors import UserError
-from featinv_pl.runtime.clipping import Clipped, scales_gradients, total_norm
 
 NAMED = 8  # samples in a message
 
@@ -38,28 +39,21 @@ class FiniteGuard(Callback):
         self.loss = self.loss + loss.detach()  # without waiting for it; a step may be of several batches
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check loss and gradients at once.
-
-        Raises:
-            UserError: One of them is not finite, and no further step may be skipped.
-        """
+        """Check loss and gradients at once."""
         keys, loss, self.keys, self.loss = self.keys, torch.as_tensor(self.loss), [], 0.0
-        if scales_gradients(trainer):  # whose scaler checks the gradients itself
-            norm = torch.zeros_like(loss)
-        else:
+        norm = torch.zeros_like(loss)
+        if not scales_gradients(trainer):  # whose scaler checks the gradients itself
             norm = total_norm(optimizer).to(loss.device)
-            if isinstance(pl_module, Clipped):
-                pl_module.gradient_norm = norm
-        figures = torch.stack([loss.float(), norm.float()]).tolist()
-        finite = bool(torch.tensor(figures).isfinite().all())
-        if trainer.strategy.reduce_boolean_decision(finite):
+            cast(Any, pl_module).gradient_norm = norm  # for clipping by it
+        figures = torch.stack([loss.float(), norm.float()]).cpu()
+        if trainer.strategy.reduce_boolean_decision(bool(figures.isfinite().all())):
             return
         if self.skipped < self.max_skipped:
             self.skipped += 1
             optimizer.zero_grad()  # to none: an optimizer leaves alone what has no gradient
             pl_module.log("train/skipped", float(self.skipped), batch_size=1)
             return
-        named = ", ".join(islice(keys, NAMED)) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
+        named = ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
         raise UserError(
             f"step {trainer.global_step}: loss {figures[0]:g}, norm of the gradients {figures[1]:g}. Such a step would "
             f"spoil the weights, so training has ended before it, and the last checkpoint is good. The samples were: "
@@ -85,3 +79,19 @@ class FiniteGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped = state_dict["skipped"]
+
+
+def trained(optimizer: Optimizer) -> list[Parameter]:
+    """The parameters of an optimizer, of all its groups."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def total_norm(optimizer: Optimizer) -> Tensor:
+    """The norm of all gradients, as one vector."""
+    return get_total_norm([one.grad for one in trained(optimizer) if one.grad is not None])
+
+
+def scales_gradients(trainer: Trainer) -> bool:
+    """Whether losses are scaled, as fp16 needs, by a scaler that skips steps whose gradients are infinite."""
+    plugin = trainer.precision_plugin
+    return isinstance(plugin, MixedPrecision) and plugin.scaler is not None

@@ -17,11 +17,13 @@ class CommandLine(LightningCLI):
 
 def silence_tips() -> None:
     """Hide the services that Lightning advertises at the start of every run."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+def hide_score_tables(trainer: Trainer) -> None:
+    """Keep Lightning from printing a line for each score at the end of `validate` and `test`."""
+    trainer.validate_loop.verbose = trainer.test_loop.verbose = False
 
 
 def position(trainer: Trainer) -> tuple[int, int]:

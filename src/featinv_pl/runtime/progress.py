@@ -1,10 +1,12 @@
-"""One progress line for all of a command, with its rate and the time left."""
+"""One progress line for all of a command, with its rate and the time left; how fast training is, for loggers."""
 
 import sys
+import time
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
@@ -27,22 +29,10 @@ class Progress(ProgressBar):
         self.enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
-        self._open("fit", "step", None if steps == float("inf") else int(steps), trainer.global_step)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit":
-            self._open("validate", "batch", int(sum(trainer.num_val_batches)))
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open("test", "batch", int(sum(trainer.num_test_batches)))
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._open("predict", "batch", int(sum(trainer.num_predict_batches)))
-
-    def _open(self, name: str, unit: str, total: int | None, initial: int = 0) -> None:
         if self.enabled:
-            self.bar = tqdm(**_look(name, unit), total=total, initial=initial)
+            steps = trainer.estimated_stepping_batches
+            total = None if steps == float("inf") else int(steps)
+            self.bar = tqdm(**_style("fit", "step"), total=total, initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.bar is not None:
@@ -50,37 +40,72 @@ class Progress(ProgressBar):
             self.bar.set_postfix(scalars, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
+    def _open(self, trainer: Trainer, *args: Any) -> None:
+        command = str(trainer.state.fn.value) if trainer.state.fn else "fit"
+        if self.enabled and command != "fit":  # within which it also validates
+            batches = getattr(trainer, f"num_{'val' if command == 'validate' else command}_batches")
+            self.bar = tqdm(**_style(command, "batch"), total=int(sum(batches)))
+
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.trainer.state.fn != "fit":
             self.bar.update()
 
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _advance
-
-    def _close(self, *args: Any, **kwargs: Any) -> None:
+    def _close(self, *args: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-    on_train_end = on_test_end = on_predict_end = on_exception = _close
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit":
             self._close()
 
-
-def hide_score_tables(trainer: Trainer) -> None:
-    """Keep Lightning from printing a line for each score at the end of `validate` and `test`."""
-    trainer.validate_loop.verbose = trainer.test_loop.verbose = False
+    on_validation_start = on_test_start = on_predict_start = _open
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _advance
+    on_train_end = on_test_end = on_predict_end = on_exception = _close
 
 
 def progress(trainer: Trainer, name: str, unit: str, items: Iterable[Item]) -> Iterable[Item]:
     """Show a line for what is done before a stage, on the first rank, if the stage has one."""
-    shown: Iterable[Item] = tqdm(
-        items, **_look(name, unit), disable=not trainer.is_global_zero or trainer.progress_bar_callback is None
-    )
+    hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
+    shown: Iterable[Item] = tqdm(items, **_style(name, unit), disable=hidden)
     return shown
 
 
-def _look(name: str, unit: str) -> dict[str, Any]:
+def _style(name: str, unit: str) -> dict[str, Any]:
     interval = 0.1 if sys.stderr.isatty() else 10
     return {"desc": name, "unit": f" {unit}", "mininterval": interval, "dynamic_ncols": True}
+
+
+class Speed(Callback):
+    """Logs `train/samples_per_second`, and on a GPU `train/peak_memory_gib`.
+
+    Samples are those of all processes, per second of training alone: validation does not count.
+    Lightning's ThroughputMonitor would wait for the GPU after every batch, which this does not.
+    """
+
+    def __init__(self) -> None:
+        self.samples = self.logged = 0
+        self.start = self.paused = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.samples, self.logged, self.start = 0, trainer.global_step, time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start += time.perf_counter() - self.paused
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.samples += len(batch["key"])
+        interval, step = cast(Any, trainer).log_every_n_steps, trainer.global_step
+        if interval and step % interval == 0 and step != self.logged:  # of several batches that make a step, the last
+            now = time.perf_counter()
+            rate = self.samples * trainer.world_size / (now - self.start)
+            pl_module.log("train/samples_per_second", rate, batch_size=1)
+            if pl_module.device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+                pl_module.log("train/peak_memory_gib", peak, batch_size=1)
+            self.samples, self.logged, self.start = 0, step, now

@@ -35,11 +35,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def ranks_together() -> Iterator[None]:
-    """Say in one line what a rank notices when another is gone.
-
-    Raises:
-        UserError: The connection between ranks is broken.
-    """
+    """Replace the traceback of a broken connection between ranks by one line: another rank is gone."""
     try:
         yield
     except RuntimeError as error:
@@ -74,10 +70,9 @@ def forget_children() -> None:
 
 
 def hands_back_little(trainer: Trainer) -> bool:
-    """Whether the trainer runs in processes that Lightning has forked or spawned.
+    """Whether the trainer runs in processes that Lightning has forked or spawned, and joins before it reads from them.
 
-    It waits for their end before it reads what they hand back, and they do not end before it reads if that is more
-    than a pipe holds, which some 200 scores are.
+    They never end if they hand back more than a pipe holds, which some 200 scores are.
     """
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
@@ -103,19 +98,14 @@ def rows_of_all_ranks(rows: Tensor) -> Tensor:
 
 
 def agree(work: Callable[[], Result]) -> Result:
-    """Do something on all ranks, which later wait for each other: where one cannot, all raise its error.
-
-    Raises:
-        UserError: As `work` has raised it, on this rank or another.
-    """
+    """Do something on all ranks, which later wait for each other: a UserError of one is raised on all."""
     result, error = None, None
     try:
         result = work()
     except UserError as failure:
         error = str(failure)
-    for message in of_all_ranks(error):
-        if message is not None:
-            raise UserError(message)
+    for message in filter(None, of_all_ranks(error)):
+        raise UserError(message)
     return cast(Result, result)
 
 

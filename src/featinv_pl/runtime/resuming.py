@@ -6,12 +6,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from featinv_pl.data.order import ResumableData
 from featinv_pl.runtime.internals import position, savers
 
 KEY = "unfinished"  # of a checkpoint
+RUN_ID = "wandb_run_id"  # likewise
 
 
 class Resume(Callback):
@@ -21,7 +23,8 @@ class Resume(Callback):
     is still to come or has been cut short. Lightning would begin the next step. Here the loggers are told before
     the checkpoint is written, the validation is held from its first sample on, and a training whose last step was not
     over comes to its end. What callbacks and schedules know of earlier metrics is restored, and so is torch's random
-    state, which belongs to training alone: random numbers of validation and loaders change nothing.
+    state, which belongs to training alone: random numbers of validation and loaders change nothing. A run at W&B is
+    continued by its id.
     """
 
     def __init__(self) -> None:
@@ -31,10 +34,9 @@ class Resume(Callback):
         self.limits: tuple[int, int | None] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Tell the data module how to know where training stands."""
         data = cast(Any, trainer).datamodule
         if isinstance(data, ResumableData):
-            data.position = partial(position, trainer)
+            data.position = partial(position, trainer)  # tells it where training stands
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note what is still to be done, and tell loggers what is not."""
@@ -50,6 +52,8 @@ class Resume(Callback):
         }
         for logger in trainer.loggers:
             logger.save()
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                checkpoint[RUN_ID] = logger.version
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let Lightning's loops begin where there is something to do."""
@@ -70,7 +74,6 @@ class Resume(Callback):
             loop.max_epochs += 1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore what was known."""
         if self.unfinished is None:
             return
         epoch: Any = trainer.fit_loop.epoch_progress.current

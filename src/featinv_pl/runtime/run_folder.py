@@ -1,14 +1,13 @@
 """The folder of a run: one process at a time uses it, and a single training."""
 
-import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
+from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Trainer
 
@@ -21,16 +20,9 @@ LOCK = ".featinv-pl.lock"
 
 
 def home(trainer: Any) -> Path:
-    """The one folder below which a run writes.
-
-    Args:
-        trainer: A Trainer, or its settings.
-
-    Raises:
-        UserError: It is an address, which would become a local folder of that name.
-    """
+    """The one folder below which a run of a Trainer, or of its settings, writes."""
     root = str(trainer.default_root_dir or ".")
-    if "://" in root:
+    if "://" in root:  # it would become a local folder of that name
         raise UserError(
             f"`default_root_dir`: '{masked(root)}' is an address, and a run writes to a folder. Give one on this "
             "machine, and copy it afterwards."
@@ -39,36 +31,15 @@ def home(trainer: Any) -> Path:
 
 
 def written_folders(trainer: Trainer, data: Any, command: str) -> list[Path]:
-    """The folders that a command writes to.
-
-    An extraction writes to those of its unfinished shard sets alone, so that several may share a root.
-
-    Args:
-        trainer: With its callbacks.
-        data: The data module.
-        command: `fit`, `validate`, `test` or `predict`.
-    """
+    """The folders that a command writes to: for an extraction those of its unfinished shard sets alone."""
     writers = [one for one in cast(Any, trainer).callbacks if hasattr(one, "unfinished_folders")]
     if command != "predict" or not writers:
         return [home(trainer)]
     return [folder for writer in writers for folder in writer.unfinished_folders(home(trainer), data)]
 
 
-def configuration_path(trainer: Trainer, folder: Path, command: str) -> Path:
-    """Where the configuration of a command is saved that writes to a folder: a shard set has its own beside it."""
-    return folder / f"{command}.yaml" if folder == home(trainer) else folder.with_name(f"{folder.name}.yaml")
-
-
 def refuse_used(trainer: Trainer, resumed: str | None) -> None:
-    """Refuse to train where another training has left its checkpoints, which would be replaced or confused.
-
-    Args:
-        trainer: With its callbacks.
-        resumed: The checkpoint to resume from, if any: `hpc`, or a file.
-
-    Raises:
-        UserError: The folder holds a checkpoint, and `resumed` does not lie beside it.
-    """
+    """Refuse to train where another training has left its checkpoints: `resumed`, a file or `hpc`, must lie there."""
     dirpaths = [Path(one.dirpath) for one in savers(trainer) if one.dirpath]
     folders = {path.absolute() for path in (home(trainer), *dirpaths)}
     found = [path for folder in sorted(folders) for path in sorted(folder.glob("*.ckpt"))]
@@ -85,57 +56,32 @@ def refuse_used(trainer: Trainer, resumed: str | None) -> None:
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder.
-
-    By a lock of the kernel, which ends with this process in whatever way that ends, and which forked processes do not
-    inherit: a worker that outlives its run does not block the next.
-
-    Raises:
-        UserError: Another process has claimed it, or it is not a folder and cannot become one.
-    """
-    new = not folder.exists()
+    """Keep other processes out of a folder, by a lock of the kernel: it ends with this process, however that ends."""
+    new, lock = not folder.exists(), FileLock(folder / LOCK, blocking=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"`default_root_dir`: '{folder}' cannot be a folder ({error.strerror}). Give another one."
         ) from error
-    with _lock(folder / LOCK) as file:
-        try:
-            file.truncate(0)
-            file.write(f"{os.getpid()} {socket.gethostname()}")
-            file.flush()
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            if new:
-                with suppress(OSError):  # it is not empty: something was written
-                    folder.rmdir()
-
-
-def _lock(path: Path) -> IO[str]:
-    """Open a file and lock it."""
-    while True:
-        file = path.open("a+")
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(_in_use(path.parent, file)) from error
-            say(f"'{path.parent}' cannot be locked ({error.strerror}), so start no second run there.")
-            return file
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # its last owner has removed it meanwhile
-
-
-def _in_use(folder: Path, file: IO[str]) -> str:
-    file.seek(0)
-    number, _, machine = file.read().partition(" ")
-    file.close()
-    where = f" on {machine}" if machine != socket.gethostname() else ""
-    return (
-        f"'{folder}' is in use: process {number}{where} is writing there. Wait until it has ended, or give another "
-        "folder (`default_root_dir`)."
-    )
+    except Timeout as error:
+        owner = ""
+        with suppress(OSError):  # it has just ended
+            owner = (folder / LOCK).read_text().removesuffix(f" on {socket.gethostname()}")
+        raise UserError(
+            f"'{folder}' is in use: process {owner} is writing there. Wait until it has ended, or give another folder "
+            "(`default_root_dir`)."
+        ) from error
+    except OSError as error:
+        say(f"'{folder}' cannot be locked ({error.strerror}), so start no second run there.")
+    try:
+        with suppress(OSError):
+            (folder / LOCK).write_text(f"{os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if new:
+            with suppress(OSError):  # it is not empty: something was written
+                folder.rmdir()

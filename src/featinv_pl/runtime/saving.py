@@ -1,6 +1,9 @@
-"""Files that a run leaves: its configuration, and the parts it has trained."""
+"""Files that a run leaves: its configuration, and the parts it has trained; and what code and data it was made from."""
 
+import json
 import os
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,12 +11,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 
+from featinv_pl.data.shards.manifest import seal
 from featinv_pl.errors import UserError
 from featinv_pl.files import atomic, remove, write_bytes
 from featinv_pl.masking import masked
 from featinv_pl.nets.hub import SUMMED, SUMS, check_sums, write_sums
-from featinv_pl.runtime.provenance import provenance
-from featinv_pl.runtime.run_folder import configuration_path, written_folders
+from featinv_pl.runtime.run_folder import home, written_folders
 
 MODEL = "model"
 
@@ -24,12 +27,11 @@ class SaveConfig(SaveConfigCallback):
     An extraction's, several of which may share that folder, is `<shard set>.yaml` beside each set that it makes. The
     checkpoint that a run began with is left out: whoever uses the file again would train or score that one.
 
-    Loggers also get what it does not say: version and git state of the code, and digests of the shards.
-    Others may see them: credentials in addresses are masked in both, and what is logged has `~/...` for
-    paths below the user's home.
+    Loggers also get version and git state of the code, and digests of the shards. Others may see them: credentials
+    in addresses are masked in both, and what is logged has `~/...` for paths below the user's home.
 
-    Lightning's own would write into the loggers' folder, which runs share, and before anything has
-    been checked: a run that is refused must not overwrite the configuration of one that was not.
+    Lightning's own would write before anything is checked: a run that is refused must not overwrite the configuration
+    of one that was not.
     """
 
     def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
@@ -46,14 +48,42 @@ class SaveConfig(SaveConfigCallback):
     on_train_start = on_validation_start = on_test_start = on_predict_start = _save
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        kept = masked(self.config)
+        kept, root = masked(self.config), home(trainer)
         checkpoint = kept.pop("ckpt_path")
         text = self.parser.dump(kept, skip_none=False)
         for folder in written_folders(trainer, cast(Any, trainer).datamodule, stage):
-            write_bytes(configuration_path(trainer, folder, stage), text.encode())
-        shown = _without_home({**yaml.safe_load(text), "ckpt_path": checkpoint, **provenance(trainer)})
+            path = root / f"{stage}.yaml" if folder == root else folder.with_name(f"{folder.name}.yaml")
+            write_bytes(path, text.encode())
+        shown = {**yaml.safe_load(text), "ckpt_path": checkpoint, **provenance(trainer)}
+        told = json.dumps(shown, ensure_ascii=False, default=str)
+        for end in ('"', "/"):
+            told = told.replace(f'"{Path.home()}{end}', f'"~{end}')
         for logger in trainer.loggers:
-            logger.log_hyperparams(shown)
+            logger.log_hyperparams(json.loads(told))
+
+
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Version and git state of this package, and the digest of each shard set's manifest."""
+    manifests = getattr(getattr(trainer, "datamodule", None), "manifests", {})
+    return {
+        "code": {"version": version("featinv-pl"), **git_state(Path(__file__).parents[1])},
+        "shards": {str(folder): seal(manifest) for folder, manifest in manifests.items()},
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit of a folder under git, and whether its files differ from it; nothing where git knows none of them."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "."):  # an installed package may lie in the repository of something else
+            return {}
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
 
 
 class SavePretrained(Callback):
@@ -117,14 +147,3 @@ def _is_saved(folder: Path) -> bool:
     except UserError:
         return False
     return others == [Path(SUMS)]
-
-
-def _without_home(settings: Any) -> Any:
-    """Settings in which the user's home folder is called `~`."""
-    if isinstance(settings, dict):
-        return {_without_home(key): _without_home(value) for key, value in settings.items()}
-    if isinstance(settings, list):
-        return [_without_home(value) for value in settings]
-    if isinstance(settings, str) and Path(settings).is_relative_to(Path.home()):
-        return str(Path("~", Path(settings).relative_to(Path.home())))
-    return settings

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -19,11 +20,7 @@ from featinv_pl.runtime.ranks import first_rank, forget_children, say
 
 
 class Stopped(SIGTERMException):
-    """The run was asked to end, and has done so after a complete batch.
-
-    Args:
-        signal: What asked.
-    """
+    """The run was asked to end by a signal, and has done so after a complete batch."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
@@ -33,13 +30,12 @@ class Stopped(SIGTERMException):
 class SaveLast(Callback):
     """Saves the end of training where ModelCheckpoint would not: at a step that its interval does not divide.
 
-    It must come before callbacks that replace the weights at the end. The last step that was asked for is saved by
-    `Stop`, like any other step: here its epoch would count as over.
+    It must come before callbacks that replace the weights at the end. The last step of `max_steps` is saved by `Stop`,
+    like any other step: here its epoch would count as over.
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        saver = _saver(trainer)
-        if saver is not None and trainer.global_step != trainer.max_steps:
+        if (saver := _saver(trainer)) is not None and trainer.global_step != trainer.max_steps:
             save_now(trainer, saver)
 
 
@@ -58,8 +54,6 @@ class Stop(Callback):
         self.launcher: Any = None
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
         self.hint = "the same command resumes what is not done yet."
-
-    # Asking
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen, now that Lightning has installed its own handlers."""
@@ -80,27 +74,17 @@ class Stop(Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if number == signal.SIGHUP:
-            self._leave_terminals()
+        if number == signal.SIGHUP:  # to write to a terminal that is gone would be an error
+            with open(os.devnull, "w") as nowhere:
+                for terminal in self.terminals:
+                    os.dup2(nowhere.fileno(), terminal)
         if not self.signal and number != signal.SIGINT:  # which a terminal sends to all
-            self._pass_on(number)
+            if self.launcher is not None:
+                self.launcher.kill(number)  # from the first rank to all others
+            if (first := first_rank()) is not None:
+                os.kill(first, number)  # or from another to the first
         if not self.signal or number == self.requeue:  # SLURM may send SIGTERM after it
             self.signal = number
-
-    def _leave_terminals(self) -> None:
-        """Write to nowhere instead of to a terminal that is gone, which would be an error at the next line."""
-        with open(os.devnull, "w") as nowhere:
-            for number in self.terminals:
-                os.dup2(nowhere.fileno(), number)
-
-    def _pass_on(self, number: int) -> None:
-        """From the first rank to all others, or from another to the first."""
-        if self.launcher is not None:
-            self.launcher.kill(number)
-        if (first := first_rank()) is not None:
-            os.kill(first, number)
-
-    # Ending
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save if asked; the end comes when what this step has logged is logged."""
@@ -113,22 +97,21 @@ class Stop(Callback):
         elif trainer.global_step == trainer.max_steps and (saver := _saver(trainer)) is not None:
             save_now(trainer, saver)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         self._end(self.saved)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end(self.saved)
+    on_train_epoch_end = on_train_batch_start
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if asked; several ranks, which validate numbers of batches of their own, return to training."""
         self._end(trainer.state.fn != "fit" or (trainer.world_size == 1 and not accumulating(trainer)))
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._end()
+        self._end(True)
 
     on_predict_batch_end = on_test_batch_end
 
-    def _end(self, here: bool = True) -> None:
+    def _end(self, here: bool) -> None:
         if here and self.signal:
             raise Stopped(self.signal)
 
@@ -141,29 +124,23 @@ class Stop(Callback):
             say(f"stopped by {signal.Signals(exception.signal).name}; {self.hint}")
 
     def _save(self, trainer: Trainer) -> None:
-        """Save what is training, and have SLURM start again what it is about to end."""
         self.saved, requeued = True, self.signal == self.requeue
         if trainer.state.fn == "fit" and (path := _save_at(trainer, requeued)):
             where = f"--ckpt_path {os.path.relpath(path)}"
             self.hint = f"step {trainer.global_step} is saved. Resume: the same command with {where}"
         if requeued and trainer.is_global_zero:
-            job = requeue_job()
-            self.hint += f" (SLURM does that: job {job} is requeued)" if job else " (scontrol requeue has failed)"
+            self.hint += _requeue()
 
 
-def requeue_job() -> str | None:
-    """Ask SLURM to start this job again.
-
-    Returns:
-        Its number, or None if SLURM does not.
-    """
+def _requeue() -> str:
+    """Ask SLURM to start this job again, and say whether it does."""
     job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
     if array is not None:  # whose first task has the number of all
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        return job if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0 else None
-    except OSError:  # there is no scontrol
-        return None
+    with suppress(OSError):  # there is no scontrol
+        if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
+            return f" (SLURM does that: job {job} is requeued)"
+    return " (scontrol requeue has failed)"
 
 
 def _saver(trainer: Trainer) -> ModelCheckpoint | None:

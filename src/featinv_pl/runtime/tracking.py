@@ -1,7 +1,7 @@
 """How a run meets Weights & Biases: online or offline, under which name, and with nothing private.
 
-All of it goes to the client as variables of the environment, which processes that start later see too. Those that
-are set already win, and so do arguments of the WandbLogger.
+All of it goes to the client as environment variables, which processes that start later see too. Those that are set
+already win, and so do arguments of the WandbLogger.
 """
 
 import logging
@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from signal import SIGINT, SIGTERM
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -21,22 +19,12 @@ from featinv_pl.errors import UserError
 from featinv_pl.runtime.stopping import Stopped
 
 log = logging.getLogger(__name__)
-RUN_ID = "wandb_run_id"
 ROUTE = ("base_url", "http_proxy", "https_proxy", "x_proxies", "insecure_disable_ssl")  # settings of the client
 PRIVATE = {
     "WANDB_X_DISABLE_META": "true",  # user, command line, and paths of program and interpreter
     "WANDB_PROGRAM": "featinv-pl",  # which would be its path
     "WANDB_CONSOLE": "off",  # warnings of libraries name the folder that they are installed in
 }
-
-
-class KeepRunId(Callback):
-    """Notes the run's id at W&B in its checkpoints, so that a `fit` that resumes continues the run."""
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        ids = [logger.version for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if ids and trainer.is_global_zero:
-            checkpoint[RUN_ID] = ids[0]
 
 
 @contextmanager
@@ -57,7 +45,12 @@ def session() -> Iterator[None]:
         sys.exit(code)
     finally:
         if "wandb" in sys.modules:  # it is imported once the configuration is known to be right
-            _finish(code, "WANDB_SILENT" in before)
+            import wandb
+
+            if wandb.run is not None and wandb.run.offline and "WANDB_SILENT" not in before:
+                log.info("Logged offline. Upload: wandb sync %s", os.path.relpath(wandb.run.settings.sync_dir))
+            wandb.finish(code)  # the next command of this process gets a run of its own,
+            wandb.teardown(code)  # and its own variables
         for name in _variables():
             del os.environ[name]
         os.environ.update(before)
@@ -69,14 +62,7 @@ def sweep_run() -> str | None:
 
 
 def check_route(logger: Any) -> None:
-    """Refuse a configuration that decides where the user's key is sent.
-
-    Args:
-        logger: The configuration of a WandbLogger.
-
-    Raises:
-        UserError: It sets what only the user's own environment may.
-    """
+    """Refuse a WandbLogger's configuration that decides where the user's key is sent."""
     for place, value in logger.items():
         name = place.rpartition(".")[2]
         if isinstance(value, dict):
@@ -93,11 +79,11 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
     """Tell the client, before the run begins, what it would have to guess or to ask.
 
     Args:
-        job: What is done: `fit`, `validate`, `test` or `predict`.
+        job: `fit`, `validate`, `test` or `predict`.
         group: What belongs together, such as training and tests of one inverter.
         tags: Of the run.
         offline: Whether the configuration says so.
-        run_id: The run to continue; None for a new one.
+        run_id: The run to continue, if any.
     """
     import wandb
 
@@ -118,11 +104,7 @@ def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: s
 
 
 def _has_key() -> bool:
-    """Whether the client would find a key, if it needs one, in the environment or in a netrc, without asking for it.
-
-    Raises:
-        UserError: The key is invalid, or the user insists on being online without one.
-    """
+    """Whether the client would find a key, if it needs one, in the environment or in a netrc, without asking for it."""
     import wandb
     from wandb.errors import AuthenticationError
     from wandb.sdk.lib.wbauth import authenticate_session
@@ -144,17 +126,6 @@ def _has_key() -> bool:
     if "WANDB_SILENT" not in os.environ:
         log.info("W&B: there is no key (`wandb login` stores one), so the run is logged offline.")
     return False
-
-
-def _finish(code: int, silent: bool) -> None:
-    """End the run, and say how one that was offline gets online."""
-    import wandb
-
-    run = wandb.run
-    if run is not None and run.offline and not silent:
-        log.info("Logged offline. Upload: wandb sync %s", os.path.relpath(run.settings.sync_dir))
-    wandb.finish(code)  # the next command of this process gets a run of its own,
-    wandb.teardown(code)  # and its own variables
 
 
 def _variables() -> dict[str, str]:

@@ -1,21 +1,22 @@
-"""Feature extraction: images in, feature maps, logits and moments out, by `featinv-pl predict`."""
+"""Extraction by `featinv-pl predict`: images in, feature maps, logits and moments out; also of attacked images."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms.v2.functional import resize
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.frozen import digest
 from featinv_pl.sampling.noise import generator
-from featinv_pl.tasks.attacks import Attack, attack
 from featinv_pl.types import Batch, ImageBatch, Provenance, from_uint8, to_uint8
 
 log = logging.getLogger(__name__)
@@ -50,10 +51,8 @@ class FeatureExtraction(LightningModule):
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """Classify a batch; its images are stored at the prior's resolution."""
         features, logits = self.backbone(batch["images"])
-        images, size = batch["images"], [self.image_size, self.image_size]
-        if list(images.shape[-2:]) != size:
-            images = transforms.resize(images, size, InterpolationMode.BICUBIC, antialias=True)
-        images = from_uint8(to_uint8(images))
+        resized = resize(batch["images"], [self.image_size, self.image_size], InterpolationMode.BICUBIC)
+        images = from_uint8(to_uint8(resized))
         return {
             "images": images,
             "features": features,
@@ -90,6 +89,56 @@ class FeatureExtraction(LightningModule):
         }
 
 
+@dataclass(frozen=True)
+class Attack:
+    """Projected gradient descent in the maximum norm (Madry et al., arXiv 1706.06083).
+
+    Args:
+        epsilon: Largest change of any value, in grey levels of 255.
+        step: Change in each step, in grey levels.
+        steps: Number of steps.
+    """
+
+    epsilon: int = 4
+    step: float = 1.0
+    steps: int = 20
+
+    def __post_init__(self) -> None:
+        if self.epsilon < 1 or self.step <= 0 or self.steps < 1:
+            raise UserError(
+                f"`attack`: epsilon and steps must be at least 1, step above 0, and are {self.epsilon}, {self.steps} "
+                f"and {self.step}."
+            )
+
+
+def attack(
+    classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, start: Tensor, settings: Attack
+) -> Tensor:
+    """Change images so that they are not classified as their labels say, which need not succeed.
+
+    Args:
+        classify: From images to logits (B, K), differentiable also at black and white.
+        images: (B, 3, H, W) in [-1, 1].
+        labels: (B,) classes to get away from.
+        start: Of the shape of `images`, uniform in [-1, 1]: the random start, as a share of epsilon.
+        settings: How far, and in how many steps.
+
+    Returns:
+        (B, 3, H, W) in [-1, 1], as bytes would have it, within epsilon of `images` as bytes have them.
+    """
+    epsilon, step = settings.epsilon * 2 / 255, settings.step * 2 / 255
+    # Gradients need tensors that were not made in inference mode, in which Lightning predicts.
+    with torch.inference_mode(False), torch.enable_grad():
+        originals, labels = from_uint8(to_uint8(images)).clone(), labels.clone()
+        attacked = (originals + epsilon * start.clone()).clamp(-1, 1)
+        for _ in range(settings.steps):
+            attacked = attacked.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(cross_entropy(classify(attacked), labels, reduction="sum"), attacked)
+            change = (attacked.detach() + step * gradient.sign() - originals).clamp(-epsilon, epsilon)
+            attacked = (originals + change).clamp(-1, 1)
+        return from_uint8(to_uint8(attacked.detach()))
+
+
 class AdversarialExtraction(FeatureExtraction):
     """Turns images into adversarial ones against the backbone itself, then into feature shards.
 
@@ -101,14 +150,14 @@ class AdversarialExtraction(FeatureExtraction):
         kwargs: As for `FeatureExtraction`.
     """
 
-    def __init__(self, attack: Attack = Attack(), **kwargs: Any) -> None:  # noqa: B008 (frozen)
+    def __init__(self, attack: Attack = Attack(), **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not self.backbone.classifies:
             raise UserError(
                 f"`backbone`: '{self.backbone.name}' has no classes, so there is nothing to attack. Give a classifier."
             )
         self.attack = attack
-        self._outcomes: list[Tensor] = []
+        self._counts = torch.zeros(3, dtype=torch.long)  # of images: fooled, classified correctly before, without label
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """Attack a batch, then classify it."""
@@ -119,16 +168,15 @@ class AdversarialExtraction(FeatureExtraction):
         attacked = attack(self.backbone.logits, images, classes, (2 * start - 1).to(images), self.attack)
         extracted = super().predict_step({**batch, "images": attacked}, batch_idx, dataloader_idx)
         fooled = (extracted["logits"].argmax(1) != classes).float().where(predicted == classes, torch.nan)
-        readable = [not reason for reason in batch["unreadable"]]
-        self._outcomes.append(torch.stack([fooled, (labels < 0).to(fooled)], dim=1)[readable].cpu())
+        readable = torch.tensor([not reason for reason in batch["unreadable"]]).to(fooled.device)
+        outcomes = torch.stack([fooled == 1, fooled.isfinite(), labels < 0])
+        self._counts += (outcomes & readable).sum(1).cpu()
         return {**extracted, "fooled": fooled}
 
     def teardown(self, stage: str) -> None:
         """Log the success rate."""
-        outcomes, unknown = torch.cat(self._outcomes).unbind(1) if self._outcomes else torch.zeros(2, 0)
-        self._outcomes = []
-        counts = torch.stack([(outcomes == 1).sum(), outcomes.isfinite().sum(), unknown.sum()]).to(self.device)
-        fooled, right, guessed = (int(count) for count in self.trainer.strategy.reduce(counts, reduce_op="sum"))
+        counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="sum")
+        fooled, right, guessed = (int(count) for count in counts)
         if self.trainer.is_global_zero and right:
             log.info(
                 f"The attack succeeded on {fooled} of {right} images that were classified correctly "

@@ -19,12 +19,11 @@ from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.prior import Prior
-from featinv_pl.runtime.clipping import Clipped
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.tasks.optimisation import optimise, plain
+from featinv_pl.tasks.optimisation import Optimised
 from featinv_pl.types import Batch, key_hash
 
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
@@ -44,7 +43,7 @@ class Adapt:
     train: Literal["control", "encoder"] = "control"
 
 
-class FeatureInversion(Clipped):
+class FeatureInversion(Optimised):
     """Trains an `Inverter` (FeatInv, arXiv 2505.21032).
 
     Classifier and prior are frozen and named by string, so that a checkpoint holds the trained control alone,
@@ -86,25 +85,18 @@ class FeatureInversion(Clipped):
         lr_scheduler: LRSchedulerCallable | None = None,
         execution: Execution = Execution(),  # noqa: B008
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, lr_scheduler)
         classifier = Backbone(backbone, weights, layer, input_size)
         self.inverter = Inverter(classifier, Prior(prior), encoder, image_size, conditioning, sampler)
         if adapt is not None:
-            self._adapt(adapt)
+            check_control(adapt.control, self.inverter, "`adapt.control`")
+            encoder_alone = adapt.train == "encoder"
+            self.inverter.control.load_pretrained(adapt.control, "`adapt.control`", adapt=encoder_alone)
+            self.inverter.control.controlnet.requires_grad_(not encoder_alone)
         self.inverter.execute(execution)
         self.objective = objective
-        self.optimizer_factory, self.lr_scheduler_factory = plain(optimizer), plain(lr_scheduler)
         self.loaded_step = 0  # of the checkpoint
         self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
-
-    def _adapt(self, adapt: Adapt) -> None:
-        control, encoder_alone = self.inverter.control, adapt.train == "encoder"
-        check_control(adapt.control, self.inverter, "`adapt.control`")
-        control.load_pretrained(adapt.control, "`adapt.control`", adapt=encoder_alone)
-        if encoder_alone:
-            control.controlnet.requires_grad_(False)
-
-    # The method
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of denoising, as in the paper: the loss is the error of the predicted noise."""
@@ -115,8 +107,7 @@ class FeatureInversion(Clipped):
         size, shape = len(moments), (2, *prior.latent_shape(moments))
 
         noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
-        timesteps = torch.cat([torch.randint(prior.num_timesteps, (1,), generator=rng) for rng in rngs])
-        timesteps = timesteps.to(self.device)
+        timesteps = torch.cat([torch.randint(prior.num_timesteps, (1,), generator=rng) for rng in rngs]).to(self.device)
         dropped = torch.cat([torch.rand(1, generator=rng) for rng in rngs]).to(self.device) < objective.dropout
 
         latents = prior.autoencoder.sample(moments, noise[0])
@@ -133,17 +124,12 @@ class FeatureInversion(Clipped):
         if objective.consistency:
             near = (timesteps < objective.consistency_below * prior.num_timesteps) & ~dropped
             estimate = clean_estimate(prior.schedule, noisy_latents, prediction, timesteps)
-            loss = loss + objective.consistency * self.inconsistency(estimate[near], features[near]) / size
+            loss = loss + objective.consistency * self._inconsistency(estimate[near], features[near]) / size
         self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
-    def inconsistency(self, estimate: Tensor, features: Tensor) -> Tensor:
-        """The distance of the maps of estimated clean latents to the given ones: the sum over samples of 1 - cosine.
-
-        Args:
-            estimate: (B, channels, H / f, W / f), scaled; B may be 0.
-            features: (B, C, h, w), as `Inverter.condition` returns them.
-        """
+    def _inconsistency(self, estimate: Tensor, features: Tensor) -> Tensor:
+        """The sum over samples, which may be none, of 1 - cosine between maps: of estimated latents, and given."""
         if len(estimate) == 0:
             return estimate.sum()
         maps = self.inverter.decoded_features(estimate)
@@ -169,30 +155,19 @@ class FeatureInversion(Clipped):
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Nothing: the `Evaluation` callback reconstructs and scores."""
 
-    # What Lightning asks for
-
     def setup(self, stage: str) -> None:
         """Refuse shard sets that other frozen parts have made, and hold the prior in the precision of the run."""
-        self._check_data()
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:  # loaders given by hand answer for themselves
+            if not hasattr(data, "manifests"):
+                raise UserError(
+                    f"data: FeatureInversion reads feature shards, and {type(data).__name__} gives images. "
+                    "Extract their features first (featinv-pl predict), then give FeatureShards."
+                )
+            check_shards(data.manifests, self.inverter)
         if self.trainer.precision in MIXED:
             _ = self.inverter.digests  # of the weights before they are converted
             keep_products_in(self.inverter.prior, MIXED[self.trainer.precision])
-
-    def _check_data(self) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:  # loaders given by hand answer for themselves
-            return
-        if not hasattr(datamodule, "manifests"):
-            raise UserError(
-                f"data: FeatureInversion reads feature shards, and {type(datamodule).__name__} gives images. "
-                "Extract their features first (featinv-pl predict), then give FeatureShards."
-            )
-        check_shards(datamodule.manifests, self.inverter)
-
-    def configure_optimizers(self) -> Any:
-        """Optimise the control, or its encoder alone."""
-        trained = [parameter for parameter in self.inverter.control.parameters() if parameter.requires_grad]
-        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Free gradients once they are used: Lightning would hold them through the next forward pass."""
@@ -201,12 +176,8 @@ class FeatureInversion(Clipped):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The trained half alone, as `control.*`: frozen parts are named, not stored."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {
-            name.replace("inverter.control.", "control."): one
-            for name, one in state.items()
-            if "inverter.control." in name
-        }
+        state, own = super().state_dict(*args, **kwargs), "inverter.control."
+        return {name.replace(own, "control."): tensor for name, tensor in state.items() if own in name}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained half, strictly: a missing or unexpected weight is an error."""

@@ -12,11 +12,9 @@ from typing import Any, Literal, cast
 import timm
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn import ModuleDict, functional
-from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
 from featinv_pl.errors import UserError
@@ -24,36 +22,28 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prompts import FILE as PROMPTS
 from featinv_pl.nets.prompts import write_prompts
 from featinv_pl.nets.supported import SCHEDULE, check_unet
-from featinv_pl.runtime.clipping import Clipped
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.noise import generator, keyed_noise
-from featinv_pl.tasks.optimisation import optimise, plain
+from featinv_pl.tasks.optimisation import Optimised
 from featinv_pl.types import ImageBatch
 
 DROPOUT = 0.1
 """How often the prior trains without its prompt."""
 
 
-class Pretraining(Clipped, ABC):
-    """The base of the three tasks: a loss, its logging, and an optimizer from the configuration.
+class Pretraining(Optimised, ABC):
+    """The base of the three tasks: a loss of `scalars`, and their logging."""
 
-    Args:
-        scalars: Names of what `losses` returns.
-        optimizer: Factory of the optimizer.
-        lr_scheduler: Factory of a learning rate schedule, advanced every step.
-    """
+    scalars: tuple[str, ...]
 
-    def __init__(
-        self, scalars: tuple[str, ...], optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
-    ) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         # Exact where ranks have unlike numbers of samples, as Lightning's mean is not.
-        self.means = ModuleDict({name: MeanMetric() for name in scalars})
-        self.optimizer_factory, self.lr_scheduler_factory = plain(optimizer), plain(lr_scheduler)
+        self.means = ModuleDict({name: MeanMetric() for name in self.scalars})
 
     @abstractmethod
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
-        """Scalars to log, of which `loss` is minimised. Random numbers depend on the samples' keys and `identity`."""
+        """Scalars to log, of which `loss` is minimised. Random numbers depend on keys and `identity`."""
 
     @abstractmethod
     def save_pretrained(self, folder: Path) -> None:
@@ -71,10 +61,6 @@ class Pretraining(Clipped, ABC):
             mean(value, len(batch["images"]))
             self.log(f"val/{name}", mean)
 
-    def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return optimise(trained, self.optimizer_factory, self.lr_scheduler_factory)
-
 
 class Classifier(Pretraining):
     """Trains a timm model to classify; saved, it serves as a backbone that knows its classes by name.
@@ -84,32 +70,24 @@ class Classifier(Pretraining):
         num_classes: Number of classes, which must be that of the training images.
         image_size: Side of the (square) images it is trained on.
         model_args: Further arguments of the timm model, such as `output_stride: 8` for a finer map.
-        optimizer: Factory of the optimizer.
-        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+        kwargs: Optimizer and learning rate schedule, as for `Optimised`.
     """
 
+    scalars = ("loss", "accuracy")
+
     def __init__(
-        self,
-        model: str,
-        num_classes: int,
-        image_size: int,
-        model_args: dict[str, Any] | None = None,
-        optimizer: OptimizerCallable = AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        self, model: str, num_classes: int, image_size: int, model_args: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(("loss", "accuracy"), optimizer, lr_scheduler)
+        super().__init__(**kwargs)
         self.image_size, self.num_classes = image_size, num_classes
         self.classes: tuple[str, ...] = ()
         self.model = timm.create_model(model, num_classes=num_classes, **(model_args or {}))
 
-    def on_fit_start(self) -> None:
-        self._read_classes()
-
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "validate":
-            self._read_classes()
+            self.on_fit_start()
 
-    def _read_classes(self) -> None:
+    def on_fit_start(self) -> None:
         """Take over the classes of the images, refusing images of others and other classes than a checkpoint's."""
         data = cast(Any, self.trainer).datamodule
         if not hasattr(data, "classes"):  # such as loaders in a notebook
@@ -150,8 +128,8 @@ class Classifier(Pretraining):
         save_for_hf(self.model, str(folder), names, safe_serialization=True, data_config=transform)
 
 
-def _listed(classes: Sequence[str], most: int = 5) -> str:
-    return ", ".join(classes[:most]) + (", ..." if len(classes) > most else "")
+def _listed(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
 
 
 class Autoencoder(Pretraining):
@@ -160,20 +138,14 @@ class Autoencoder(Pretraining):
     Args:
         config: Arguments of diffusers' AutoencoderKL.
         kl_weight: Weight of the Kullback-Leibler term, per latent value.
-        optimizer: Factory of the optimizer.
-        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+        kwargs: Optimizer and learning rate schedule, as for `Optimised`.
     """
 
+    scalars = ("loss", "l1", "kl")
     latent_variance: Tensor
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        kl_weight: float = 1e-4,
-        optimizer: OptimizerCallable = AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-    ) -> None:
-        super().__init__(("loss", "l1", "kl"), optimizer, lr_scheduler)
+    def __init__(self, config: dict[str, Any], kl_weight: float = 1e-4, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.vae = AutoencoderKL(**config)
         self.kl_weight = kl_weight
         self.register_buffer("latent_variance", torch.ones(()))
@@ -205,12 +177,12 @@ class NoisePredictor(Pretraining):
     Args:
         autoencoder: A folder in diffusers' layout, as fitting an `Autoencoder` writes it.
         config: Arguments of diffusers' UNet2DConditionModel.
-        prediction_type: What the UNet predicts: the noise, as Stable Diffusion, or the velocity, which
-            weighs the noisy timesteps more, where a feature map has most to say.
-        optimizer: Factory of the optimizer.
-        lr_scheduler: Factory of a learning rate schedule, advanced every step.
+        prediction_type: The noise, as Stable Diffusion predicts, or the velocity, which weighs the noisy timesteps
+            more, where a feature map has most to say.
+        kwargs: Optimizer and learning rate schedule, as for `Optimised`.
     """
 
+    scalars = ("loss",)
     prompt: Tensor
 
     def __init__(
@@ -218,10 +190,9 @@ class NoisePredictor(Pretraining):
         autoencoder: str,
         config: dict[str, Any],
         prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
-        optimizer: OptimizerCallable = AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(("loss",), optimizer, lr_scheduler)
+        super().__init__(**kwargs)
         self.autoencoder = LatentAutoencoder.load(autoencoder)
         channels = self.autoencoder.latent_channels
         given = {"in_channels": channels, "out_channels": channels, **config}

@@ -17,7 +17,7 @@ from featinv_pl.data.shards.manifest import MANIFEST, Settings
 from featinv_pl.data.shards.samples import ImageFormat, Storage
 from featinv_pl.data.shards.writer import ShardSetWriter, shard_ranges
 from featinv_pl.errors import UserError
-from featinv_pl.types import Batch, Provenance
+from featinv_pl.types import Batch
 
 log = logging.getLogger(__name__)
 
@@ -61,30 +61,24 @@ class ShardWriter(Callback):
         self.given, self.shard_size, self.image_format, self.storage = folder, shard_size, image_format, storage
         self.max_bad_fraction, self.dry_run = max_bad_fraction, dry_run
         self.writers: dict[str, ShardSetWriter] = {}
-        self.trial: Trial | None = None
+        self.trial: _Trial | None = None
         self._space_checked = False
 
     def unfinished_folders(self, root: Path, data: Any) -> list[Path]:
-        """The folders of the shard sets that are still to be made of a data module's images.
-
-        What a run writes to: whoever claims folders for a run asks each callback that has this method.
-        """
+        """The folders of the shard sets that are still to be made of a data module's images, for a run to claim."""
         folders = [(self.given or root) / images.source for images in getattr(data, "predicted", [])]
         return [folder for folder in folders if not (folder / MANIFEST).exists()]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out what is left to do, and tell the data module."""
-        if stage != "predict":
-            return
-        data = getattr(trainer, "datamodule", None)
+        data, model = getattr(trainer, "datamodule", None), cast(Any, pl_module)
         if not isinstance(data, ImageData) or not data.predicted:
             raise UserError(
                 "`data`: there is nothing to extract features of. Give DigitsData with sources, or FolderData with "
                 "folders to predict, such as --data.predict.mine=FOLDER."
             )
         self.folder = self.given or Path(trainer.default_root_dir)
-        model, ranks = cast(Any, pl_module), (trainer.global_rank, trainer.world_size)
-        provenance: Provenance = model.provenance
+        ranks, provenance = (trainer.global_rank, trainer.world_size), model.provenance
         for images in data.predicted:
             classes = model.labels(images.classes)
             settings = self._settings(images, classes, data.batch_size, trainer.limit_predict_batches)
@@ -92,13 +86,12 @@ class ShardWriter(Callback):
                 self.folder / images.source, images.source, settings, provenance, *ranks, self.max_bad_fraction
             )
         trainer.strategy.barrier()  # all ranks have seen the same shards before any rank adds some
-        left = {source: writer for source, writer in self.writers.items() if writer.missing}
+        left = {source: cut(one.share, data.batch_size) for source, one in self.writers.items() if one.missing}
         if self.dry_run and left:
-            source, writer = next(iter(left.items()))
-            self.trial = Trial(source, writer.settings, provenance)
-            data.extract_only({source: cut(self.trial.writer.share, data.batch_size)[:TRIAL_BATCHES]})
-        else:
-            data.extract_only({source: cut(writer.share, data.batch_size) for source, writer in left.items()})
+            source = next(iter(left))
+            self.trial = _Trial(self.writers[source])
+            left = {source: cut(self.trial.writer.share, data.batch_size)[:TRIAL_BATCHES]}
+        data.extract_only(left)
         if trainer.is_global_zero and not self.dry_run:
             for source, writer in self.writers.items():
                 writer.begin()
@@ -130,22 +123,17 @@ class ShardWriter(Callback):
             )
         return settings
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Write a batch to the set of its source."""
-        prediction = cast(Batch, outputs)
+        batch = cast(Batch, outputs)
         if self.trial is not None:
-            self.trial.add(prediction)
+            self.trial.add(batch)
             return
-        writer = self.writers[prediction["source"][0]]
-        writer.add(prediction)
+        writer = self.writers[batch["source"][0]]
+        writer.add(batch)
         if not self._space_checked and writer.samples_written:
             self._space_checked = True
-            check_space(self.folder, self._samples_to_do() * writer.bytes_per_sample)
-
-    def _samples_to_do(self) -> int:
-        return sum(len(samples) for writer in self.writers.values() for samples in writer.missing)
+            self._check_space(writer.bytes_per_sample)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Abandon unfinished shards; complete ones stay."""
@@ -156,11 +144,8 @@ class ShardWriter(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the manifests. Here, because Lightning calls no other hook on ranks with nothing to predict."""
-        if stage != "predict":
-            return
         if self.dry_run:
-            size, rate = self.trial.close() if self.trial is not None else (0.0, 1.0)
-            self._print_estimate(size, rate, trainer.world_size)
+            self._print_estimate(*(self.trial.close() if self.trial is not None else (0.0, 1.0)), trainer.world_size)
             return
         for writer in self.writers.values():
             writer.flush()
@@ -174,48 +159,51 @@ class ShardWriter(Callback):
     @rank_zero_only
     def _print_estimate(self, size: float, rate: float, ranks: int) -> None:
         """Print what the extraction will take, by a trial's bytes per sample and samples per second."""
-        row = "{:{width}}{:>12}{:>12}{:>12}{:>12}".format
-        width = max(map(len, ["source", *self.writers]))
-        print(row("source", "samples", "shards", "to do", "GB to do", width=width))
+        row = f"{{:{max(map(len, ['source', *self.writers]))}}}{{:>12}}{{:>12}}{{:>12}}{{:>12}}".format
+        print(row("source", "samples", "shards", "to do", "GB to do"))
         for source, writer in self.writers.items():
             shards, to_do = len(shard_ranges(writer.settings)), sum(map(len, writer.missing))
-            print(row(source, writer.settings["samples"], shards, to_do, f"{to_do * size / 1e9:.3f}", width=width))
+            print(row(source, writer.settings["samples"], shards, to_do, f"{to_do * size / 1e9:.3f}"))
         samples = self._samples_to_do()
         print(
             f"{samples} samples of {size / 1e3:.1f} kB: {samples * size / 1e9:.3f} GB, and about "
             f"{samples / rate / ranks / 3600:.2f} hours on {ranks} process{'es' * (ranks > 1)} of {rate:.1f} samples "
             "per second, by a short trial."
         )
-        check_space(self.folder, samples * size)
+        self._check_space(size)
+
+    def _samples_to_do(self) -> int:
+        return sum(len(samples) for writer in self.writers.values() for samples in writer.missing)
+
+    def _check_space(self, bytes_per_sample: float) -> None:
+        """Refuse an extraction for which the disk is too small; the folder need not exist yet."""
+        needed = self._samples_to_do() * bytes_per_sample
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if needed > (free := shutil.disk_usage(existing).free):
+            raise UserError(
+                f"`folder`: the shards still to be written need about {needed / 1e9:.2f} GB, and '{self.folder}' has "
+                f"{free / 1e9:.2f} GB free. Free space, choose another disk, or store less (`storage`: int8, "
+                "`image_format`: jpg, fewer views)."
+            )
 
 
-class Trial:
-    """A few batches written into a temporary folder, to measure how long they take and how large they are.
+class _Trial:
+    """A few batches written into a temporary folder, to measure how long they take and how large they are."""
 
-    Args:
-        source: Name of the source.
-        settings: What determines the bytes.
-        provenance: The networks, likewise.
-    """
-
-    def __init__(self, source: str, settings: Settings, provenance: Provenance) -> None:
+    def __init__(self, planned: ShardSetWriter) -> None:
         self._folder = TemporaryDirectory()
-        self.writer = ShardSetWriter(Path(self._folder.name), source, settings, provenance, max_bad_fraction=1)
+        set_of = (planned.source, planned.settings, planned.provenance)
+        self.writer = ShardSetWriter(Path(self._folder.name), *set_of, max_bad_fraction=1)
         self._start = 0.0
         self._samples: list[int] = []
 
     def add(self, batch: Batch) -> None:
-        """Write a batch; the clock starts when the first has come."""
         self.writer.add(batch)
-        self._start = self._start or time.monotonic()
+        self._start = self._start or time.monotonic()  # the clock starts when the first batch has come
         self._samples.append(len(batch["key"]))
 
     def close(self) -> tuple[float, float]:
-        """Remove what was written.
-
-        Returns:
-            Bytes per sample, and samples per second after the first batch.
-        """
+        """Remove what was written, and return bytes per sample and samples per second after the first batch."""
         self.writer.flush()
         seconds = time.monotonic() - self._start
         self.writer.close()
@@ -237,20 +225,3 @@ def _note_classes(source: str, settings: Settings) -> None:
         )
     elif not classes:
         log.warning(f"{source}: the images lie in no class folders, so they get the label -1, and there is no label@1.")
-
-
-def check_space(folder: Path, needed: float) -> None:
-    """Refuse an extraction for which the disk is too small.
-
-    Args:
-        folder: Where to; it need not exist yet.
-        needed: Bytes.
-    """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"`folder`: the shards still to be written need about {needed / 1e9:.2f} GB, and '{folder}' has "
-            f"{free / 1e9:.2f} GB free. Free space, choose another disk, or store less (`storage`: int8, "
-            "`image_format`: jpg, fewer views)."
-        )
