@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import timm
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor
@@ -24,8 +25,8 @@ from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
-from featinv_pl.nets.prompts import FILE as PROMPTS
-from featinv_pl.nets.prompts import write_prompts
+from featinv_pl.nets.prior import PROMPTS, write_prompts
+from featinv_pl.nets.supported import SCHEDULE
 from featinv_pl.publishing import import_official
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.sampler import Sampler
@@ -73,7 +74,7 @@ def write_prior(folder: Path, state: dict[str, Tensor]) -> Path:
     inputs = load_file(HERE / "golden_inputs.safetensors")
     ldm.unet(state, "state", GOLDEN["config"]["num_heads"]).save_pretrained(folder / "unet")
     ldm.autoencoder(state, "state").save_pretrained(folder / "vae")
-    ldm.schedule().save_pretrained(folder / "scheduler")
+    DDIMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
     write_prompts(folder / PROMPTS, inputs["context"][0], inputs["uncond_context"][0])
     return folder
 

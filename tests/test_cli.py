@@ -169,7 +169,7 @@ def test_shards_of_another_backbone_are_refused(
     Classifier("test_resnet", 10, 32, {"output_stride": 16, "channels": [8, 8, 8, 16]}).save_pretrained(Path("wide"))
     for name, shape in (("other", "(8, 4, 4)"), ("wide", "(16, 2, 2)")):
         config = write(Path("inversion.yaml"), inversion(Path(name), prior_folder, shards))
-        fragments = ("was made with the backbone", str(classifier_folder), f"is '{name}'", shape)
+        fragments = ("model.backbone: the shard set", str(classifier_folder), f"this model of '{name}'", shape)
         refused(["fit", "--config", config], capsys, *fragments)
 
 
@@ -182,7 +182,7 @@ def test_shards_of_another_autoencoder_are_refused(
     weights = Path("prior/vae/diffusion_pytorch_model.safetensors")
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
     config = write(Path("inversion.yaml"), inversion(classifier_folder, Path("prior"), shards))
-    refused(["fit", "--config", config], capsys, "another autoencoder", "--model.prior 'prior'")
+    refused(["fit", "--config", config], capsys, "model.prior: the shard set")
 
 
 def test_checkpoint_of_another_model_is_refused(

@@ -19,15 +19,14 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from featinv_pl.nets import ldm
 from featinv_pl.nets.frozen import digest
-from featinv_pl.nets.prompts import FILE as PROMPTS
-from featinv_pl.nets.prompts import LENGTH, write_prompts
+from featinv_pl.nets.prior import LENGTH, PROMPTS, write_prompts
+from featinv_pl.nets.supported import SCHEDULE
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
 from tiny import make_prior
@@ -48,7 +47,7 @@ def write_prior(folder: Path) -> None:
         sample_size=256,
     )
     vae.save_pretrained(folder / "vae")
-    ldm.schedule().save_pretrained(folder / "scheduler")
+    DDIMScheduler(**SCHEDULE).save_pretrained(folder / "scheduler")
     write_prompts(folder / PROMPTS, torch.randn(LENGTH, 768), torch.randn(LENGTH, 768))
 
 

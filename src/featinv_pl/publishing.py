@@ -12,11 +12,12 @@ from jinja2 import Environment, StrictUndefined
 from pydantic import ValidationError
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.results import METRICS, Document, Name, by_name, read_document
+from featinv_pl.evaluation.methods import INVERSION
+from featinv_pl.evaluation.results import METRICS, Document, read_document
 from featinv_pl.files import atomic, read_yaml
 from featinv_pl.inverter.identity import check_checkpoint, fill_control
 from featinv_pl.inverter.inverter import Inverter
-from featinv_pl.inverter.model_folder import model_index, save_inverter
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets import ldm
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
@@ -45,11 +46,8 @@ def export(run: Path, folder: Path) -> str:
     state = read_checkpoint(checkpoint, "RUN")
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
     inverter = _inverter(settings, home / CONFIGURATION)
-    try:
-        check_checkpoint(state, inverter, "RUN")
-        fill_control(inverter, state["state_dict"], "RUN")
-    except UserError as error:
-        raise UserError(f"RUN: '{checkpoint}' does not fit the '{CONFIGURATION}' of its run ({error})") from error
+    check_checkpoint(state, inverter, f"RUN: '{checkpoint}'")
+    fill_control(inverter, state["state_dict"], f"RUN: '{checkpoint}'")
     tested = _tested(home, checkpoint, digest(inverter.control))
     return _write(inverter, folder, _recipe(settings, state["global_step"]), tested)
 
@@ -88,11 +86,8 @@ def import_official(
             )
         logger.info(f"{name}: that of the prior '{prior}' (largest relative difference of a tensor: {difference:.2g})")
     ldm.load_control(inverter.control, state, option)
-    config = inverter.control.encoder.config
-    logger.info(
-        f"ControlNet with a feature encoder of {config.in_channels} -> {config.hidden_channels} -> "
-        f"{config.out_channels} channels: imported for '{backbone}', maps of {classifier.feature_shape}"
-    )
+    widths = [inverter.control.encoder.config[f"{part}_channels"] for part in ("in", "hidden", "out")]
+    logger.info(f"ControlNet, with a feature encoder of {' -> '.join(map(str, widths))} channels: imported")
     return _write(inverter, folder, {"Origin": f"imported from the authors' checkpoint `{checkpoint.name}`"})
 
 
@@ -171,23 +166,26 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
 
 def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None = None) -> str:
     """Write the folder atomically, and return a summary."""
-    values = {name: score["value"] for name, score in by_name(tested).items()} if tested else {}
-    names = [score for score in SHOWN_SCORES if any(name.score == score for name in values)]
-    test_sets = sorted({name.test_set for name in values if "/" not in name.test_set})
+    found = tested["scores"] if tested else {}
+    table = {one: found[one][INVERSION] for one in sorted(found) if "/" not in one}
+    names = [name for name in SHOWN_SCORES if any(name in scores for scores in table.values())]
+    pipeline = FeatInvPipeline(inverter)
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         files("featinv_pl.inverter").joinpath("model_card.md").read_text()
     )
     card = template.render(
         name=folder.name,
-        index=model_index(inverter),
+        index=pipeline.index(),
         shape="x".join(map(str, inverter.classifier.feature_shape)),
         recipe=recipe,
         names=names,
-        scores={one: [values.get(Name(one, score)) for score in names] for one in test_sets},
+        scores={
+            one: [scores[name]["value"] if name in scores else None for name in names] for one, scores in table.items()
+        },
         notes=tested["notes"] if tested else [],
     )
     with atomic(folder) as partial:
-        save_inverter(inverter, partial)
+        pipeline.save_pretrained(partial)
         (partial / "README.md").write_text(card)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR"

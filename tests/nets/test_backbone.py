@@ -50,15 +50,9 @@ def channels_last(output: Tensor) -> Tensor:
     return output.permute(0, 3, 1, 2)
 
 
-def after_a_class_token(output: Tensor) -> Tensor:
-    """A grid of 4 x 2 tokens in reading order."""
-    rows = [torch.stack([output[:, 1 + 2 * row + column] for column in range(2)], dim=-1) for row in range(4)]
-    return torch.stack(rows, dim=-2)
-
-
-def after_nine_tokens(output: Tensor) -> Tensor:
-    """A grid of 4 x 4 tokens, which with those before it would make one of 5 x 5."""
-    return output[:, 9:].transpose(1, 2).reshape(len(output), -1, 4, 4)
+def tokens(before: int, height: int, width: int) -> Callable[[Tensor], Tensor]:
+    """A grid of tokens in reading order, after some of other kinds."""
+    return lambda output: output[:, before:].transpose(1, 2).reshape(len(output), -1, height, width)
 
 
 SWIN = {"img_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -71,8 +65,8 @@ SWIN = {"img_size": 32, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "
         ("test_efficientnet", (64, 96), {}, Tensor.clone),
         ("swin_tiny_patch4_window7_224", (32, 32), SWIN, channels_last),
         ("mambaout_femto", (32, 64), {"depths": [1, 1], "dims": [8, 16]}, channels_last),
-        ("test_vit", (64, 32), {"img_size": (64, 32)}, after_a_class_token),
-        ("test_vit", (64, 64), {"img_size": 64, "reg_tokens": 8}, after_nine_tokens),
+        ("test_vit", (64, 32), {"img_size": (64, 32)}, tokens(1, 4, 2)),
+        ("test_vit", (64, 64), {"img_size": 64, "reg_tokens": 8}, tokens(9, 4, 4)),
     ],
 )
 def test_map_and_logits_are_timms(
@@ -100,11 +94,6 @@ def test_images_of_another_size_are_resized_as_the_model_says(tmp_path: Path) ->
     torch.testing.assert_close(logits, model(normalise(resized)), rtol=1e-4, atol=1e-4)
 
 
-def test_a_name_of_timm_builds_that_model() -> None:
-    backbone = Backbone("test_resnet", "random")
-    assert (backbone.feature_shape, backbone.input_size, backbone.num_classes) == ((96, 5, 5), (160, 160), 1000)
-
-
 def test_gradients_reach_images_but_not_those_that_are_classified(classifier_folder: Path) -> None:
     backbone, images = Backbone(str(classifier_folder)), some_images(32, 32).requires_grad_()
     features, _ = backbone(images)
@@ -114,14 +103,14 @@ def test_gradients_reach_images_but_not_those_that_are_classified(classifier_fol
     assert not backbone.classify(images)["features"].requires_grad
 
 
-def test_sees_the_same_in_a_run_of_mixed_precision(classifier_folder: Path) -> None:
-    backbone = Backbone(str(classifier_folder))
-    images = some_images(32, 32)
+def test_features_are_the_same_in_a_run_of_mixed_precision(classifier_folder: Path) -> None:
+    backbone, images = Backbone(str(classifier_folder)), some_images(32, 32)
     expected = backbone(images)
     with torch.autocast("cpu", torch.bfloat16):
         seen = backbone(images)
-    assert all(tensor.dtype == torch.float32 for tensor in (*seen, *expected))
-    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+    for one, other in zip(seen, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
 
 
 def test_looks_at_bytes(classifier_folder: Path) -> None:
@@ -150,7 +139,7 @@ def test_name_of_transform_tells_all_of_it(tmp_path: Path, classifier_folder: Pa
     [
         ("resnet5O", r"'resnet5O' is neither a folder nor a timm model\. Did you mean resnet50,"),
         ("qqqqzzzz", r"'qqqqzzzz' is neither a folder nor a timm model\. `timm\.list_models"),
-        ("resnet18.nowhere", r"weights of 'resnet18\.nowhere' could not be loaded .*nowhere"),
+        ("resnet18.nowhere", r"'resnet18\.nowhere' could not be loaded .*nowhere"),
         ("crossvit_tiny_240", r"the penultimate layer of 'crossvit_tiny_240' does not return a spatial map"),
     ],
 )
@@ -263,10 +252,12 @@ def test_says_why_weights_do_not_fit(message: str) -> None:
         Backbone("test_resnet", "weights.pth")
 
 
-@pytest.mark.parametrize(("weights", "message"), [("missing.pth", "is not a file"), ("config.json", "is damaged or")])
+@pytest.mark.parametrize(
+    ("weights", "message"), [("missing.pth", "there is no file"), ("config.json", ".* is damaged or")]
+)
 def test_refuses_what_does_not_hold_weights(weights: str, message: str) -> None:
     Path("config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"`weights`: '{weights}' {message}"):
+    with pytest.raises(UserError, match=f"`weights`: {message}"):
         Backbone("test_resnet", weights)
 
 
@@ -285,7 +276,7 @@ def test_a_folder_says_how_many_classes_a_file_has() -> None:
     ("config", "message"),
     [
         (None, r"there is no file 'folder/config\.json'"),
-        ({"architectures": ["ViTModel"], "model_type": "vit"}, "'folder' does not name an architecture of timm"),
+        ({"architectures": ["ViTModel"], "model_type": "vit"}, "'folder' .* does not name an architecture of timm"),
         ({"architecture": "test_resnet", "model_args": {"in_chans": 1}, "pretrained_cfg": {}}, "with 1 channel"),
     ],
 )
@@ -323,6 +314,7 @@ def test_crops_pictures_as_timm_does_for_evaluation(name: str, input_size: int |
 @pytest.mark.parametrize(
     ("name", "settings", "classes"),
     [
+        ("test_resnet", {}, 1000),
         ("test_resnet", {"num_classes": 0}, 0),
         ("test_resnet", {"num_classes": 512}, 512),
         ("fastvit_mci0.apple_mclip", {}, 0),  # 512 channels to compare with those of texts
@@ -331,28 +323,23 @@ def test_crops_pictures_as_timm_does_for_evaluation(name: str, input_size: int |
 def test_an_embedding_is_no_classes(name: str, settings: dict[str, Any], classes: int, tmp_path: Path) -> None:
     if settings:
         save_for_hf(timm.create_model(name, **settings), str(tmp_path), safe_serialization=True)
-        backbone = Backbone(str(tmp_path))
-    else:
-        backbone = Backbone(name, "random", input_size=64)
+    backbone = Backbone(str(tmp_path) if settings else name, "pretrained" if settings else "random", input_size=64)
     assert backbone.num_classes == backbone(some_images(64, 64))[1].shape[1] == classes
     assert backbone.classifies == bool(classes)
 
 
-@pytest.mark.parametrize("source", ["folder", "file"])
-def test_saved_backbone_is_the_same(source: str, tmp_path: Path) -> None:
-    if source == "folder":
-        save(tmp_path / "model", "test_vit", (64, 64), img_size=64)
-        backbone = Backbone(str(tmp_path / "model"))
-    else:
-        save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
-        backbone = Backbone("test_vit", str(tmp_path / "weights.safetensors"), input_size=64)
-    backbone.save_pretrained(tmp_path / "saved")
-    again = Backbone(str(tmp_path / "saved"), input_size=64)
+def test_saved_backbone_is_the_same(tmp_path: Path) -> None:
+    save(tmp_path / "model", "test_vit", (64, 64), img_size=64)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "weights.safetensors")
     images = some_images(64, 64)
-    for ours, theirs in zip(backbone(images), again(images), strict=True):
-        assert torch.equal(ours, theirs)
-    assert digest(again.model) == digest(backbone.model)
-    assert again.title == backbone.title == "test_vit"
+    of_file = Backbone("test_vit", str(tmp_path / "weights.safetensors"), input_size=64)
+    for backbone in (Backbone(str(tmp_path / "model")), of_file):
+        backbone.save_pretrained(tmp_path / "saved")
+        again = Backbone(str(tmp_path / "saved"), input_size=64)
+        for ours, theirs in zip(backbone(images), again(images), strict=True):
+            assert torch.equal(ours, theirs)
+        assert digest(again.model) == digest(backbone.model)
+        assert again.title == backbone.title == "test_vit"
 
 
 # Names of classes, against timm's own files

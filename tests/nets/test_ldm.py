@@ -20,9 +20,7 @@ from featinv_pl.nets import ldm
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import digest
-from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.prompts import FILE as PROMPTS
-from featinv_pl.nets.prompts import LENGTH
+from featinv_pl.nets.prior import LENGTH, PROMPTS, Prior
 from featinv_pl.nets.supported import SCHEDULE
 
 State = dict[str, Tensor]

@@ -15,8 +15,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import WEIGHTS, Encoder, FeatureControl, FeatureEncoder
 from featinv_pl.nets.frozen import digest
-from featinv_pl.nets.prior import Prior
-from featinv_pl.nets.prompts import FILE as PROMPTS
+from featinv_pl.nets.prior import PROMPTS, Prior
 
 CHANNELS = 6
 

@@ -59,30 +59,20 @@ def check_shards(manifests: Mapping[Any, Mapping[str, Any]], inverter: Inverter)
     classifier, digests = inverter.classifier, inverter.digests
     for folder, manifest in manifests.items():
         theirs: Provenance = manifest["provenance"]
-        shape = tuple(theirs["feature_shape"])
-        if theirs["backbone_digest"] != digests["backbone"] or shape != classifier.feature_shape:
-            raise UserError(
-                f"The shard set '{folder}' was made with the backbone '{theirs['backbone']}' (maps of {shape}, "
-                f"weights {theirs['backbone_digest'][:8]}); `backbone` is '{classifier.name}' (maps of "
-                f"{classifier.feature_shape}, weights {digests['backbone'][:8]}). "
-                "Give the backbone that made the shards, or extract features with this one."
-            )
         for option, made_with, ours in (
+            ("backbone", theirs["backbone_digest"], digests["backbone"]),
             ("layer", theirs["layer"], classifier.layer),
             ("input_size", theirs["transform"], classifier.transform_name),
             ("image_size", theirs["image_size"], inverter.image_size),
+            ("prior", theirs["autoencoder_digest"], digests["autoencoder"]),
         ):
             if made_with != ours:
                 raise UserError(
-                    f"`model.{option}`: the shard set '{folder}' was made with '{made_with}', and this model has "
-                    f"'{ours}'. Give what made the shards, or extract features with this."
+                    f"`model.{option}`: the shard set '{folder}' of '{theirs['backbone']}' (maps of "
+                    f"{tuple(theirs['feature_shape'])}) was made with '{made_with}', and this model of "
+                    f"'{classifier.name}' (maps of {classifier.feature_shape}) has '{ours}'. "
+                    "Give what made the shards, or extract features with this."
                 )
-        if theirs["autoencoder_digest"] != digests["autoencoder"]:
-            raise UserError(
-                f"The latents of the shard set '{folder}' were made with another autoencoder (weights "
-                f"{theirs['autoencoder_digest'][:8]}) than that of `prior` '{inverter.prior.source}' (weights "
-                f"{digests['autoencoder'][:8]}). Give that prior, or extract features with this one."
-            )
 
 
 def check_control(folder: Path, inverter: Inverter, option: str) -> None:

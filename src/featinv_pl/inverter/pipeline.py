@@ -1,19 +1,47 @@
-"""An inverter in three lines of Python, with pictures in and out."""
+"""An inverter in three lines of Python, with pictures in and out, and as a folder that can be published."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from PIL import Image
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
+from featinv_pl.inverter.identity import differences
 from featinv_pl.inverter.inverter import Inverter
-from featinv_pl.inverter.model_folder import load_inverter, save_inverter
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import keep_products_in
+from featinv_pl.nets.hub import INDEX, check_sums, find_folder, read_index, write_sums
+from featinv_pl.nets.prior import Prior
+from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Observation, to_uint8
+
+CLASSIFIER, PRIOR = "backbone", "prior"
+OPTION = "`model`"
+Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
+
+
+class Index(TypedDict):
+    """The entries of `model_index.json` from which a model is loaded."""
+
+    backbone: str
+    prior: str
+    layer: str
+    input_size: Side
+    image_size: Side
+    conditioning: Literal["spatial", "pooled"]
+    hidden_channels: Annotated[int, Field(ge=1, le=100_000)]
+    num_layers: Annotated[int, Field(ge=2, le=100)]
+    sampler: dict[str, Any]
+    digests: dict[str, str]
 
 
 class FeatInvPipeline:
@@ -32,14 +60,68 @@ class FeatInvPipeline:
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
-        """Load a model folder, as `featinv-pl export` and `import` write it, or one of the hub by its name."""
-        return cls(load_inverter(source))
+        """Load a model folder, as `featinv-pl export` and `import` write it, or its name on the hub, on the CPU.
+
+        Raises:
+            UserError: Files are missing or damaged, or the frozen parts are not those of the training.
+        """
+        folder = find_folder(str(source), ["*"], OPTION)
+        contents = read_index(folder, OPTION)
+        try:
+            index = TypeAdapter(Index).validate_python(contents)
+            sampler = Sampler.from_fields(index["sampler"])
+        except ValidationError as error:
+            found = " ".join(str(error).split())[:300]
+            raise UserError(f"{OPTION}: '{folder / INDEX}' is damaged ({found}). Export the model again.") from error
+        # Parts that came from a disk are in the folder; those of the hub are named.
+        classifier, prior = (
+            str(folder / name) if (folder / name).is_dir() else named
+            for name, named in ((CLASSIFIER, index["backbone"]), (PRIOR, index["prior"]))
+        )
+        inverter = Inverter(
+            Backbone(classifier, layer=index["layer"], input_size=index["input_size"]),
+            Prior(prior),
+            Encoder(index["hidden_channels"], index["num_layers"]),
+            index["image_size"],
+            index["conditioning"],
+            sampler,
+        )
+        check_sums(folder, OPTION)
+        inverter.control.load_pretrained(folder, OPTION)
+        if different := differences({**contents, **index["digests"]}, inverter.identity()):
+            raise UserError(
+                f"{OPTION}: the frozen parts of '{folder}' are not those that its control was trained with "
+                f"({'; '.join(different)}). Copy the folder again, or export the model again."
+            )
+        return cls(inverter)
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write a new model folder; see `save_inverter`."""
+        """Write a new folder: `encoder/`, `controlnet/`, `model_index.json`, frozen parts of this disk, and sums."""
         if self.dtype != torch.float32:
             raise UserError(f"This pipeline holds its weights in {self.dtype}. Save one in full precision.")
-        save_inverter(self.inverter, folder)
+        folder.mkdir(parents=True)
+        self.inverter.control.save_pretrained(folder)
+        classifier, prior = self.inverter.classifier, self.inverter.prior
+        if Path(classifier.name).exists() or classifier.weights != "pretrained":
+            classifier.save_pretrained(folder / CLASSIFIER)
+        if Path(prior.source).exists():
+            prior.save_pretrained(folder / PRIOR)
+        (folder / INDEX).write_text(json.dumps(self.index(), indent=2) + "\n")
+        write_sums(folder)
+
+    def index(self) -> dict[str, Any]:
+        """The content of `model_index.json`: all that `from_pretrained` needs besides weights."""
+        inverter = self.inverter
+        known = {name: value for name, value in inverter.identity().items() if name not in inverter.digests}
+        return {
+            "_class_name": "FeatInvPipeline",
+            "_featinv_pl_version": version("featinv-pl"),
+            CLASSIFIER: inverter.classifier.title,
+            PRIOR: "/".join(Path(inverter.prior.source).parts[-2:]),
+            **known,
+            "sampler": asdict(inverter.sampler),
+            "digests": inverter.digests,
+        }
 
     def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
         """Move all networks.
@@ -51,6 +133,11 @@ class FeatInvPipeline:
             for network in (self.inverter.prior, self.inverter.control):
                 keep_products_in(network, dtype)
             self.dtype = dtype
+        return self
+
+    def with_sampler(self, **changes: Any) -> Self:
+        """Change how images are sampled, by fields of `Sampler`."""
+        self.inverter.sampler = replace(self.inverter.sampler, **changes)
         return self
 
     def crop(self, pictures: Sequence[Image.Image]) -> Tensor:
@@ -79,12 +166,7 @@ class FeatInvPipeline:
     def __call__(
         self, pictures: Image.Image | Sequence[Image.Image] | Tensor, num_samples: int = 1, seed: int = 0
     ) -> list[list[Image.Image]]:
-        """Reconstruct pictures or feature maps.
-
-        Args:
-            pictures: One or several pictures of any size, or maps (B, C, h, w).
-            num_samples: Images per picture or map.
-            seed: Of the noise.
+        """Reconstruct one or several pictures of any size, or feature maps (B, C, h, w).
 
         Returns:
             For each picture or map its `num_samples` images.
@@ -93,11 +175,6 @@ class FeatInvPipeline:
             pictures = [pictures]
         features = pictures if isinstance(pictures, Tensor) else self.classify(self.crop(pictures))["features"]
         return [[as_picture(image) for image in self.reconstruct(one, num_samples, seed)] for one in features]
-
-    def with_sampler(self, **changes: Any) -> Self:
-        """Change how images are sampled, by fields of `Sampler`."""
-        self.inverter.sampler = replace(self.inverter.sampler, **changes)
-        return self
 
 
 def as_picture(image: Tensor) -> Image.Image:

@@ -24,7 +24,6 @@ from featinv_pl.types import Observation, from_uint8, to_uint8
 
 MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
 EMBEDDINGS = {384, 512, 640, 768, 1024, 1152, 1280}  # widths of those that CLIP's kind projects to
-LARGEST_INPUT = 4096  # pixels of a side; the largest of a timm model is about a thousand
 PENULTIMATE = "forward_features"
 
 
@@ -79,8 +78,6 @@ class Backbone(Frozen):
 
     def _prepare(self, config: dict[str, Any]) -> None:
         self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
-        if not all(1 <= side <= LARGEST_INPUT for side in self.input_size):
-            raise ValueError(f"images of {self.input_size} pixels, and a side has 1 to {LARGEST_INPUT}")
         self.crop_pct = float(config["crop_pct"])
         self._crop = create_transform(**config, normalize=False)
         self.interpolation = InterpolationMode(config["interpolation"])
@@ -170,9 +167,7 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
     if Path(name).is_dir():
         source = f"local-dir:{name}"
         if weights == "pretrained":
-            read_config(
-                Path(name, "config.json"), "`backbone`", "Give a folder in timm's layout, such as a Classifier's."
-            )
+            read_config(Path(name, "config.json"), "`backbone`", "Give a folder in timm's layout.")
     elif ":" not in name and not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
         hint = f"Did you mean {', '.join(close)}? " if close else ""
@@ -181,11 +176,6 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
         )
     overlay: dict[str, Any] = {}
     if weights not in ("pretrained", "random"):  # timm converts older layouts, as of its own weights
-        if not Path(weights).is_file():
-            raise UserError(
-                f"`weights`: '{weights}' is not a file. "
-                "Give one, `pretrained` for the weights that belong to the model's name, or `random`."
-            )
         overlay = {"state_dict": read_classifier(Path(weights)), "custom_load": False, "source": None}
     options: dict[str, Any] = {"pretrained": weights != "random", "pretrained_cfg_overlay": overlay}
     try:
@@ -196,7 +186,18 @@ def _create(name: str, weights: str, input_size: int | None) -> Any:
         model.pretrained_cfg.pop("state_dict", None)
         return model
     except Exception as error:  # a hostile configuration can raise anything
-        raise UserError(_cannot_load(name, weights, source, overlay, error)) from error
+        found = reason(error)
+        if overlay:
+            found += ". Give the file of that architecture, undamaged."
+            with suppress(Exception):  # of a configuration that timm cannot build at all
+                found = misfit(overlay["state_dict"], timm.create_model(source), name) or found
+            raise UserError(f"`weights`: '{weights}' does not hold the weights of '{name}': {found}") from error
+        if error.args == ("architecture",):
+            found = "its config.json does not name an architecture of timm, as those of the library transformers do not"
+        raise UserError(
+            f"`backbone`: '{name}' could not be loaded ({found}). Check the name and the network, copy its folder "
+            "again, or download the weights and give the file as `weights`."
+        ) from error
 
 
 def _data_config(model: Any, input_size: int | None) -> dict[str, Any]:
@@ -214,25 +215,6 @@ def _classifies(model: Any) -> bool:
     name = f"{config.get('architecture')}.{config.get('tag')}"
     tower = ("clip" in name or "_pe_core_" in name) and "_ft_in" not in name
     return bool(model.num_classes) and not (tower and model.num_classes in EMBEDDINGS)
-
-
-def _cannot_load(name: str, weights: str, source: str, overlay: dict[str, Any], error: Exception) -> str:
-    if overlay:
-        why = f"{reason(error)}. Give the file of that architecture, undamaged."
-        with suppress(Exception):  # of a configuration that timm cannot build at all
-            why = misfit(overlay["state_dict"], timm.create_model(source), name) or why
-        return f"`weights`: '{weights}' does not hold the weights of '{name}': {why}"
-    if isinstance(error, KeyError) and error.args == ("architecture",):
-        return (
-            f"`backbone`: the config.json of '{name}' does not name an architecture of timm, as those of the library "
-            "transformers do not. Give the same model under timm's name (`timm.list_pretrained()` lists all)."
-        )
-    advice = (
-        "Its files are damaged or do not belong together: copy them again, or fit the Classifier again."
-        if source != name
-        else "Check the name and the network, or download the weights and give the file as `weights`."
-    )
-    return f"`backbone`: the weights of '{name}' could not be loaded ({reason(error)}). {advice}"
 
 
 def _as_map(output: Any, batch_size: int, model: Any, input_size: tuple[int, int]) -> Tensor | None:

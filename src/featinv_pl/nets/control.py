@@ -61,13 +61,7 @@ class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
 
 class FeatureControl(nn.Module):
-    """A ControlNet that reads feature maps.
-
-    Args:
-        unet: The prior's UNet, whose encoder the ControlNet starts as a copy of.
-        in_channels: Channels of the feature map.
-        encoder: Size of the feature encoder.
-    """
+    """A ControlNet that reads feature maps of `in_channels`, and starts as a copy of the prior's UNet's encoder."""
 
     def __init__(self, unet: UNet2DConditionModel, in_channels: int, encoder: Encoder) -> None:
         super().__init__()
@@ -98,17 +92,11 @@ class FeatureControl(nn.Module):
             getattr(self, name).save_pretrained(folder / name)
 
     def load_pretrained(self, folder: Path, option: str, adapt: bool = False) -> None:
-        """Load what `save_pretrained` has written.
+        """Load what `save_pretrained` has written to a folder, which `option` named.
 
-        diffusers' own loader would put a fresh embedding of pictures in place of the encoder's output,
-        so the weights are loaded into the network as it stands.
-
-        Args:
-            folder: Holds `encoder/` and `controlnet/`.
-            option: The option that named the folder, for errors.
-            adapt: Keep the new weights of the encoder where its shapes differ, as they do for the maps of
-                another backbone: only its first layer reads the map.
+        `adapt` keeps the new weights of the encoder where its shapes differ, as for the maps of another backbone.
         """
+        # diffusers' own loader would put a fresh embedding of pictures in place of the encoder's output.
         for name in PARTS:
             network = self.get_submodule(name)
             weights = read_weights(folder / name / WEIGHTS, option)

@@ -1,14 +1,13 @@
 """Stable Diffusion 1 and the authors' FeatInv in their original layout (LDM's names for the same networks).
 
-The names are translated by diffusers' own converters; the shapes tell the rest of the architecture. `state` is a state
-dict with LDM's names, and `option` the argument that named its file, for errors.
+Diffusers' own converters translate the names; the shapes tell the rest of the architecture. `option` named the file.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_controlnet_checkpoint,
     convert_ldm_unet_checkpoint,
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from featinv_pl.errors import UserError, reason
 from featinv_pl.nets.control import FeatureControl
-from featinv_pl.nets.supported import SCHEDULE, check_unet
+from featinv_pl.nets.supported import check_unet
 from featinv_pl.nets.weights import fill
 
 State = dict[str, Tensor]
@@ -34,11 +33,6 @@ GROUPS: Final = 32
 def part(state: State, prefix: str) -> State:
     """The tensors below a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def schedule() -> DDIMScheduler:
-    """The noise schedule of Stable Diffusion 1, which its original files do not hold."""
-    return DDIMScheduler(**SCHEDULE)
 
 
 def check_prior(state: State, option: str) -> None:

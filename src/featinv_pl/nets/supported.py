@@ -2,8 +2,7 @@
 
 Supported are latent diffusion models of Stable Diffusion's kind: a UNet whose input is the noisy latents alone and
 whose only condition is a prompt, trained to predict the noise or the velocity on a variance-preserving schedule.
-
-`what` is where a configuration comes from and `option` the argument that named it, for errors.
+For errors, `what` is where a configuration comes from, and `option` named it.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""Weights from elsewhere, read without running anything that they ask for.
-
-`option` is the argument that named the file, for errors.
-"""
+"""Weights from elsewhere, read without running anything that they ask for; `option` named the file, for errors."""
 
 import re
 import zipfile
@@ -33,10 +30,8 @@ def read_weights(path: Path, option: str) -> dict[str, Tensor]:
     """Read a state dict from `.safetensors`, or from a file of torch of any other name (`.ckpt`, `.pth.tar`, `.bin`).
 
     A file of torch is a pickle, which may call any function. Torch's `weights_only` refuses all but tensors and plain
-    values; objects of Lightning, OmegaConf and NumPy are replaced by nothing.
-
-    Returns:
-        Tensors by name, of the entry that training scripts keep them in, such as `state_dict`, if there is one.
+    values; objects of Lightning, OmegaConf and NumPy are replaced by nothing. Of several entries, tensors are those of
+    the one that training scripts keep them in, such as `state_dict`.
 
     Raises:
         UserError: There is no such file, it is damaged, it holds no tensors, or it would run code.
@@ -57,8 +52,6 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     with _opened(path, option, "a checkpoint"):
         check_archive(path)
         found: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta")
-        if not isinstance(found, dict):
-            raise TypeError(f"it holds a {type(found).__name__}")
         weights, step = found.get("state_dict"), found.get("global_step")
         named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
         if path.name != SPAWNED and not (named and isinstance(step, int)):
@@ -78,9 +71,6 @@ def check_archive(path: Path) -> None:
 
 def fill(network: nn.Module, weights: dict[str, Tensor], what: str, option: str) -> Any:
     """Load weights into a network, called `what` in errors, which is left as it was if anything is wrong.
-
-    Returns:
-        What `load_state_dict` returns.
 
     Raises:
         UserError: Tensors are missing, too many, of another shape or not finite.
@@ -109,7 +99,6 @@ def check_finite(weights: dict[str, Tensor], what: str, option: str) -> None:
 
 @contextmanager
 def _opened(path: Path, option: str, kind: str) -> Iterator[None]:
-    """Turn whatever a damaged or hostile file raises into one message."""
     if not path.is_file():
         raise UserError(f"{option}: there is no file '{path}'. Check the path.")
     try:
@@ -122,9 +111,7 @@ def _opened(path: Path, option: str, kind: str) -> Iterator[None]:
         ) from error
 
 
-class _Inert:
-    """Stands for any object that is not a tensor, and does nothing."""
-
+class _Inert:  # stands for any object that is not a tensor
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
@@ -132,7 +119,6 @@ class _Inert:
 
 
 def _load_torch(path: Path, option: str) -> Any:
-    """Load tensors and plain values, with stand-ins for objects of a few packages."""
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"  # torch's present format, which alone can be mapped into memory
     if is_zip:
@@ -152,7 +138,6 @@ def _load_torch(path: Path, option: str) -> Any:
 
 
 def _tensors(contents: Any) -> dict[str, Tensor]:
-    """The tensors by name in what a file holds: in one of `CONTAINERS` if there is one, or all that it has itself."""
     if not isinstance(contents, dict):
         return {}
     for name in CONTAINERS:

@@ -19,8 +19,7 @@ from torchmetrics import MeanMetric
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
-from featinv_pl.nets.prompts import FILE as PROMPTS
-from featinv_pl.nets.prompts import write_prompts
+from featinv_pl.nets.prior import PROMPTS, write_prompts
 from featinv_pl.nets.supported import SCHEDULE, check_unet
 from featinv_pl.sampling.diffusion import denoising_target
 from featinv_pl.sampling.noise import generator, keyed_noise
