@@ -17,7 +17,7 @@ from featinv_pl.types import Batch
 
 
 def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
-    return entries.encode(prepare(batch, storage), index, image_format)
+    return entries.encode(prepare(batch, storage, image_format)[index])
 
 
 def back(members: dict[str, bytes], storage: Storage = "float16", with_images: bool = True) -> Sample:

@@ -23,21 +23,19 @@ NAMED = 10  # damaged samples in the summary; of more there is only the number
 class FeatureShards(ResumableData, LightningDataModule):
     """Streams shard sets.
 
-    A set is a folder, or an address (`https://...`, `s3://...`) from which complete shards are fetched
-    into a cache when they are needed, or `pipe:COMMAND`, where the environment allows commands.
+    A set is a folder, or an address (`https://...`, `s3://...`) from which complete shards are fetched into a cache
+    when they are needed, or `pipe:COMMAND`, where the environment allows commands.
 
     Args:
         train: A shard set to train on.
         val: A shard set for validation.
-        test: Test sets by name. A folder of sets gives one test set for each set below it, and is
-            refused while one is unfinished.
+        test: Test sets by name. A folder of sets gives one for each set below it; all must be finished.
         neighbours: A shard set in which `test` searches for neighbours instead of `train`, such as central crops of
             the images of which `train` holds random crops.
         batch_size: Samples per batch and process.
         num_workers: Processes that read, per rank.
         seed: Seed of the training order.
-        on_error: What to do about damaged shards and samples: `raise` an error that names the first,
-            or `skip` and count them.
+        on_error: `raise` an error that names the first damaged shard or sample, or `skip` and count them.
         cache: Where shards from elsewhere are kept.
     """
 
@@ -56,16 +54,15 @@ class FeatureShards(ResumableData, LightningDataModule):
         super().__init__(batch_size)
         if num_workers:
             start_server(BatchReader.__module__)
-        self.num_workers, self.seed = num_workers, seed
-        self.on_error, self.cache = on_error, cache
+        self.num_workers, self.seed, self.on_error, self.cache = num_workers, seed, on_error, cache
         self.train = self._set(train, "train", "`data.train`", with_images=False) if train else None
         self.val = self._set(val, "val", "`data.val`") if val else None
+        self.neighbours = self._set(neighbours, "neighbours", "`data.neighbours`") if neighbours else None
         self.test = {
             source: self._set(path, source, f"`data.test.{name}`")
             for name, place in (test or {}).items()
             for source, path in ({name: place} if is_remote(str(place)) else find_sets(name, Path(place))).items()
         }
-        self.neighbours = self._set(neighbours, "neighbours", "`data.neighbours`") if neighbours else None
         self.skipped: list[str] = []
 
     def _set(self, place: Path | str, source: str, option: str, with_images: bool = True) -> ShardSet:
@@ -73,13 +70,18 @@ class FeatureShards(ResumableData, LightningDataModule):
         return ShardSet(remote.folder if remote else Path(place), source, option, with_images, self.on_error, remote)
 
     @property
+    def _sets(self) -> list[ShardSet]:
+        return [shards for shards in (self.train, self.val, *self.test.values(), self.neighbours) if shards is not None]
+
+    @property
     def manifests(self) -> dict[str, Manifest]:
         """The manifests of all sets by folder: a model checks that it fits them."""
         return {str(shards.folder): shards.manifest for shards in self._sets}
 
     @property
-    def _sets(self) -> list[ShardSet]:
-        return [shards for shards in (self.train, self.val, *self.test.values(), self.neighbours) if shards is not None]
+    def too_small(self) -> list[str]:
+        """Test sets with fewer samples than processes, which would wait for each other: they are left out."""
+        return [name for name, shards in self.test.items() if len(shards) < self.rank[1]]
 
     def evaluated(self, stage: str) -> dict[str, ShardSet]:
         """The sets that a stage (`fit`, `validate` or `test`) evaluates, by name."""
@@ -87,15 +89,10 @@ class FeatureShards(ResumableData, LightningDataModule):
             return {name: shards for name, shards in self.test.items() if name not in self.too_small}
         return {} if self.val is None else {"val": self.val}
 
-    @property
-    def too_small(self) -> list[str]:
-        """Test sets with fewer samples than processes, which would wait for each other: they are left out."""
-        return [name for name, shards in self.test.items() if len(shards) < self.rank[1]]
-
     def test_first_set_only(self) -> dict[str, int]:
         """Let a dry run read no more than the first test set; the sizes of all."""
         sizes = {name: len(shards) for name, shards in self.evaluated("test").items()}
-        self.test = dict(list(self.evaluated("test").items())[:1])
+        self.test = {name: self.test[name] for name in list(sizes)[:1]}
         return sizes
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -129,8 +126,7 @@ class FeatureShards(ResumableData, LightningDataModule):
     def teardown(self, stage: str) -> None:
         """Report the damaged samples."""
         # Each epoch meets the samples again; a damaged shard has a line for each of its samples.
-        skipped = [*{*self.skipped}, *(line for shards in self._sets for line in shards.skipped)]
-        if skipped:
+        if skipped := [*{*self.skipped}, *(line for shards in self._sets for line in shards.skipped)]:
             lines = sorted({*skipped})
             named = "".join(f"\n  {line}" for line in lines[:NAMED]) + ("\n  ..." if len(lines) > NAMED else "")
             log.warning("%d damaged samples were skipped:%s", len(skipped), named)

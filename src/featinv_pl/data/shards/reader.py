@@ -10,7 +10,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -21,13 +21,12 @@ from torch.utils.data import Dataset
 
 from featinv_pl.data.shards.manifest import AGAIN, INDEX, Entry, Shard, find_sets, index_path, one_line, read_manifest
 from featinv_pl.data.shards.remote import RemoteSet
-from featinv_pl.data.shards.samples import Sample, collate_samples, decode, widen
+from featinv_pl.data.shards.samples import IMAGES, Sample, collate_samples, decode, widen
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_bytes
 from featinv_pl.types import Batch
 
 OnError = Literal["raise", "skip"]
-IMAGES = ("png", "jpg")
 INDICES = 24  # kept in memory: more than training shuffles at once; one of 1000 entries takes 2 MB
 # Of a damaged or hostile entry, the standard library's and Pillow's readers raise any of these.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError, SyntaxError)
@@ -50,7 +49,7 @@ class ShardSet(Dataset[Sample]):
 
     Attributes:
         manifest: What made the set, and what it holds.
-        shards: Those that can be read.
+        shards: Those that can be read; `shard_sizes` has their numbers of samples.
         skipped: Why others cannot, one line for each of their samples.
     """
 
@@ -68,6 +67,7 @@ class ShardSet(Dataset[Sample]):
         self.manifest = read_manifest(folder, option)
         self.shards: list[Shard] = []
         self.skipped: list[str] = []
+        self._latent_shape: tuple[int, ...] | None = None
         for shard in self.manifest["shards"]:
             try:
                 if remote is None:
@@ -77,16 +77,8 @@ class ShardSet(Dataset[Sample]):
                 if on_error == "raise":
                     raise
                 self.skipped += [f"{error} (a whole shard)"] * shard["samples"]
-        self._latent_shape: tuple[int, ...] | None = None
-
-    @property
-    def shard_sizes(self) -> list[int]:
-        """Samples of each shard."""
-        return [shard["samples"] for shard in self.shards]
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.shard_sizes))
+        self.shard_sizes = [shard["samples"] for shard in self.shards]
+        self._ends = list(accumulate(self.shard_sizes))
 
     def __len__(self) -> int:
         return sum(self.shard_sizes)
@@ -101,9 +93,12 @@ class ShardSet(Dataset[Sample]):
             raise IndexError(number)
         position = bisect_right(self._ends, number)
         shard = self.shards[position]
-        path = os.path.join(self.folder, shard["name"])
-        entry = self._entries(shard)[number - (self._ends[position] - shard["samples"])]
-        made_by = self.manifest["provenance"]
+        path, made_by = self.folder / shard["name"], self.manifest["provenance"]
+        if self.remote is not None:
+            self.remote.fetch(index_path(path), shard["index_sha256"])
+            self.remote.fetch(path, shard["sha256"], shard["bytes"])
+        entries = _read_index(path, shard["index_sha256"], shard["samples"])
+        entry = entries[number - (self._ends[position] - shard["samples"])]
         try:
             members = _read(path, shard["bytes"], entry, self.with_images)
             image_size = made_by["image_size"] if self.with_images else None
@@ -122,25 +117,14 @@ class ShardSet(Dataset[Sample]):
         sample["source"] = self.source
         return sample
 
-    def _entries(self, shard: Shard) -> list[Entry]:
-        """The entries of a shard, which is fetched first if need be."""
-        if self.remote is not None:
-            path = self.folder / shard["name"]
-            self.remote.fetch(index_path(path), shard["index_sha256"])
-            self.remote.fetch(path, shard["sha256"], shard["bytes"])
-        return _read_index(self.folder, shard["name"], shard["index_sha256"], shard["samples"])
-
     def _check_files(self, shard: Shard) -> None:
         """Check that a tar is there, complete by its size, and its index beside it."""
         path = self.folder / shard["name"]
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise DamagedError(
-                f"{self.option}: the shard '{path}' {found}; its manifest says {shard['bytes']} bytes. {AGAIN}"
-            )
-        if not index_path(path).is_file():
-            raise DamagedError(f"{self.option}: the index '{index_path(path)}' is missing. {AGAIN}")
+        for file, size in ((path, shard["bytes"]), (index_path(path), None)):
+            found = file.stat().st_size if file.is_file() else None
+            if found is None or size not in (None, found):
+                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise DamagedError(f"{self.option}: '{file}' {state}. {AGAIN}")
 
     def problems(self) -> Iterator[str]:
         """Every difference between the files and the manifest, one line for each; the set is one that skips."""
@@ -212,8 +196,8 @@ def verify(folder: Path) -> bool:
 
 
 @lru_cache(maxsize=INDICES)
-def _read_index(folder: Path, shard: str, sha256: str, samples: int) -> list[Entry]:
-    path = index_path(folder / shard)
+def _read_index(shard: Path, sha256: str, samples: int) -> list[Entry]:
+    path = index_path(shard)
     data = read_bytes(path, "index", AGAIN)
     try:
         if hashlib.sha256(data).hexdigest() != sha256:
@@ -226,7 +210,7 @@ def _read_index(folder: Path, shard: str, sha256: str, samples: int) -> list[Ent
         raise DamagedError(f"The index '{path}' is damaged: {one_line(error)}. {AGAIN}") from error
 
 
-def _read(path: str, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
+def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     """Read an entry's members in one go, and check each."""
     members = {
         suffix: (member["offset"], member["offset"] + BLOCKSIZE + -(-member["size"] // BLOCKSIZE) * BLOCKSIZE, member)

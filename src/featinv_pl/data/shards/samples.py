@@ -27,6 +27,7 @@ MOST_META = 1 << 16  # bytes of a sample's JSON; a path and a few numbers are so
 HALF_INFINITY = 0x7C00  # a half's exponent bits, all set in infinities and NaN alone
 MEMBERS = {"features": "features.npy", "logits": "logits.npy", "moments": "latent.npy"}
 STEPS = "steps.npy"
+IMAGES = ("png", "jpg")
 
 
 class Sample(TypedDict):
@@ -45,18 +46,15 @@ class Sample(TypedDict):
 Stored = TypeVar("Stored", Sample, Batch)
 
 
-class Arrays(TypedDict):
-    """A batch on its way into a tar: all that is left to do is to write bytes."""
+def prepare(batch: Batch, storage: Storage = "float16", image_format: ImageFormat = "png") -> list[dict[str, Any]]:
+    """Round a batch with images to what is stored of each sample: arrays by suffix, which `encode` turns into bytes.
 
-    meta: list[dict[str, Any]]
-    members: dict[str, NDArray[Any]]
-    """By suffix, each with the batch as its first dimension."""
-    images: NDArray[np.uint8]
-    """(B, H, W, 3)."""
+    The image comes last, so that training, which does not need it, reads the rest in one go.
 
-
-def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
-    """Round a batch with images to what is stored; `int8` keeps a byte for each feature and a step for each channel.
+    Args:
+        batch: On any device.
+        storage: Of the features: halves, or `int8` for a byte each and a step for each channel.
+        image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
 
     Raises:
         UserError: Values do not fit half precision, or bytes would change a map too much.
@@ -66,36 +64,34 @@ def prepare(batch: Batch, storage: Storage = "float16") -> Arrays:
         quantised, steps = quantise(batch["features"].float())
         del tensors[MEMBERS["features"]]
         tensors = {MEMBERS["features"]: quantised, STEPS: steps, **tensors}
-    meta: list[dict[str, Any]] = [
-        {"label": label, "source": source, "key": key}
-        for label, source, key in zip(batch["labels"].tolist(), batch["source"], batch["key"], strict=True)
-    ]
-    for entry, view in zip(meta, batch.get("view", []), strict=False):
-        entry |= {} if view is None else {"view": view}
-    for entry, fooled in zip(meta, batch.get("fooled", torch.empty(0)).tolist(), strict=False):
-        entry |= {} if isnan(fooled) else {"fooled": bool(fooled)}
-    return {
-        "meta": meta,
-        "members": {suffix: tensor.cpu().numpy() for suffix, tensor in tensors.items()},
-        "images": to_uint8(batch["images"]).permute(0, 2, 3, 1).cpu().numpy(),
-    }
+    tensors[image_format] = to_uint8(batch["images"]).permute(0, 2, 3, 1)
+    arrays = {suffix: tensor.cpu().numpy() for suffix, tensor in tensors.items()}
+    views, fooled = batch.get("view", [None] * len(batch["key"])), batch.get("fooled", batch["labels"] * nan).tolist()
+    entries = []
+    for n, (label, source, key) in enumerate(zip(batch["labels"].tolist(), batch["source"], batch["key"], strict=True)):
+        meta: dict[str, Any] = {"label": label, "source": source, "key": key}
+        if views[n] is not None:
+            meta["view"] = views[n]
+        if not isnan(fooled[n]):
+            meta["fooled"] = bool(fooled[n])
+        entries.append({"json": meta, **{suffix: values[n] for suffix, values in arrays.items()}})
+    return entries
 
 
-def encode(arrays: Arrays, index: int, image_format: ImageFormat) -> dict[str, bytes]:
-    """Turn one sample of a batch into the members of a tar, by suffix.
-
-    The image comes last, so that training, which does not need it, reads the rest in one go. `png` keeps every bit;
-    `jpg` (quality 95) suits large photographs.
-    """
-    members = {"json": json.dumps(arrays["meta"][index]).encode()}
-    for suffix, values in arrays["members"].items():
+def encode(entry: dict[str, Any]) -> dict[str, bytes]:
+    """Turn what `prepare` gives for a sample into the members of a tar, by suffix."""
+    members = {}
+    for suffix, value in entry.items():
         buffer = io.BytesIO()
-        np.save(buffer, values[index], allow_pickle=False)
+        if suffix == "json":
+            buffer.write(json.dumps(value).encode())
+        elif suffix in IMAGES:
+            options = {"format": "JPEG", "quality": 95} if suffix == "jpg" else {"format": "PNG"}
+            Image.fromarray(value).save(buffer, **options)
+        else:
+            np.save(buffer, value, allow_pickle=False)
         members[suffix] = buffer.getvalue()
-    image = io.BytesIO()
-    options = {"format": "JPEG", "quality": 95} if image_format == "jpg" else {"format": "PNG"}
-    Image.fromarray(arrays["images"][index]).save(image, **options)
-    return {**members, image_format: image.getvalue()}
+    return members
 
 
 def decode(members: dict[str, memoryview], storage: Storage = "float16", image_size: int | None = None) -> Sample:
@@ -129,17 +125,11 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
 
 
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Round feature maps to bytes.
-
-    Args:
-        features: (B, C, h, w).
+    """Round feature maps (B, C, h, w) to bytes, or raise UserError if that costs more than `MAX_COSINE_LOSS`.
 
     Returns:
         Bytes (B, C, h, w) in [-127, 127], and the step of each channel (B, C), whose product is the map.
         Channels have steps of their own, since some are far larger than others.
-
-    Raises:
-        UserError: Rounding would cost a map more than `MAX_COSINE_LOSS`.
     """
     steps = (features.abs().amax(dim=(2, 3)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     quantised = (features / steps[..., None, None]).round().clamp(-127, 127)

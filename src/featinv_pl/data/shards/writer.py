@@ -1,9 +1,8 @@
 """Writing a shard set, which can be interrupted at any moment and resumes where it stopped.
 
-The samples of a source are numbered, and shard n holds those from n * shard_size on, whoever computes
-it. Complete shards are the unit of work: ranks divide those that are missing, and a batch never
-reaches across two shards, so that the bytes of a shard depend neither on the number of processes nor
-on what was computed before.
+The samples of a source are numbered, and shard n holds those from n * shard_size on, whoever computes it. Complete
+shards are the unit of work: ranks divide those that are missing, and a batch never reaches across two shards, so that
+the bytes of a shard depend neither on the number of processes nor on what was computed before.
 """
 
 import contextlib
@@ -45,11 +44,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 class ShardFile:
-    """A tar in progress, which gets its final path and its index when it is complete.
-
-    The format is the standard library's; the file is written here because webdataset's writer tells
-    neither where members lie nor what they hold.
-    """
+    """A tar in progress, which gets its path and its index when it is complete; webdataset's writer makes no index."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
@@ -131,14 +126,10 @@ class ShardSetWriter:
         self.max_bad_fraction = max_bad_fraction
         self._begun: Any = {"settings": settings, "provenance": provenance}
         self.finished = self._is_finished()
-        self.unreadable = 0
-        self.missing: list[range] = []
-        for number, samples in enumerate([] if self.finished else shard_ranges(settings)):
-            index = _complete(self._path(number))
-            if index is None:
-                self.missing.append(samples)
-            else:
-                self.unreadable += len(index["unreadable"])
+        ranges = [] if self.finished else shard_ranges(settings)
+        indices = {samples: _complete(self._path(number)) for number, samples in enumerate(ranges)}
+        self.unreadable = sum(len(index["unreadable"]) for index in indices.values() if index)
+        self.missing = [samples for samples, index in indices.items() if index is None]
         self.share = self.missing[rank::world_size]
         self.bytes_written = self.samples_written = 0
         self._numbers = iter([number for samples in self.share for number in samples])
@@ -187,13 +178,13 @@ class ShardSetWriter:
         Threads compress images while the networks compute the next batch. They get arrays:
         torch's operations start threads of their own, which fail in threads of a forked process.
         """
-        arrays, image_format = prepare(batch, self.settings["storage"]), self.settings["image_format"]
+        entries = prepare(batch, self.settings["storage"], self.settings["image_format"])
         while len(self._in_flight) > (BATCHES_IN_FLIGHT - 1) * self.settings["batch_size"]:
             self._write_next()
         reasons = batch.get("unreadable") or [""] * len(batch["key"])
-        for index, (key, reason) in enumerate(zip(batch["key"], reasons, strict=True)):
-            entry = None if reason else self._encoders.submit(encode, arrays, index, image_format)
-            self._in_flight.append(({"key": key, "reason": reason}, entry))
+        for key, reason, entry in zip(batch["key"], reasons, entries, strict=True):
+            members = None if reason else self._encoders.submit(encode, entry)
+            self._in_flight.append(({"key": key, "reason": reason}, members))
 
     @property
     def bytes_per_sample(self) -> float:
@@ -206,15 +197,15 @@ class ShardSetWriter:
             self._write_next()
 
     def _write_next(self) -> None:
-        (image, entry), number = self._in_flight.popleft(), next(self._numbers)
+        (image, members), number = self._in_flight.popleft(), next(self._numbers)
         if self._shard is None:
             self._shard = ShardFile(self._path(number // self.settings["shard_size"]))
-        if entry is None:
+        if members is None:
             self._shard.unreadable.append(image)
             self.unreadable += 1
             self._check_unreadable(image, self.unreadable)
         else:
-            self.bytes_written += self._shard.add(f"{number:09d}", entry.result())
+            self.bytes_written += self._shard.add(f"{number:09d}", members.result())
             self.samples_written += 1
         if number in self._ends:
             self._shard.finish()
