@@ -16,7 +16,7 @@ from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.images.datamodule import FolderData
 from featinv_pl.data.images.digits import DigitImages
-from featinv_pl.data.images.sources import FolderImages, collate_images
+from featinv_pl.data.images.sources import FolderImages, ImageBatches
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import read_manifest
 from featinv_pl.errors import UserError
@@ -94,7 +94,7 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     assert backbone.input_size == (16, 16)
     assert backbone.classes.labels == {name: label for label, name in enumerate(WNIDS)}
     found = FolderImages(images / "val", "val", 16, classes=WNIDS)
-    seen = collate_images([found[index] for index in range(len(found))])
+    seen = ImageBatches(found)[range(len(found))]
     assert torch.equal(backbone(seen["images"])[1].argmax(1), seen["labels"])
     assert set(seen["labels"].tolist()) == {1, 2}
 

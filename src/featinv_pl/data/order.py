@@ -32,17 +32,9 @@ class ShuffledBatches(Batches):
 
     Shards are shuffled, then samples within groups of `SHARDS_AT_ONCE` shards, so that reading stays near-sequential
     on large sets. The order of an epoch is a function of seed and epoch alone. Step k takes the k-th stretch of
-    `world_size * batch_size` samples, of which each rank has every n-th: two numbers tell how far training has come.
-    Samples that do not fill the last step are left out, others in each epoch.
-
-    Args:
-        shard_sizes: Samples of each shard.
-        batch_size: Samples per batch and rank.
-        rank: This process's rank.
-        world_size: Number of processes.
-        seed: Seed of the order.
-        epoch: The epoch to begin with.
-        start: Batches of that epoch to skip.
+    `world_size * batch_size` samples, of which each rank has every n-th: two numbers tell how far training has come,
+    the epoch to begin with and how many of its batches to skip (`start`). Samples that do not fill the last step are
+    left out, others in each epoch.
     """
 
     shard_sizes: list[int]
@@ -84,9 +76,6 @@ class ResumableData:
     processes that share a batch of the same size. Comes before `LightningDataModule` among the bases of a class:
     loader workers import this module, and should not wait for Lightning.
 
-    Args:
-        batch_size: Samples per batch and process.
-
     Attributes:
         position: Tells the epoch and its batches that training has seen; set by `runtime.resuming.Resume`.
     """
@@ -108,18 +97,10 @@ class ResumableData:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def training_batches(self, sizes: list[int], seed: int) -> ShuffledBatches:
-        """The training set's batches, from where a checkpoint was written.
-
-        Args:
-            sizes: Samples of each stretch, such as a shard, of which a few are read at a time.
-            seed: Seed of the order.
-        """
+        """Batches of a training set with shards of these sizes, from where a checkpoint was written."""
         (rank, world_size), samples = self.rank, sum(sizes)
-        if samples < self.batch_size * world_size:
-            raise UserError(
-                f"`batch_size`: a batch of {self.batch_size} is more than the {samples // world_size} training samples "
-                "that each process gets. Lower it."
-            )
+        if (each := samples // world_size) < self.batch_size:
+            raise UserError(f"`batch_size`: {self.batch_size} is more than the {each} training samples of a process.")
         self._order = {"samples": samples, "batch_size": self.batch_size, "processes": world_size, "seed": seed}
         state = self._resumed or {"epoch": 0, "batches": 0, "order": self._order}
         self._resumed, theirs = {}, state["order"]
@@ -139,10 +120,7 @@ class ResumableData:
         """All samples, divided: torch's own sampler repeats some to give each rank the same number."""
         rank, world_size = self.rank
         if samples < world_size:
-            raise UserError(
-                f"`trainer.devices`: '{name}' has {samples} samples, which is fewer than the {world_size} processes. "
-                "Use fewer."
-            )
+            raise UserError(f"`trainer.devices`: '{name}' has {samples} samples. Use no more processes than that.")
         return Batches(cut([range(rank, samples, world_size)], self.batch_size))
 
     def state_dict(self) -> dict[str, Any]:

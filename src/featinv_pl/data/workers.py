@@ -53,13 +53,9 @@ def start_server(*modules: str) -> None:
 
 
 def loader(dataset: Dataset[Item], batches: Batches, num_workers: int, again: bool = False) -> DataLoader[Item]:
-    """A loader whose dataset is indexed by the list of samples in a batch.
+    """A loader whose picklable dataset is indexed by the list of samples in a batch.
 
-    Args:
-        dataset: Gives a batch; it must be picklable.
-        batches: The lists of samples.
-        num_workers: Processes that read; 0 reads in this one.
-        again: The loader is iterated more than once, so that its workers stay.
+    `num_workers` processes read, or this one if there are none; they stay if the loader is iterated `again`.
     """
     if num_workers:
         start_server(type(dataset).__module__)

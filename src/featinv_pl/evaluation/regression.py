@@ -79,7 +79,7 @@ class Regression:
         while len(order) < self.steps:
             order += self.order
             self.order.set_epoch(self.order.epoch + 1)
-        reader, batches = BatchReader(self.training, half=True), Batches(order[: self.steps])
+        reader, batches = BatchReader(self.training), Batches(order[: self.steps])
         read, device = loader(reader, batches, self.num_workers, again=False), self.inverter.device
         for batch in progress(self.trainer, "regression", "step", read):
             moments = batch["moments"].to(device).float()

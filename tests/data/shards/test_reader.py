@@ -119,8 +119,8 @@ def second(folder: Path) -> Path:
         (rewritten(lambda text: text.replace("10", "12")), "is damaged .it has changed since it was written"),
         (rewritten(lambda text: text + " "), "is damaged .it has changed since it was written"),
         (rewritten(lambda text: '{"format_version": 99}'), "shard format 99, and this version reads 2"),
-        (lambda folder: second(folder).unlink(), r"-00001\.tar' is missing; its manifest says \d+ bytes"),
-        (lambda folder: second(folder).write_bytes(b""), r"-00001\.tar' has 0 bytes; its manifest says \d+ bytes"),
+        (lambda folder: second(folder).unlink(), r"-00001\.tar' is missing"),
+        (lambda folder: second(folder).write_bytes(b""), r"-00001\.tar' has 0 of \d+ bytes"),
         (lambda folder: index_path(second(folder)).unlink(), r"-00001\.json' is missing"),
         (resealed("clean-00001.tar"), "it names a shard twice"),
         *(
@@ -213,11 +213,11 @@ def test_skips_and_says_what(make_batch: MakeBatch, tmp_path: Path) -> None:
     assert len(shards) == 6
     assert len(shards.skipped) == 3
     assert "clean-00001.tar' is missing" in shards.skipped[0]
-    batch = BatchReader(shards, half=True)[range(6)]
+    batch = BatchReader(shards)[range(6)]
     assert batch["key"] == ["0-1", "0-2", "0-6", "0-7", "0-8"]
     assert [re.findall(r"sample '(\d+)'", line) for line in batch["skipped"]] == [["000000000"]]
     with pytest.raises(UserError, match="All 1 samples of a batch are damaged"):
-        BatchReader(shards, half=True)[[0]]
+        BatchReader(shards)[[0]]
 
 
 # Folders of sets

@@ -116,9 +116,7 @@ def test_what_was_damaged_on_the_way_is_never_kept(server: Server, tmp_path: Pat
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"x")
     data = shards(f"{server.address}/set")
-    with pytest.raises(
-        UserError, match=r"'http.*' has a 'clean-00001\.tar' that is not the file that its manifest describes"
-    ):
+    with pytest.raises(UserError, match=r"'http.*' has a 'clean-00001\.tar' that its manifest does not describe"):
         keys(data)
     assert not list(Path("cache").rglob("clean-00001.tar*"))
     path.write_bytes(whole)

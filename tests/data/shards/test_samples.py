@@ -64,7 +64,7 @@ def test_refuses_what_half_precision_cannot_hold(
     batch: Any = make_batch(2)
     prepare(batch, storage)
     batch[name][1].flatten()[3] = value
-    with pytest.raises(UserError, match=rf"The {name} do not fit half precision: .* is {value:g}\. .* such as '0-1'"):
+    with pytest.raises(UserError, match=rf"The {name} do not fit .* is {value:g}, in 1 of 2 samples, such as '0-1'"):
         prepare(batch, storage)
 
 

@@ -1,12 +1,11 @@
 """The corruptions of ImageNet-C, generated on the fly and seeded per image.
 
 Names and severities are the published ones (Hendrycks and Dietterich, arXiv 1903.12261): 15 corruptions and 4 more for
-validation, at 5 severities, with the constants of ImageNet-C for photographs and those of CIFAR-10-C for images whose
-shorter side has at most 64 pixels. They follow the published functions (hendrycks/robustness) with their peculiarities:
-bytes are truncated, small images zoom off-centre, glass overwrites pixels. With the same seed the random numbers are
-the same, too, and the mean RMSE and the shares of the change's spectral energy above 1/16, 1/8 and 1/4 cycles per pixel
-are those of the published functions to 2 %, at every severity, at 32 and at 224 pixels (`impulse_noise`, whose random
-numbers differ: 5 %).
+validation, with the constants of ImageNet-C for photographs and those of CIFAR-10-C for images whose shorter side has
+at most 64 pixels. They follow the published functions (hendrycks/robustness) with their peculiarities: bytes are
+truncated, small images zoom off-centre, glass overwrites pixels. With the same seed the random numbers are the same,
+too. Mean RMSE and the shares of the change's spectral energy above 1/16, 1/8 and 1/4 cycles per pixel are those of the
+published functions to 2 %, at 32 and at 224 pixels (`impulse_noise`, whose random numbers differ: 5 %).
 
 Three are stand-ins, which have not been compared: `motion_blur` and `snow` blur along a line with a half Gaussian
 instead of calling ImageMagick, and `frost` generates ice instead of cutting it from photographs. The JPEG compression
@@ -30,12 +29,10 @@ from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
 from featinv_pl.types import from_uint8, key_hash, to_uint8
 
-Pixels = NDArray[np.float64]
-"""(H, W, 3) in [0, 1]."""
+Pixels = NDArray[np.float64]  # (H, W, 3) in [0, 1]
 Bytes = NDArray[np.uint8]
 Random = np.random.RandomState
-Corruption = Callable[[Pixels, Any, Random], Pixels]
-"""Takes an image, the constant of a severity, and what decides its random part; may leave [0, 1]."""
+Corruption = Callable[[Pixels, Any, Random], Pixels]  # of an image by the constants of a severity; may leave [0, 1]
 
 SMALL = 64
 LUMINANCE = np.array([0.299, 0.587, 0.114])
@@ -185,15 +182,13 @@ def _elastic_transform(pixels: Pixels, constants: tuple[float, float, float], rn
     back = np.linalg.solve(np.column_stack([moved, np.ones(3)]), corners.astype(float))
     grid = np.indices(pixels.shape[:2])
     mapped = _sampled(pixels, np.tensordot(back[:2].T, grid, 1) + back[2][:, None, None], "mirror")
-    across, down = (
-        ndimage.gaussian_filter(rng.uniform(-1, 1, pixels.shape[:2]), sigma, mode="reflect", truncate=3) * strength
-        for _ in range(2)
-    )
-    return _sampled(mapped, grid + np.stack([down, across]), "reflect")
+    noise = rng.uniform(-1, 1, grid.shape)  # across, then down
+    shifts = ndimage.gaussian_filter(noise, (0, sigma, sigma), mode="reflect", truncate=3)[::-1] * strength
+    return _sampled(mapped, grid + shifts, "reflect")
 
 
+# The 15 of the benchmark, then the 4 for validation.
 CORRUPTIONS: dict[str, Corruption] = {name: globals()[f"_{name}"] for name in SEVERITIES}
-"""The 15 of the benchmark, then the 4 for validation."""
 
 
 def check_corruption(name: str, severity: int) -> None:

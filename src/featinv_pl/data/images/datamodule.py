@@ -24,11 +24,8 @@ class ImageData(ResumableData, LightningDataModule):
         predicted: The sources to extract features of, which `predict` reads one after the other.
         batch_size: Images per batch.
         num_workers: Processes that read images.
-        train: What `fit` trains on.
+        train: What `fit` trains on; its classes (`classes`) number the labels.
         val: What `fit` validates on.
-
-    Attributes:
-        classes: Names of the classes that number the labels of `train` and `val`.
     """
 
     def __init__(
@@ -54,11 +51,8 @@ class ImageData(ResumableData, LightningDataModule):
 
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
         """One loader for each source of which something is left to do."""
-        return [
-            loader(ImageBatches(images), Batches(self._batches[images.source]), self.num_workers)
-            for images in self.predicted
-            if images.source in self._batches
-        ]
+        left = [images for images in self.predicted if images.source in self._batches]
+        return [loader(ImageBatches(one), Batches(self._batches[one.source]), self.num_workers) for one in left]
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
         """The training images in complete batches, in another order each epoch; too few for a batch are one."""
@@ -79,8 +73,8 @@ class ImageData(ResumableData, LightningDataModule):
 class FolderData(ImageData):
     """Folders of images, as batches.
 
-    Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/`
-    (ImageNet-V2) or in `<class>/`, at any depth, or in the folder itself if they have no labels.
+    Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/` (ImageNet-V2) or in
+    `<class>/`, at any depth, or in the folder itself if they have no labels.
 
     Args:
         train: A folder to train on. Its classes, in the order of their names, number the labels.
@@ -88,10 +82,8 @@ class FolderData(ImageData):
         predict: Folders by name of source, for extraction. A folder of several sources, such as
             ImageNet-C's `<corruption>/<severity>/<wnid>/`, gives `<name>/<corruption>/<severity>`.
         image_size: Side of the square crop.
-        crop_pct: Share of the shorter side that the central crop keeps. Images that were cropped
-            before, as those of ImageNet-C to 224 px, want 1 and that size.
-        views: Extract so many random views of each image (crop, horizontal flip) in place of the
-            central crop, as training wants it.
+        crop_pct: Share of the shorter side that the central crop keeps; 1 for images that were cropped before.
+        views: Extract so many random views of each image (crop, horizontal flip) in place of the central crop.
         vertical_flip: Flip half of the views upside down, as the paper's authors did.
         seed: Seed of the views.
         per_class: Extract only so many images of each class, the first by file name.

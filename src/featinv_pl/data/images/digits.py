@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from featinv_pl.data.images.corruptions import CORRUPTIONS, check_corruption, corrupt
+from featinv_pl.data.images.corruptions import check_corruption, corrupt
 from featinv_pl.data.images.datamodule import ImageData
 from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
@@ -24,9 +24,8 @@ class DigitImages(ImageSource):
     """One source of digits.
 
     Args:
-        source: `train`, `val`, `clean` (the test images), `hard` (the test images on which another classifier errs or
-            is least sure), `adversarial` (the test images, for `AdversarialExtraction` to attack), or
-            `corrupted/<corruption>/<severity>`.
+        source: `train`, `val`, `clean` (the test images), `hard` (those on which another classifier errs or is least
+            sure), `adversarial` (those to be attacked by `AdversarialExtraction`), `corrupted/<corruption>/<severity>`.
         limit: At most so many images, the first of a fixed random order.
     """
 
@@ -36,10 +35,8 @@ class DigitImages(ImageSource):
         kind, *corruption = source.split("/")
         corrupted = kind == "corrupted" and len(corruption) == 2 and corruption[1].isdecimal()
         if not corrupted and source not in SPLITS:
-            raise UserError(
-                f"`sources`: '{source}' is not a source of digits. Choose among {', '.join(SPLITS)} and "
-                f"corrupted/<corruption>/<severity>, with a corruption among {', '.join(CORRUPTIONS)}."
-            )
+            known = ", ".join((*SPLITS, "corrupted/<corruption>/<severity>"))
+            raise UserError(f"`sources`: '{source}' is not a source of digits. Choose among {known}.")
         self.corruption = (corruption[0], int(corruption[1])) if corrupted else None
         if self.corruption:
             check_corruption(*self.corruption)

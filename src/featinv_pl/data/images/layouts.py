@@ -1,12 +1,9 @@
 """How folders of images are laid out: which sources a folder holds, and which class each image belongs to.
 
-A class is a folder, and its images lie at any depth below it. Labels are not decided here: they are the places of
-the classes' names in a list, which is that of the training images or that of a classifier (`nets/classes.py`).
-
-A source holds either class folders, or images of no class. Folders that hold sources instead of images, such as
-those of ImageNet-C, are told by what they contain: folders named by wnid are classes, so what holds them is a source;
-`train`, `val`, `test` and the like are sources beside each other, as are corruptions and their severities. Where
-both readings remain possible, the folder is refused.
+A class is a folder, and its images lie at any depth below it. A source holds either class folders, or images of no
+class. Folders that hold sources instead of images, such as those of ImageNet-C, are told by what they contain: folders
+named by wnid are classes, so what holds them is a source; `train`, `val`, `test` and the like are sources beside each
+other, as are corruptions and their severities. Where both readings remain possible, the folder is refused.
 """
 
 import os
@@ -49,9 +46,8 @@ def find_sources(name: str, root: Path) -> dict[str, Path]:
     Raises:
         UserError: There is no such folder, no image in it, or more than one way to read it.
     """
-    return {
-        name if path == root else f"{name}/{path.relative_to(root).as_posix()}": path for path in _sources(_read(root))
-    }
+    paths = _sources(_read(root))
+    return {name if path == root else f"{name}/{path.relative_to(root).as_posix()}": path for path in paths}
 
 
 def labelled_images(root: Path, per_class: int | None = None) -> list[tuple[str, str]]:
@@ -120,8 +116,7 @@ def _sources(folder: Folder) -> list[Path]:
     if folder.images and folder.folders:
         raise UserError(
             f"`data`: '{folder.path}' holds images, such as '{folder.images[0]}', beside folders of images, such as "
-            f"'{folder.folders[0].path.name}'. If it is a set without classes, move the folders elsewhere; if they "
-            "are its classes, move the images."
+            f"'{folder.folders[0].path.name}'. Move the images or the folders elsewhere."
         )
     if _holds_sources(folder):
         return [path for one in folder.folders for path in _sources(one)]
@@ -132,10 +127,8 @@ def _holds_sources(folder: Folder) -> bool:
     names = {one.path.name for one in folder.folders}
     wnids = {name for name in names if WNID.fullmatch(name)}
     if wnids and wnids != names:
-        raise UserError(
-            f"`data`: '{folder.path / min(names - wnids)}' is not named by wnid, and folders beside it are, such as "
-            f"'{min(wnids)}'. If it is not a class, move it elsewhere; if it is, name all classes by wnid."
-        )
+        odd = folder.path / min(names - wnids)
+        raise UserError(f"`data`: '{odd}' is not named by wnid as '{min(wnids)}' beside it is. Move or rename it.")
     if wnids or not names:
         return False
     splits = {name for name in names if name.lower() in SPLITS}
@@ -151,10 +144,8 @@ def _holds_sources(folder: Folder) -> bool:
         return True
     outer, inner = deep[0].path.name, deep[0].folders[0].path.name
     raise UserError(
-        f"`data`: '{folder.path}' can be read in two ways: '{outer}' is a class, with images of it in "
-        f"'{outer}/{inner}'; or '{outer}' is a set of images, of which '{inner}' is a class. For the first, move the "
-        f"images up into '{outer}'; for the second, give each set a name of its own, such as "
-        f"--data.predict.{outer}={deep[0].path}."
+        f"`data`: '{folder.path}' can be read in two ways: '{outer}' is a class, or a set of images with a class "
+        f"'{inner}'. Move the images up into '{outer}', or give each set a name: --data.predict.{outer}={deep[0].path}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The published constants of the corruptions of ImageNet-C and of CIFAR-10-C."""
+"""The published constants of each corruption for photographs (ImageNet-C), and for small images (CIFAR-10-C)."""
 
 from typing import Any, Final
 
@@ -42,4 +42,3 @@ SEVERITIES: Final[dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]] = {
                  ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2))),
 }
 # fmt: on
-"""For each corruption: its constants for photographs, and for small images, at severities 1 to 5."""

@@ -42,12 +42,11 @@ class ImageSource(Dataset[ImageSample], ABC):
     """Images of one source, in a fixed order.
 
     Attributes:
-        source: Its name.
         num_images: Number of images, whatever the number of views.
         preparation: How an image becomes a sample, for the manifest.
         classes: Names of the classes that number the labels.
-        views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes
-            first, then view 1 of all, so that any stretch is a fair sample.
+        views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes first, then
+            view 1 of all, so that any stretch is a fair sample.
     """
 
     source: str
@@ -76,31 +75,22 @@ class ImageBatches(Dataset[ImageBatch]):
         self.images = images
 
     def __getitem__(self, numbers: Sequence[int]) -> ImageBatch:
-        return collate_images([self.images[number] for number in numbers])
-
-
-def collate_images(samples: list[ImageSample]) -> ImageBatch:
-    """Stack samples to a batch."""
-    batch: Any = dict(zip(ImageSample._fields, map(list, zip(*samples, strict=True)), strict=True))
-    stacked: ImageBatch = batch | {"images": torch.stack(batch["images"]), "labels": torch.tensor(batch["labels"])}
-    return stacked
+        columns = map(list, zip(*(self.images[number] for number in numbers), strict=True))
+        batch: Any = dict(zip(ImageSample._fields, columns, strict=True))
+        stacked: ImageBatch = batch | {"images": torch.stack(batch["images"]), "labels": torch.tensor(batch["labels"])}
+        return stacked
 
 
 class FolderImages(ImageSource):
     """Images of a folder, in a fixed random order; `layouts` says how they are found and what their classes are.
 
     The order is random so that any stretch of a shard set is a fair sample of its source, and fixed so that two runs
-    agree. A view's crop and flips are a function of seed, key and number alone.
+    agree. A view's crop and flips are a function of seed, key and number alone. `FolderData` documents the other
+    arguments.
 
     Args:
         root: The folder.
         source: Name of the source in batches and scores.
-        image_size: Side of the square crop.
-        crop_pct: Share of the shorter side that the central crop keeps.
-        views: Random views of each image, or 0 for the central crop alone.
-        seed: Seed of the views.
-        vertical_flip: Flip half of the views upside down.
-        per_class: Only so many images of each class, the first by file name.
         tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
         classes: Names of the classes that number the labels, if not those of the folder itself: a validation folder
             may lack some of training's. An image of any other class has the label -1.
@@ -131,18 +121,14 @@ class FolderImages(ImageSource):
         self.root, self.source, self.num_images, self.image_size = root, source, len(images), image_size
         self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
         # As `Backbone.crop`, by timm: a classifier gets what its published accuracy was measured on.
-        resized = floor(image_size / crop_pct)
-        resize = Resize(resized, InterpolationMode.BICUBIC)
+        resize = Resize(resized := floor(image_size / crop_pct), InterpolationMode.BICUBIC)
         self._central_crop = Compose([resize, CenterCrop(image_size), PILToTensor()])
+        flips = "horizontal and vertical" if vertical_flip else "horizontal"
+        whole = f" of {resized}" if crop_pct < 1 else ""
+        self.preparation = f"central crop of {crop_pct:g}, {image_size}{whole} px, bicubic"
         if views:
-            flips = "horizontal and vertical" if vertical_flip else "horizontal"
-            self.preparation = (
-                f"{views} views of seed {seed}: random crop of {SCALE[0]:g} to {SCALE[1]:g} of the area, aspect "
-                f"{RATIO[0]:.2f} to {RATIO[1]:.2f}, {image_size} px, bicubic, {flips} flips"
-            )
-        else:
-            whole = f" of {resized}" if crop_pct < 1 else ""
-            self.preparation = f"central crop of {crop_pct:g}, {image_size}{whole} px, bicubic"
+            area = "random crop of 0.08 to 1 of the area, aspect 0.75 to 1.33"
+            self.preparation = f"{views} views of seed {seed}: {area}, {image_size} px, bicubic, {flips} flips"
 
     def names(self) -> Iterator[tuple[str, str]]:
         return zip(map(os.fsdecode, self._names), map(os.fsdecode, self._class_names), strict=True)
@@ -156,31 +142,25 @@ class FolderImages(ImageSource):
         try:
             image = open_image(self.root / name)
         except NoImageError as error:
-            if not self.tolerant:
-                raise UserError(
-                    f"`data`: '{self.root / name}' cannot be read as an image ({error}). Remove or replace it."
-                ) from error
-            return sample._replace(unreadable=str(error))
+            if self.tolerant:
+                return sample._replace(unreadable=str(error))
+            raise UserError(f"`data`: '{self.root / name}' cannot be read as an image ({error}). Remove it.") from error
         if not self.views:
             return sample._replace(images=from_uint8(self._central_crop(image)))
-        view = self._random_view(image, name, number)
-        pixels = transforms.pil_to_tensor(self._cut(image, view))
-        return sample._replace(images=from_uint8(pixels), view=view)
+        view, cut = self._random_view(image, name, number)
+        return sample._replace(images=from_uint8(transforms.pil_to_tensor(cut)), view=view)
 
-    def _random_view(self, image: Image.Image, key: str, number: int) -> View:
+    def _random_view(self, image: Image.Image, key: str, number: int) -> tuple[View, Image.Image]:
         # Of the key alone, so that a view does not depend on the process that makes it.
         digest = hashlib.sha256(f"{self.seed}/{number}/{key}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            top, left, height, width = RandomResizedCrop.get_params(image, SCALE, RATIO)
+            crop = RandomResizedCrop.get_params(image, SCALE, RATIO)
             horizontal, vertical = (torch.rand(2) < 0.5).tolist()
-        flips = "h" * horizontal + "v" * (vertical and self.vertical_flip)
-        return {"number": number, "crop": (top, left, height, width), "flips": flips}
-
-    def _cut(self, image: Image.Image, view: View) -> Image.Image:
-        image = transforms.resized_crop(image, *view["crop"], [self.image_size] * 2, InterpolationMode.BICUBIC)
-        if "h" in view["flips"]:
+        image = transforms.resized_crop(image, *crop, [self.image_size] * 2, InterpolationMode.BICUBIC)
+        if horizontal:
             image = transforms.horizontal_flip(image)
-        if "v" in view["flips"]:
+        if vertical and self.vertical_flip:
             image = transforms.vertical_flip(image)
-        return image
+        flips = "h" * horizontal + "v" * (vertical and self.vertical_flip)
+        return {"number": number, "crop": crop, "flips": flips}, image

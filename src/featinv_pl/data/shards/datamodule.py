@@ -100,7 +100,7 @@ class FeatureShards(ResumableData, LightningDataModule):
         if self.train is None:
             raise UserError("`data.train`: fit needs a shard set to train on.")
         batches = self.training_batches(self.train.shard_sizes, self.seed)
-        return loader(BatchReader(self.train, half=True), batches, self.num_workers, again=True)
+        return loader(BatchReader(self.train), batches, self.num_workers, again=True)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """The validation set, if any."""
@@ -116,10 +116,10 @@ class FeatureShards(ResumableData, LightningDataModule):
 
     def _evaluation_loader(self, shards: ShardSet, again: bool = False) -> DataLoader[Batch]:
         batches = self.evaluation_batches(len(shards), str(shards.folder))
-        return loader(BatchReader(shards, half=False), batches, self.num_workers, again)
+        return loader(BatchReader(shards), batches, self.num_workers, again)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Count damaged samples, and widen training's batches: workers hand over half as many bytes."""
+        """Count damaged samples, and widen batches: workers hand over half as many bytes."""
         self.skipped += batch.get("skipped", [])
         return widen(batch)
 
@@ -127,6 +127,5 @@ class FeatureShards(ResumableData, LightningDataModule):
         """Report the damaged samples."""
         # Each epoch meets the samples again; a damaged shard has a line for each of its samples.
         if skipped := [*{*self.skipped}, *(line for shards in self._sets for line in shards.skipped)]:
-            lines = sorted({*skipped})
-            named = "".join(f"\n  {line}" for line in lines[:NAMED]) + ("\n  ..." if len(lines) > NAMED else "")
-            log.warning("%d damaged samples were skipped:%s", len(skipped), named)
+            named = "\n  ".join(sorted({*skipped})[:NAMED])
+            log.warning("%d damaged samples were skipped:\n  %s", len(skipped), named)

@@ -1,9 +1,7 @@
 """The files beside the tars: a manifest of the set, and for each tar an index of its entries.
 
-A tar does not know what its members should hold, so a feature map with a flipped byte would pass for a feature map.
-The index has a CRC-32 of each member, which notices every flipped byte, takes a fraction of the time of reading, and
-can be checked sample by sample. The manifest has the SHA-256 of each file, which `featinv-pl verify` and downloads
-compare.
+A tar does not notice a flipped byte in its members. The index has a CRC-32 of each, which is checked sample by sample
+in a fraction of the time of reading; the manifest has the SHA-256 of each file, for `featinv-pl verify` and downloads.
 """
 
 import hashlib
@@ -31,8 +29,7 @@ AGAIN = "Copy it again, or extract the features again."
 class Shard(TypedDict):
     """One tar in the manifest."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]{0,199}$")]
-    """A plain file name: no shard lies outside its set."""
+    name: Annotated[str, StringConstraints(pattern=r"^[\w-][\w.-]{0,199}$")]  # no shard lies outside its set
     samples: NonNegativeInt
     bytes: int
     sha256: str
@@ -50,16 +47,12 @@ class Settings(TypedDict):
     """The settings that determine the bytes of a set, apart from the networks."""
 
     images: int
-    images_sha256: str
-    """Of the keys and classes of all images in their order."""
+    images_sha256: str  # of the keys and classes of all images in their order
     classes: NotRequired[dict[str, int]]
-    """The classes of the set's images by name (such as the wnids of ImageNet-A), with the classifier's labels; -1 for
-    a class that is not among the classifier's. Accuracy over the classes of the set is taken over these labels. Empty
-    for images without classes; older sets do not have it."""
-    preparation: str
-    """How images became samples: crop, views, seed."""
-    samples: int
-    """Images times views, or fewer if the run was told so; unreadable ones included."""
+    """The classes of the set's images by name, with the classifier's labels, or -1 where it has none: accuracy over
+    the classes of the set is taken over these labels. Empty for images without classes; older sets do not have it."""
+    preparation: str  # of samples from images: crop, views, seed
+    samples: int  # images times views, or fewer if the run was told so; unreadable ones included
     shard_size: int
     batch_size: int
     image_format: ImageFormat
@@ -144,12 +137,8 @@ def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
     """Read the bytes of a manifest from a folder or address that an option named."""
     try:
         contents = json.loads(data)
-        version = contents.get("format_version", FORMAT_VERSION)
-        if version != FORMAT_VERSION:  # which may have other fields
-            raise UserError(
-                f"{option}: '{place}' has shard format {version}, and this version reads {FORMAT_VERSION}. "
-                "Extract the features again."
-            )
+        if (found := contents.get("format_version", FORMAT_VERSION)) != FORMAT_VERSION:  # which may have other fields
+            raise ValueError(f"it has shard format {found}, and this version reads {FORMAT_VERSION}")
         if data != to_json({**contents, SEAL: seal(contents)}):
             raise ValueError("it has changed since it was written")
         contents.pop(SEAL)
@@ -157,8 +146,6 @@ def parse_manifest(data: bytes, place: str, option: str) -> Manifest:
         if len({shard["name"] for shard in manifest["shards"]}) < len(manifest["shards"]):
             raise ValueError("it names a shard twice")
         return manifest
-    except UserError:
-        raise
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{option}: '{place}/{MANIFEST}' is damaged ({one_line(error)}). {AGAIN}") from error
 
@@ -169,10 +156,9 @@ def one_line(error: Exception) -> str:
 
 
 def find_sets(name: str, folder: Path) -> dict[str, Path]:
-    """Shard sets at or below a folder, by name of test set.
+    """Shard sets at or below a folder, by name of test set: `name/<path below>` where the folder holds several.
 
-    A folder of sets, such as that of a benchmark with many corruptions, gives `name/<path below>`. Unfinished
-    sets are among them, so that they are refused instead of left out.
+    Unfinished sets are among them, so that they are refused instead of left out.
     """
     below = sorted({path.parent for mark in (MANIFEST, BEGUN, "*.tar") for path in folder.rglob(mark)})
     if folder in below or not below:

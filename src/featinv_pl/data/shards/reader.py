@@ -1,8 +1,7 @@
 """Reading a shard set by sample number, and checking it to the last byte and the last value.
 
-webdataset reads these tars too, but as a stream that stops silently at a damaged header, and in an order that is
-neither exact nor repeatable across workers. Reading by offset is also ten times faster, and gives any sample at any
-time, which exact resumption needs.
+webdataset reads these tars too, but as a stream that stops silently at a damaged header, and in an order that is not
+repeatable across workers. Reading by offset is ten times faster, and exact resumption needs any sample at any time.
 """
 
 import hashlib
@@ -120,11 +119,11 @@ class ShardSet(Dataset[Sample]):
     def _check_files(self, shard: Shard) -> None:
         """Check that a tar is there, complete by its size, and its index beside it."""
         path = self.folder / shard["name"]
-        for file, size in ((path, shard["bytes"]), (index_path(path), None)):
-            found = file.stat().st_size if file.is_file() else None
-            if found is None or size not in (None, found):
-                state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise DamagedError(f"{self.option}: '{file}' {state}. {AGAIN}")
+        for file in (path, index_path(path)):
+            if not file.is_file():
+                raise DamagedError(f"{self.option}: '{file}' is missing. {AGAIN}")
+        if (size := path.stat().st_size) != shard["bytes"]:
+            raise DamagedError(f"{self.option}: '{path}' has {size} of {shard['bytes']} bytes. {AGAIN}")
 
     def problems(self) -> Iterator[str]:
         """Every difference between the files and the manifest, one line for each; the set is one that skips."""
@@ -138,27 +137,23 @@ class ShardSet(Dataset[Sample]):
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
                     yield f"The shard '{path}' has changed since it was written: its SHA-256 is another."
-            damaged = []
             for sample in range(end - shard["samples"], end):
                 try:
                     self.stored(sample)
                 except DamagedError as error:
-                    damaged.append(str(error))
-            yield from dict.fromkeys(damaged)  # all samples of a shard with a damaged index share one error
+                    yield str(error)
+                    if "The sample" not in str(error):  # the index: no sample of this shard can be found
+                        break
 
 
 class BatchReader(Dataset[Batch]):
-    """A shard set read a batch at a time: its index is the list of samples in a batch.
+    """A shard set read a batch at a time, in half precision: its index is the list of samples in a batch.
 
     A set that skips leaves damaged samples out and says which in `skipped`.
-
-    Args:
-        shards: The set.
-        half: Leave batches in half precision.
     """
 
-    def __init__(self, shards: ShardSet, half: bool) -> None:
-        self.shards, self.half = shards, half
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards = shards
 
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
         samples, skipped = [], []
@@ -174,7 +169,7 @@ class BatchReader(Dataset[Batch]):
         batch = collate_samples(samples)
         if skipped:
             batch["skipped"] = skipped
-        return batch if self.half else widen(batch)
+        return batch
 
 
 def verify(folder: Path) -> bool:

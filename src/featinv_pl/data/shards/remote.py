@@ -36,8 +36,8 @@ def is_remote(place: str) -> bool:
 class RemoteSet:
     """A shard set at an address.
 
-    fsspec opens the address; what it does not do is done here: bounds on what a server may send, digests,
-    several attempts, and processes that wait for each other.
+    fsspec opens the address; what it does not do is done here: bounds on what a server may send, digests, several
+    attempts, and processes that wait for each other.
 
     Args:
         place: `https://...`, `http://...`, `s3://...`, or `pipe:COMMAND`, which prints the file whose name takes the
@@ -46,8 +46,8 @@ class RemoteSet:
         option: The option that named the address, for errors.
 
     Attributes:
-        folder: Holds the manifest, and every file that has been fetched. Its name is the digest of the
-            manifest, so a set that is replaced at its address gets another folder.
+        folder: Holds the manifest and every file that has been fetched. Its name is the digest of the manifest, so a
+            set that is replaced at its address gets another folder.
     """
 
     def __init__(self, place: str, cache: Path, option: str) -> None:
@@ -55,7 +55,7 @@ class RemoteSet:
         self.place, self.option, self.shown = place, option, masked(place)
         if scheme == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
             raise self._error(
-                f"runs a command on this machine. If you trust it, allow it in the environment: {ALLOW_PIPE}=1."
+                f"runs a command on this machine. If you trust it, set {ALLOW_PIPE}=1 in the environment."
             )
         if scheme not in (*READABLE, "pipe") or "::" in place:
             raise self._error(f"is not a folder, and of addresses only {', '.join(READABLE)} are read.")
@@ -71,26 +71,18 @@ class RemoteSet:
             write_bytes(self.folder / MANIFEST, manifest)
 
     def fetch(self, path: Path, sha256: str, size: int | None = None) -> None:
-        """Fetch a file of the set unless it is there. It has its name only when it is complete and checked.
+        """Fetch a file of the set of this digest, and size where known, unless it is there.
 
-        Args:
-            path: Where to; its name is that of the file.
-            sha256: Its digest.
-            size: Its bytes, where they are known.
+        It has its name only when it is complete and checked.
         """
         if path.is_file():
             return
-        # Processes that want the same file wait for the first.
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with FileLock(path.with_name(f".{path.name}.lock")):  # processes that want the same file wait for the first
             if path.is_file():
                 return
             with atomic(path) as partial, partial.open("wb") as file:
-                found = self._copy(path.name, file, size)
-                if found != sha256:
-                    raise self._error(
-                        f"has a '{path.name}' that is not the file that its manifest describes: its SHA-256 is "
-                        f"{found[:12]} instead of {sha256[:12]}. Copy it there again."
-                    )
+                if self._copy(path.name, file, size) != sha256:
+                    raise self._error(f"has a '{path.name}' that its manifest does not describe. Copy it there again.")
 
     def _copy(self, name: str, file: IO[bytes], size: int | None = None) -> str:
         """Copy a file of the set into an open one, in several attempts if need be; its SHA-256."""
@@ -103,10 +95,8 @@ class RemoteSet:
                 raise self._error(f"needs another package: {error}.") from error
             except Exception as error:  # each protocol has errors of its own
                 if wait is None or isinstance(error, FileNotFoundError | PermissionError):
-                    raise self._error(
-                        f"has a '{name}' that could not be fetched ({masked(one_line(error))}). Check address and "
-                        "network; what has been fetched is kept."
-                    ) from error
+                    reason = f"could not be fetched ({masked(one_line(error))})"
+                    raise self._error(f"has a '{name}' that {reason}. Check address and network.") from error
                 time.sleep(wait)
         raise AssertionError
 

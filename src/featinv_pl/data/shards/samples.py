@@ -59,7 +59,15 @@ def prepare(batch: Batch, storage: Storage = "float16", image_format: ImageForma
     Raises:
         UserError: Values do not fit half precision, or bytes would change a map too much.
     """
-    tensors = {suffix: _half(cast(Any, batch)[name], name, batch["key"]) for name, suffix in MEMBERS.items()}
+    tensors = {}
+    for name, suffix in MEMBERS.items():
+        values: Tensor = cast(Any, batch)[name]
+        tensors[suffix] = values.to(torch.float16)
+        finite = tensors[suffix].isfinite().flatten(1).all(dim=1).tolist()
+        if wrong := [key for key, one in zip(batch["key"], finite, strict=True) if not one]:
+            some = f"{len(wrong)} of {len(finite)} samples, such as '{wrong[0]}'"
+            largest = values.abs().max().item()
+            raise UserError(f"The {name} do not fit half precision: their largest magnitude is {largest:g}, in {some}.")
     if storage == "int8":
         quantised, steps = quantise(batch["features"].float())
         del tensors[MEMBERS["features"]]
@@ -95,12 +103,7 @@ def encode(entry: dict[str, Any]) -> dict[str, bytes]:
 
 
 def decode(members: dict[str, memoryview], storage: Storage = "float16", image_size: int | None = None) -> Sample:
-    """Turn the members of a tar into a sample, in half precision. Inverse of `encode`, up to the storage's.
-
-    Args:
-        members: Bytes by suffix, such as `features.npy`.
-        storage: As given to `prepare`.
-        image_size: Side of the image; None leaves it out.
+    """Turn the members of a tar, by suffix, into a sample in half precision, without its image if that has no size.
 
     Raises:
         ValueError, KeyError: The entry is damaged; `ShardSet` adds where.
@@ -137,10 +140,7 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
     loss = (1 - cosine_similarity(quantised * steps[..., None, None], features, dim=1)) * somewhere
     worst = (loss.sum(dim=(1, 2)) / somewhere.sum(dim=(1, 2)).clamp(min=1)).max().item()
     if worst > MAX_COSINE_LOSS:
-        raise UserError(
-            f"`storage`: int8 would change a feature map by {worst:.1e} in cosine, and at most {MAX_COSINE_LOSS:g} is "
-            "allowed. Store float16."
-        )
+        raise UserError(f"`storage`: int8 would change a feature map by {worst:.1e} in cosine. Store float16.")
     return quantised.to(torch.int8), steps
 
 
@@ -160,17 +160,6 @@ def widen(stored: Stored) -> Stored:
     values: Any = stored
     values |= {name: values[name].float() for name in MEMBERS}
     return stored
-
-
-def _half(tensor: Tensor, name: str, keys: list[str]) -> Tensor:
-    half = tensor.to(torch.float16)
-    if not half.isfinite().all():
-        wrong = [key for key, one in zip(keys, half, strict=True) if not one.isfinite().all()]
-        raise UserError(
-            f"The {name} do not fit half precision: their largest magnitude is {tensor.abs().max().item():g}. "
-            f"Of {len(keys)} samples this concerns {len(wrong)}, such as '{wrong[0]}'."
-        )
-    return half
 
 
 def _decode_array(data: memoryview, dtype: type[np.generic]) -> Tensor:

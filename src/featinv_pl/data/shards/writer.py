@@ -139,16 +139,12 @@ class ShardSetWriter:
         self._shard: ShardFile | None = None
 
     def _is_finished(self) -> bool:
-        finished = (self.folder / MANIFEST).is_file()
-        if not finished and not (self.folder / BEGUN).is_file():
-            if any(self.folder.glob("*.tar")):
-                raise UserError(
-                    f"`folder`: '{self.folder}' holds tars, and neither {MANIFEST} nor {BEGUN} says what they are, so "
-                    "they are left as they are. Choose another folder, or remove them first."
-                )
-            return False
+        finished, begun = (self.folder / MANIFEST).is_file(), self.folder / BEGUN
         advice = "Choose another folder, or remove it first."
-        begun = self.folder / BEGUN
+        if not finished and not begun.is_file():
+            if any(self.folder.glob("*.tar")):
+                raise UserError(f"`folder`: '{self.folder}' holds tars, and no {BEGUN} says what they are. {advice}")
+            return False
         theirs: Any = read_manifest(self.folder, "`folder`") if finished else read_json(begun, "`folder`", advice)
         different = [
             f"{name}: {str(theirs[part].get(name))[:60]} there, {str(value)[:60]} here"
@@ -166,17 +162,15 @@ class ShardSetWriter:
     def begin(self) -> None:
         """Note the settings, and remove what an interrupted run has left half-written. For one rank alone."""
         if self.finished:
-            (self.folder / BEGUN).unlink(missing_ok=True)  # of a run that was interrupted at its very end
-        else:
-            for partial in self.folder.glob(f"*{PARTIAL}"):
-                partial.unlink()
-            write_bytes(self.folder / BEGUN, to_json(self._begun))
+            return
+        for partial in self.folder.glob(f"*{PARTIAL}"):
+            partial.unlink()
+        write_bytes(self.folder / BEGUN, to_json(self._begun))
 
     def add(self, batch: Batch) -> None:
-        """Take in the next batch of this rank's share, from any device.
+        """Take in the next batch of this rank's share; threads compress images while networks compute the next.
 
-        Threads compress images while the networks compute the next batch. They get arrays:
-        torch's operations start threads of their own, which fail in threads of a forked process.
+        They get arrays: torch's operations start threads of their own, which fail in threads of a forked process.
         """
         entries = prepare(batch, self.settings["storage"], self.settings["image_format"])
         while len(self._in_flight) > (BATCHES_IN_FLIGHT - 1) * self.settings["batch_size"]:
@@ -216,8 +210,7 @@ class ShardSetWriter:
         if count > self.max_bad_fraction * self.settings["samples"]:
             raise UserError(
                 f"`max_bad_fraction`: {count} of {self.settings['samples']} images cannot be read, the last of them "
-                f"'{last['key']}' ({last['reason']}), and at most {self.max_bad_fraction:g} of all may be left out. "
-                "Repair or remove them, or allow more; complete shards are kept."
+                f"'{last['key']}' ({last['reason']}). Repair or remove them, or allow more; complete shards are kept."
             )
 
     def close(self) -> None:
