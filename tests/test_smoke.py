@@ -22,7 +22,7 @@ SHORT = (
     "bench/authors.yaml",
 )
 ELSEWHERE = {"pretraining", "test", "memory", "sweep", "study"}  # kinds of which other tests run or parse a file
-OTHERS = {"help", "install", "smoke", "test", "lint", "types", "format", "check", "clean"}
+OTHERS = {"help", "install", "smoke", "test", "coverage", "lint", "types", "format", "check", "clean"}
 
 
 def test_every_file_is_run() -> None:
