@@ -1,8 +1,9 @@
-"""Commands and options in `docs/` are understood."""
+"""What the README and `docs/` say can be run, runs or is at least understood."""
 
-import json
 import re
 import shlex
+import subprocess
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +11,107 @@ import pytest
 import yaml
 
 from configurations import effective_config
+from featinv_pl.__main__ import main
+from featinv_pl.commands import COMMANDS
+from tiny import write
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "docs/data.md").read_text()
+README, IMAGENET = ((ROOT / name).read_text() for name in ("README.md", "experiments/imagenet/README.md"))
+VIZ, DATA, BETTER, RELIABILITY = (
+    (ROOT / f"docs/{name}.md").read_text() for name in ("viz", "data", "better", "reliability")
+)
+SPATIAL = "experiments/digits/spatial.yaml"
+PLACEHOLDERS = r"\b(FILE|FOLDER|RUN|CKPT|DIR|MODEL|IMAGE|SHARDS)\b|\["
 
 
-def test_commands_are_understood(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def shell_commands() -> list[str]:
+    """Every `featinv-pl` command of the pages that is complete, in text or in a block."""
+    found = set()
+    for page in (README, VIZ, DATA, RELIABILITY, IMAGENET):
+        found |= set(re.findall(r"`(featinv-pl (?:fit|predict|test) --config [^`]+)`", page))
+        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
+            lines = re.findall(r"(featinv-pl .*?) *(?:#.*)?$", block.replace("\\\n", " "), re.MULTILINE)
+            found |= {" ".join(line.split()) for line in lines}
+    return sorted(command for command in found if not re.search(PLACEHOLDERS, command))
+
+
+@pytest.mark.parametrize("command", shell_commands())
+def test_command_is_understood(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT)
-    commands = re.findall(r"^featinv-pl (predict (?:\\\n|[^#\n])+)", TEXT, re.MULTILINE)
-    assert len(commands) == 3
-    extract = yaml.safe_load((ROOT / "experiments/digits/extract.yaml").read_text())
-    extract |= {"base": str(ROOT / "experiments/digits/trainer.yaml"), "data": {"class_path": "FolderData"}}
-    (tmp_path / "extract.yaml").write_text(yaml.safe_dump(extract))
-    for command in commands:
-        args = shlex.split(command.replace("\\\n", " ").replace(" extract.yaml", f" {tmp_path}/extract.yaml"))
-        effective_config(args)
+    # Checkpoint and configuration of a run are its results, so they need not be there.
+    line = re.sub(r" --ckpt_path \S+", "", command)
+    line = re.sub(r"runs/imagenet/(\w+)/(\w+)/fit.yaml", r"experiments/imagenet/train/\1-\2.yaml", line)
+    own = yaml.safe_load((ROOT / "experiments/digits/extract.yaml").read_text())
+    own |= {"base": str(ROOT / "experiments/digits/trainer.yaml"), "data": {"class_path": "FolderData"}}
+    verb, *args = shlex.split(line.replace(" extract.yaml", f" {write(tmp_path / 'extract.yaml', own)}"))[1:]
+    if verb in ("fit", "predict", "test"):
+        effective_config([verb, *args])
+    else:
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help"])
+        known = capsys.readouterr().out
+        assert all(option in known for option in args if option.startswith("--"))
 
 
-def test_options_are_understood(tmp_path: Path) -> None:
-    config = tmp_path / "extract.yaml"
-    settings = {
+def test_pages_show_every_command() -> None:
+    listed = re.findall(r"^featinv-pl (\S+) .* # (.*)$", README.partition("## Commands")[2], re.MULTILINE)
+    assert listed == [(name, command.does) for name, command in COMMANDS.items()]
+    shown = {command.split()[1] for command in shell_commands()}
+    assert shown == COMMANDS.keys() - {"validate", "report"}
+
+
+def test_options_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pays = re.findall(r"`(--(?:model|trainer|data)\.[^`]+=[^`]+)`", BETTER)
+    overrides = re.findall(r"`(--(?:model|trainer|data)\.[\w.-]+[= ][^`]+)`", README)
+    assert len(pays) >= 12
+    assert len(overrides) >= 4
+    effective_config(["fit", "--config", SPATIAL, *" ".join(pays).split(), *" ".join(overrides).split()])
+    images = ("--data.crop_pct=0.9", "--data.image_size=224", "--data.vertical_flip=true", "--data.views=4")
+    writer = ("--trainer.callbacks.max_bad_fraction=0.1", "--trainer.callbacks.storage=int8")
+    reading = ("--data.on_error=skip", "--data.cache=here")
+    settings: dict[str, Any] = {
         "trainer": {"callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards"}}]},
         "model": {
             "class_path": "FeatureExtraction",
             "init_args": {"backbone": "a", "autoencoder": "b", "image_size": 32},
         },
-        "data": {"class_path": "FolderData"},
     }
-    config.write_text(json.dumps(settings))
-    images = ("--data.crop_pct=0.9", "--data.image_size=224", "--data.vertical_flip=true", "--data.views=4")
-    writer = ("--trainer.callbacks.max_bad_fraction=0.1", "--trainer.callbacks.storage=int8")
-    effective_config(["predict", "--config", str(config), *images, *writer])
-    shards = {"class_path": "FeatureShards"}
-    reading = ("--data.on_error=skip", "--data.cache=here")
-    config.write_text(json.dumps({**settings, "data": shards}))
-    effective_config(["predict", "--config", str(config), *reading])
-    for option in (*images, *writer, *reading):
-        assert option.split("=")[0] in TEXT
+    for data, options in (("FolderData", images + writer), ("FeatureShards", reading)):
+        config = write(tmp_path / "extract.yaml", {**settings, "data": {"class_path": data}})
+        effective_config(["predict", "--config", config, *options])
+        assert all(option.split("=")[0] in DATA for option in options)
 
 
-BETTER = (ROOT / "docs/better.md").read_text()
+def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.help", "FeatureInversion"])
+    assert "Probability of replacing feature map and prompt together" in " ".join(capsys.readouterr().out.split())
 
 
-def test_options_that_pay_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    options = [found for found in re.findall(r"`(--[^`]+)`", BETTER) if not found.startswith("--sampler")]
-    options = [found for found in options if "=" in found]
-    assert len(options) >= 12
-    for found in options:
-        effective_config(["fit", "--config", "experiments/digits/spatial.yaml", *found.split()])
+def test_python_of_the_readme_is_that_of_the_model_card() -> None:
+    [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    card = files("featinv_pl.inverter").joinpath("model_card.md").read_text()
+    assert block.replace("runs/digits-inverter", "{{ name }}").replace("docs/digits/4.png", "cat.jpg") in card
 
 
-def test_files_of_the_study_exist() -> None:
-    for name in re.findall(r"\]\(([\w./-]+)\)", BETTER):
-        assert (ROOT / "docs" / name).exists(), name
-    targets = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)", BETTER, re.MULTILINE):
-        assert f"\n{target}:" in targets
+def test_make_targets_exist() -> None:
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = {name for page in (README, VIZ, BETTER) for name in re.findall(r"(?:^|`)make ([\w-]+)", page, re.MULTILINE)}
+    assert named >= {"demo", "test", "install", "help", "parity", "full-size"}
+    for target in (*named, "lint", "types", "format", "check", "bench", "clean"):
+        assert re.search(rf"^  {target} ", listed, re.MULTILINE), target
+
+
+def test_files_exist() -> None:
+    names = re.findall(r"`((?:src|experiments)/[\w/.]+)`", README) + re.findall(r"\]\((docs/[^)]+)\)", README)
+    names += [f"docs/{name}" for name in re.findall(r"\]\(([\w./-]+)\)", BETTER)]
+    assert not [name for name in names if not (ROOT / name).exists()]
+    pictures = re.findall(r"\]\((viz/[^)]+)\)", VIZ)
+    assert len(pictures) >= 8
+    assert all(0 < (ROOT / "docs" / name).stat().st_size < 150_000 for name in pictures)
 
 
 def test_the_table_is_that_of_the_plan() -> None:
@@ -75,26 +120,13 @@ def test_the_table_is_that_of_the_plan() -> None:
     expected = {
         (name, sampler)
         for name, run in plan["runs"].items()
-        for sampler in ("own", *_samplers(run["set"].get("trainer", {}).get("callbacks", [])))
+        for callback in [{}, *run["set"].get("trainer", {}).get("callbacks", [])]
+        for sampler in ("own", *callback.get("init_args", {}).get("samplers", {}))
     }
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d\.\d+ ± .* 3 \|$", BETTER, re.MULTILINE)
     assert set(rows) == expected
 
 
-def _samplers(callbacks: list[dict[str, Any]]) -> list[str]:
-    return [name for one in callbacks for name in one.get("init_args", {}).get("samplers", {})]
-
-
-def test_commands_of_reliability_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    text = (ROOT / "docs/reliability.md").read_text()
-    commands = re.findall(r"featinv-pl (fit .*)", text)
-    assert len(commands) == 3
-    for command in commands:
-        effective_config(shlex.split(command.replace("FILE", "experiments/digits/spatial.yaml")))
-
-
 def test_the_walk_through_exports_what_it_tests() -> None:
     """The scores of the model card are those of the checkpoint that was tested."""
-    text = (ROOT / "experiments/imagenet/README.md").read_text()
-    assert len(set(re.findall(r"runs/imagenet/convnext/spatial/\S+\.ckpt", text))) == 1
+    assert len(set(re.findall(r"runs/imagenet/convnext/spatial/\S+\.ckpt", IMAGENET))) == 1
