@@ -17,6 +17,7 @@ from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import digest
 from featinv_pl.tasks.inversion import Adapt, FeatureInversion
+from test_cli import refused
 from tiny import ROOT, write
 
 DIGITS, DEBUG = str(ROOT / "experiments/digits"), str(ROOT / "experiments/debug.yaml")
@@ -54,30 +55,20 @@ def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(command)
-    assert stop.value.code == 1
-    message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("featinv-pl: error: ")
-    return message
-
-
 def test_exported_control_is_that_of_the_run(run: Path, exported: Path) -> None:
     pipeline = FeatInvPipeline.from_pretrained(exported)
     state = torch.load(run / "inversion.ckpt", weights_only=True)["state_dict"]
-    ours = {f"control.{name}": value for name, value in pipeline.inverter.control.state_dict().items()}
-    assert ours.keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in ours.items())
-    assert pipeline.inverter.sampler.steps == 10
-    assert pipeline.inverter.image_size == 32
+    ours = pipeline.inverter.control.state_dict()
+    assert {f"control.{name}" for name in ours} == state.keys()
+    assert all(torch.equal(value, state[f"control.{name}"]) for name, value in ours.items())
+    assert (pipeline.inverter.sampler.steps, pipeline.inverter.image_size) == (10, 32)
 
 
 def test_folder_is_complete_safe_and_described(exported: Path, classifier_folder: Path) -> None:
     names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     weights = "diffusion_pytorch_model.safetensors"
-    assert {f"encoder/{weights}", f"controlnet/{weights}", "model_index.json", "README.md"} <= names
-    assert {"backbone/model.safetensors", f"prior/unet/{weights}", "prior/prompts.safetensors"} <= names
+    parts = {"backbone/model.safetensors", f"prior/unet/{weights}", "prior/prompts.safetensors"}
+    assert {f"encoder/{weights}", f"controlnet/{weights}", "model_index.json", "README.md", *parts} <= names
     assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".md", ""}
     card = (exported / "README.md").read_text()
     index = json.loads((exported / "model_index.json").read_text())
@@ -134,16 +125,12 @@ def test_a_classifier_with_random_weights_is_exported(prior_folder: Path) -> Non
 def test_export_of_several_checkpoints_wants_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = Path(shutil.copytree(run, "twice"))
     shutil.copy(home / "inversion.ckpt", home / "last.ckpt")
-    message = refused(["export", "twice", "out"], capsys)
-    assert "RUN: 'twice' holds 2 checkpoints: twice/inversion.ckpt, twice/last.ckpt. Give the one" in message
+    found = "RUN: 'twice' holds 2 checkpoints: twice/inversion.ckpt, twice/last.ckpt. Give the one"
+    refused(["export", "twice", "out"], capsys, found)
     assert not Path("out").exists()
     main(["export", "twice/last.ckpt", "out"])
     assert "Try it: featinv-pl reconstruct --model out" in capsys.readouterr().out
-    assert "OUT: 'out' exists, and is left as it is" in refused(["export", "twice/last.ckpt", "out"], capsys)
-
-
-def unlink(name: str) -> Any:
-    return lambda home: (home / name).unlink()
+    refused(["export", "twice/last.ckpt", "out"], capsys, "OUT: 'out' exists, and is left as it is")
 
 
 def halve(home: Path) -> None:
@@ -151,9 +138,8 @@ def halve(home: Path) -> None:
 
 
 def configure_another_task(home: Path) -> None:
-    settings = yaml.safe_load((home / "fit.yaml").read_text())
-    settings["model"] = {"class_path": "featinv_pl.tasks.pretraining.Classifier", "init_args": {}}
-    (home / "fit.yaml").write_text(yaml.safe_dump(settings))
+    settings = {"model": {"class_path": "featinv_pl.tasks.pretraining.Classifier", "init_args": {}}}
+    write(home / "fit.yaml", settings)
 
 
 def remove_a_tensor(home: Path) -> None:
@@ -166,7 +152,7 @@ def remove_a_tensor(home: Path) -> None:
     ("damage", "message"),
     [
         (shutil.rmtree, "RUN: 'broken' holds no checkpoint"),
-        (unlink("fit.yaml"), "RUN: no fit.yaml beside or above 'broken/inversion.ckpt'"),
+        (lambda home: (home / "fit.yaml").unlink(), "RUN: no fit.yaml beside or above 'broken/inversion.ckpt'"),
         (configure_another_task, "RUN: 'broken/fit.yaml' does not configure a FeatureInversion"),
         (halve, "RUN: 'broken/inversion.ckpt' is damaged"),
         (remove_a_tensor, "encoder.layers.0.bias"),
@@ -174,5 +160,5 @@ def remove_a_tensor(home: Path) -> None:
 )
 def test_refuses_a_run(damage: Any, message: str, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(Path(shutil.copytree(run, "broken")))
-    assert message in refused(["export", "broken", "out"], capsys)
+    refused(["export", "broken", "out"], capsys, message)
     assert not list(Path().glob("out*"))

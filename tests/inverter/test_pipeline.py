@@ -36,7 +36,7 @@ def test_three_lines_of_python(inverter_folder: Path) -> None:
     assert from_map.tobytes() == alone[0].tobytes()
 
 
-def test_sampler_can_be_changed(inverter_folder: Path) -> None:
+def test_sampler_can_be_changed_and_mixed_precision_is_not_saved(inverter_folder: Path) -> None:
     pipeline = FeatInvPipeline.from_pretrained(inverter_folder)
     features = torch.randn(pipeline.inverter.classifier.feature_shape)
     before = pipeline.reconstruct(features)
@@ -45,10 +45,7 @@ def test_sampler_can_be_changed(inverter_folder: Path) -> None:
     assert not torch.equal(before, pipeline.with_sampler(steps=3, guidance_scale=2.0).reconstruct(features))
     with pytest.raises(UserError, match=r"The map has the shape \(3, 4, 4\); this inverter reads \(8, 4, 4\)"):
         pipeline.reconstruct(torch.zeros(3, 4, 4))
-
-
-def test_a_pipeline_in_mixed_precision_is_not_saved(inverter_folder: Path) -> None:
-    pipeline = FeatInvPipeline.from_pretrained(inverter_folder).to("cpu", torch.bfloat16)
+    pipeline.to("cpu", torch.bfloat16)
     assert pipeline.inverter.prior.unet.conv_in.weight.dtype == torch.bfloat16
     with pytest.raises(UserError, match="Save one in full precision"):
         pipeline.save_pretrained(Path("again"))
@@ -59,22 +56,17 @@ INDEX, CONTROL, CLASSIFIER = "model_index.json", "controlnet/diffusion_pytorch_m
 
 
 def without_a_bias(path: Path) -> None:
-    weights = load_file(path)
-    del weights["conv_in.bias"]
-    save_file(weights, path)
+    save_file({name: value for name, value in load_file(path).items() if name != "conv_in.bias"}, path)
 
 
 def with_other_weights(path: Path) -> None:
-    weights = load_file(path)
-    next(iter(weights.values())).add_(1)
-    save_file(weights, path, {"format": "pt"})
+    save_file({name: value + 1 for name, value in load_file(path).items()}, path, {"format": "pt"})
 
 
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
         (INDEX, Path.unlink, "there is no file '.*/model_index.json'"),
-        (INDEX, lambda path: path.write_text(path.read_text()[:50]), "model_index.json' is damaged"),
         (INDEX, lambda path: path.write_text("{}"), "model_index.json' is damaged"),
         ("encoder", shutil.rmtree, "there is no file '.*encoder/diffusion_pytorch_model.safetensors'"),
         (CONTROL, without_a_bias, "1 tensors of the controlnet in '.*model' are missing"),

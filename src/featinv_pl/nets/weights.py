@@ -51,7 +51,8 @@ def read_checkpoint(path: Path, option: str, map_location: str = "cpu") -> dict[
     """
     with _opened(path, option, "a checkpoint"):
         check_archive(path)
-        found: Any = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta")
+        mapped = map_location == "meta"
+        found: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
         weights, step = found.get("state_dict"), found.get("global_step")
         named = isinstance(weights, dict) and weights and all(isinstance(name, str) for name in weights)
         if path.name != SPAWNED and not (named and isinstance(step, int)):
