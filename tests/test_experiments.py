@@ -12,6 +12,8 @@ from configurations import effective_config
 from featinv_pl.__main__ import overlaid
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
+from smoke.acts import sources_of
+from smoke.files import EXTRACTIONS
 from smoke.targets import make, started
 
 ROOT = Path(__file__).parents[1]
@@ -140,10 +142,10 @@ def test_recipes(name: str, conditioning: str) -> None:
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_shard_set_that_is_read_is_written(name: str) -> None:
     written = set()
-    for variant in ("", "-train", "-train-authors", "-robustness", "-imagenet-c", "-adversarial"):
+    for variant in EXTRACTIONS:
         extract = settings(f"imagenet/extract/{name}{variant}.yaml")
         folder = extract["trainer"]["default_root_dir"]
-        written |= {f"{folder}/{source}" for source in extract["data"]["init_args"]["predict"]}
+        written |= {f"{folder}/{source}" for source in sources_of(extract["data"]["init_args"])}
     for run in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
         data = settings(f"imagenet/train/{name}-{run}.yaml")["data"]["init_args"]
         assert {data["train"], data["val"], *data["test"].values()} <= written

@@ -61,8 +61,7 @@ def extract(*files: str) -> str:
     settings = settings_of("predict", words)
     [writer] = [one for one in settings["trainer"]["callbacks"] if one["class_path"].endswith(".ShardWriter")]
     root = Path(writer["init_args"]["folder"] or settings["trainer"]["default_root_dir"])
-    given = settings["data"]["init_args"]
-    names = given.get("sources") or list(given["predict"])
+    names = list(sources_of(settings["data"]["init_args"]))
     counts = []
     for name in names:
         manifests = sorted((root / name).rglob("manifest.json"))
@@ -123,6 +122,13 @@ def checkpoint_of(root: Path) -> Path:
 def root_of(command: str, words: list[str]) -> Path:
     """Where a run leaves all that it writes."""
     return Path(settings_of(command, words)["trainer"]["default_root_dir"])
+
+
+def sources_of(given: dict[str, Any]) -> dict[str, Any]:
+    """The sources that settings of data name, with their folders if they have any."""
+    if "data" in given:  # of which these are corrupted versions
+        return {f"{name}-corrupted": folder for name, folder in sources_of(given["data"]["init_args"]).items()}
+    return given["predict"] if "predict" in given else dict.fromkeys(given["sources"])
 
 
 def settings_of(command: str, words: list[str]) -> Any:

@@ -14,7 +14,7 @@ from smoke.sweeps import trial
 
 SHIPPED = Path(__file__).parents[2] / "experiments"
 DEBUG = "debug.yaml"
-EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-adversarial")
+EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-corrupted", "-adversarial")
 TAKEN_ALONG = {
     "debug.yaml": "over all files of digits/, cifar10/ and study/; make demo SHORT=1",
     "sweeps/run.yaml": "in the command of every sweep",
@@ -68,7 +68,8 @@ def _small_images() -> Iterator[tuple[str, Job]]:
 def _imagenet() -> Iterator[tuple[str, Job]]:
     for name in NETWORKS:
         for source in EXTRACTIONS:
-            yield _job("extraction", f"imagenet/extract/{name}{source}.yaml", extract, f"parts/extract-{name}.yaml")
+            over = f"parts/{'corrupt' if source == '-corrupted' else 'extract'}-{name}.yaml"
+            yield _job("extraction", f"imagenet/extract/{name}{source}.yaml", extract, over)
         for training in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
             yield _job("training", f"imagenet/train/{name}-{training}.yaml", train, f"parts/train-{name}.yaml")
         yield _job("test", f"imagenet/test/{name}.yaml", test, "parts/test.yaml", root=f"runs/imagenet/{name}/spatial")

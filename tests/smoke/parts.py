@@ -45,6 +45,8 @@ def make_parts(root: Path) -> None:
             "data": reading(4),
         }
         (parts / f"extract-{name}.yaml").write_text(yaml.safe_dump(extraction))
+        corrupted = {"data": {"class_path": "FolderData", **reading(8)}, "severities": [3]}
+        (parts / f"corrupt-{name}.yaml").write_text(yaml.safe_dump({**extraction, "data": {"init_args": corrupted}}))
         (parts / f"train-{name}.yaml").write_text(yaml.safe_dump(training))
     for name, accumulated in ACCUMULATED.items():
         steps = {"trainer": {"val_check_interval": accumulated}, "data": reading(16 // accumulated)}
