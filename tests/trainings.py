@@ -11,17 +11,7 @@ from torch import Tensor
 
 from featinv_pl.__main__ import main
 from interrupts import Validated, added, weights
-from tiny import extraction, inversion, write
-
-
-@pytest.fixture(scope="session")
-def trained_on(tmp_path_factory: pytest.TempPathFactory, classifier_folder: Path, prior_folder: Path) -> Path:
-    folder = tmp_path_factory.mktemp("reliable")
-    settings = extraction(classifier_folder, prior_folder, ["train", "val", "clean"])
-    settings["trainer"] |= {"default_root_dir": str(folder)}
-    settings["trainer"]["callbacks"][0]["init_args"]["folder"] = str(folder / "shards")
-    main(["predict", "--config", write(folder / "extract.yaml", settings)])
-    return folder / "shards"
+from tiny import inversion, write
 
 
 def short(classifier_folder: Path, prior_folder: Path, shards: Path) -> dict[str, Any]:
@@ -41,8 +31,8 @@ def short(classifier_folder: Path, prior_folder: Path, shards: Path) -> dict[str
 
 
 @pytest.fixture
-def settings(trained_on: Path, classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
-    return short(classifier_folder, prior_folder, trained_on)
+def settings(shards: Path, classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
+    return short(classifier_folder, prior_folder, shards)
 
 
 @pytest.fixture
@@ -52,7 +42,7 @@ def fit(settings: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(
-    tmp_path_factory: pytest.TempPathFactory, trained_on: Path, classifier_folder: Path, prior_folder: Path
+    tmp_path_factory: pytest.TempPathFactory, shards: Path, classifier_folder: Path, prior_folder: Path
 ) -> Path:
     """The folder of a training to which nothing happens, which validated `Validated.keys`."""
     Validated.keys.clear()
@@ -60,7 +50,7 @@ def uninterrupted_run(
     folder = tmp_path_factory.mktemp("uninterrupted")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEATINV_IMPORTS", "interrupts")
-        config = write(Path("fit.yaml"), short(classifier_folder, prior_folder, trained_on))
+        config = write(Path("fit.yaml"), short(classifier_folder, prior_folder, shards))
         main(["fit", "--config", config, "--ckpt_path=last", *added("Validated")])  # which has nothing to resume from
     (folder / "validated.json").write_text(json.dumps(Validated.keys))
     return folder / "run"

@@ -43,13 +43,11 @@ def with_args(spec: dict[str, Any], **arguments: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def old(
-    tmp_path_factory: pytest.TempPathFactory, trained_on: Path, classifier_folder: Path, prior_folder: Path
-) -> Path:
+def old(tmp_path_factory: pytest.TempPathFactory, shards: Path, classifier_folder: Path, prior_folder: Path) -> Path:
     """Two trainings of two steps: with a schedule in `run-cycle`, without in `run`."""
     folder = tmp_path_factory.mktemp("changes")
     with contextlib.chdir(folder):
-        config = write(folder / "fit.yaml", short(classifier_folder, prior_folder, trained_on))
+        config = write(folder / "fit.yaml", short(classifier_folder, prior_folder, shards))
         args = ["fit", "--config", config, NO_VALIDATION, "--trainer.max_steps=2", option("optimizer", ADAM)]
         main(args)
         main([*args, option("lr_scheduler", CYCLE), "--trainer.default_root_dir=run-cycle"])

@@ -35,7 +35,7 @@ LOGGER: dict[str, Any] = {"class_path": "WandbLogger", "init_args": {"project": 
 
 @pytest.fixture
 def settings(
-    trained_on: Path, classifier_folder: Path, prior_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shards: Path, classifier_folder: Path, prior_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     """An experiment that logs, of a user whose home nobody should hear of, and who has said nothing to W&B."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -44,7 +44,7 @@ def settings(
     project.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(project.parent))
     monkeypatch.chdir(project)
-    project.joinpath("shards").symlink_to(trained_on)
+    project.joinpath("shards").symlink_to(shards)
     experiment = inversion(classifier_folder, prior_folder, project / "shards")
     experiment["trainer"] |= {"logger": LOGGER, "default_root_dir": "runs/tiny/spatial", "log_every_n_steps": 1}
     experiment["trainer"]["check_val_every_n_epoch"] = None
