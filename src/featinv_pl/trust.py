@@ -29,7 +29,7 @@ class Parser(LightningArgumentParser):
     """Lightning's parser, which says how to trust a class that is not trusted."""
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """End with the error, which for a class that may not be imported is one line."""
+        """End with one line where a class may not be imported."""
         # The second is our own message, which the parser around that of a class wraps.
         if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
             raise UserError(
@@ -40,10 +40,7 @@ class Parser(LightningArgumentParser):
 
 
 def allow_imports() -> None:
-    """Let configurations name classes of a few packages only, and of those the user trusts.
-
-    A class path is imported and called, so without this whoever writes a file decides what runs.
-    """
+    """Let configurations name classes, which are imported and called, of a few packages and those the user trusts."""
     trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
     wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
     if wrong:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featinv_pl.sampling.guidance import weighted, within
+from featinv_pl.sampling.solvers import weighted, within
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.sampling.diffusion import implied_prediction
-from featinv_pl.sampling.guidance import Denoiser, refined
 from featinv_pl.sampling.sampler import Refinement, Sampler
-from featinv_pl.sampling.solvers import sample
+from featinv_pl.sampling.solvers import Denoiser, refined, sample
 
 
 @pytest.fixture

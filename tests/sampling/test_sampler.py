@@ -12,9 +12,8 @@ from schedules import make_schedule
 from torch import Tensor
 
 from featinv_pl.errors import UserError
-from featinv_pl.sampling.guidance import Denoiser
 from featinv_pl.sampling.sampler import AUTHORS, Refinement, Sampler
-from featinv_pl.sampling.solvers import SCHEDULERS, sample
+from featinv_pl.sampling.solvers import SCHEDULERS, Denoiser, sample
 
 SOLVERS: list[Any] = list(get_args(get_type_hints(Sampler)["scheduler"]))
 SHAPE = (2, 4, 4, 4)

@@ -40,10 +40,7 @@ def hashed(contents: Any) -> str:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
-    """The fields in which what a file says differs from an identity, for an error: `name: value there, value here`.
-
-    A field that the file lacks is not compared: older files have fewer.
-    """
+    """The fields in which a file, which may lack some, differs from an identity: `name: value there, value here`."""
     found = []
     for name, value in ours.items():
         other = theirs.get(name, value)

@@ -14,10 +14,9 @@ from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import digest, weights_digest
 from featinv_pl.nets.prior import Prior
-from featinv_pl.sampling.guidance import Denoiser, refined, weighted, within
 from featinv_pl.sampling.noise import keyed_noise
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.sampling.solvers import sample
+from featinv_pl.sampling.solvers import Denoiser, refined, sample, weighted, within
 
 RECOMPILATIONS = 32  # UNet and ControlNet share functions of diffusers, compiled for each batch size and for any
 
@@ -52,9 +51,6 @@ class Inverter(nn.Module):
         conditioning: `spatial` gives the control the whole map; `pooled` its mean, copied to every location,
             which is the paper's comparison.
         sampler: How reconstructions are sampled.
-
-    Attributes:
-        control: ControlNet and feature encoder.
     """
 
     def __init__(
@@ -94,13 +90,9 @@ class Inverter(nn.Module):
         return features
 
     def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
-        """Predict noise or velocity with the controlled prior.
+        """Predict noise or velocity with the controlled prior: see `Prior.predict`.
 
-        Args:
-            noisy_latents: (B, channels, H / f, W / f), scaled.
-            timesteps: (B,).
-            prompts: (B, L, D).
-            features: (B, C, h, w), as `condition` returns them.
+        Feature maps (B, C, h, w) are as `condition` returns them.
         """
         encoded = self.control.encoder(features, noisy_latents.shape[-2:])
         residuals = self.control(noisy_latents, timesteps, prompts, encoded)
@@ -140,11 +132,8 @@ class Inverter(nn.Module):
     def reconstruct(self, features: Tensor, keys: list[str], seed: int, sampler: Sampler | None = None) -> Tensor:
         """Reconstruct images (B, 3, H, W), about [-1, 1], from feature maps (B, C, h, w).
 
-        Args:
-            features: Of several candidates, the one with the map most similar to its own is kept.
-            keys: One name for each map, which decides its noise together with the seed.
-            seed: Of the noise.
-            sampler: Replaces the inverter's own.
+        Keys, one for each map, decide its noise together with the seed. Of several candidates, the one with the most
+        similar map is kept. A `sampler` replaces the inverter's own.
         """
         sampler = sampler or self.sampler
         shape = self.prior.latent_grid(self.image_size)

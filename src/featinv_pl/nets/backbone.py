@@ -28,9 +28,7 @@ PENULTIMATE = "forward_features"
 
 
 class Backbone(Frozen):
-    """A frozen timm classifier that returns a feature map and its logits.
-
-    Logits are those of the classifier itself, computed from the untouched output of its layers.
+    """A frozen timm classifier that returns a feature map and its own logits.
 
     Args:
         name: A timm model name (`resnet50.a1_in1k`), a hub name (`hf-hub:org/name`), or a folder
@@ -45,8 +43,7 @@ class Backbone(Frozen):
         feature_shape: (C, h, w) of the map at the input size, whatever the layout in the model.
         input_size: (H, W) that the classifier wants.
         num_classes: Number of logits; 0 for a backbone whose output is an embedding, such as DINOv2 and CLIP's towers.
-        classifies: Whether there are classes.
-        classes: What they are called.
+        classifies: Whether there are classes, whose names `classes` holds.
     """
 
     mean: Tensor

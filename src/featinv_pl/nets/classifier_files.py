@@ -35,10 +35,9 @@ class Classes:
 
     @classmethod
     def of(cls, model: Any, num_classes: int) -> Self:
-        """The classes of a timm model with as many logits.
+        """The classes of a timm model: `label_names` of its configuration, as fitting a `Classifier` writes them.
 
-        Names are those of `label_names` in its configuration, as fitting a `Classifier` writes them. Otherwise they
-        are the wnids that timm knows for heads of ImageNet-1k, 12k, 21k and 22k, told by the number of classes.
+        Without them, they are the wnids that timm knows for ImageNet-1k, 12k, 21k and 22k, told by their number.
         """
         if names := model.pretrained_cfg.get("label_names"):
             labels = {name: label for label, name in enumerate(names)} if isinstance(names, list | tuple) else {}
@@ -66,20 +65,15 @@ def _wnids(subset: str) -> dict[str, int]:
 
 
 def read_classifier(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of the largest network in a file, without the prefixes of what has wrapped it.
-
-    Raises:
-        UserError: The file cannot be read, or holds two networks of the same names and other values.
-    """
+    """Read the state dict of the largest network in a file, without the prefixes of what has wrapped it."""
     networks: dict[str, dict[str, Tensor]] = {}
     for name, value in read_weights(path, "`weights`").items():
         rest = WRAPPERS.sub("", name)
         networks.setdefault(name.removesuffix(rest), {})[rest] = value
     chosen = max(networks, key=lambda prefix: len(networks[prefix]))
     for prefix, other in networks.items():
-        if other.keys() == networks[chosen].keys() and any(
-            not torch.equal(value, networks[chosen][name]) for name, value in other.items()
-        ):
+        same = other.keys() == networks[chosen].keys()
+        if same and not all(torch.equal(value, networks[chosen][name]) for name, value in other.items()):
             raise UserError(
                 f"`weights`: '{path}' holds two networks of the same names and other values, '{chosen}' and "
                 f"'{prefix}'. Give a file with one of them."
@@ -107,7 +101,6 @@ def misfit(weights: dict[str, Tensor], model: Any, name: str) -> str | None:
 
 
 def _size(weights: dict[str, Tensor], layers: Any, dimension: int) -> int | None:
-    """A size of the first of the layers that the weights have."""
     names = [layers] if isinstance(layers, str) else layers or []
     shapes = [weights[key].shape for name in names if (key := f"{name}.weight") in weights]
     return int(shapes[0][dimension]) if shapes and len(shapes[0]) > dimension else None

@@ -38,10 +38,9 @@ class LatentRegression(nn.Module):
 
 
 def fit(network: LatentRegression, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
-    """Minimise the mean squared error over `steps` pairs of maps and latents, leave the network in eval mode.
+    """Minimise the mean squared error of `steps` pairs of maps and latents, and return that of the last.
 
-    Returns:
-        The error of the last batch.
+    The network is left in eval mode.
     """
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)

@@ -38,7 +38,7 @@ TRAINED: Final = (SCHEDULE.keys() | {"trained_betas", "rescale_betas_zero_snr"})
 # Solvers whose priors were trained on such a schedule; others are of flow matching, of EDM, or of one-step models.
 SCHEDULERS: Final = KarrasDiffusionSchedulers.__members__.keys() - {"EDMEulerScheduler"}
 
-# Of a UNet: what else it needs as input.
+# What else a UNet needs as input.
 CONDITIONS: Final = {
     "class_embed_type": "classes",
     "num_class_embeds": "classes",

@@ -1,27 +1,34 @@
-"""Sampling: from noise to latents, by any denoiser."""
+"""From noise to latents: solvers of any denoiser, and guidance, whose functions wrap a denoiser."""
 
+from collections.abc import Callable
+
+import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from featinv_pl.errors import UserError
-from featinv_pl.sampling.guidance import Denoiser
-from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.sampling.diffusion import clean_estimate, implied_prediction
+from featinv_pl.sampling.sampler import Refinement, Sampler
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(latents (B, channels, h, w), scalar timestep) -> noise or velocity, of the shape of the latents."""
+
+Observer = Callable[[Tensor], Tensor]
+"""Clean latents (B, channels, h, w) -> the feature maps (B, C, h', w') of their images, with gradients."""
 
 SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler}
 SPACINGS = {"ddim": "leading", "dpm": "linspace", "unipc": "linspace"}  # as diffusers, and measured in docs/better.md
 
 
 def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: Sampler) -> Tensor:
-    """Sample latents from noise.
+    """Sample latents, scaled to unit variance, from standard normal noise (B, channels, h, w).
 
     Args:
         denoiser: Predicts noise, or velocity where the schedule says so.
-        noise: (B, channels, h, w), standard normal.
+        noise: Of the shape of the latents.
         schedule: The schedule that the prior was trained with.
         sampler: Which solver, and how many steps.
-
-    Returns:
-        Latents of the shape of `noise`, scaled to unit variance.
     """
     longest = schedule.config.num_train_timesteps - 2  # with its offset, more would leave the schedule
     if sampler.steps > longest:
@@ -34,3 +41,65 @@ def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: 
     for timestep in solver.timesteps:
         latents = solver.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0]
     return latents
+
+
+def weighted(branches: Denoiser, scale: float) -> Denoiser:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, in the form of Stable Diffusion).
+
+    Args:
+        branches: Takes a batch repeated twice, so that both branches cost one call: first the unconditional
+            branch, then the conditional one.
+        scale: s in (1 - s) unconditional + s conditional; 1 disables guidance.
+    """
+
+    def guided(latents: Tensor, timestep: Tensor) -> Tensor:
+        unconditional, conditional = branches(torch.cat([latents, latents]), timestep).chunk(2)
+        return (1 - scale) * unconditional + scale * conditional
+
+    return guided
+
+
+def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
+    """Guidance in a limited interval of timesteps (Kynkäänniemi et al., arXiv 2404.07724): plain outside of it."""
+
+    def limited(latents: Tensor, timestep: Tensor) -> Tensor:
+        return (guided if low <= timestep <= high else plain)(latents, timestep)
+
+    return limited
+
+
+def refined(
+    denoiser: Denoiser, schedule: DDIMScheduler, observe: Observer, target: Tensor, refinement: Refinement
+) -> Denoiser:
+    """A denoiser whose estimate of the clean latents moves towards a target map before it is handed on.
+
+    Each image is treated alone, whatever else is in its batch. The target is (B, C, h', w').
+    """
+    low, high = (fraction * schedule.config.num_train_timesteps for fraction in refinement.interval)
+
+    def refine(latents: Tensor, timestep: Tensor) -> Tensor:
+        prediction = denoiser(latents, timestep)
+        if not low <= timestep <= high:
+            return prediction
+        clean = clean_estimate(schedule, latents, prediction, timestep).float()
+        for _ in range(refinement.steps):
+            clean = clean + _step(clean, observe, target, refinement)
+        return implied_prediction(schedule, latents, clean.to(latents.dtype), timestep)
+
+    return refine
+
+
+def _step(clean: Tensor, observe: Observer, target: Tensor, refinement: Refinement) -> Tensor:
+    """One step down the gradient, of equal length for each image that is not there yet."""
+    # Gradients need tensors that were not made in inference mode, in which Lightning evaluates.
+    with torch.inference_mode(False), torch.enable_grad():
+        candidate, target = clean.clone().requires_grad_(), target.clone()
+        maps = observe(candidate)
+        cosine = cosine_similarity(maps, target, dim=1).flatten(1).mean(1)
+        distance = 1 - cosine
+        if refinement.distance == "l2":
+            distance = (maps - target).square().flatten(1).sum(1) / target.square().flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad(distance.sum(), candidate)
+    size = gradient.flatten(1).square().mean(1).sqrt().clamp(min=torch.finfo(gradient.dtype).tiny)
+    length = refinement.step_size * (cosine.detach() < refinement.target) / size
+    return -length.view(-1, 1, 1, 1) * gradient
