@@ -1,40 +1,43 @@
-"""Configurations as people and sweeps write them, through the public command."""
+"""Configurations as people and sweeps write them."""
 
-import contextlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from configurations import effective_config
 from featinv_pl.__main__ import main
+from featinv_pl.errors import UserError
 from tiny import write
 
 MODEL: dict[str, Any] = {"class_path": "FeatureInversion", "init_args": {"backbone": "resnet18", "prior": "prior"}}
 
 
-def printed(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
-    """The configuration that a command line amounts to."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(["fit", *args, "--print_config"])
-    captured = capsys.readouterr()
-    assert stop.value.code == 0, captured.err
-    config: dict[str, Any] = yaml.safe_load(captured.out)
-    return config
+def parsed(*args: str) -> dict[str, Any]:
+    return effective_config(["fit", *args])
+
+
+def test_base_lies_beneath() -> None:
+    Path("below").mkdir()
+    trainer = {"max_steps": 1, "precision": 32, "callbacks": [{"class_path": "MovingAverage"}]}
+    write(Path("root.yaml"), {"trainer": trainer})
+    write(Path("below/middle.yaml"), {"base": "../root.yaml", "trainer": {"max_steps": 2}})
+    top = {"base": "below/middle.yaml", "trainer": {"callbacks+": [{"class_path": "Evaluation"}]}, "model": MODEL}
+    found = parsed("--config", write(Path("top.yaml"), top))["trainer"]
+    assert (found["max_steps"], found["precision"]) == (2, 32)
+    names = [callback["class_path"].split(".")[-1] for callback in found["callbacks"]]
+    assert names == ["MovingAverage", "Evaluation"]
 
 
 @pytest.mark.parametrize("null", ["None", "null"])
-def test_null_of_a_sweep_is_null_where_there_is_one(null: str, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(Path("model.yaml"), {"model": MODEL})
-    options = (f"--model.{name}={null}" for name in ("objective.min_snr_gamma", "input_size"))
-    model = printed(capsys, "--config", config, *options)["model"]["init_args"]
-    assert (model["objective"]["min_snr_gamma"], model["input_size"]) == (None, None)
-    config = write(Path("none.yaml"), {"model": {**MODEL, "init_args": {**MODEL["init_args"], "input_size": "None"}}})
-    model = printed(capsys, "--config", config, "--trainer.max_time=None")["model"]["init_args"]
-    assert model["input_size"] is None
+def test_null_of_a_sweep_is_null_where_there_is_one(null: str) -> None:
+    settings = {"model": {**MODEL, "init_args": {**MODEL["init_args"], "input_size": "None"}}}
+    config = write(Path("model.yaml"), settings)
+    found = parsed("--config", config, f"--model.objective.min_snr_gamma={null}", f"--trainer.max_time={null}")
+    model = found["model"]["init_args"]
+    assert (model["objective"]["min_snr_gamma"], model["input_size"], found["trainer"]["max_time"]) == (None,) * 3
 
 
 def test_the_home_folder_is_expanded_wherever_a_path_is_given(
@@ -43,9 +46,10 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_given(
     monkeypatch.setenv("HOME", str(tmp_path))
     write(Path("base.yaml"), {"trainer": {"default_root_dir": "~/run"}})
     write(Path("top.yaml"), {"base": "~/base.yaml", "model": MODEL, "data": {"class_path": "FolderData"}})
-    config = printed(
-        capsys, "--config=~/top.yaml", "--model.backbone=~/b", "--data.train=~/t", '--data.predict={"a": "~/p"}'
-    )
+    options = ["--model.backbone=~/b", "--data.train=~/t", '--data.predict={"a": "~/p"}']
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=~/top.yaml", *options, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
     assert config["trainer"]["default_root_dir"] == f"{tmp_path}/run"
     assert config["model"]["init_args"]["backbone"] == f"{tmp_path}/b"
     assert config["data"]["init_args"]["train"] == f"{tmp_path}/t"
@@ -78,60 +82,48 @@ def test_a_configuration_that_cannot_be_read(
     assert message in capsys.readouterr().err
 
 
-def test_bases_are_relative_to_their_file_wherever_the_parser_stands(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bases_are_relative_to_their_file_wherever_the_parser_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of jsonargparse's coming versions, which no longer change into the folder of what they read."""
     Path("far/away").mkdir(parents=True)
     write(Path("far/root.yaml"), {"trainer": {"max_steps": 5}})
     write(Path("far/away/top.yaml"), {"base": "../root.yaml", "model": MODEL})
     for change in (os.chdir, lambda _: None):
         monkeypatch.setattr(os, "chdir", change)
-        assert printed(capsys, "--config", "far/away/top.yaml")["trainer"]["max_steps"] == 5
-
-
-def test_overfitting_a_few_batches_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    config = write(Path("model.yaml"), {"model": MODEL, "data": {"class_path": "FeatureShards"}})
-    with contextlib.suppress(SystemExit):
-        main(["fit", "--config", config, "--trainer.overfit_batches=2"])
-    assert "error: --trainer.overfit_batches: each epoch takes other batches" in capsys.readouterr().err
+        assert parsed("--config", "far/away/top.yaml")["trainer"]["max_steps"] == 5
 
 
 @pytest.mark.parametrize(
     ("option", "advice"),
     [
-        ("hidden_channels", "'hidden_channels' of an earlier version is model.encoder.hidden_channels now"),
-        ("judge", "'judge' of an earlier version is judge of the Evaluation callback now"),
-        ("arms.other", "'arms' of an earlier version is samplers of the Evaluation callback now"),
-        ("null_map", "'null_map' of an earlier version has been removed"),
+        ("hidden_channels", "'hidden_channels' of an earlier version is `model.encoder.hidden_channels` now"),
+        ("judge", "'judge' of an earlier version is `judge` of the Evaluation callback now"),
+        ("arms.other", "'arms' of an earlier version is `samplers` of the Evaluation callback now"),
         ("sampler.text_scale", "'text_scale' of an earlier version has been removed"),
+        ("callbacks", "'PerSource' of an earlier version is part of the Evaluation callback now."),
     ],
 )
-def test_options_of_earlier_versions_are_named(option: str, advice: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_has_moved_is_named(option: str, advice: str) -> None:
     config = write(Path("model.yaml"), {"model": MODEL})
     first, _, last = option.partition(".")
-    older = write(Path("old.yaml"), {"model": {"init_args": {first: {last: 1} if last else 1}}})
-    for given in ([f"--model.{option}=1"], ["--config", older]):
-        with pytest.raises(SystemExit):
-            main(["fit", "--config", config, *given])
-        [line] = capsys.readouterr().err.splitlines()
-        assert re.sub("`|--", "", line).startswith(f"featinv-pl: error: {advice}")
+    older: dict[str, Any] = {"model": {"init_args": {first: {last: 1} if last else 1}}}
+    if option == "callbacks":
+        older = {"trainer": {"callbacks": [{"class_path": "PerSource", "init_args": {"clean": "val"}}]}}
+    lines = [["--config", write(Path("old.yaml"), older)], [f"--model.{option}=1"]]
+    for given in lines[: 1 if option == "callbacks" else 2]:
+        with pytest.raises(UserError, match=f"^{advice}"):
+            parsed("--config", config, *given)
 
 
-def test_a_wrong_value_is_not_taken_for_an_option_of_an_earlier_version(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("model.execution.compile=maybe", "Got value: maybe"), ("data.train=x", "'train' is not accepted")],
+)
+def test_a_wrong_value_is_not_taken_for_an_option_of_an_earlier_version(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = write(Path("model.yaml"), {"model": MODEL, "data": {"class_path": "DigitsData"}})
-    refused = {"model.execution.compile=maybe": "Got value: maybe", "data.train=x": "'train' is not accepted"}
-    for option, why in refused.items():
-        with pytest.raises(SystemExit):
-            main(["fit", "--config", config, f"--{option}"])
-        error = capsys.readouterr().err
-        assert why in error
-        assert "earlier version" not in error
-
-
-def test_callbacks_of_earlier_versions_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = {"callbacks": [{"class_path": "PerSource", "init_args": {"clean": "val"}}]}
-    config = write(Path("old.yaml"), {"model": MODEL, "trainer": trainer})
     with pytest.raises(SystemExit):
-        main(["test", "--config", config])
-    assert "'PerSource' of an earlier version is part of the Evaluation callback now." in capsys.readouterr().err
+        parsed("--config", config, f"--{option}")
+    error = capsys.readouterr().err
+    assert message in error
+    assert "earlier version" not in error
