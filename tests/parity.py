@@ -24,7 +24,6 @@ from torch.nn.functional import mse_loss
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets import ldm
-from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prior import PROMPTS, write_prompts
 from featinv_pl.nets.supported import SCHEDULE
 from featinv_pl.publishing import import_official
@@ -38,23 +37,17 @@ CHANNELS = GOLDEN["config"]["hint_channels"]
 BOUND, SAMPLED_BOUND = 1e-5, 1e-4
 
 
-def integers(name: str, count: int) -> np.ndarray:
-    """Integers in [-7, 7], by splitmix64 from the name."""
+def tensor(name: str, shape: list[int]) -> Tensor:
+    """A weight of the recorded model: integers in [-7, 7], by splitmix64 from its name, and scaled by its shape."""
     with np.errstate(over="ignore"):
         seed = np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
-        state = seed + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        state = seed + np.arange(1, math.prod(shape) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         state = state ^ (state >> np.uint64(31))
-    return ((state >> np.uint64(33)) % np.uint64(15)).astype(np.int64) - 7
-
-
-def tensor(name: str, shape: list[int]) -> Tensor:
-    """A weight of the recorded model."""
-    values = integers(name, math.prod(shape)).reshape(shape)
+    values = (((state >> np.uint64(33)) % np.uint64(15)).astype(np.int64) - 7).reshape(shape)
     if len(shape) >= 2:
-        exponent = round(math.log2(1 / (math.sqrt(math.prod(shape[1:])) * math.sqrt((15**2 - 1) / 12))))
-        weight = values * 2.0**exponent
+        weight = values * 2.0 ** round(-math.log2(math.sqrt(math.prod(shape[1:]) * (15**2 - 1) / 12)))
     else:
         weight = 1 + values / 32 if name.endswith(".weight") else values / 64
     return torch.from_numpy(weight.astype(np.float32))
@@ -63,9 +56,8 @@ def tensor(name: str, shape: list[int]) -> Tensor:
 def state_dict() -> dict[str, Tensor]:
     """The recorded model's weights, in LDM's layout, checked against their recorded checksums."""
     weights = {name: tensor(name, entry["shape"]) for name, entry in GOLDEN["keys"].items()}
-    found = {name: zlib.crc32(value.numpy().tobytes()) for name, value in weights.items()}
-    wrong = [name for name, entry in GOLDEN["keys"].items() if found[name] != entry["crc32_fp32"]]
-    assert not wrong, wrong
+    for name, entry in GOLDEN["keys"].items():
+        assert zlib.crc32(weights[name].numpy().tobytes()) == entry["crc32_fp32"], name
     return weights
 
 
@@ -103,91 +95,83 @@ def imported(parts: Path, model: Path) -> Inverter:
 def figures(inverter: Inverter) -> dict[str, float]:
     """Relative L2 differences between our outputs and the authors', by what is compared."""
     inputs, outputs = load_file(HERE / "golden_inputs.safetensors"), load_file(HERE / "golden_compact.safetensors")
-    context, hint, noisy, timesteps = inputs["context"], inputs["hint"], inputs["x_t"], inputs["timesteps"]
-    control, prior = inverter.control, inverter.prior
-    differences: dict[str, float] = {}
-
+    prior, context, empty = inverter.prior, inputs["context"], inputs["uncond_context"]
     with torch.no_grad():
-        encoded = control.encoder(hint, (32, 32))
-        differences["hint block"] = difference(encoded[0, :, ::4, ::4], outputs["hint_out[0,:,::4,::4]"])
-        wide = control.encoder(inputs["hint_9"], (32, 32)).mean(dim=(2, 3))
-        differences["hint block, 9x9 map"] = difference(wide, outputs["hint_9_out_mean_hw"])
-        down, middle = control(noisy, timesteps, context, encoded)
-        for number, residual in enumerate([*down, middle]):
-            name = f"control_{number:02d}[0,:,::4,::4]"
-            differences[f"control tensor {number}"] = difference(residual[0, :, ::4, ::4], outputs[name])
-        differences["predicted noise"] = difference(
-            prior.predict(noisy, timesteps, context, (down, middle)), outputs["eps"]
-        )
-        differences["predicted noise without control"] = difference(
-            prior.predict(noisy, timesteps, context), outputs["eps_no_control"]
-        )
-        null = control.encoder(torch.zeros_like(hint), (32, 32))
-        uncontrolled = control(noisy, timesteps, inputs["uncond_context"], null)
-        differences["predicted noise, features and prompt dropped"] = difference(
-            prior.predict(noisy, timesteps, inputs["uncond_context"], uncontrolled), outputs["eps_zero_hint_uncond"]
-        )
-        differences |= _autoencoder(prior.autoencoder, inputs, outputs)
-
-    differences |= _training(inverter, inputs, outputs)
+        pairs = _untrained(inverter, inputs, outputs)
+    pairs |= _training(inverter, inputs, outputs)
     # Of one of the two samples, each of which has a prompt of its own.
-    noise, prior.prompt, prior.empty = inputs["x_T"][:1], context[:1], inputs["uncond_context"][:1]
+    noise, prior.prompt, prior.empty = inputs["x_T"][:1], context[:1], empty[:1]
     sampler = Sampler("ddim", GOLDEN["ddim"]["steps"], GOLDEN["ddim"]["guidance"], "text")
-    drawn = sample(inverter.denoiser(hint[:1], noise, sampler), noise, prior.schedule, sampler)
-    differences["latents sampled in 10 steps"] = difference(drawn, outputs["ddim10/final"][:1])
-    return differences
+    sampled = sample(inverter.denoiser(inputs["hint"][:1], noise, sampler), noise, prior.schedule, sampler)
+    pairs["latents sampled in 10 steps"] = (sampled, outputs["ddim10/final"][:1])
+    return {name: difference(*pair) for name, pair in pairs.items()}
 
 
-def _autoencoder(
-    autoencoder: LatentAutoencoder, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> dict[str, float]:
+def _untrained(
+    inverter: Inverter, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    context, empty, hint, noisy, timesteps = (
+        inputs[name] for name in ("context", "uncond_context", "hint", "x_t", "timesteps")
+    )
+    control, prior, autoencoder = inverter.control, inverter.prior, inverter.prior.autoencoder
+    encoded = control.encoder(hint, (32, 32))
+    wide = control.encoder(inputs["hint_9"], (32, 32)).mean(dim=(2, 3))
+    down, middle = control(noisy, timesteps, context, encoded)
+    null = control(noisy, timesteps, empty, control.encoder(torch.zeros_like(hint), (32, 32)))
     mean, log_variance = autoencoder.encode(inputs["image"]).chunk(2, dim=1)
     decoded = autoencoder.vae.decode(inputs["latent_8"]).sample
+    part = (0, slice(None), slice(None, None, 4), slice(None, None, 4))  # what was recorded of large tensors
     return {
-        "autoencoder, mean": difference(mean, outputs["vae_mean"]),
-        "autoencoder, log-variance": difference(log_variance, outputs["vae_logvar"]),
-        "autoencoder, decoded": difference(decoded[0, :, ::4, ::4], outputs["vae_decode[0,:,::4,::4]"]),
+        "hint block": (encoded[part], outputs["hint_out[0,:,::4,::4]"]),
+        "hint block, 9x9 map": (wide, outputs["hint_9_out_mean_hw"]),
+        **{
+            f"control tensor {number}": (residual[part], outputs[f"control_{number:02d}[0,:,::4,::4]"])
+            for number, residual in enumerate([*down, middle])
+        },
+        "predicted noise": (prior.predict(noisy, timesteps, context, (down, middle)), outputs["eps"]),
+        "predicted noise without control": (prior.predict(noisy, timesteps, context), outputs["eps_no_control"]),
+        "predicted noise, features and prompt dropped": (
+            prior.predict(noisy, timesteps, empty, null),
+            outputs["eps_zero_hint_uncond"],
+        ),
+        "autoencoder, mean": (mean, outputs["vae_mean"]),
+        "autoencoder, log-variance": (log_variance, outputs["vae_logvar"]),
+        "autoencoder, decoded": (decoded[part], outputs["vae_decode[0,:,::4,::4]"]),
     }
 
 
-def _training(inverter: Inverter, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, float]:
+def _training(
+    inverter: Inverter, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     inverter.control.zero_grad()
     latents, noise, timesteps = inputs["x_start"], inputs["noise"], inputs["train_timesteps"]
     noisy_latents = inverter.prior.schedule.add_noise(latents, noise, timesteps)
     prediction = inverter.denoise(noisy_latents, timesteps, inputs["context"], inputs["hint"])
     loss = mse_loss(prediction, denoising_target(inverter.prior.schedule, latents, noise, timesteps))
     loss.backward()
-    # What the gradients are called here, found by sending their names through the converter.
-    gradients = {
-        name: parameter.grad for name, parameter in inverter.control.named_parameters() if parameter.grad is not None
-    }
-    ours = {name: gradients[there] for name, there in control_names(inverter).items()}
-    norms = GOLDEN["training"]["control_grad_norms"]
-    found, expected = zip(*((float(ours[name].double().norm()), norm) for name, norm in norms.items()), strict=True)
-    differences = {
-        "training loss": abs(loss.item() / GOLDEN["training"]["loss"] - 1),
-        "control gradients, all norms": difference(torch.tensor(found), torch.tensor(expected)),
-    }
-    for name in (name for name in outputs if name.startswith("grad/")):
-        differences[f"gradient of {name.removeprefix('grad/')}"] = difference(
-            ours[name.removeprefix("grad/")], outputs[name]
-        )
+    parameters = dict(inverter.control.named_parameters())
+    ours = {name: parameters[there].grad.clone() for name, there in control_names(inverter).items()}  # type: ignore[union-attr]
     inverter.control.zero_grad()
-    return differences
+    norms, recorded = GOLDEN["training"]["control_grad_norms"], torch.tensor(GOLDEN["training"]["loss"])
+    found, expected = zip(*((float(ours[name].double().norm()), norm) for name, norm in norms.items()), strict=True)
+    gradients = {name.removeprefix("grad/"): value for name, value in outputs.items() if name.startswith("grad/")}
+    return {
+        "training loss": (loss, recorded),
+        "control gradients, all norms": (torch.tensor(found), torch.tensor(expected)),
+        **{f"gradient of {name}": (ours[name], value) for name, value in gradients.items()},
+    }
 
 
 def control_names(inverter: Inverter) -> dict[str, str]:
     """Our name of each of the authors' control tensors: a number sent through the import comes out somewhere."""
-    theirs = [name.removeprefix(ldm.CONTROL) for name in GOLDEN["keys"] if name.startswith(ldm.CONTROL)]
-    state = {
-        ldm.CONTROL + name: torch.full(GOLDEN["keys"][ldm.CONTROL + name]["shape"], float(number))
-        for number, name in enumerate(theirs)
-    }
+    theirs = [name for name in GOLDEN["keys"] if name.startswith(ldm.CONTROL)]
+    state = {name: torch.full(GOLDEN["keys"][name]["shape"], float(place)) for place, name in enumerate(theirs)}
     before = {name: value.clone() for name, value in inverter.control.state_dict().items()}
     ldm.load_control(inverter.control, state, "names")
-    ours = {int(value.flatten()[0]): name for name, value in inverter.control.state_dict().items()}
+    ours = inverter.control.state_dict().items()
+    names = {theirs[int(value.flatten()[0])].removeprefix(ldm.CONTROL): name for name, value in ours}
     inverter.control.load_state_dict(before)
-    return {name: ours[number] for number, name in enumerate(theirs)}
+    return names
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -195,14 +179,9 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours.detach().double() - theirs.double()).norm() / theirs.double().norm())
 
 
-def main() -> None:
-    """Print the table."""
+if __name__ == "__main__":
     with TemporaryDirectory() as folder:
         differences = figures(imported(write_parts(Path(folder), state_dict()), Path(folder, "model")))
     print("\nrelative L2 difference from the authors' code, fp32:")
     for name, value in differences.items():
         print(f"  {name:60} {value:.1e}")
-
-
-if __name__ == "__main__":
-    main()

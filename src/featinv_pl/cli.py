@@ -29,7 +29,7 @@ import featinv_pl.tasks.shard_writer  # noqa: F401
 from featinv_pl.config import MODE, ConfigParser
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError, options_spelled
-from featinv_pl.evaluation.trial import BATCHES
+from featinv_pl.evaluation.callback import BATCHES
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.runtime.changes import Changes
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint

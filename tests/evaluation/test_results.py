@@ -1,26 +1,27 @@
-"""Scores that follow from others, and the files and tables that show them."""
+"""Scores that follow from others, the files and tables that show them, and differences between runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from featinv_pl.evaluation.results import METRICS, SCORES, Name, Results, Score, aligned, by_name
+from featinv_pl.evaluation.report import differences
+from featinv_pl.evaluation.results import METRICS, SCORES, Name, Results, Score, aligned, by_name, samples_file
 from featinv_pl.metrics.estimates import Estimate
+
+
+def estimate(*values: float) -> Estimate:
+    return Estimate(np.array(values))
 
 
 def results(ceiling: float = 0.9) -> Results:
     rng = np.random.default_rng(0)
-
-    def around(value: float) -> Estimate:
-        return Estimate(np.concatenate([[value], value + 0.01 * rng.standard_normal(1000)]))
-
     found = Results(counts={"clean": 50, "c/fog/1": 50, "c/fog": 50, "c": 50})
     for test_set, value in (("clean", 0.8), ("c/fog/1", 0.4), ("c/fog", 0.4), ("c", 0.4)):
-        found.values[Name(test_set, "cosine")] = around(value)
-        found.values[Name(test_set, "cosine", "floor")] = around(0.3)
-        found.values[Name(test_set, "cosine", "ceiling")] = around(ceiling)
-    found.values[Name("clean", "fd_tiny")] = Estimate(np.array([np.nan]))
+        for method, mean in (("inversion", value), ("floor", 0.3), ("ceiling", ceiling)):
+            found.values[Name(test_set, "cosine", method)] = estimate(mean, *rng.normal(mean, 0.01, 1000))
+    found.values[Name("clean", "fd_tiny")] = estimate(np.nan)
     found.derive()
     return found
 
@@ -40,35 +41,32 @@ def test_calibrated_cosines_and_differences_have_intervals() -> None:
 def test_every_method_is_calibrated_and_in_the_table() -> None:
     found = results()
     for method, value in (("refined", 0.85), ("neighbour", 0.7)):
-        found.values[Name("clean", "cosine", method)] = Estimate(np.array([value]))
+        found.values[Name("clean", "cosine", method)] = estimate(value)
     found.derive()
-    calibrated = {
-        name.method: score["value"]
-        for name, score in found.scores.items()
-        if (name.test_set, name.score) == ("clean", "cosine_calibrated")
-    }
-    expected = {"inversion": 0.5 / 0.6, "refined": 0.55 / 0.6, "neighbour": 0.4 / 0.6}
-    assert calibrated == pytest.approx(expected, abs=0.01)
-    methods = [line.split()[2] for line in aligned(found.table()).splitlines()[2:] if line.startswith("clean")]
-    assert methods == ["reconstruction", "autoencoder", "neighbour", "floor", "refined"]
+    for method, value in {"inversion": 0.5 / 0.6, "refined": 0.55 / 0.6, "neighbour": 0.4 / 0.6}.items():
+        assert found.scores[Name("clean", "cosine_calibrated", method)]["value"] == pytest.approx(value, abs=0.01)
     assert b"clean,refined,cosine,0.85," in found.files()[SCORES]
+    lines = aligned(found.table()).splitlines()
+    assert lines[0].split() == ["test", "set", "n", "method", "cosine", "cosine_calibrated", "fd_tiny"]
+    assert "0.800 [" in lines[2]
+    order = [("clean", method) for method in ("reconstruction", "autoencoder", "neighbour", "floor", "refined")]
+    order += [("c", method) for method in ("reconstruction", "autoencoder", "floor")]  # complete data sets only
+    assert [tuple(line.split()[:3:2]) for line in lines[2:]] == order
 
 
 @pytest.mark.parametrize("method", ["pooled", "calibrated", "1"])
 def test_a_sampler_may_be_called_as_a_score_ends(method: str) -> None:
     found = results()
-    before = found.scores
-    found.values[Name("clean", "cosine", method)] = Estimate(np.array([0.123]))
-    found.values[Name("clean", f"cosine_{method}")] = Estimate(np.array([0.456]))
+    found.values[Name("clean", "cosine", method)] = estimate(0.123)
+    found.values[Name("clean", f"cosine_{method}")] = estimate(0.456)
     document = json.loads(found.files()[METRICS])
     assert document["scores"]["clean"][method]["cosine"] == {"value": 0.123}
     assert document["scores"]["clean"]["inversion"][f"cosine_{method}"] == {"value": 0.456}
     assert by_name(document) == found.scores
     names = [str(name) for name in found.scores]
-    assert len(set(names)) == len(names) >= len(before) + 1
+    assert len(set(names)) == len(names)
     assert f"clean/cosine.{method}" in names
-    row = next(row for row in found.table() if row[2] == method)
-    assert row[3] == "0.123"
+    assert next(row[3] for row in found.table() if row[2] == method) == "0.123"
 
 
 def test_nan_and_inf_are_left_out() -> None:
@@ -76,15 +74,30 @@ def test_nan_and_inf_are_left_out() -> None:
     assert set(document) == {"samples", "scores", "notes", "provenance"}
     assert list(document["scores"]["clean"]) == ["inversion", "ceiling", "floor"]
     assert "fd_tiny" not in document["scores"]["clean"]["inversion"]
-    found = Results(counts={"a": 1}, values={Name("a", "label@1"): Estimate(np.array([0.5, 0.4, 0.6, np.nan, np.inf]))})
+    found = Results(counts={"a": 1}, values={Name("a", "label@1"): estimate(0.5, 0.4, 0.6, np.nan, np.inf)})
     expected: Score = {"value": 0.5, "low": 0.4075, "high": 0.5925}
     assert found.scores[Name("a", "label@1")] == pytest.approx(expected, abs=5e-3)
 
 
-def test_the_table_shows_complete_data_sets() -> None:
-    lines = aligned(results().table()).splitlines()
-    assert lines[0].split() == ["test", "set", "n", "method", "cosine", "cosine_calibrated", "fd_tiny"]
-    assert [line.split()[:3] for line in lines[2:]] == [
-        [test_set, "50", method] for test_set in ("clean", "c") for method in ("reconstruction", "autoencoder", "floor")
-    ]
-    assert "0.800 [" in lines[2]
+def test_runs_are_compared_on_the_images_of_both() -> None:
+    def write(file: str, keys: list[str], cosines: list[float], agreed: list[float]) -> None:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(samples_file({"key": keys, "cosine": cosines, "agreement@1": agreed}))
+
+    worse, keys, cosines = np.array([0.0, 0.1, 0.2, 0.3, 0.15, 0.05]), list("abcdef"), np.linspace(0.1, 0.9, 6)
+    for test_set in ("c/fog/1", "c/fog/2"):
+        write(f"one/samples/{test_set}.parquet", keys, cosines.tolist(), [1, 1, 1, 1, 0, 1])
+        write(
+            f"other/samples/{test_set}.parquet",
+            [*keys[::-1], "x"],
+            [*(cosines - worse)[::-1], -1.0],
+            [1, 1, 0, 1, 1, 0, 0],
+        )
+    found = differences(Path("one"), Path("other"), ["c/fog/1", "c/fog/2"])
+    assert found["cosine"].values[0] == pytest.approx(worse.mean())
+    assert found["agreement@1"].values[0] == pytest.approx((5 - 4) / 6)
+    assert found["cosine"].count == 12
+    low, high = found["cosine"].interval or (np.nan, np.nan)
+    # Six images, whatever the number of their corruptions; unpaired, the interval would be far wider.
+    assert high - low == pytest.approx(2 * 1.96 * worse.std() / 6**0.5, rel=0.3)

@@ -9,19 +9,15 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from featinv_pl.evaluation.scores import relative
 from featinv_pl.metrics.agreement import Agreement
-from featinv_pl.metrics.estimates import Estimate, wilson
-from featinv_pl.metrics.pairing import ImageSums, ratios
+from featinv_pl.metrics.estimates import Estimate, ImageSums, ratios
 from featinv_pl.metrics.sample_metric import poisson_weights
 
 
 @pytest.mark.parametrize(("hits", "count"), [(360, 360), (0, 7), (351, 360), (1, 3)])
 def test_a_share_has_wilsons_interval(hits: int, count: int) -> None:
     expected = binomtest(hits, count).proportion_ci(method="wilson")
-    assert wilson(hits / count, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    estimate = share(np.arange(count) < hits)
-    assert estimate.interval == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert share(np.arange(count) < hits).interval == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def share(hits: NDArray[Any]) -> Estimate:
@@ -33,8 +29,7 @@ def share(hits: NDArray[Any]) -> Estimate:
 def test_certainty_in_every_image_is_none_in_what_is_derived() -> None:
     one, other = share(np.ones(60)), share(np.ones(60))
     for derived, value in ((one - other, 0), (one / other, 1)):
-        assert derived.interval is not None
-        low, high = derived.interval
+        low, high = derived.interval or (np.nan, np.nan)
         assert low < value - 0.03 < value + 0.03 < high
 
 
@@ -46,10 +41,9 @@ def test_intervals_of_paired_shares_cover(operation: Callable[[Estimate, Estimat
         one = (chances[0] < 0.7) | (chances[1] < 0.5)  # both are right where the first is: they are correlated
         other = (chances[0] < 0.7) | (chances[2] < 0.3)
         truth = operation(Estimate(np.array([0.85])), Estimate(np.array([0.79]))).values[0]
-        interval = operation(share(one), share(other)).interval
-        assert interval is not None
-        covered += interval[0] <= truth <= interval[1]
-        widths.append(interval[1] - interval[0])
+        low, high = operation(share(one), share(other)).interval or (np.nan, np.nan)
+        covered += low <= truth <= high
+        widths.append(high - low)
     assert 0.91 <= covered / 200 <= 0.99
     assert np.mean(widths) < width  # of unpaired ones it would be 0.24 and 0.32
 
@@ -61,15 +55,13 @@ def test_partners_that_are_shared_are_resampled() -> None:
         rng = np.random.default_rng(trial)
         partners, likely = rng.integers(8, size=300), rng.beta(2, 2, 8)
         agreed = torch.from_numpy(rng.random(300) < likely[partners])
-        metric = Agreement(300)
-        keys = [f"{trial} {row}" for row in range(300)]
-        logits = torch.eye(2)[agreed.long()]
-        metric.update(logits, torch.eye(2)[[1] * 300], keys, [f"{trial} {row}" for row in partners])
+        keys, others = ([f"{trial} {one}" for one in side] for side in (range(300), partners))
+        metric = Agreement(200)
+        metric.update(torch.eye(2)[agreed.long()], torch.eye(2)[[1] * 300], keys, others)
         values = metric.compute()["agreement@1"].numpy()
         assert values[0] == pytest.approx(agreed.double().mean().item())
-        interval = Estimate.of_share(values, metric.sizes["agreement@1"], 8).interval
-        assert interval is not None
-        covered += interval[0] <= 0.5 <= interval[1]
+        low, high = Estimate.of_share(values, metric.sizes["agreement@1"], 8).interval or (np.nan, np.nan)
+        covered += low <= 0.5 <= high
     assert covered >= 45  # of 50; 23 if partners were not resampled
 
 
@@ -87,7 +79,3 @@ def test_relative_scores_are_of_common_images_alone() -> None:
     below = weights["b"] * 0.5 + weights["a"] * 2.0 + weights["c"] * 0.9
     assert np.isnan(cosine.values[1:]).sum() == (below == 0).sum()
     assert cosine.values[1:][below > 0] == pytest.approx((above / np.where(below > 0, below, 1))[below > 0])
-
-
-def test_a_clean_set_that_is_missing_is_named() -> None:
-    assert "relative to 'val'" in relative({"hard": ImageSums(4)}, ImageSums(4), "val", 0)[1][0]

@@ -5,6 +5,10 @@ as they do for a user.
 """
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +18,25 @@ import yaml
 from configurations import effective_config
 from featinv_pl.__main__ import run
 from smoke.targets import make
-from smoke.watch import Watch
+from wandb_server import serve
 
 EXPERIMENTS = Path("experiments")
-WATCH = "--trainer.callbacks+=smoke.watch.Watch"
 
 
 def pretrain(*files: str) -> str:
     """Train a part for two steps; what is saved must be a folder with a configuration."""
     words = configs(*files)
-    fit(words, 2)
-    saved = list(root_of("fit", words).rglob("config.json"))
-    assert saved, f"no model below {root_of('fit', words)}"
+    run(["fit", *words])
+    assert list(root_of("fit", words).rglob("config.json")), f"no model below {root_of('fit', words)}"
     return "fit of 2 steps, a validation, a saved model"
 
 
 def train(*files: str, root: str = "") -> str:
-    """Train for two steps, and go on for a third."""
+    """Train for two steps, and resume for a third."""
     words = [*configs(*files), *([f"--trainer.default_root_dir={root}"] if root else [])]
-    fit(words, 2)
-    checkpoint = checkpoint_of(root_of("fit", words))
-    assert torch.load(checkpoint, weights_only=True)["global_step"] == 2
-    fit([*words, "--ckpt_path=last", "--trainer.max_steps=3"], 3)
-    assert Watch.first == 2, f"it went on from step {Watch.first}"
+    run(["fit", *words])
+    assert torch.load(checkpoint_of(root_of("fit", words)), weights_only=True)["global_step"] == 2
+    run(["fit", *words, "--ckpt_path=last", "--trainer.max_steps=3"])
     return "fit of 2 steps, a validation, a checkpoint, and one step more from there"
 
 
@@ -62,11 +62,9 @@ def extract(*files: str) -> str:
     [writer] = [one for one in settings["trainer"]["callbacks"] if one["class_path"].endswith(".ShardWriter")]
     root = Path(writer["init_args"]["folder"] or settings["trainer"]["default_root_dir"])
     names = list(sources_of(settings["data"]["init_args"]))
-    counts = []
-    for name in names:
-        manifests = sorted((root / name).rglob("manifest.json"))
-        assert manifests, f"no shards in {root / name}"
-        counts += [json.loads(path.read_text())["settings"]["samples"] for path in manifests]
+    manifests = {name: sorted((root / name).rglob("manifest.json")) for name in names}
+    assert all(manifests.values()), f"no shards of some of {names} in {root}"
+    counts = [json.loads(path.read_text())["settings"]["samples"] for paths in manifests.values() for path in paths]
     assert min(counts) > 0
     run(["verify", *(str(root / name) for name in names)])
     return f"predict, {sum(counts)} samples of {len(counts)} sources; verify"
@@ -74,10 +72,8 @@ def extract(*files: str) -> str:
 
 def benchmark(*files: str) -> str:
     """Two steps of a benchmark, which saves nothing and does not validate."""
-    words = configs(*files)
-    run(["fit", *words, WATCH])
-    assert Watch.last >= 2
-    return f"fit of {Watch.last} steps"
+    run(["fit", *configs(*files)])
+    return "fit of 2 steps"
 
 
 def study(file: str, target: str) -> str:
@@ -89,19 +85,47 @@ def study(file: str, target: str) -> str:
     return f"make {target} SHORT=1 of one seed: {len(plan['runs'])} ways"
 
 
+def sweep(file: str, overlay: str) -> str:
+    """Let W&B's own agent, whose orders come from the server of the tests, run the first values of a sweep."""
+    plan = yaml.safe_load((EXPERIMENTS / file).read_text())
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("WANDB_")},
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "WANDB_SILENT": "true",
+        "FEATINV_CONFIG": overlay,
+    }
+    shutil.rmtree("runs/featinv-pl", ignore_errors=True)  # each server of the tests gives its first run the same name
+    with serve() as server:
+        environment |= server.environment()
+        server.proposals = [proposal(plan)]
+        wandb(["sweep", str(EXPERIMENTS / file)], environment)
+        [running] = server.sweeps
+        log = wandb(["agent", f"we/featinv-pl/{running}"], environment)
+        [trial] = server.runs.values()
+    assert trial.exit_code == 0, f"the run ended with {trial.exit_code}: {log[-500:]}"
+    assert trial.values(plan["metric"]["name"]), f"no {plan['metric']['name']}"
+    return f"wandb sweep of {file}, wandb agent: one run, {plan['command'][2]}"
+
+
 # What they share
+
+
+def proposal(plan: dict[str, Any]) -> dict[str, Any]:
+    """The first values that a sweep may try."""
+    parameters = plan["parameters"].items()
+    return {option: one["values"][0] if "values" in one else one["min"] for option, one in parameters}
+
+
+def wandb(words: list[str], environment: dict[str, str]) -> str:
+    command = [sys.executable, "-m", "wandb", *words]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout[-500:]
+    return done.stdout
 
 
 def configs(*files: str) -> list[str]:
     """Options for files below `experiments`, or of the parts."""
     return [f"--config={file if file.startswith('parts/') else EXPERIMENTS / file}" for file in files]
-
-
-def fit(words: list[str], steps: int) -> None:
-    """Train, to the step that is given, with a validation on the way."""
-    run(["fit", *words, WATCH])
-    assert Watch.last == steps, f"it ended after step {Watch.last}"
-    assert Watch.validations or steps == 3, "no validation"
 
 
 def score(words: list[str], root: Path) -> None:
@@ -114,13 +138,11 @@ def score(words: list[str], root: Path) -> None:
 
 
 def checkpoint_of(root: Path) -> Path:
-    """The checkpoint of the end of training."""
     [checkpoint] = root.rglob("inversion.ckpt")
     return checkpoint
 
 
 def root_of(command: str, words: list[str]) -> Path:
-    """Where a run leaves all that it writes."""
     return Path(settings_of(command, words)["trainer"]["default_root_dir"])
 
 

@@ -1,46 +1,40 @@
 """How each YAML under `experiments/` is run. One that is not named here fails a test."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import yaml
 
 from bench.training import AGAIN, ON_GPU, SAVINGS
-from smoke.acts import benchmark, extract, pretrain, study, test, train, train_and_test
+from smoke.acts import benchmark, extract, pretrain, study, sweep, test, train, train_and_test
 from smoke.parts import NETWORKS
-from smoke.sweeps import trial
 
 SHIPPED = Path(__file__).parents[2] / "experiments"
 DEBUG = "debug.yaml"
+PRETRAINED = (
+    *("digits/classifier", "digits/autoencoder", "digits/prior", "study/digits/prior", "study/digits/judge"),
+    *("cifar10/classifier", "cifar10/judge", "cifar10/autoencoder", "cifar10/prior"),
+)
 EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-corrupted", "-adversarial")
 TAKEN_ALONG = {
     "debug.yaml": "over all files of digits/, cifar10/ and study/; make demo SHORT=1",
     "sweeps/run.yaml": "in the command of every sweep",
 }
+Act = Callable[[], str]
+"""Returns what was run, and raises an error if anything is wrong."""
 
 
-class Job(NamedTuple):
-    """What runs a file: `act` returns what that was, and raises an error if anything is wrong."""
-
-    kind: str
-    act: Callable[[], str]
-
-
-def jobs() -> dict[str, Job]:
+def jobs() -> dict[str, Act]:
     """By file, in an order in which each finds what it reads."""
     return dict([*_small_images(), *_imagenet(), *_sweeps(), *_benchmarks(), *_studies()])
 
 
 def bases() -> dict[str, int]:
     """Files that lie beneath others by `base:`, and of how many jobs."""
-    counts: dict[str, int] = {}
-    for name in jobs():
-        for base in set(_beneath(SHIPPED / name)):
-            key = base.relative_to(SHIPPED.resolve()).as_posix()
-            counts[key] = counts.get(key, 0) + 1
-    return counts
+    beneath = (base for name in jobs() for base in set(_beneath(SHIPPED / name)))
+    return Counter(base.relative_to(SHIPPED.resolve()).as_posix() for base in beneath)
 
 
 def _beneath(path: Path) -> Iterator[Path]:
@@ -51,58 +45,50 @@ def _beneath(path: Path) -> Iterator[Path]:
         yield from _beneath(base)
 
 
-def _small_images() -> Iterator[tuple[str, Job]]:
-    for name in ("digits/classifier", "digits/autoencoder", "digits/prior", "study/digits/prior", "study/digits/judge"):
-        yield _job("pretraining", f"{name}.yaml", pretrain, DEBUG)
-    for name in ("digits/extract", "digits/adversarial", "study/digits/judge-shards"):
-        yield _job("extraction", f"{name}.yaml", extract, DEBUG)
-    for name in ("digits/spatial", "digits/pooled"):
-        yield _job("training", f"{name}.yaml", train_and_test, DEBUG)
-    yield _job("training", "study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
-    for name in ("classifier", "judge", "autoencoder", "prior"):
-        yield _job("pretraining", f"cifar10/{name}.yaml", pretrain, DEBUG)
-    yield _job("extraction", "cifar10/extract.yaml", extract, DEBUG)
-    yield _job("training", "cifar10/authors.yaml", train_and_test, DEBUG)
+def _small_images() -> Iterator[tuple[str, Act]]:
+    for name in PRETRAINED:
+        yield _job(f"{name}.yaml", pretrain, DEBUG)
+    for name in ("digits/extract", "digits/adversarial", "study/digits/judge-shards", "cifar10/extract"):
+        yield _job(f"{name}.yaml", extract, DEBUG)
+    for name in ("digits/spatial", "digits/pooled", "cifar10/authors"):
+        yield _job(f"{name}.yaml", train_and_test, DEBUG)
+    yield _job("study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
 
 
-def _imagenet() -> Iterator[tuple[str, Job]]:
+def _imagenet() -> Iterator[tuple[str, Act]]:
     for name in NETWORKS:
         for source in EXTRACTIONS:
             over = f"parts/{'corrupt' if source == '-corrupted' else 'extract'}-{name}.yaml"
-            yield _job("extraction", f"imagenet/extract/{name}{source}.yaml", extract, over)
+            yield _job(f"imagenet/extract/{name}{source}.yaml", extract, over)
         for training in ("spatial", "pooled", "spatial-authors", "pooled-authors"):
-            yield _job("training", f"imagenet/train/{name}-{training}.yaml", train, f"parts/train-{name}.yaml")
-        yield _job("test", f"imagenet/test/{name}.yaml", test, "parts/test.yaml", root=f"runs/imagenet/{name}/spatial")
-    yield _job("test", "imagenet/test/robustness.yaml", test, "parts/test.yaml", root="runs/imagenet/resnet50/spatial")
+            yield _job(f"imagenet/train/{name}-{training}.yaml", train, f"parts/train-{name}.yaml")
+        yield _job(f"imagenet/test/{name}.yaml", test, "parts/test.yaml", root=f"runs/imagenet/{name}/spatial")
+    yield _job("imagenet/test/robustness.yaml", test, "parts/test.yaml", root="runs/imagenet/resnet50/spatial")
+    beneath = ("imagenet/train/resnet50-spatial.yaml", "parts/train-resnet50.yaml")
     for name in ("12gb", "24gb", "80gb"):
         file = f"imagenet/memory/{name}.yaml"
-        beneath = ("imagenet/train/resnet50-spatial.yaml", "parts/train-resnet50.yaml")
-        files = (*beneath, file, f"parts/{name}.yaml")
-        yield file, Job("memory", partial(train, *files, root=f"runs/imagenet/{name}"))
+        yield file, partial(train, *beneath, file, f"parts/{name}.yaml", root=f"runs/imagenet/{name}")
 
 
-def _sweeps() -> Iterator[tuple[str, Job]]:
-    for name in ("backbones", "encoder", "guidance"):
-        overlay = "resnet50" if name == "backbones" else "convnext"  # of the first run
-        yield _job("sweep", f"sweeps/{name}.yaml", trial, f"parts/train-{overlay}.yaml")
-    for name, sweep in (("digits", "encoder"), ("digits-guidance", "guidance")):
-        act = partial(trial, f"sweeps/{sweep}.yaml", f"parts/sweep-{name}.yaml")
-        yield f"sweeps/{name}.yaml", Job("sweep", act)
+def _sweeps() -> Iterator[tuple[str, Act]]:
+    for name, overlay in (("backbones", "resnet50"), ("encoder", "convnext"), ("guidance", "convnext")):
+        yield _job(f"sweeps/{name}.yaml", sweep, f"parts/train-{overlay}.yaml")  # of the first run
+    for name, plan in (("digits", "encoder"), ("digits-guidance", "guidance")):
+        yield f"sweeps/{name}.yaml", partial(sweep, f"sweeps/{plan}.yaml", f"parts/sweep-{name}.yaml")
 
 
-def _benchmarks() -> Iterator[tuple[str, Job]]:
+def _benchmarks() -> Iterator[tuple[str, Act]]:
     chain: list[str] = []
     for name in (*SAVINGS, *AGAIN, *ON_GPU):
         chain += [f"bench/{name}.yaml"]
-        yield f"bench/{name}.yaml", Job("benchmark", partial(benchmark, *chain, "parts/bench.yaml"))
-    profiled = ("digits/spatial.yaml", "bench/profile.yaml", DEBUG)
-    yield "bench/profile.yaml", Job("benchmark", partial(benchmark, *profiled))
+        yield f"bench/{name}.yaml", partial(benchmark, *chain, "parts/bench.yaml")
+    yield "bench/profile.yaml", partial(benchmark, "digits/spatial.yaml", "bench/profile.yaml", DEBUG)
 
 
-def _studies() -> Iterator[tuple[str, Job]]:
-    for name, target in (("digits", "study"), ("cifar10", "study-cifar10")):
-        yield _job("study", f"study/{name}.yaml", study, target)
+def _studies() -> Iterator[tuple[str, Act]]:
+    yield _job("study/digits.yaml", study, "study")
+    yield _job("study/cifar10.yaml", study, "study-cifar10")
 
 
-def _job(kind: str, file: str, act: Callable[..., str], *over: str, **options: str) -> tuple[str, Job]:
-    return file, Job(kind, partial(act, file, *over, **options))
+def _job(file: str, act: Callable[..., str], *over: str, **options: str) -> tuple[str, Act]:
+    return file, partial(act, file, *over, **options)

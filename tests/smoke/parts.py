@@ -4,6 +4,7 @@ The backbones keep the input sizes and strides of the large ones, so that maps h
 SwinV2 are channels last, as there. Images lie where `experiments/` expects them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,53 +31,49 @@ ACCUMULATED = {"12gb": 16, "24gb": 8, "80gb": 1}
 """Batches of a step, by the names of `experiments/imagenet/memory`."""
 
 
-def make_parts(root: Path) -> None:
+def make_parts(root: Path, networks: Sequence[str]) -> None:
     """Write networks, images and the overlays that name them below `root`, which is where commands then run."""
     parts = root / "parts"
     make_prior(parts)
-    for name, (model, size, arguments) in NETWORKS.items():
+    overlays: dict[str, Any] = {}
+    for name in networks:
+        model, size, arguments = NETWORKS[name]
         torch.manual_seed(1)
         Classifier(model, 1000, size, arguments).save_pretrained(parts / name)
-        networks = {"backbone": f"parts/{name}"}
-        extraction = {"model": {"init_args": {**networks, "autoencoder": "parts/prior"}}, "data": reading(8)}
-        training = {
+        given = {"backbone": f"parts/{name}"}
+        overlays[f"extract-{name}"] = {"model": {"init_args": {**given, "autoencoder": "parts/prior"}}, **reading(8)}
+        overlays[f"train-{name}"] = {
             "trainer": {"max_steps": 2, "val_check_interval": 2},
-            "model": {"init_args": {**networks, "prior": "parts/prior", "encoder": {"hidden_channels": 16}}},
-            "data": reading(4),
+            "model": {"init_args": {**given, "prior": "parts/prior", "encoder": {"hidden_channels": 16}}},
+            **reading(4),
         }
-        (parts / f"extract-{name}.yaml").write_text(yaml.safe_dump(extraction))
-        corrupted = {"data": {"class_path": "FolderData", **reading(8)}, "severities": [3]}
-        (parts / f"corrupt-{name}.yaml").write_text(yaml.safe_dump({**extraction, "data": {"init_args": corrupted}}))
-        (parts / f"train-{name}.yaml").write_text(yaml.safe_dump(training))
+        corrupted = {"class_path": "FolderData", **reading(8)["data"]}
+        overlays[f"corrupt-{name}"] = {
+            **overlays[f"extract-{name}"],
+            "data": {"init_args": {"data": corrupted, "severities": [3]}},
+        }
     for name, accumulated in ACCUMULATED.items():
-        steps = {"trainer": {"val_check_interval": accumulated}, "data": reading(16 // accumulated)}
-        (parts / f"{name}.yaml").write_text(yaml.safe_dump(steps))
+        overlays[name] = {"trainer": {"val_check_interval": accumulated}, **reading(16 // accumulated)}
     for name in ("digits", "digits-guidance"):
-        over = {"base": [f"../experiments/sweeps/{name}.yaml", "../experiments/debug.yaml"]}
-        (parts / f"sweep-{name}.yaml").write_text(yaml.safe_dump(over))
+        overlays[f"sweep-{name}"] = {"base": [f"../experiments/sweeps/{name}.yaml", "../experiments/debug.yaml"]}
     callbacks = yaml.safe_load((root / "experiments/imagenet/test/robustness.yaml").read_text())["trainer"]["callbacks"]
     for callback in callbacks:  # published weights are not fetched
-        given = callback.get("init_args", {})
-        callback["init_args"] = {name: None if value == "download" else value for name, value in given.items()}
-    (parts / "test.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
-    bench = {
-        "model": {
-            "init_args": {
-                "backbone": "parts/convnext",
-                "weights": "pretrained",
-                "prior": "parts/prior",
-                "encoder": {"hidden_channels": 16},
-            }
-        },
+        options = callback.get("init_args", {})
+        callback["init_args"] = {name: None if value == "download" else value for name, value in options.items()}
+    overlays["test"] = {"trainer": {"callbacks": callbacks}}
+    bench = {"backbone": "parts/convnext", "weights": "pretrained", "prior": "parts/prior"}
+    overlays["bench"] = {
+        "model": {"init_args": {**bench, "encoder": {"hidden_channels": 16}}},
         "data": {"init_args": {"feature_shape": [16, 9, 9], "batch_size": 2}},
     }
-    (parts / "bench.yaml").write_text(yaml.safe_dump(bench))
+    for name, overlay in overlays.items():
+        (parts / f"{name}.yaml").write_text(yaml.safe_dump(overlay))
     make_images(root / "data")
 
 
 def reading(batch_size: int) -> dict[str, Any]:
     """Settings of data that is read by the process itself."""
-    return {"init_args": {"batch_size": batch_size, "num_workers": 0}}
+    return {"data": {"init_args": {"batch_size": batch_size, "num_workers": 0}}}
 
 
 def make_images(data: Path) -> None:

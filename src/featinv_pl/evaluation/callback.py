@@ -2,43 +2,38 @@
 
 import io
 import logging
+import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from PIL import Image
 
-from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.errors import UserError, renamed
 from featinv_pl.evaluation.baselines import from_training_shards
-from featinv_pl.evaluation.loggers import last_step, log_picture, log_table
 from featinv_pl.evaluation.methods import INVERSION, check_names, label
-from featinv_pl.evaluation.pictures import POOL, Pictures
-from featinv_pl.evaluation.plots import cosine_histograms, severity_curves
-from featinv_pl.evaluation.provenance import describe
+from featinv_pl.evaluation.pictures import Pictures, cosine_histograms, log_picture, log_table, severity_curves
 from featinv_pl.evaluation.reconstructions import ImageCache, Reconstructions
-from featinv_pl.evaluation.results import HEADLINES, METRICS, Results, aligned
+from featinv_pl.evaluation.results import HEADLINES, METRICS, Provenance, Results, aligned
 from featinv_pl.evaluation.scorers import Scorer, classifier_scorer, judge_scorer, published_scorers
 from featinv_pl.evaluation.scores import Scores
-from featinv_pl.evaluation.trial import Trial
 from featinv_pl.files import write_bytes
 from featinv_pl.inverter.identity import sampling
 from featinv_pl.metrics.weights import Weights
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.runtime.internals import hide_score_tables
 from featinv_pl.runtime.ranks import hands_back_little
+from featinv_pl.runtime.saving import provenance
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Batch
 
 REPLICATES = 1000
-CAPTIONS = {
-    "scores": "with 95 % intervals",
-    "severity": "scores against the severity of corruptions, with 95 % intervals",
-    "histograms": "distribution of the cosine over the images of each test set",
-}
+BATCHES = 3  # of a dry run
 log = logging.getLogger("featinv_pl")
 
 
@@ -60,7 +55,7 @@ class Evaluation(Callback):
         samplers: Further samplers by name, whose reconstructions `test` scores as `<score>.<name>`, such as one with
             refinement, or one without the control.
         baselines: Those that are made from the training shards when a test starts.
-        num_images: Images of each test set in its pictures; 0 for no pictures.
+        num_images: Images of each test set in its pictures, at most 128; 0 for no pictures.
         inception: The Inception weights of 2015, which define `fid` and `kid`: a file, or `download` to fetch it
             once. By default they are used if torch has downloaded them before.
         alexnet: The AlexNet weights that define `lpips`, likewise.
@@ -81,54 +76,29 @@ class Evaluation(Callback):
     ) -> None:
         if num_samples < 1:
             raise UserError(f"`num_samples` must be at least 1, and is {num_samples}.")
-        if not 0 <= num_images <= POOL:
-            raise UserError(f"`num_images` must be 0 to {POOL}, and is {num_images}.")
         check_names(samplers or {})
         self.clean, self.num_samples, self.samplers, self.baselines = clean, num_samples, samplers or {}, baselines
         self.num_images, self.inception, self.alexnet, self.dry_run = num_images, inception, alexnet, dry_run
-        with (
-            torch.random.fork_rng(devices=[]),
-            renamed("backbone", "judge"),
-        ):  # a control is initialised alike with and without a judge
+        # A control is initialised alike with and without a judge.
+        with torch.random.fork_rng(devices=[]), renamed("backbone", "judge"):
             self.judge = Backbone(judge) if judge else None
-        self.trial: Trial | None = None
+        self.sizes: dict[str, int] | None = None
+        self.timed: list[tuple[float, int]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.dry_run and stage == "test":
-            self.trial = Trial(trainer.datamodule.test_first_set_only())
+            self.sizes = trainer.datamodule.test_first_set_only()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._start(trainer, pl_module, "validate")
-
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        self._start(trainer, pl_module, "test")
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        self._update(trainer, batch)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        self._update(trainer, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._finish(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._finish(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._end(trainer)
-
-    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self._end(trainer)
-
-    def _start(self, trainer: Any, module: Any, stage: str) -> None:
-        data, inverter, testing = trainer.datamodule, module.inverter, stage == "test"
-        samplers, num_samples = (self.samplers, self.num_samples) if testing else ({}, 1)
-        if self.trial is not None:
+    def _start(self, trainer: Any, module: Any) -> None:
+        data, inverter, stage = trainer.datamodule, module.inverter, "test" if trainer.testing else "validate"
+        samplers, num_samples = (self.samplers, self.num_samples) if trainer.testing else ({}, 1)
+        if self.sizes is not None:
             self.reconstructions = Reconstructions(inverter, samplers, num_samples)
             return
         hide_score_tables(trainer)  # a line for each of hundreds of scores; the summary replaces it
-        self.results, self.stage, self.step = Results(), stage, last_step(trainer)
+        self.results, self.stage = Results(), stage
+        note, test_sets = self.results.notes.append, data.evaluated(stage)
+        self.step = max(trainer.global_step - 1, 0)  # under which Lightning logs scalars at this moment
         self.training = trainer.state.fn == "fit"
         self.replicates = 0 if self.training else REPLICATES  # in the middle of training an interval costs too much
         self.writes = trainer.is_global_zero and not self.training
@@ -136,60 +106,52 @@ class Evaluation(Callback):
         self.root = Path(trainer.default_root_dir) / ("validate" if trainer.state.fn == "validate" else "")
         how = {} if self.training else sampling(inverter, str(trainer.precision))
         baselines, cache = {}, None
-        if testing:
+        if trainer.testing:
             for name in data.too_small:
-                self._note(f"{name}: left out, for it has fewer samples than there are processes")
-            baselines = from_training_shards(trainer, inverter, data, self.baselines, self._note)
+                note(f"{name}: left out, for it has fewer samples than there are processes")
+            baselines = from_training_shards(trainer, inverter, data, self.baselines, note)
             cache = ImageCache(self.root, {**inverter.identity(), **how})
         if self.writes:
-            self.results.provenance = describe(trainer, module, samplers, how)
+            self.results.provenance = _provenance(trainer, module, samplers, how)
         self.reconstructions = Reconstructions(inverter, samplers, num_samples, baselines, cache)
-        test_sets, methods = data.evaluated(stage), self.reconstructions.methods
         scorers = self._scorers(inverter, num_samples > 1)
-        self._note_losses(test_sets)
-        samples = self.root if self.writes else None
+        lossy = [name for name, one in test_sets.items() if one.manifest["settings"]["image_format"] == "jpg"]
+        if lossy:
+            sets = lossy[0] + f" and {len(lossy) - 1} others" * (len(lossy) > 1)
+            affected = "scores of images (psnr, ssim, lpips, fid, kid)"
+            note(f"{sets}: the originals are stored as JPEGs and reconstructions are not, which affects {affected}")
+        methods, samples = self.reconstructions.methods, self.root if self.writes else None
         self.scores = Scores(self.results, test_sets, scorers, methods, inverter, self.clean, samples)
         weights = how.get("control")
         self.pictures = Pictures(self.num_images, list(samplers), self.root, weights, trainer.loggers, self.step)
 
     def _scorers(self, inverter: Any, diverse: bool) -> list[Scorer]:
-        classifier, count = inverter.classifier, self.replicates
+        classifier, count, note = inverter.classifier, self.replicates, self.results.notes.append
         if not classifier.classifies:
-            self._note(f"there are no scores of classes: '{classifier.title}' has no classes, so its maps are scored")
+            note(f"there are no scores of classes: '{classifier.title}' has no classes, so its maps are scored")
         found = [classifier_scorer(classifier, count, diverse)]
         if self.training:
             return found
         if self.judge is not None:
             found.append(judge_scorer(self.judge.to(inverter.device), count))
-        return found + published_scorers(self.inception, self.alexnet, count, inverter.device, self._note)
+        return found + published_scorers(self.inception, self.alexnet, count, inverter.device, note)
 
-    def _note_losses(self, test_sets: Mapping[str, ShardSet]) -> None:
-        lossy = [name for name, one in test_sets.items() if one.manifest["settings"]["image_format"] == "jpg"]
-        if lossy and self.writes:
-            others = f" and {len(lossy) - 1} others" * (len(lossy) > 1)
-            self._note(
-                f"{lossy[0]}{others}: the originals are stored as JPEGs and reconstructions are not, which affects "
-                "scores of images (psnr, ssim, lpips, fid, kid)"
-            )
-
-    def _note(self, text: str) -> None:
-        self.results.notes.append(text)
-
-    def _update(self, trainer: Trainer, batch: Batch) -> None:
-        if self.trial is not None:
-            with trainer.precision_plugin.forward_context():
-                self.trial.update(self.reconstructions, batch)
-            return
-        tally = self.scores.open(batch["source"][0])
+    def _update(self, trainer: Any, module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
         with trainer.precision_plugin.forward_context():
+            if self.sizes is not None:
+                start = time.perf_counter()
+                self.reconstructions(batch)[INVERSION]["logits"].cpu()  # waits for the result
+                self.timed.append((time.perf_counter() - start, len(batch["key"])))
+                return
+            tally = self.scores.open(batch["source"][0])
             made = self.reconstructions(batch, tally.floor)
         tally.update(batch, made)
         if self.num_images:
             self.pictures.update(batch, made)
 
-    def _finish(self, trainer: Trainer, module: Any) -> None:
+    def _finish(self, trainer: Any, module: Any) -> None:
         """Close all test sets, and give the scores to loggers, to callbacks that monitor one, and to the caller."""
-        if self.trial is not None:
+        if self.sizes is not None:
             return
         self.scores.finish(self.replicates)
         self.pictures.show()
@@ -202,10 +164,10 @@ class Evaluation(Callback):
             logged = {str(name): found[name]["value"] for name in own if self.training or name.score in HEADLINES}
         module.log_dict(logged, sync_dist=True)  # the same on all ranks, but without this Lightning warns of each
 
-    def _end(self, trainer: Trainer) -> None:
-        if self.trial is not None:
+    def _end(self, trainer: Any, module: Any) -> None:
+        if self.sizes is not None:
             if trainer.is_global_zero:
-                print(f"\n{self.trial.estimate(trainer.world_size)}")
+                print(f"\n{self._hours(self.sizes, trainer.world_size)}")
         elif self.writes:
             if "val/loss" in trainer.callback_metrics:
                 print(f"val/loss {trainer.callback_metrics['val/loss']:.4f}")
@@ -217,17 +179,45 @@ class Evaluation(Callback):
             self._plot(trainer)
             print(f"{len(self.results.scores)} scores in {self.root / METRICS}")
 
-    def _plot(self, trainer: Trainer) -> None:
+    on_validation_start = on_test_start = _start
+    on_validation_batch_end = on_test_batch_end = _update
+    on_validation_epoch_end = on_test_epoch_end = _finish
+    on_validation_end = on_test_end = _end
+
+    def _plot(self, trainer: Any) -> None:
         """Write the plots, and give them to the loggers together with the table."""
         title, complete = label(INVERSION), [name for name in self.results.counts if "/" not in name]
-        plots = {"severity": severity_curves({title: self.results.document}, self.clean)}
+        curves = severity_curves({title: self.results.document}, self.clean)
+        plots = {"severity": (curves, "scores against the severity of corruptions, with 95 % intervals")}
         if complete:
-            plots["histograms"] = cosine_histograms({title: self.root}, complete, self.results.counts)
-        for name, png in plots.items():
+            histograms = cosine_histograms({title: self.root}, complete, self.results.counts)
+            plots["histograms"] = (histograms, "distribution of the cosine over the images of each test set")
+        for name, (png, caption) in plots.items():
             if png is not None:
                 write_bytes(self.root / "plots" / f"{name}.png", png)
                 pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-                for logger in trainer.loggers:
-                    log_picture(logger, f"plots/{name}", pixels, CAPTIONS[name], self.step)
-        for logger in trainer.loggers:
-            log_table(logger, f"scores/{self.stage}", self.results.table(), CAPTIONS["scores"], self.step)
+                log_picture(trainer.loggers, f"plots/{name}", pixels, caption, self.step)
+        log_table(trainer.loggers, f"scores/{self.stage}", self.results.table(), "with 95 % intervals", self.step)
+
+    def _hours(self, sizes: Mapping[str, int], processes: int) -> str:
+        """The table of hours by test set."""
+        timed = self.timed[1:] or self.timed  # the first batch warms up
+        seconds = sum(time for time, _ in timed) / sum(samples for _, samples in timed) / processes
+        sizes = {**sizes, "all": sum(sizes.values())}
+        rows = [[name, str(size), f"{size * seconds / 3600:.2g}"] for name, size in sizes.items()]
+        text = f"From {len(timed)} batches at {seconds:.3g} s a sample, on {processes} process{'es' * (processes > 1)}."
+        return "\n".join([aligned([["test set", "samples", "hours"], *rows]), text])
+
+
+def _provenance(trainer: Any, module: Any, samplers: Mapping[str, Sampler], how: Mapping[str, Any]) -> Provenance:
+    """Provenance of an evaluation that begins, with further samplers and what `sampling` says."""
+    used = {name: asdict(sampler) for name, sampler in {INVERSION: module.inverter.sampler, **samplers}.items()}
+    path, step = trainer.ckpt_path, trainer.global_step or module.loaded_step
+    described = {
+        "command": trainer.state.fn.value,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": {"path": None if path is None else str(path), "step": step, "digest": how["control"]},
+        "model": module.inverter.identity(),
+        "sampling": {name: value for name, value in how.items() if name != "control"} | {"samplers": used},
+    }
+    return cast(Provenance, described | provenance(trainer))

@@ -5,10 +5,8 @@ from collections.abc import Iterable
 
 from featinv_pl.errors import UserError
 
-INVERSION, CEILING, REGRESSION, NEIGHBOUR, FLOOR, ORIGINAL = (
-    *("inversion", "ceiling", "regression"),
-    *("neighbour", "floor", "original"),
-)
+INVERSION, CEILING, REGRESSION = "inversion", "ceiling", "regression"
+NEIGHBOUR, FLOOR, ORIGINAL = "neighbour", "floor", "original"
 LABELS = {
     INVERSION: "reconstruction",  # by the inverter's own sampler
     CEILING: "autoencoder",  # the original through the prior's autoencoder alone
@@ -20,12 +18,6 @@ LABELS = {
 """Labels in tables and pictures, in the order of tables. Further samplers follow under their own names."""
 
 
-def ordered(names: Iterable[str]) -> list[str]:
-    """Methods in the order of tables."""
-    names = list(names)
-    return [name for name in LABELS if name in names] + [name for name in names if name not in LABELS]
-
-
 def label(method: str) -> str:
     """The label of a method in tables and pictures."""
     return LABELS.get(method, method)
@@ -35,9 +27,6 @@ def check_names(samplers: Iterable[str]) -> None:
     """Refuse names of further samplers that cannot be part of a score's name, or that another method has."""
     taken = {*LABELS, *LABELS.values(), "own"}  # the study's word for the inverter's sampler
     for name in samplers:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            raise UserError(
-                f"`samplers`: '{name}' cannot be part of a score's name. Use letters, digits, - and _ only."
-            )
-        if name in taken:
-            raise UserError(f"`samplers`: '{name}' is the name of another method. Choose another name.")
+        if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            why = "is the name of another method" if name in taken else "cannot be part of a score's name"
+            raise UserError(f"`samplers`: '{name}' {why}. Use other letters, digits, - and _.")

@@ -1,29 +1,33 @@
-"""Pictures of each test set: originals above their reconstructions."""
+"""Pictures of each test set, originals above their reconstructions, plots of scores, and what the loggers get."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.evaluation.loggers import Pixels, log_picture
-from featinv_pl.evaluation.methods import CEILING, INVERSION, ORIGINAL, label
+from featinv_pl.evaluation.methods import CEILING, INVERSION, LABELS, ORIGINAL, label
 from featinv_pl.evaluation.reconstructions import Reconstruction
+from featinv_pl.evaluation.results import Document, Name, by_name, column, read_samples
 from featinv_pl.files import write_bytes
-from featinv_pl.pages.pictures import picture_png
-from featinv_pl.types import Batch, predicted, to_uint8
+from featinv_pl.pages.pictures import figure_png, picture_png
+from featinv_pl.types import Batch, to_uint8
 
-PICTURES = "pictures"
-FACTS_FILE = "tiles.json"
-FIRST, EXTREMES = "first", "extremes"
-POOL = 128
+PICTURES, FIRST, FACTS_FILE, POOL = "pictures", "first", "tiles.json", 128
+LINE_STYLES = ("-", "--", ":", "-.")
+CURVES = {"cosine": "cosine of the feature maps", "agreement@1": "agreement of the predicted class"}
 FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
 
 
@@ -41,17 +45,17 @@ class Pictures:
         num_images: int,
         samplers: Sequence[str],
         root: Path,
-        checkpoint: str | None,
+        checkpoint: Any,
         loggers: Sequence[Logger],
         step: int,
     ) -> None:
         self.num_images, self.folder, self.checkpoint = num_images, root / PICTURES, checkpoint
         self.rows = {method: label(method) for method in (ORIGINAL, CEILING, INVERSION, *samplers)}
         self.loggers, self.step = loggers, step
-        self.test_set: str | None = None
-        self._forget()
+        self._begin(None)
 
-    def _forget(self) -> None:
+    def _begin(self, test_set: str | None) -> None:
+        self.test_set = test_set
         self.tiles: dict[str, list[Tensor]] = {name: [] for name in self.rows.values()}
         self.facts: dict[str, list[Any]] = {name: [] for name in FACTS}
 
@@ -59,15 +63,12 @@ class Pictures:
         """Keep the first images of a test set, and show those of the set before it."""
         if batch["source"][0] != self.test_set:
             self.show()
-            self.test_set = batch["source"][0]
+            self._begin(batch["source"][0])
         left = POOL - len(self.facts["cosine"])
         for method, name in self.rows.items():
             self.tiles[name] += to_uint8(made[method]["images"][:left]).cpu().unbind()
         cosines = cosine_similarity(made[INVERSION]["features"], batch["features"]).mean((1, 2)).tolist()
-        classes = [
-            ["none" if index < 0 else index for index in predicted(item["logits"]).tolist()]
-            for item in (batch, made[INVERSION])
-        ]
+        classes = [_classes(item["logits"]) for item in (batch, made[INVERSION])]
         facts = (batch["labels"].tolist(), *classes, [round(cosine, 4) for cosine in cosines])
         for name, values in zip(FACTS, facts, strict=True):
             self.facts[name] += values[:left]
@@ -78,19 +79,18 @@ class Pictures:
         if self.test_set is None:
             return
         first = list(range(len(self.facts["cosine"])))[: self.num_images]
-        for name, chosen in ((FIRST, first), (EXTREMES, self._extremes())):
+        for name, chosen in ((FIRST, first), ("extremes", self._extremes())):
             folder = self.folder / self.test_set / name
-            strips = {row: _strip([tiles[index] for index in chosen]) for row, tiles in self.tiles.items()}
-            for row, strip in strips.items():
-                write_bytes(folder / f"{row}.png", picture_png(Image.fromarray(strip)))
+            strips = {}
+            for row, tiles in self.tiles.items():
+                strips[row] = torch.cat([tiles[index] for index in chosen], dim=2).permute(1, 2, 0).numpy()
+                write_bytes(folder / f"{row}.png", picture_png(Image.fromarray(strips[row])))
             facts = {fact: [values[index] for index in chosen] for fact, values in self.facts.items()}
             write_bytes(folder / FACTS_FILE, json.dumps({"checkpoint": self.checkpoint, **facts}).encode())
             picture = np.concatenate(list(strips.values()))
             caption = f"{self.test_set}, {name}, from top to bottom: {', '.join(strips)}"
-            for logger in self.loggers:
-                log_picture(logger, f"reconstructions/{self.test_set}/{name}", picture, caption, self.step)
-        self.test_set = None
-        self._forget()
+            log_picture(self.loggers, f"reconstructions/{self.test_set}/{name}", picture, caption, self.step)
+        self._begin(None)
 
     def _extremes(self) -> list[int]:
         """A third each of the best, the median and the worst; if they are few, all from best to worst."""
@@ -102,7 +102,75 @@ class Pictures:
         return ranked[:third] + ranked[middle : middle + third] + ranked[-third:]
 
 
-def _strip(tiles: Sequence[Tensor]) -> Pixels:
-    """Tiles (3, H, W) side by side, as (H, n * W, 3) bytes."""
-    pixels: Pixels = torch.cat(list(tiles), dim=2).permute(1, 2, 0).numpy()
-    return pixels
+def _classes(logits: Tensor) -> list[Any]:
+    return logits.argmax(1).tolist() if logits.shape[1] else ["none"] * len(logits)
+
+
+def log_picture(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], caption: str, step: int) -> None:
+    """Give a picture (H, W, 3) to W&B, which takes floats in [0, 1] for bytes and shows black, and to TensorBoard."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [pixels], step, caption=[caption])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, pixels, step, dataformats="HWC")
+            logger.experiment.add_text(f"{name}/caption", caption, step)
+
+
+def log_table(loggers: Sequence[Logger], name: str, table: list[list[str]], caption: str, step: int) -> None:
+    """Give a table, head first, to W&B, whose tables have no caption, and to TensorBoard."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_table(name, columns=table[0], data=table[1:], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            lines = [f"| {' | '.join(row)} |" for row in (table[0], ["---"] * len(table[0]), *table[1:])]
+            logger.experiment.add_text(name, "\n".join([f"{caption}\n", *lines]), step)
+
+
+def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes | None:
+    """Cosine and agreement against severity as PNG, with 95 % intervals; None without corruptions.
+
+    Each inverter has a line style, each corruption a colour; `clean` is the test set at severity 0.
+    """
+    found = (re.fullmatch(r".+/([^/]+)/(\d+)", name) for run in runs.values() for name in run["samples"])
+    test_sets = {match[0]: (match[1], int(match[2])) for match in found if match}
+    if not test_sets:
+        return None
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    corruptions = sorted({corruption for corruption, _ in test_sets.values()})
+    palette = colormaps["tab20" if len(corruptions) > 10 else "tab10"]
+    panels = figure.subplots(1, len(CURVES))
+    for axes, (score, title) in zip(panels, CURVES.items(), strict=True):
+        axes.set(xlabel="severity of the corruption (0: clean)", ylabel=title)
+        styles = zip(LINE_STYLES * len(runs), runs.items(), strict=False)
+        for (style, (run, document)), (number, corruption) in product(styles, enumerate(corruptions)):
+            scores, colour = by_name(document), palette(number)
+            names = {level: Name(one, score) for one, (kind, level) in test_sets.items() if kind == corruption}
+            points = sorted({0: Name(clean, score), **names}.items())
+            shown = {level: scores[name] for level, name in points if name in scores}
+            values = [point["value"] for point in shown.values()]
+            name = f"{run}, {corruption.replace('_', ' ')}"
+            axes.plot(list(shown), values, style, color=colour, marker=".", label=name)
+            bounds = [(point["low"], point["high"]) for point in shown.values() if {"low", "high"} <= point.keys()]
+            if shown and len(bounds) == len(shown):
+                axes.fill_between(list(shown), *zip(*bounds, strict=True), color=colour, alpha=0.1, linewidth=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+    return figure_png(figure)
+
+
+def cosine_histograms(runs: Mapping[str, Path], groups: list[str], test_sets: Iterable[str]) -> bytes:
+    """The distribution of the cosine over the images of each group, for every method, as PNG.
+
+    The first of the inverters, whose folders are given by name, gives the baselines. See `read_samples`.
+    """
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        for number, (run, folder) in enumerate(runs.items()):
+            table = read_samples(folder, group, test_sets)
+            for method in (INVERSION,) if number else LABELS:
+                if (name := column("cosine", method)) in table.column_names:
+                    values = table[name].drop_null().to_numpy()
+                    title = run if method == INVERSION else label(method)
+                    axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=title)
+        axes.set(xlabel="cosine of the feature maps", title=group, yticks=[])
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
+    return figure_png(figure)

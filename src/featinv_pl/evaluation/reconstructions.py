@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, cast
 
@@ -26,12 +26,9 @@ logger = logging.getLogger("featinv_pl")
 class Reconstruction(Observation):
     """Reconstructions of a batch by one method, as the classifier reads them."""
 
-    partners: NotRequired[list[str]]
-    """Keys of the images, where these are other images of the same test set."""
-    sample_images: NotRequired[Tensor]
-    """(B, n, 3, H, W): n samples of each feature map, of which the first is in `images`."""
-    sample_features: NotRequired[Tensor]
-    """(B, n, C, h, w), their feature maps."""
+    partners: NotRequired[list[str]]  # keys of the images, where these are other images of the same test set
+    sample_images: NotRequired[Tensor]  # (B, n, 3, H, W): n samples of each feature map, of which `images` is the first
+    sample_features: NotRequired[Tensor]  # (B, n, C, h, w)
 
 
 class ImageCache:
@@ -39,12 +36,8 @@ class ImageCache:
 
     An image is found by everything that determines it: identity and control of the inverter, precision, seed,
     sampler, key and feature map. Tests with other batch sizes, processes, metrics, held-out classifiers or pictures
-    reuse it, and a change of the model or of the data is never overlooked.
-
-    Args:
-        root: The folder of the run. `reconstructions/` below it gets a file of bytes for each batch and sampler; it may
-            be removed at any time.
-        model: Identity and sampling settings of the inverter.
+    reuse it, and a change of the model or of the data is never overlooked. `reconstructions/` in the folder of the run
+    gets a file of bytes for each batch and sampler; it may be removed at any time.
     """
 
     def __init__(self, root: Path, model: Mapping[str, Any]) -> None:
@@ -58,7 +51,7 @@ class ImageCache:
                 logger.warning("'%s' cannot be read; its images are reconstructed again.", path)
 
     def names(self, sampler: Sampler, keys: Sequence[str], features: Tensor) -> list[str]:
-        """The names under which the reconstructions of feature maps (B, C, h, w) are stored."""
+        """The names under which reconstructions of feature maps (B, C, h, w) are stored."""
         model, maps = hashed({**self.model, "sampler": asdict(sampler)}), features.cpu().contiguous().numpy()
         return [
             hashlib.blake2b(f"{model} {key}".encode() + one.tobytes(), digest_size=16).hexdigest()
@@ -78,25 +71,21 @@ class ImageCache:
         """Store images (3, H, W) under their names, except those with NaN or Inf, which bytes cannot express."""
         finite = {name: to_uint8(image).cpu().contiguous() for name, image in images.items() if image.isfinite().all()}
         if finite:
-            write_bytes(self.folder / f"{next(iter(finite))}.safetensors", save(finite))
+            write_bytes(self.folder / f"{hashed([*finite])}.safetensors", save(finite))
 
 
+@dataclass
 class Reconstructions:
     """Reconstructs batches by every method: the inverter's own sampler, further samplers, and baselines.
 
     With `num_samples` above 1, the own sampler gives several reconstructions of each feature map.
     """
 
-    def __init__(
-        self,
-        inverter: Any,
-        samplers: Mapping[str, Sampler],
-        num_samples: int = 1,
-        baselines: Mapping[str, Baseline] | None = None,
-        cache: ImageCache | None = None,
-    ) -> None:
-        self.inverter, self.samplers, self.num_samples = inverter, samplers, num_samples
-        self.baselines, self.cache = baselines or {}, cache
+    inverter: Any
+    samplers: Mapping[str, Sampler]
+    num_samples: int = 1
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    cache: ImageCache | None = None
 
     @property
     def methods(self) -> list[str]:
@@ -116,14 +105,12 @@ class Reconstructions:
         return made | {name: cast(Reconstruction, baseline(batch)) for name, baseline in baselines.items()}
 
     def _samples(self, batch: Batch) -> Reconstruction:
-        first, *others = (
-            self._sample(batch, self.inverter.sampler, f" sample {number}" if number else "")
-            for number in range(self.num_samples)
-        )
-        if others:
-            first["sample_images"] = torch.stack([one["images"] for one in (first, *others)], dim=1)
-            first["sample_features"] = torch.stack([one["features"] for one in (first, *others)], dim=1)
-        return first
+        suffixes = ["", *(f" sample {number}" for number in range(1, self.num_samples))]
+        made = [self._sample(batch, self.inverter.sampler, suffix) for suffix in suffixes]
+        if len(made) > 1:
+            made[0]["sample_images"] = torch.stack([one["images"] for one in made], dim=1)
+            made[0]["sample_features"] = torch.stack([one["features"] for one in made], dim=1)
+        return made[0]
 
     def _sample(self, batch: Batch, sampler: Sampler, suffix: str = "") -> Reconstruction:
         """Sample one reconstruction of each feature map, except those that the cache has."""
@@ -131,8 +118,7 @@ class Reconstructions:
         names = keys if self.cache is None else self.cache.names(sampler, keys, features)
         stored = {} if self.cache is None else self.cache.read(names)
         images = {row: image.to(features.device) for row, image in stored.items()}
-        missing = [row for row in range(len(keys)) if row not in images]
-        if missing:
+        if missing := [row for row in range(len(keys)) if row not in images]:
             chosen = [keys[row] for row in missing]
             new = self.inverter.reconstruct(features[missing], chosen, torch.initial_seed(), sampler)
             images |= dict(zip(missing, new, strict=True))

@@ -1,41 +1,37 @@
 """One self-contained page from tested inverters: pictures, tables, curves."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation import differences
+from featinv_pl.evaluation import results
 from featinv_pl.evaluation.methods import INVERSION, LABELS, label
-from featinv_pl.evaluation.pictures import FACTS_FILE, FIRST, PICTURES
-from featinv_pl.evaluation.plots import cosine_histograms, severity_curves
-from featinv_pl.evaluation.results import METRICS, Document, Name, Score, as_score, by_name, cell, read_document
+from featinv_pl.evaluation.pictures import FACTS_FILE, FIRST, PICTURES, cosine_histograms, severity_curves
+from featinv_pl.evaluation.results import COMPARED, METRICS, Document, Name, by_name, cell, read_samples
 from featinv_pl.files import read_json, write_bytes
+from featinv_pl.metrics.agreement import ConditionalAgreement
+from featinv_pl.metrics.estimates import Estimate, ImageSums, estimates
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.pages.page import data_uri, render
 from featinv_pl.pages.pictures import figure_png, open_picture
 
-STAGES = "stages.json"
 ADVICE = "Test again with the Evaluation callback and pictures (`num_images`)."
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
-CONDITIONS = (
-    *("agreement@1_right", "agreement@1_wrong", "label@1_wrong"),
-    *("agreement@1_resisted", "agreement@1_fooled", "label@1_fooled"),
-)
+CONDITIONS = ConditionalAgreement.names
+REPLICATES = 1000
 
-TableRow = tuple[str, int, str, list[str]]
-"""Test set, number of images, method, and its scores."""
+TableRow = tuple[str, int, str, list[str]]  # test set, number of images, method, and its scores
 
 
 class Tiles(TypedDict):
@@ -44,16 +40,6 @@ class Tiles(TypedDict):
     checkpoint: str | None
     prediction: list[str | int]
     reconstruction_prediction: list[str | int]
-
-
-class Record(TypedDict):
-    """One row of the page's table of stages."""
-
-    command: str
-    seconds: float
-
-
-TILES, RECORDS = TypeAdapter(Tiles), TypeAdapter(dict[str, Record])
 
 
 @dataclass(frozen=True)
@@ -65,17 +51,15 @@ class Tested:
     document: Document
 
     @cached_property
-    def scores(self) -> dict[Name, Score]:
+    def scores(self) -> dict[Name, results.Score]:
         """All scores."""
         return by_name(self.document)
 
     @property
     def fidelity(self) -> float:
         """The mean of its cosines over test sets and groups."""
-        cosines = [
-            score["value"] for name, score in self.scores.items() if (name.score, name.method) == ("cosine", INVERSION)
-        ]
-        return sum(cosines) / max(len(cosines), 1)
+        own = ("cosine", INVERSION)
+        return float(np.mean([score["value"] for name, score in self.scores.items() if name[1:] == own] or [0]))
 
     @property
     def pictured(self) -> set[str]:
@@ -86,7 +70,7 @@ class Tested:
     def tiles(self, test_set: str, kind: str) -> Tiles:
         """Predictions of the pictured images."""
         path = self.folder / PICTURES / test_set / kind / FACTS_FILE
-        tiles: Tiles = _validated(TILES, path, ADVICE)
+        tiles: Tiles = results.validated(TypeAdapter(Tiles), path, "report", ADVICE)
         scored, pictured = self.document["provenance"]["checkpoint"]["digest"], str(tiles["checkpoint"])
         if pictured != scored:
             raise UserError(
@@ -101,19 +85,16 @@ class Tested:
 
 
 def report(folder: Path) -> None:
-    """Write `report.html`, `metrics.json` and `overview.png` into a folder that holds a folder per tested inverter.
-
-    Raises:
-        UserError: There is no inverter, or nothing that all have.
-    """
+    """Write `report.html`, `metrics.json` and `overview.png` into a folder that holds a folder per tested inverter."""
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
-    test_sets = _test_sets(inverters)
+    known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
+    # Data sets first, then corruptions by name and severity.
+    test_sets = sorted(set.intersection(*known), key=lambda test_set: (test_set.count("/"), test_set))
     if not test_sets:
-        found = "; ".join(map(_found, inverters))
-        raise UserError(f"report: '{folder}' has no test set with scores and pictures of every one: {found}. {ADVICE}")
-    groups = list(dict.fromkeys(test_set.split("/")[0] for test_set in test_sets))
+        raise UserError(f"report: no test set has scores and pictures of every inverter below '{folder}'. {ADVICE}")
     last = {test_set.split("/")[0]: test_set for test_set in test_sets}
+    groups, stages = list(last), folder / "stages.json"
     curves, folders = severity_curves(documents), {inverter.name: inverter.folder for inverter in inverters}
     page = render(
         "report.html",
@@ -122,60 +103,55 @@ def report(folder: Path) -> None:
         table=_table(inverters, groups, HEADLINES),
         conditions=CONDITIONS,
         conditional=_table(inverters, groups, CONDITIONS),
-        compared=list(differences.SCORES),
+        compared=list(COMPARED),
         differences=_differences(inverters, groups),
-        notes=[(one.name, note) for one in inverters for note in (*_origin(one.document), *one.document["notes"])],
+        notes=[(one.name, note) for one in inverters for note in (_origin(one.document), *one.document["notes"])],
         curves=curves and data_uri(curves),
         histograms=data_uri(cosine_histograms(folders, groups, test_sets)),
         test_sets=test_sets,
         last=last,
         names=sorted({name for inverter in inverters for name in inverter.scores}),
-        stages=_validated(RECORDS, folder / STAGES, "Remove it.") if (folder / STAGES).is_file() else {},
+        stages=read_json(stages, "report", "Remove it.") if stages.is_file() else {},
     )
     write_bytes(folder / METRICS, (json.dumps(documents, indent=2) + "\n").encode())
     write_bytes(folder / "overview.png", _overview(inverters, last))
     write_bytes(folder / "report.html", page.encode())
 
 
-def _validated(kind: TypeAdapter[Any], path: Path, advice: str) -> Any:
-    try:
-        return kind.validate_python(read_json(path, "report", advice))
-    except ValidationError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"report: '{path}' does not have the expected content ({reason}). {advice}") from error
+def differences(one: Path, other: Path, test_sets: Iterable[str]) -> dict[str, Estimate]:
+    """The scores of one inverter minus those of another, by the folders of their runs and test sets of both.
+
+    Images are matched by test set and key, and resampled by key: the corruptions of one image are one image.
+    """
+    count, names = len(COMPARED), [*COMPARED, *(f"{score} other" for score in COMPARED)]
+    sums = ImageSums(2 * count)
+    for test_set in test_sets:
+        ours, theirs = (read_samples(folder, test_set, [test_set]) for folder in (one, other))
+        both = ours.join(theirs, "key", join_type="inner", right_suffix=" other").sort_by("key")
+        known = {name: both[name].to_numpy().astype(np.float64) for name in names if name in both.column_names}
+        values = np.stack([known.get(name, np.full(len(both), np.nan)) for name in names], axis=1)
+        values[np.tile(~np.isfinite(values[:, :count] + values[:, count:]), 2)] = np.nan
+        sums.add(both["key"].to_pylist(), values)
+    found = estimates(list(sums.rows), sums.sums, sums.counts, [*COMPARED.values()] * 2, REPLICATES)
+    return {score: own - theirs for score, own, theirs in zip(COMPARED, found[:count], found[count:], strict=True)}
 
 
 def _inverters(folder: Path) -> list[Tested]:
-    found = [
-        Tested(path.parent.name, path.parent, read_document(path, "report")) for path in folder.glob(f"*/{METRICS}")
-    ]
+    """All tested inverters, the most faithful first."""
+    paths = list(folder.glob(f"*/{METRICS}"))
+    found = [Tested(path.parent.name, path.parent, results.read_document(path, "report")) for path in paths]
     if not found:
         raise UserError(
             f"report: there is no scored inverter below '{folder}', that is, no <name>/{METRICS}. "
             "Run `featinv-pl test` with the Evaluation callback and a default_root_dir below that folder first."
         )
     for inverter in found:
-        command = inverter.document["provenance"]["command"]
-        if command != "test":
+        if (command := inverter.document["provenance"]["command"]) != "test":
             raise UserError(
                 f"report: the scores in '{inverter.folder / METRICS}' are those of `{command}`, and a report shows "
                 "those of `test`. Run `featinv-pl test`, or give the folder above that of the run."
             )
     return sorted(found, key=lambda inverter: inverter.fidelity, reverse=True)
-
-
-def _test_sets(inverters: Sequence[Tested]) -> list[str]:
-    """Test sets scored and pictured by every inverter: data sets first, then corruptions by name and severity."""
-    known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
-    return sorted(set.intersection(*known), key=lambda test_set: (test_set.count("/"), test_set))
-
-
-def _found(inverter: Tested) -> str:
-    scored, pictured = (
-        ", ".join(dict.fromkeys(test_set.split("/")[0] for test_set in sorted(names))) or "nothing"
-        for names in (inverter.document["samples"], inverter.pictured)
-    )
-    return f"'{inverter.name}' has scores of {scored} and pictures of {pictured}"
 
 
 def _table(inverters: Sequence[Tested], groups: Sequence[str], scores: Sequence[str]) -> list[TableRow]:
@@ -197,24 +173,25 @@ def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> list[Tab
         common = first.document["samples"].keys() & other.document["samples"].keys()
         below = [one for one in sorted(common) if f"{one}/".startswith(f"{group}/")]
         test_sets = [one for one in below if not any(more.startswith(f"{one}/") for more in below)]
-        found = differences.differences(first.folder, other.folder, test_sets)
-        cells = [cell(as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
+        found = differences(first.folder, other.folder, test_sets)
+        cells = [cell(results.as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
         rows.append((group, found["cosine"].count or 0, f"{first.name} - {other.name}", cells))
     return rows
 
 
-def _origin(document: Document) -> list[str]:
+def _origin(document: Document) -> str:
     """Which weights were scored, and whether their checkpoint has changed since."""
-    provenance = document["provenance"]
-    checkpoint = provenance["checkpoint"]
-    digest, path = checkpoint["digest"], Path(checkpoint["path"] or "")
-    notes = [f"tested on {provenance['date']}: step {checkpoint['step']} of '{path}' (weights {digest[:8]})"]
+    date, checkpoint = document["provenance"]["date"], document["provenance"]["checkpoint"]
+    if checkpoint["path"] is None:
+        return f"tested on {date} without a checkpoint"
+    digest, path = checkpoint["digest"], Path(checkpoint["path"])
+    note = f"tested on {date}: step {checkpoint['step']} of '{path}' (weights {digest[:8]})"
     if path.is_file():
         state = read_checkpoint(path, "report")
         weights = {name.removeprefix("control."): value for name, value in state["state_dict"].items()}
         if weights_digest(weights) != digest:
-            notes.append(f"'{path}' has changed since: it holds step {state['global_step']} now. Test again.")
-    return notes if checkpoint["path"] else [f"tested on {provenance['date']} without a checkpoint"]
+            note += f", which has changed since: it holds step {state['global_step']} now. Test again."
+    return note
 
 
 def _overview(inverters: Sequence[Tested], chosen: Mapping[str, str]) -> bytes:
@@ -227,7 +204,7 @@ def _overview(inverters: Sequence[Tested], chosen: Mapping[str, str]) -> bytes:
         rows += [(inverter.name, inverter.strip(test_set, FIRST, "reconstruction")) for inverter in inverters]
         part.suptitle(test_set, fontsize="medium")
         for axes, (name, picture) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            axes.imshow(np.asarray(picture), aspect="equal")
+            axes.imshow(picture, aspect="equal")
             axes.set_ylabel(name, rotation=0, ha="right", va="center")
             axes.set(xticks=[], yticks=[])
     return figure_png(figure)

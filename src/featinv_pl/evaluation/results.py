@@ -16,25 +16,17 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.methods import CEILING, FLOOR, INVERSION, label, ordered
-from featinv_pl.evaluation.provenance import Provenance
+from featinv_pl.evaluation.methods import CEILING, FLOOR, INVERSION, LABELS, label
 from featinv_pl.files import read_json
 from featinv_pl.metrics.estimates import Estimate
 
-METRICS = "metrics.json"
-SCORES = "scores.csv"
-SAMPLES = "samples"
+METRICS, SCORES, SAMPLES = "metrics.json", "scores.csv", "samples"
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1", "psnr")
-COMPARED = ("cosine", "agreement@1")
-PREFIXES = ("", "judge_")
+COMPARED = {"cosine": False, "agreement@1": True}  # scores whose differences are shown, and whether each is a share
 
 
 class Name(NamedTuple):
-    """A score of a method on a test set or a group of them.
-
-    It is a structure in memory and in `metrics.json`, and becomes text here only, for loggers and `ModelCheckpoint`:
-    `<test set>/<score>` for the inverter's own sampler, `<test set>/<score>.<method>` for the others.
-    """
+    """A score of a method on a test set or a group of them; it becomes text for loggers and `ModelCheckpoint` only."""
 
     test_set: str
     score: str
@@ -50,28 +42,41 @@ def column(score: str, method: str) -> str:
 
 
 class Score(TypedDict):
-    """A score and, if it is a mean, its 95 % confidence interval."""
+    """A score, its 95 % confidence interval if it is a mean, and how many images count if not all of the test set."""
 
     value: float
     low: NotRequired[float]
     high: NotRequired[float]
     n: NotRequired[int]
-    """Images that count, if not all of the test set."""
+
+
+class Checkpoint(TypedDict):
+    """The control that was scored, and the digest of its weights."""
+
+    path: str | None
+    step: int
+    digest: str
+
+
+class Provenance(TypedDict):
+    """Where scores come from: command, checkpoint, identity of the inverter, sampling, code and data."""
+
+    command: str
+    date: str
+    checkpoint: Checkpoint
+    model: dict[str, Any]
+    sampling: dict[str, Any]
+    code: dict[str, Any]
+    shards: dict[str, str]
 
 
 class Document(TypedDict):
     """The content of `metrics.json`."""
 
-    samples: dict[str, int]
-    """Images that count, by test set or group."""
-    scores: dict[str, dict[str, dict[str, Score]]]
-    """By test set or group, method and score."""
-    notes: list[str]
-    """Missing scores, and the reasons."""
+    samples: dict[str, int]  # images that count, by test set or group
+    scores: dict[str, dict[str, dict[str, Score]]]  # by test set or group, method and score
+    notes: list[str]  # missing scores, and the reasons
     provenance: Provenance
-
-
-DOCUMENT = TypeAdapter(Document)
 
 
 def by_name(document: Document) -> dict[Name, Score]:
@@ -86,23 +91,16 @@ def by_name(document: Document) -> dict[Name, Score]:
 
 @dataclass
 class Results:
-    """All scores of an evaluation."""
+    """All scores of an evaluation; for the other attributes see `Document`."""
 
     values: dict[Name, Estimate] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    """Images that count, by test set or group."""
     notes: list[str] = field(default_factory=list)
-    """Missing scores, and the reasons."""
-    provenance: Provenance | None = None
-    """Provenance of the scores; None if they are not written."""
+    provenance: Provenance | None = None  # if the scores are not written
 
     def derive(self) -> None:
-        """Add scores that follow from others.
-
-        `cosine_calibrated` of a method is the position of its cosine between floor and ceiling, if the ceiling is
-        higher. `cosine_difference` and `agreement@1_difference` of a method are the inverter's score minus its own.
-        """
-        for test_set, prefix, score in product(self.counts, PREFIXES, COMPARED):
+        """Add `cosine_calibrated` (0 for the floor, 1 for the ceiling) and `<score>_difference` to other methods."""
+        for test_set, prefix, score in product(self.counts, ("", "judge_"), COMPARED):
             names = {method: Name(test_set, f"{prefix}{score}", method) for method in self.methods}
             found = {method: self.values[name] for method, name in names.items() if name in self.values}
             floor, ceiling, inverter = (found.get(method) for method in (FLOOR, CEILING, INVERSION))
@@ -116,8 +114,9 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """All methods that have scores, in the order of tables."""
-        return ordered(dict.fromkeys(name.method for name in self.values))
+        """In the order of tables."""
+        names = dict.fromkeys(name.method for name in self.values)
+        return [name for name in LABELS if name in names] + [name for name in names if name not in LABELS]
 
     @property
     def scores(self) -> dict[Name, Score]:
@@ -129,26 +128,19 @@ class Results:
 
     @property
     def document(self) -> Document:
-        """The content of `metrics.json`."""
         scores: dict[str, dict[str, dict[str, Score]]] = {}
         for name, found in self.scores.items():
             scores.setdefault(name.test_set, {}).setdefault(name.method, {})[name.score] = found
-        return {
-            "samples": self.counts,
-            "scores": scores,
-            "notes": self.notes,
-            "provenance": cast(Provenance, self.provenance),
-        }
+        provenance = cast(Provenance, self.provenance)
+        return {"samples": self.counts, "scores": scores, "notes": self.notes, "provenance": provenance}
 
     def files(self) -> dict[str, bytes]:
         """`metrics.json` and `scores.csv`."""
         rows = io.StringIO()
-        writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["test_set", "method", "score", "value", "low", "high", "n"])
+        writer = csv.DictWriter(rows, ["test_set", "method", "score", "value", "low", "high", "n"], lineterminator="\n")
+        writer.writeheader()
         for name, found in self.scores.items():
-            interval = (found.get("low", ""), found.get("high", ""))
-            size = found.get("n", self.counts[name.test_set])
-            writer.writerow([name.test_set, name.method, name.score, found["value"], *interval, size])
+            writer.writerow({**name._asdict(), "n": self.counts[name.test_set], **found})
         return {METRICS: (json.dumps(self.document, indent=2) + "\n").encode(), SCORES: rows.getvalue().encode()}
 
     def table(self) -> list[list[str]]:
@@ -157,11 +149,10 @@ class Results:
         extra = sorted({name.score for name in self.values if name.score.startswith(("fd_", "fid"))})
         columns = [name for name in (*HEADLINES, *extra) if any(key.score == name for key in self.values)]
         table = [["test set", "n", "method", *columns]]
-        for test_set in (name for name in self.counts if "/" not in name):
-            for method in self.methods:
-                cells = [cell(scores.get(Name(test_set, score, method))) for score in columns]
-                if any(cells):
-                    table.append([test_set, str(self.counts[test_set]), label(method), *cells])
+        for test_set, method in product((name for name in self.counts if "/" not in name), self.methods):
+            cells = [cell(scores.get(Name(test_set, score, method))) for score in columns]
+            if any(cells):
+                table.append([test_set, str(self.counts[test_set]), label(method), *cells])
         return table
 
 
@@ -186,27 +177,26 @@ def cell(score: Score | None) -> str:
 
 def aligned(table: list[list[str]]) -> str:
     """A table for the terminal: the first row is its head."""
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def read_document(path: Path, option: str) -> Document:
-    """Read a `metrics.json`, which `option` has named.
-
-    Raises:
-        UserError: It cannot be read, or holds something else.
-    """
-    advice = "Test again with the Evaluation callback."
+def validated(kind: TypeAdapter[Any], path: Path, option: str, advice: str) -> Any:
+    """Read a JSON file of a certain content; see `read_bytes`."""
     contents = read_json(path, option, advice)
     try:
-        return DOCUMENT.validate_python(contents)
+        return kind.validate_python(contents)
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"[{str(step)[:50]!r}]" for step in first["loc"])
-        raise UserError(
-            f"{option}: '{path}' holds no scores, or those of an earlier version ({place}: {first['msg']}). {advice}"
-        ) from error
+        reason = f"{'/'.join(map(repr, first['loc']))[:200]}: {first['msg']}"
+        raise UserError(f"{option}: '{path}' does not hold what this version writes ({reason}). {advice}") from error
+
+
+def read_document(path: Path, option: str) -> Document:
+    """Read a `metrics.json`; see `validated`."""
+    document: Document = validated(TypeAdapter(Document), path, option, "Test again with the Evaluation callback.")
+    return document
 
 
 def samples_path(root: Path, test_set: str) -> Path:
@@ -217,24 +207,18 @@ def samples_path(root: Path, test_set: str) -> Path:
 def read_samples(root: Path, group: str, test_sets: Iterable[str]) -> Any:
     """The scores of each image of a test set or group, as a table of pyarrow.
 
-    Args:
-        root: The folder of a run.
-        group: The test set or group.
-        test_sets: All test sets of the run: its folder may hold tables of earlier ones.
+    `test_sets` are all of the run, whose folder `root` may hold tables of earlier ones too.
     """
-    paths = [samples_path(root, test_set) for test_set in test_sets if f"{test_set}/".startswith(f"{group}/")]
-    tables = [_table(path) for path in paths if path.is_file()]
+    tables = []
+    for path in (samples_path(root, test_set) for test_set in test_sets if f"{test_set}/".startswith(f"{group}/")):
+        try:
+            tables += [parquet.read_table(path)] if path.is_file() else []
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"'{path}' is damaged or holds no scores of samples ({reason}). Test again.") from error
     if not tables:
         raise UserError(f"there are no scores of the samples of '{group}' in '{root / SAMPLES}'. Test again.")
     return pyarrow.concat_tables(tables, promote_options="permissive")
-
-
-def _table(path: Path) -> Any:
-    try:
-        return parquet.read_table(path)
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"'{path}' is damaged or holds no scores of samples ({reason}). Test again.") from error
 
 
 def samples_file(columns: Mapping[str, Any]) -> bytes:

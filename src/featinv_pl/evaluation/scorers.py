@@ -10,60 +10,65 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.methods import FLOOR, INVERSION, ORIGINAL
 from featinv_pl.metrics.agreement import Agreement, AttackSuccess, ConditionalAgreement, LabelAccuracy
-from featinv_pl.metrics.diversity import MapDiversity, PixelDiversity
-from featinv_pl.metrics.frechet import FrechetDistance
-from featinv_pl.metrics.kernel import KernelDistance
-from featinv_pl.metrics.pixels import PerceptualDistance, PixelSimilarity
+from featinv_pl.metrics.distances import Distance, FrechetDistance, KernelDistance
 from featinv_pl.metrics.sample_metric import SampleMetric
-from featinv_pl.metrics.similarity import MapSimilarity
+from featinv_pl.metrics.similarity import Diversity, MapSimilarity, PerceptualDistance, PixelSimilarity
 from featinv_pl.metrics.weights import INCEPTION_FEATURES, Inception, Lpips, Weights
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.runtime.ranks import agree
 
+Scored = SampleMetric | Distance
 Classes = Sequence[int] | None
 """Labels of the classes of a test set, where they are a part of the classifier's."""
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A network and the metrics that compare its outputs."""
+    """A network and the metrics that compare its outputs.
+
+    Args:
+        prefix: Of the names of its scores.
+        create: Makes new metrics for a test set.
+        observe: From images to an observation; None for the inverter's classifier, which has classified them already.
+        classifies: Whether an observation has logits.
+    """
 
     prefix: str
-    """Of the names of its scores."""
-    create: Callable[[Classes], list[Metric]]
-    """Makes new metrics for a test set."""
+    create: Callable[[Classes], list[Scored]]
     observe: Callable[[Tensor], Mapping[str, Any]] | None = None
-    """From images to an observation; None for the inverter's classifier, which has classified them already."""
     classifies: bool = False
 
-    def metrics(self, method: str, classes: Classes) -> list[Metric]:
+    def metrics(self, method: str, classes: Classes) -> list[Scored]:
         """New metrics for a method."""
         made = self.create(classes)
-        if method == FLOOR:  # another image of a set is an image of that set: it has no distance between sets
-            made = [metric for metric in made if isinstance(metric, SampleMetric)]
         if method == ORIGINAL:  # it agrees with itself, but not always with its label
             return [metric for metric in made if isinstance(metric, LabelAccuracy | AttackSuccess)]
+        left_out: tuple[type[Scored], ...] = (AttackSuccess,)
+        if method == FLOOR:  # another image of a set is an image of that set: it has no distance between sets
+            left_out += (Distance,)
         if method != INVERSION:
-            made = [metric for metric in made if not isinstance(metric, PixelDiversity | MapDiversity)]
-        return [metric for metric in made if not isinstance(metric, AttackSuccess)]
+            left_out += (Diversity,)
+        return [metric for metric in made if not isinstance(metric, left_out)]
 
 
 def classifier_scorer(classifier: Backbone, replicates: int, diverse: bool) -> Scorer:
     """The inverter's classifier, which compares several samples of each feature map too if the test is `diverse`."""
-    channels, name = classifier.feature_shape[0], _network_name(classifier)
+    # The name of the architecture in timm, and of the weights if they are its own.
+    config = classifier.model.pretrained_cfg
+    parts = [config["architecture"], "" if Path(classifier.name).is_dir() else config.get("tag")]
+    channels, name = classifier.feature_shape[0], re.sub(r"[^\w-]", "-", "-".join(filter(None, parts)))
 
-    def create(classes: Classes) -> list[Metric]:
-        made: list[Metric] = [MapSimilarity(replicates), PixelSimilarity(replicates)]
+    def create(classes: Classes) -> list[Scored]:
+        made: list[Scored] = [MapSimilarity(replicates), PixelSimilarity(replicates)]
         if classifier.classifies:
             made += [Agreement(replicates), LabelAccuracy(replicates, classes)]
             made += [ConditionalAgreement(replicates), AttackSuccess(replicates)]
         if diverse:
-            made += [PixelDiversity(replicates), MapDiversity(replicates)]
+            made += [Diversity(replicates)]
         return [*made, FrechetDistance(channels, f"fd_{name}"), KernelDistance(channels, f"kd_{name}")]
 
     return Scorer("", create, classifies=classifier.classifies)
@@ -72,7 +77,7 @@ def classifier_scorer(classifier: Backbone, replicates: int, diverse: bool) -> S
 def judge_scorer(judge: Backbone, replicates: int) -> Scorer:
     """The held-out classifier."""
 
-    def create(classes: Classes) -> list[Metric]:
+    def create(classes: Classes) -> list[Scored]:
         return [MapSimilarity(replicates), *([Agreement(replicates)] if judge.classifies else [])]
 
     return Scorer("judge_", create, judge.classify, judge.classifies)
@@ -83,24 +88,25 @@ def published_scorers(
 ) -> list[Scorer]:
     """The networks whose published weights define `fid`, `kid` and `lpips`; `note` is told why one is missing."""
 
-    def distances(_: Classes) -> list[Metric]:
+    def distances(_: Classes) -> list[Scored]:
         return [FrechetDistance(INCEPTION_FEATURES, "fid"), KernelDistance(INCEPTION_FEATURES, "kid")]
 
     found = []
-    if (features := _published("fid and kid", Inception, inception, "inception", device, note)) is not None:
+    if (features := _published("fid and kid", Inception, inception, "inception", note)) is not None:
+        features.to(device)
         found.append(Scorer("", distances, lambda images: {"features": features(images)}))
-    if (distance := _published("lpips", Lpips, alexnet, "alexnet", device, note)) is not None:
-        metric = partial(PerceptualDistance, distance, replicates)
+    if (distance := _published("lpips", Lpips, alexnet, "alexnet", note)) is not None:
+        metric = partial(PerceptualDistance, distance.to(device), replicates)
         found.append(Scorer("", lambda _: [metric()], lambda images: {"images": images}))
     return found
 
 
 def _published(
-    scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, device: Any, note: Callable[[str], None]
+    scores: str, kind: Callable[..., nn.Module], weights: Weights, option: str, note: Callable[[str], None]
 ) -> nn.Module | None:
     """A network of published weights, on all ranks or on none: some alone would wait for the others' scores."""
     try:
-        return agree(lambda: kind(weights, f"`{option}`")).to(device)
+        return agree(lambda: kind(weights, f"`{option}`"))
     except UserError as error:
         if isinstance(weights, Path):
             raise
@@ -108,10 +114,3 @@ def _published(
         if weights is not None:  # requested, so say so before a long test and not only after it
             rank_zero_only(logging.getLogger("featinv_pl").warning)("Note: no %s: %s", scores, error)
         return None
-
-
-def _network_name(classifier: Backbone) -> str:
-    """The name of the architecture in timm, and of the weights if they are its own, as part of a score's name."""
-    config = classifier.model.pretrained_cfg
-    parts = [config["architecture"], "" if Path(classifier.name).is_dir() else config.get("tag")]
-    return re.sub(r"[^\w-]", "-", "-".join(part for part in parts if part))

@@ -9,7 +9,7 @@ from featinv_pl.metrics.sample_metric import SampleMetric
 
 
 class Agreement(SampleMetric):
-    """Agreement of predictions.
+    """Agreement of predictions, by logits (B, K).
 
     `agreement@1` and `agreement@5`: the share of samples with the original's top-1 class in the reconstruction's top 1
     and top 5. `overlap@5`: the share that the two top-5 sets have in common. With fewer than five classes, five stands
@@ -21,14 +21,13 @@ class Agreement(SampleMetric):
     reads = ("logits", "logits")
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
-        """Compare logits (B, K)."""
         theirs, ours = (logits.topk(min(5, target.shape[1])).indices for logits in (target, preds))
         same = (ours.unsqueeze(1) == theirs.unsqueeze(2)).double()  # by rank of theirs and of ours
         return torch.stack([same[:, 0, 0], same[:, 0].sum(1), same.sum(2).mean(1)], dim=1)
 
 
 class LabelAccuracy(SampleMetric):
-    """The share of samples whose reconstruction is classified as its label says.
+    """The share of samples whose reconstruction is classified as its label says, by logits (B, K) and labels (B,).
 
     `label@1` is taken over the classes of the test set, as is published for ImageNet-A and -R, which have 200 of a
     classifier's 1000; `label@1_all` over all classes of the classifier. Samples without a label (-1), or with a label
@@ -48,7 +47,6 @@ class LabelAccuracy(SampleMetric):
         self.classes = classes
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
-        """Compare logits (B, K) with labels (B,)."""
         classes = torch.arange(preds.shape[1]) if self.classes is None else torch.tensor(self.classes)
         among = classes.to(preds.device)[preds[:, classes].argmax(1)]
         hits = torch.stack([among, preds.argmax(1)], dim=1) == target.unsqueeze(1)
@@ -64,8 +62,8 @@ class ConditionalAgreement(SampleMetric):
     the classifier knows do not count.
 
     `agreement@1_fooled`, `label@1_fooled` and `agreement@1_resisted` are the same of adversarial images with which
-    the attack succeeded, and of those with which it did not. An attack needs no label, so agreement counts those
-    without one.
+    the attack succeeded, and of those with which it did not (1 and 0; NaN for others). An attack needs no label, so
+    agreement counts those without one.
     """
 
     names = (
@@ -77,20 +75,13 @@ class ConditionalAgreement(SampleMetric):
     reads = ("logits", ("logits", "labels", "fooled"))
 
     def score(self, preds: Tensor, target: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Compare logits (B, K) with the original's logits, labels (B,), and whether it is fooled: 1, 0 or NaN."""
         logits, labels, fooled = target
         known = _known(labels, logits)
         wrong = (logits.argmax(1) != labels).double().where(known, torch.nan)
         agrees, hits = ((preds.argmax(1) == wanted).double() for wanted in (logits.argmax(1), labels))
-        hits = hits.where(known, torch.nan)
-        return torch.stack(
-            [
-                value.where(condition == given, torch.nan)
-                for condition in (wrong, fooled)
-                for value, given in ((agrees, 0), (agrees, 1), (hits, 1))
-            ],
-            dim=1,
-        )
+        cases = ((agrees, 0), (agrees, 1), (hits.where(known, torch.nan), 1))
+        columns = [value.where(one == given, torch.nan) for one in (wrong, fooled) for value, given in cases]
+        return torch.stack(columns, dim=1)
 
 
 class AttackSuccess(SampleMetric):
@@ -102,7 +93,6 @@ class AttackSuccess(SampleMetric):
     reads = ("logits", "fooled")
 
     def score(self, preds: Tensor, target: Tensor) -> Tensor:
-        """Whether each original was fooled: 1, 0 or NaN, (B,); its logits do not matter."""
         return target.double().unsqueeze(1)
 
 

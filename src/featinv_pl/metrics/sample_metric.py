@@ -14,9 +14,7 @@ from featinv_pl.types import key_hash
 
 
 class SampleMetric(Metric):
-    """Scores of single samples, averaged over samples.
-
-    NaN and Inf do not count, such as the accuracy of a sample without a label.
+    """Scores of single samples, averaged over those where they are finite.
 
     The state holds the mean and that of each replicate of a Poisson bootstrap (Chamandy et al., Estimating
     uncertainty for massive data streams, 2012): in a replicate, a sample counts as often as a Poisson variable of
@@ -28,6 +26,9 @@ class SampleMetric(Metric):
         replicates: How often to resample; 0 is the mean alone.
 
     Attributes:
+        names: The scores; `shares` are those that are 0 or 1 for every sample, so that their means are shares.
+        listed: Whether the table of samples lists them; those that follow from others are not listed.
+        reads: Which entry or entries of the reconstruction, and which of the original, the metric compares.
         latest: (B, number of scores), the values of the last batch.
         sizes: Since `compute`, how many samples count for each score.
     """
@@ -35,11 +36,8 @@ class SampleMetric(Metric):
     full_state_update = False
     names: ClassVar[tuple[str, ...]]
     shares: ClassVar[tuple[str, ...]] = ()
-    """Scores that are 0 or 1 for every sample, so that their means are shares."""
     listed: ClassVar[bool] = True
-    """Whether the table of samples lists them; those that follow from others are not listed."""
-    reads: ClassVar[tuple[str, str | tuple[str, ...]]]
-    """Which entry of the reconstruction, and which one or ones of the original, the metric compares."""
+    reads: ClassVar[tuple[str | tuple[str, ...], str | tuple[str, ...]]]
     sums: Tensor
     counts: Tensor
     latest: Tensor
@@ -53,29 +51,22 @@ class SampleMetric(Metric):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     @abstractmethod
-    def score(self, preds: Tensor, target: Any) -> Tensor:
+    def score(self, preds: Any, target: Any) -> Tensor:
         """Scores (B, number of scores), float64, of reconstructions (B, ...) and what `reads` says of the originals."""
 
-    def update(
-        self, preds: Tensor, target: Any, keys: Sequence[str] | None = None, partners: Sequence[str] | None = None
-    ) -> None:
-        """Add a batch.
+    def update(self, preds: Any, target: Any, keys: Sequence[str] = (), partners: Sequence[str] | None = None) -> None:
+        """Add a batch, as for `score`. The keys of its samples seed the bootstrap.
 
-        Args:
-            preds: Of reconstructions, as for `score`.
-            target: Of originals, as for `score`.
-            keys: Names of the samples, which seed the bootstrap.
-            partners: Names of the images in `preds`, if these are other images of the set, shared by samples: they are
-                resampled too (the pigeonhole bootstrap of Owen, 2007).
+        `partners` are the keys of the images in `preds`, if these are other images of the set, shared by samples: they
+        are resampled too (the pigeonhole bootstrap of Owen, 2007).
         """
         self.latest = self.score(preds, target)
         finite = self.latest.isfinite()
-        weights = torch.ones(len(preds), 1 + self.replicates, dtype=torch.float64)
+        weights = torch.ones(len(finite), 1 + self.replicates, dtype=torch.float64)
         if self.replicates:
-            assert keys is not None
-            weights[:, 1:] = poisson_weights(tuple(keys), self.replicates)
-            if partners is not None:
-                weights[:, 1:] *= poisson_weights(tuple(partners), self.replicates)
+            for names in (keys, partners):
+                if names is not None:
+                    weights[:, 1:] *= poisson_weights(tuple(names), self.replicates)
         weights = weights.to(self.latest.device)
         self.sums += weights.T @ self.latest.where(finite, 0)
         self.counts += weights.T @ finite.double()
@@ -93,8 +84,5 @@ def poisson_weights(keys: tuple[str, ...], replicates: int) -> Tensor:
 
     Each row is a function of its key alone. Kept for the last batch and its partners, whose metrics share it.
     """
-    return torch.from_numpy(np.stack([_poisson(key, replicates) for key in keys])).double()
-
-
-def _poisson(key: str, replicates: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.random.Generator(np.random.SFC64(key_hash(key))).poisson(1.0, replicates)
+    rngs = (np.random.Generator(np.random.SFC64(key_hash(key))) for key in keys)
+    return torch.from_numpy(np.stack([rng.poisson(1.0, replicates) for rng in rngs])).double()

@@ -3,7 +3,7 @@
 import hashlib
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.request import urlopen
 
 import torch
@@ -44,8 +44,7 @@ class Inception(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048) of images (B, 3, H, W) in [-1, 1]."""
-        features: Tensor = self.network(to_uint8(images))
-        return features
+        return cast(Tensor, self.network(to_uint8(images)))
 
 
 class Lpips(nn.Module):
@@ -65,48 +64,33 @@ class Lpips(nn.Module):
     @torch.no_grad()
     def forward(self, preds: Tensor, target: Tensor) -> Tensor:
         """Distances (B,) of images (B, 3, H, W) in [-1, 1]."""
-        distances: Tensor = self.network(preds, target)
-        return distances.reshape(-1)
+        return cast(Tensor, self.network(preds, target)).reshape(-1)
 
 
 def find(url: str, weights: Weights, option: str) -> Path:
     """The file of weights that are published at a URL, checked by the beginning of its SHA-256 in its name.
 
-    Args:
-        url: Where it is published.
-        weights: Where it is.
-        option: Names that argument in errors.
-
     Raises:
-        UserError: It is missing, cannot be downloaded, or is not what was published.
+        UserError: It is missing, cannot be downloaded, or is not what was published; `option` names `weights` there.
     """
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    kept, published = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name, Path(url).stem.rpartition("-")[2]
     shown = Path("~", kept.relative_to(Path.home())) if kept.is_relative_to(Path.home()) else kept
-    by_hand = f"Download {url} and save it as '{shown}', or set {option} to its path"
-    if isinstance(weights, Path):
-        if not weights.is_file():
-            raise UserError(f"{option}: there is no file '{weights}'. {by_hand}.")
-    elif not kept.is_file():
-        if weights is None:
-            raise UserError(
-                f"'{kept.name}' has not been downloaded yet. Set {option} to `download`. Without a network: {by_hand}."
-            )
+    by_hand = f"Download {url} and save it as '{shown}', or set {option} to its path."
+    if weights == "download" and not kept.is_file():
         try:
             urlopen(url, timeout=PATIENCE).close()  # torch's download would wait for minutes
             kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(kept), hash_prefix=_digest_start(url))
+            torch.hub.download_url_to_file(url, str(kept), hash_prefix=published)
         except (OSError, HTTPException, RuntimeError) as error:
-            raise UserError(f"{option}: the download failed ({error}). {by_hand}.") from error
+            raise UserError(f"{option}: the download failed ({error}). {by_hand}") from error
     path = weights if isinstance(weights, Path) else kept
+    if not path.is_file():
+        raise UserError(f"there is no file '{path}'. Set {option} to `download`. Without a network: {by_hand}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(_digest_start(url)):
+    if not digest.startswith(published):
         raise UserError(
             f"{option}: '{path}' is not the published file: its SHA-256 starts with {digest[:8]} instead of "
-            f"{_digest_start(url)}. {by_hand}."
+            f"{published}. {by_hand}"
         )
     return path
-
-
-def _digest_start(url: str) -> str:
-    return Path(url).stem.rpartition("-")[2]

@@ -4,7 +4,7 @@ import base64
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,7 +38,7 @@ class Section:
     text: str = ""
     rows: Sequence[Sequence[Tile]] = ()
     plot: Callable[[Axes], Any] | None = None
-    table: Sequence[Sequence[str]] = field(default=())
+    table: Sequence[Sequence[str]] = ()
 
 
 class Report(ABC):
@@ -52,15 +52,13 @@ class Report(ABC):
 
     @property
     @abstractmethod
-    def lead(self) -> str:
-        """The first paragraph: what is shown, and what was measured."""
+    def lead(self) -> str: ...  # the first paragraph: what is shown, and what was measured
 
     @abstractmethod
     def sections(self) -> list[Section]: ...
 
     @abstractmethod
-    def facts(self) -> dict[str, Any]:
-        """All measurements, for JSON."""
+    def facts(self) -> dict[str, Any]: ...  # all measurements, for JSON
 
     def figure(self) -> Figure:
         """Pictures and plots as one figure."""
@@ -83,8 +81,7 @@ class Report(ABC):
                     axes.set_xlabel(tile.caption, fontsize="x-small", color=RED if tile.flagged else "black")
         return figure
 
-    def _repr_png_(self) -> bytes:
-        """The figure, as a notebook shows it."""
+    def _repr_png_(self) -> bytes:  # what a notebook shows
         return figure_png(self.figure())
 
     def save(self, folder: Path) -> None:
@@ -104,30 +101,22 @@ def plot_probabilities(axes: Axes, x: Sequence[float], lines: Mapping[str, Tenso
     axes.legend(fontsize="small", title="class")
 
 
-def _height(section: Section) -> float:
-    """In inches."""
+def _height(section: Section) -> float:  # in inches
     lines = sum(max(tile.caption.count("\n") + 1 for tile in row) for row in section.rows)
     return 0.4 + TILE * len(section.rows) + TEXT * lines + (PLOT if section.plot else 0)
 
 
 def render(template: str, **values: Any) -> str:
     """Fill one of the templates of this folder."""
-    loader = PackageLoader("featinv_pl.pages", ".")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"picture_uri": picture_uri, "plot_uri": _plot_uri}
+    loader, blocks = PackageLoader("featinv_pl.pages", "."), {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    environment.filters |= {"picture_uri": lambda one: data_uri(picture_png(one)), "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)
 
 
 def data_uri(data: bytes) -> str:
     """A PNG within a page."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
-
-
-def picture_uri(picture: Image.Image) -> str:
-    """A picture within a page."""
-    return data_uri(picture_png(picture))
 
 
 def _plot_uri(section: Section) -> str:

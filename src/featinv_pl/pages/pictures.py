@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -19,6 +18,7 @@ from featinv_pl.errors import UserError
 
 HEAT = colormaps["magma"]
 OPACITY = 0.6  # of a heat map at its hottest
+_info = cache(ImageNetInfo)
 
 
 def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
@@ -26,9 +26,8 @@ def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
     try:
         return open_image(path)
     except NoImageError as error:
-        raise UserError(
-            f"{option}: '{path}' cannot be read as a picture ({error}). Leave it out or replace it."
-        ) from error
+        advice = "Leave it out or replace it."
+        raise UserError(f"{option}: '{path}' cannot be read as a picture ({error}). {advice}") from error
 
 
 def picture_png(picture: Image.Image) -> bytes:
@@ -41,7 +40,7 @@ def picture_png(picture: Image.Image) -> bytes:
 def figure_png(figure: Figure) -> bytes:
     """A figure as PNG."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -56,11 +55,6 @@ def class_name(index: int, num_classes: int) -> str:
     subset = infer_imagenet_subset({"num_classes": num_classes})
     words = _info(subset).index_to_description(index).split(",")[0] if subset else ""
     return f"{index} {words}".strip()
-
-
-@cache
-def _info(subset: str) -> ImageNetInfo:
-    return ImageNetInfo(subset)
 
 
 def prediction(logits: Tensor) -> str:
