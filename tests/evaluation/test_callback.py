@@ -96,7 +96,7 @@ def write_like(
     """Write the first samples of a set, under other labels if these are given."""
     samples = ShardSet(original, folder.name, "")
     given = [samples[index] | ({} if label is None else {"labels": label}) for index, label in enumerate(labels)]
-    batch: Any = collate_samples(given) | ({} if fooled is None else {"fooled": torch.tensor(fooled)})  # type: ignore[arg-type]
+    batch: Any = collate_samples(given) | ({} if fooled is None else {"fooled": torch.tensor(fooled)})
     manifest = write_set(folder, batch)
     settings: Any = {**manifest["settings"], **more}
     write_manifest(folder, {**manifest, "settings": settings, "provenance": samples.manifest["provenance"]})

@@ -89,8 +89,8 @@ class Evaluation(Callback):
         if self.dry_run and stage == "test":
             self.sizes = trainer.datamodule.test_first_set_only()
 
-    def _start(self, trainer: Any, module: Any) -> None:
-        data, inverter, stage = trainer.datamodule, module.inverter, "test" if trainer.testing else "validate"
+    def _start(self, trainer: Any, pl_module: Any) -> None:
+        data, inverter, stage = trainer.datamodule, pl_module.inverter, "test" if trainer.testing else "validate"
         samplers, num_samples = (self.samplers, self.num_samples) if trainer.testing else ({}, 1)
         if self.sizes is not None:
             self.reconstructions = Reconstructions(inverter, samplers, num_samples)
@@ -112,7 +112,7 @@ class Evaluation(Callback):
             baselines = from_training_shards(trainer, inverter, data, self.baselines, note)
             cache = ImageCache(self.root, {**inverter.identity(), **how})
         if self.writes:
-            self.results.provenance = _provenance(trainer, module, samplers, how)
+            self.results.provenance = _provenance(trainer, pl_module, samplers, how)
         self.reconstructions = Reconstructions(inverter, samplers, num_samples, baselines, cache)
         scorers = self._scorers(inverter, num_samples > 1)
         lossy = [name for name, one in test_sets.items() if one.manifest["settings"]["image_format"] == "jpg"]
@@ -136,7 +136,9 @@ class Evaluation(Callback):
             found.append(judge_scorer(self.judge.to(inverter.device), count))
         return found + published_scorers(self.inception, self.alexnet, count, inverter.device, note)
 
-    def _update(self, trainer: Any, module: Any, outputs: Any, batch: Batch, *_: Any) -> None:
+    def _update(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         with trainer.precision_plugin.forward_context():
             if self.sizes is not None:
                 start = time.perf_counter()
@@ -149,7 +151,7 @@ class Evaluation(Callback):
         if self.num_images:
             self.pictures.update(batch, made)
 
-    def _finish(self, trainer: Any, module: Any) -> None:
+    def _finish(self, trainer: Any, pl_module: Any) -> None:
         """Close all test sets, and give the scores to loggers, to callbacks that monitor one, and to the caller."""
         if self.sizes is not None:
             return
@@ -162,9 +164,9 @@ class Evaluation(Callback):
                 logger.log_metrics(logged, self.step)
             own = (name for name in found if name.method == INVERSION and "/" not in name.test_set)
             logged = {str(name): found[name]["value"] for name in own if self.training or name.score in HEADLINES}
-        module.log_dict(logged, sync_dist=True)  # the same on all ranks, but without this Lightning warns of each
+        pl_module.log_dict(logged, sync_dist=True)  # the same on all ranks, but without this Lightning warns of each
 
-    def _end(self, trainer: Any, module: Any) -> None:
+    def _end(self, trainer: Any, pl_module: Any) -> None:
         if self.sizes is not None:
             if trainer.is_global_zero:
                 print(f"\n{self._hours(self.sizes, trainer.world_size)}")

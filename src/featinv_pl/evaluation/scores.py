@@ -20,6 +20,7 @@ from featinv_pl.evaluation.scorers import Classes, Scored, Scorer
 from featinv_pl.files import write_bytes
 from featinv_pl.metrics.distances import Distance, FrechetDistance
 from featinv_pl.metrics.estimates import Estimate, ImageSums, ratios
+from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.runtime.ranks import agree, of_all_ranks
 from featinv_pl.types import Batch
 
@@ -67,12 +68,10 @@ class Tally:
                         for side, names in zip((preds, target), metric.reads, strict=True)
                     )
                     metric.update(ours, theirs, batch["key"], reconstruction.get("partners"))
-                    listed = zip(metric.names, metric.latest.T.tolist(), strict=True) if metric.listed else ()
-                    columns |= {
-                        column(f"{scorer.prefix}{name}", method): values
-                        for name, values in listed
-                        if name != "label@1_all" or self.classes is not None
-                    }
+                    if isinstance(metric, SampleMetric) and metric.listed:
+                        for name, values in zip(metric.names, metric.latest.T.tolist(), strict=True):
+                            if name != "label@1_all" or self.classes is not None:
+                                columns[column(f"{scorer.prefix}{name}", method)] = values
         for name, values in columns.items():
             self.columns.setdefault(name, []).extend(values)
 

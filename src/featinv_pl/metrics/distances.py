@@ -17,7 +17,6 @@ class Distance(Metric):
     """
 
     full_state_update = False
-    listed: ClassVar[bool] = False
     reads: ClassVar[tuple[str, str]] = ("features", "features")
 
     def __init__(self, num_features: int, name: str) -> None:

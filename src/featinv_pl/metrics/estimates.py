@@ -141,7 +141,7 @@ def estimates(
     with np.errstate(divide="ignore", invalid="ignore"):
         means = totals[0] / totals[1]
     return [
-        Estimate.of_share(values, int(column.sum()), np.count_nonzero(column))
+        Estimate.of_share(values, int(column.sum()), int(np.count_nonzero(column)))
         if share
         else Estimate(values, int(column.sum()))
         for values, column, share in zip(means.T, counts.T, shares, strict=True)

@@ -108,8 +108,10 @@ def _height(section: Section) -> float:  # in inches
 
 def render(template: str, **values: Any) -> str:
     """Fill one of the templates of this folder."""
-    loader, blocks = PackageLoader("featinv_pl.pages", "."), {"trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **blocks)
+    loader = PackageLoader("featinv_pl.pages", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters |= {"picture_uri": lambda one: data_uri(picture_png(one)), "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)
 
