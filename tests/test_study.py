@@ -9,9 +9,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from featinv_pl.__main__ import main
-from smoke.targets import PROJECT, make, mark_done, started
-from tiny import extraction, inversion
+from smoke.targets import PROJECT, make, run_here, started
+from tiny import extraction, inversion, write
 
 TABLE = runpy.run_path(str(PROJECT / "experiments/study/table.py"))
 SCORES, Row, markdown = TABLE["SCORES"], TABLE["Row"], TABLE["markdown"]
@@ -30,41 +29,36 @@ def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
     options = {**evaluation["init_args"], "samplers": {"best": {"steps": 2, "best_of": 2}}}
     several = {"callbacks": [saver, {**evaluation, "init_args": options}]}
     inverter["data"]["init_args"]["test"] = {"val": "shards/val"}
-    Path("extract.yaml").write_text(yaml.safe_dump(extract))
-    Path("inverter.yaml").write_text(yaml.safe_dump(inverter))
+    less = {"trainer": {"max_steps": 1}, "model": {"init_args": {"adapt": {"train": "encoder"}}}}
     return {
         "folder": "study",
         "needs": [str(classifier_folder)],
-        "prepare": {"shards": {"command": "predict --config extract.yaml", "makes": ["shards"]}},
-        "config": "inverter.yaml",
+        "prepare": {
+            "shards": {"command": f"predict --config {write(Path('extract.yaml'), extract)}", "makes": ["shards"]}
+        },
+        "config": write(Path("inverter.yaml"), inverter),
         "source": "val",
         "seeds": [3],
-        "runs": {
-            "plain": {"set": {"trainer": several}},
-            "with less": {
-                "set": {"trainer": {"max_steps": 1}, "model": {"init_args": {"adapt": {"train": "encoder"}}}},
-                "adapts": "plain",
-            },
-        },
+        "runs": {"plain": {"set": {"trainer": several}}, "with less": {"set": less, "adapts": "plain"}},
     }
 
 
-def study(**options: str) -> str:
-    """Run `plan.yaml` by a target that does not begin with the demo."""
-    return make("study-cifar10", short=False, STUDY="plan.yaml", **options)
+def study(plan: dict[str, Any], flags: str = "") -> str:
+    """Run a plan by a target that does not begin with the demo."""
+    Path("plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    return make("study-cifar10", short=False, STUDY="plan.yaml", FLAGS=flags)
 
 
 def test_study(plan: dict[str, Any]) -> None:
-    Path("plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-    commands = started(study(FLAGS="--dry-run"))
-    assert sorted(command[0] for command in commands) == ["export", "fit", "fit", "predict", "test", "test"]
-    for command in commands:  # in this process, which has loaded the libraries
-        main(command)
-    mark_done(study(FLAGS="--summary"))
-    printed = study()
-    assert started(printed) == []
-    assert "| plain | best |" in printed
+    planned = study(plan, "--dry-run --printshellcmds")
+    assert sorted(command[0] for command in started(planned)) == ["export", "fit", "fit", "predict", "test", "test"]
+    run_here(planned)
+    # A change of a run runs it again, and not what it starts from.
+    plan["runs"]["with less"]["set"]["trainer"]["max_steps"] = 2
+    printed = study(plan, "--dry-run")
+    assert [command[0] for command in started(printed)] == ["fit", "test"]
 
+    assert "| plain | best |" in printed
     rows = json.loads(Path("study/study.json").read_text())
     assert [(row["run"], row["sampler"]) for row in rows] == [("plain", "own"), ("plain", "best"), ("with less", "own")]
     for row in rows:
@@ -82,28 +76,21 @@ def test_study(plan: dict[str, Any]) -> None:
     assert settings["model"]["init_args"]["adapt"] == {"control": "study/plain/3/model", "train": "encoder"}
     assert settings["trainer"]["max_steps"] == 1
 
-    # A change of a run runs it again, and not what it starts from.
-    plan["runs"]["with less"]["set"]["trainer"]["max_steps"] = 2
-    Path("plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
-    assert [command[0] for command in started(study(FLAGS="--dry-run"))] == ["fit", "test"]
-
 
 def test_a_failed_run_does_not_stop_the_others(plan: dict[str, Any]) -> None:
     """Of commands that take no time."""
     commands = {"b": "none", "a": "--version"}
-    plan |= {"prepare": {name: {"command": line, "makes": []} for name, line in commands.items()}, "runs": {}}
-    Path("plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    prepare = {name: {"command": line, "makes": []} for name, line in commands.items()}
     with pytest.raises(AssertionError, match="Error 1"):
-        study()
+        study({**plan, "prepare": prepare, "runs": {}})
     assert "there is no command 'none'" in Path("study/steps/b.log").read_text()
     assert "error" not in Path("study/steps/a.log").read_text()
     assert Path("study/study.md").exists()
 
 
 def test_a_study_says_what_it_needs(plan: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    Path("plan.yaml").write_text(yaml.safe_dump({**plan, "needs": ["nowhere"]}))
     with pytest.raises(AssertionError):
-        study()
+        study({**plan, "needs": ["nowhere"]})
     assert "The study needs 'nowhere'. Make it first" in capsys.readouterr().out
 
 
@@ -119,5 +106,3 @@ def test_table_says_mean_interval_and_what_part_of_the_gap_is_closed(tmp_path: P
     assert one[2] == "0.600"
     assert [line[-2:] for line in (authors, better, one)] == [["0%", "3"], ["50%", "3"], ["-100%", "1"]]
     assert set(none[2:-1]) == {""}
-    TABLE["plot"](rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

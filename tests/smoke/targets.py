@@ -6,6 +6,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from featinv_pl.__main__ import main
+
 PROJECT = Path(__file__).parents[2]
 TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "wandb-picture", "viz-digits", "dist", "matrix")
 """Those that run no file of `experiments` by itself; the demo and the studies do."""
@@ -37,10 +39,11 @@ def started(output: str) -> list[list[str]]:
     return [shlex.split(line) for line in re.findall(r"^Job \d+: featinv-pl (.*)$", output, re.MULTILINE)]
 
 
-def mark_done(output: str) -> None:
-    """Let a workflow take for done what its `--summary` lists."""
-    for line in output.splitlines():
-        path = Path(line.split("\t")[0])
-        if "steps" in path.parts:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("1\n")
+def run_here(planned: str) -> None:
+    """Do the steps of a dry run with `--printshellcmds` in this process, which has loaded the libraries."""
+    for line in re.findall(r"step\.sh (.*)$", planned, re.MULTILINE):
+        folder, name, digest, *rest = shlex.split(line)
+        main(rest[rest.index("featinv-pl") + 1 :])
+        done = Path(folder, "steps", f"{name}.{digest}")
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text("1\n")
