@@ -75,7 +75,7 @@ bench: demo-once  ## what training, sampling and starting cost, side by side wit
 bench-data: install  ## how fast shards are written and read on this machine, as ratios
 	PYTHONPATH=experiments:tests OMP_NUM_THREADS=1 $(BIN)/python -m bench.shards $(BRIEF) $(FLAGS)
 
-torture: install  ## kills, ranks that die, full disks and spoilt files, as one table: 17 minutes
+torture: install  ## kills, ranks that die, full disks and spoilt files, as one table, and slow tests: 20 minutes
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m torture $(BRIEF) $(FLAGS)
 	$(if $(SHORT),,OMP_NUM_THREADS=1 $(BIN)/pytest -m slow)
 

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -17,25 +16,32 @@ from torch import Tensor
 
 from featinv_pl.__main__ import main
 
+Capture = pytest.CaptureFixture[str]
 STEPS = 5  # of epochs of three
 PATIENCE_S = 1800.0  # far more than anything takes on a busy machine
 
 
 class Interrupt(Callback):
-    """Sends this process signals after a step or while that is validated; or its whole group, as a terminal does."""
+    """Sends this process signals after a step, a batch of predict, or while that is validated; or its whole group."""
 
     def __init__(self, numbers: list[int], step: int = 0, validating: bool = False, group: bool = False) -> None:
         self.numbers, self.step, self.validating, self.group = numbers, step, validating, group
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step and not self.validating and trainer.global_rank == trainer.world_size - 1:
-            self.on_predict_batch_end()
+            self._send()
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if trainer.global_step == self.step and self.validating:
-            self.on_predict_batch_end()
+            self._send()
 
-    def on_predict_batch_end(self, *args: Any) -> None:
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        if batch_idx == self.step:
+            self._send()
+
+    def _send(self) -> None:
         for number in self.numbers:
             if self.group:
                 assert multiprocessing.active_children(), "the loader has no workers"
@@ -91,14 +97,6 @@ class Spoil(Callback):
             next(one for one in module.parameters() if one.requires_grad).data.view(-1)[0] = torch.inf
 
 
-class FullDisk(Callback):
-    """Allows no file of more than 10 kB, from step 3 on."""
-
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
 def added(name: str, **arguments: Any) -> list[str]:
     """Options that add a callback of this module."""
     options = [f"--trainer.callbacks+={__name__}.{name}"]
@@ -127,7 +125,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def stopped(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int | str | None, str]:
+def stopped(args: list[str], capsys: Capture) -> tuple[int | str | None, str]:
     """The exit status of a command that does not come to its end, and its last line."""
     with pytest.raises(SystemExit) as caught:
         main(args)

@@ -20,6 +20,7 @@ def short(classifier_folder: Path, prior_folder: Path, shards: Path) -> dict[str
     settings["trainer"] |= {
         "max_steps": 5,
         "check_val_every_n_epoch": None,
+        "limit_val_batches": 2,
         "enable_progress_bar": False,
         "callbacks": [
             {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},

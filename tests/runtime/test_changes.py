@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
-from interrupts import assert_same, checkpoint, stopped
+from interrupts import Capture, assert_same, checkpoint, stopped
 from test_cli import files
 from tiny import write
 from trainings import short
@@ -84,13 +84,7 @@ def from_the_beginning(adam: dict[str, Any], schedule: dict[str, Any] | None, st
     ],
 )
 def test_changed_rates_hold_from_the_checkpoint_on(
-    schedule: Any,
-    optimizer: Any,
-    new_schedule: Any,
-    said: str | None,
-    old: Path,
-    fit: list[str],
-    capsys: pytest.CaptureFixture[str],
+    schedule: Any, optimizer: Any, new_schedule: Any, said: str | None, old: Path, fit: list[str], capsys: Capture
 ) -> None:
     """Each step is made with what a training with the new settings from its beginning makes it with."""
     new = [option("optimizer", optimizer), option("lr_scheduler", new_schedule), "--trainer.max_steps=4"]
@@ -101,9 +95,7 @@ def test_changed_rates_hold_from_the_checkpoint_on(
     assert f"from step 2 on, settings are other than before ({said}" in error if said else "other than" not in error
 
 
-def test_new_settings_hold_where_a_checkpoint_names_none(
-    old: Path, fit: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_new_settings_hold_where_a_checkpoint_names_none(old: Path, fit: list[str], capsys: Capture) -> None:
     found = checkpoint(str(old / "run-cycle/inversion.ckpt"))
     del found["settings"]  # as of a trainer of one's own
     torch.save(found, "old.ckpt")
@@ -122,16 +114,14 @@ REFUSED: list[tuple[list[str], str]] = [
 ]
 
 
-def test_what_would_make_another_training_of_it_is_refused(
-    old: Path, fit: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_would_make_another_training_of_it_is_refused(old: Path, fit: list[str], capsys: Capture) -> None:
     before, args = files(old), [*fit, option("optimizer", ADAM), f"--trainer.default_root_dir={old}/run"]
     for options, message in REFUSED:
         assert message in stopped([*args, *options, "--ckpt_path=last"], capsys)[1]
         assert files(old) == before
 
 
-def test_a_moving_average_comes_and_goes(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_moving_average_comes_and_goes(settings: dict[str, Any], capsys: Capture) -> None:
     average = settings["trainer"]["callbacks"].pop(0)
     args = ["fit", NO_VALIDATION, "--config", write(Path("without.yaml"), settings)]
     main([*args, "--trainer.default_root_dir=complete", "--trainer.max_steps=3"])
@@ -146,7 +136,7 @@ def test_a_moving_average_comes_and_goes(settings: dict[str, Any], capsys: pytes
     assert "current_model_state" in checkpoint()
 
 
-def test_changed_patience_holds(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_patience_holds(settings: dict[str, Any], capsys: Capture) -> None:
     stopping = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "mode": "max", "patience": 9}}
     settings["trainer"] |= {"callbacks": [*settings["trainer"]["callbacks"], stopping], "limit_val_batches": 1}
     args = ["fit", "--config", write(Path("fit.yaml"), settings)]

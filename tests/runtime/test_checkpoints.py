@@ -84,7 +84,7 @@ def test_leftovers_are_swept_up(tmp_path: Path) -> None:
 
 def test_the_newest_complete_one_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    folders = partial(list, [tmp_path])
+    folders: Any = partial(list, [tmp_path])
     assert find_checkpoint("last", folders) is None
     steps = [save(tmp_path / f"step={step}.ckpt", step) for step in (1, 2, 10)]
     assert find_checkpoint("last", folders) == find_checkpoint(str(tmp_path), list) == steps[2]
@@ -111,7 +111,7 @@ def test_the_newest_complete_one_is_found(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_the_best_is_found_wherever_the_run_is_now(tmp_path: Path) -> None:
-    folders = partial(list, [tmp_path / "run"])
+    folders: Any = partial(list, [tmp_path / "run"])
     save(tmp_path / "run/checkpoints/last.ckpt", 1)
     with pytest.raises(UserError, match="`ckpt_path` best: no ModelCheckpoint of this run has a monitor"):
         find_checkpoint("best", folders)

@@ -34,7 +34,7 @@ NAMES = {
         *("_defer_save_until_validation", "_last_global_step_saved"),
     ),
     "average": ("_average_model", "_device", "_swap_models"),
-    "cli": ("_parse_ckpt_path",),
+    "cli": ("_parse_ckpt_path", "_add_instantiators", "subcommands"),
     "observer": ("_child_processes",),
 }
 

@@ -11,7 +11,7 @@ import torch
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.runtime.finite import FiniteGuard
-from interrupts import added, checkpoint, stopped
+from interrupts import Capture, added, checkpoint, stopped
 from tiny import write
 
 SAMPLES = r"The samples were: (\d+, ){7}\d+ and 8 more\."
@@ -25,9 +25,7 @@ SAMPLES = r"The samples were: (\d+, ){7}\d+ and 8 more\."
         ("weight", r"step 4: 1 weights are not finite, such as \S*control\.\S+, so they are not saved"),
     ],
 )
-def test_what_would_spoil_the_weights_ends_training(
-    what: str, message: str, fit: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_would_spoil_the_weights_ends_training(what: str, message: str, fit: list[str], capsys: Capture) -> None:
     code, line = stopped([*fit, *added("Spoil", what=what)], capsys)
     assert code == 1
     assert re.search(message, line)
@@ -35,7 +33,7 @@ def test_what_would_spoil_the_weights_ends_training(
     assert all(value.isfinite().all() for value in checkpoint()["state_dict"].values())
 
 
-def test_a_step_may_be_skipped(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_may_be_skipped(settings: dict[str, Any], capsys: Capture) -> None:
     """It changes neither weights nor moments, and is counted."""
     saver = settings["trainer"]["callbacks"][1]["init_args"]
     saver |= {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}

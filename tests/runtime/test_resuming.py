@@ -8,12 +8,11 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from featinv_pl.__main__ import main
-from interrupts import assert_same, weights
+from interrupts import Capture, assert_same, weights
 from test_cli import refused
 from tiny import extraction, inversion, write
 
 STEPS = 10  # of epochs of four
-TWO = ("--trainer.devices=2", "--trainer.strategy=ddp_fork")
 
 
 class Recorder(Callback):
@@ -56,7 +55,7 @@ def seen(rank: int = 0) -> list[Any]:
     return lines
 
 
-def test_training_resumes_from_any_step(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_resumes_from_any_step(config: str, capsys: Capture) -> None:
     main(["fit", "--config", config])
     complete, final = seen(), weights(f"run/step={STEPS}.ckpt", STEPS)
     assert [step for step, _ in complete] == list(range(STEPS))
@@ -74,17 +73,3 @@ def test_training_resumes_from_any_step(config: str, capsys: pytest.CaptureFixtu
     refused([*other, "before/step=7.ckpt"], capsys, "batch_size: 16 in the checkpoint, 8 here")
     main([*other, "before/step=8.ckpt"])  # a whole number of epochs
     assert [step for step, _ in seen()] == [8, 9]
-
-
-@pytest.mark.slow
-def test_two_processes_resume_too(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["fit", "--config", config, *TWO, "--data.batch_size=8"]
-    main(args)
-    complete = [seen(rank) for rank in range(2)]
-    keys = [key for lines in complete for _, keys in lines[:4] for key in keys]
-    assert len(keys) == len(set(keys)) == 64
-    main([*args, "--ckpt_path", "run/step=6.ckpt"])
-    assert [seen(rank) for rank in range(2)] == [lines[6:] for lines in complete]
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", config, "--ckpt_path", "run/step=6.ckpt"])
-    assert "batch_size: 8 in the checkpoint, 16 here; processes: 2 in the checkpoint, 1 here" in capsys.readouterr().err

@@ -12,19 +12,18 @@ import yaml
 
 from featinv_pl.__main__ import main
 from featinv_pl.runtime.run_folder import claim
-from interrupts import checkpoint, eventually
+from interrupts import Capture, checkpoint, eventually
 from test_cli import files, refused
 from tiny import extraction, write
 
 
 def test_a_run_lies_below_its_folder_alone_and_does_not_lead_others_there(settings: dict[str, Any]) -> None:
-    settings["trainer"]["logger"] = {"class_path": "WandbLogger", "init_args": {"project": "featinv-pl"}}
     args = ["--config", write(Path("fit.yaml"), settings), "--trainer.default_root_dir=one"]
     before = set(Path().iterdir())
     main(["fit", *args, "--trainer.max_steps=1"])
     assert set(Path().iterdir()) - before == {Path("one")}
-    assert sorted(path.name for path in Path("one").iterdir()) == ["fit.yaml", "inversion.ckpt", "wandb"]
-    main(["fit", *args, "--ckpt_path=last", "--trainer.max_steps=2", "--trainer.logger=false"])
+    assert sorted(path.name for path in Path("one").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+    main(["fit", *args, "--ckpt_path=last", "--trainer.max_steps=2"])
     assert "ckpt_path" not in yaml.safe_load(Path("one/fit.yaml").read_text())
     first = files(Path("one"))
     main(["fit", "--config", "one/fit.yaml", "--trainer.default_root_dir=two", "--trainer.max_steps=1"])
@@ -33,9 +32,7 @@ def test_a_run_lies_below_its_folder_alone_and_does_not_lead_others_there(settin
     assert files(Path("one")) == first
 
 
-def test_a_folder_with_a_checkpoint_is_refused(
-    fit: list[str], uninterrupted_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_with_a_checkpoint_is_refused(fit: list[str], uninterrupted_run: Path, capsys: Capture) -> None:
     before = files(uninterrupted_run)
     Path("inversion.ckpt").write_bytes((uninterrupted_run / "inversion.ckpt").read_bytes())
     message = "inversion.ckpt' is the checkpoint of an earlier training", "Resume that one with --ckpt_path last"
@@ -63,7 +60,7 @@ def claimed_by_another(folder: str) -> Iterator[int]:
         os.close(writing)
 
 
-def test_a_folder_in_use_is_refused(fit: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_use_is_refused(fit: list[str], capsys: Capture) -> None:
     with claimed_by_another("run") as other:
         refused(fit, capsys, f"'run' is in use: process {other} is writing there")
         assert sorted(os.listdir("run")) == [".featinv-pl.lock"]
@@ -75,9 +72,7 @@ def test_a_folder_in_use_is_refused(fit: list[str], capsys: pytest.CaptureFixtur
     assert not Path("new").exists()
 
 
-def test_extractions_share_a_folder_but_no_set(
-    classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_extractions_share_a_folder_but_no_set(classifier_folder: Path, prior_folder: Path, capsys: Capture) -> None:
     def args(*sources: str) -> list[str]:
         return ["predict", "--config", write(Path("e.yaml"), extraction(classifier_folder, prior_folder, [*sources]))]
 

@@ -4,9 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import pty
-import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,14 +15,12 @@ from torch import Tensor
 
 from featinv_pl.__main__ import main
 from featinv_pl.runtime.ranks import FIRST
-from interrupts import PATIENCE_S, Sent, Validated, added, assert_same, checkpoint, eventually, stopped, weights
+from interrupts import Capture, Sent, Validated, added, assert_same, checkpoint, eventually, stopped, weights
 from test_cli import refused
-from tiny import extraction, write
+from tiny import write
 from torture.processes import TWO, start
 from torture.ranks import group
 
-Capture = pytest.CaptureFixture[str]
-TESTS = Path(__file__).parents[1]
 Uninterrupted = tuple[dict[str, Tensor], dict[int, list[str]]]
 TERM, INT, HUP, USR1, USR2 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
 
@@ -63,7 +59,7 @@ def test_resumes_after_a_signal(
     assert sorted(path.name for path in Path("run").iterdir()) == ["fit.yaml", "inversion.ckpt"]
 
 
-@pytest.mark.parametrize("number", [INT, TERM])
+@pytest.mark.parametrize("number", [INT, pytest.param(TERM, marks=pytest.mark.slow)])
 def test_workers_leave_a_signal_to_the_group_to_the_run(number: signal.Signals, fit: list[str]) -> None:
     child = start([*fit, "--data.num_workers=2", *interrupt(number, step=3, group=True)], Path())
     _, status = os.waitpid(child, 0)
@@ -185,15 +181,6 @@ def test_all_ranks_stop_when_one_is_asked_to(fit: list[str], monkeypatch: pytest
     assert checkpoint()["global_step"] == 3
 
 
-@pytest.mark.slow
-def test_ranks_that_lightning_starts_stop_too(fit: list[str]) -> None:
-    command = [sys.executable, "-m", "featinv_pl", *fit, *TWO, "--data.batch_size=8", *interrupt(TERM, step=3)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
-    assert result.returncode == 143, result.stderr
-    assert result.stderr.count("featinv-pl: stopped by SIGTERM; step 3 is saved.") == 1
-
-
 def test_a_run_can_be_sent_to_processes_that_are_spawned(fit: list[str]) -> None:
     main([*fit, *added("Sent"), "--trainer.fast_dev_run=true"])
     assert Sent.bytes < 10_000_000  # of a hundred thousand weights, not of the command line
@@ -222,28 +209,6 @@ def test_without_checkpoints_a_signal_saves_none(settings: dict[str, Any], capsy
     code, line = stopped([*args, *interrupt(TERM, step=1)], capsys)
     assert (code, line) == (143, "featinv-pl: stopped by SIGTERM; the same command resumes what is not done yet.")
     assert not list(Path().rglob("*.ckpt"))
-
-
-def test_extraction_resumes_after_a_signal(classifier_folder: Path, prior_folder: Path, capsys: Capture) -> None:
-    args = ["predict", "--config", write(Path("p.yaml"), extraction(classifier_folder, prior_folder, ["train"]))]
-    code, line = stopped([*args, *interrupt(TERM, step=0)], capsys)
-    assert code == 143
-    assert line.endswith("stopped by SIGTERM; the same command resumes what is not done yet.")
-    assert not Path("shards/train/manifest.json").exists()
-    main(args)
-    assert Path("shards/train/manifest.json").exists()
-
-
-def test_full_disk_ends_training_and_keeps_the_last_checkpoint(fit: list[str], capsys: Capture) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        code, line = stopped([*fit, *added("FullDisk")], capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1
-    assert "inversion.ckpt' could not be saved: File too large. What was there before is as it was." in line
-    assert checkpoint()["global_step"] == 2
-    assert not list(Path("run").glob("*.partial"))
 
 
 def test_there_must_be_something_to_test(settings: dict[str, Any], capsys: Capture) -> None:

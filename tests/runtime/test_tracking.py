@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +25,7 @@ from featinv_pl.__main__ import main, overlaid
 from featinv_pl.errors import UserError
 from featinv_pl.runtime.saving import git_state
 from featinv_pl.runtime.tracking import describe, session
-from interrupts import PATIENCE_S, eventually
+from interrupts import PATIENCE_S, Capture, eventually
 from test_cli import refused
 from tiny import inversion, write
 from wandb_server import KEY, Run, WandbServer, serve
@@ -102,23 +103,10 @@ def test_who_is_online(
     assert dict(os.environ) == before
 
 
-@pytest.mark.slow
-def test_an_offline_run_can_be_uploaded(settings: dict[str, Any], server: WandbServer) -> None:
-    config = write(Path("tiny.yaml"), settings)
-    main(["fit", "--config", config])
-    main(["fit", "--config", config, "--ckpt_path", "runs/tiny/spatial/inversion.ckpt", "--trainer.max_steps=4"])
-    folders = sorted(map(str, Path("runs/tiny/spatial/wandb").glob("offline-run-*")))
-    wandb(["sync", "--yes", *folders], {**os.environ, **server.environment()})
-    run = only_run(server)
-    assert run.state == "finished"
-    assert len(run.values("train/loss")) == 4
-    assert_continuous(run)
-
-
 # What arrives
 
 
-def test_what_a_run_tells_and_that_it_goes_on(settings: dict[str, Any], online: WandbServer) -> None:
+def test_what_a_run_tells(settings: dict[str, Any], online: WandbServer) -> None:
     config = write(Path("tiny.yaml"), settings)
     main(["fit", "--config", config])
     run = only_run(online)
@@ -166,13 +154,12 @@ def test_what_a_run_tells_and_that_it_goes_on(settings: dict[str, Any], online: 
     assert table["data"][0][:3] == ["val", "60", "reconstruction"]
     assert len(table["data"]) == shown["nrows"]
 
-    main(["fit", *more, "--trainer.max_steps=4"])
-    assert len(online.runs) == 2
-    assert len(run.values("train/loss")) == 4
-    validated = run.values("val/cosine")  # once more after step 2, which had been saved before its validation
-    assert validated[0] == validated[1]
-    assert len(validated) == 3
-    assert_continuous(run)
+    # A training that resumes continues it.
+    [name] = (name for name, other in online.runs.items() if other is run)
+    assert torch.load("runs/tiny/spatial/inversion.ckpt", weights_only=True)["wandb_run_id"] == name
+    with session():
+        describe("fit", "tiny", ["spatial"], False, name)
+        assert os.environ["WANDB_RUN_ID"] == name
 
 
 def assert_continuous(run: Run) -> None:
@@ -200,9 +187,7 @@ def test_credentials_of_an_address_are_nowhere(settings: dict[str, Any], online:
 
 
 @pytest.mark.parametrize("where", ["init_args", "dict_kwargs"])
-def test_a_configuration_cannot_send_the_key_elsewhere(
-    where: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_cannot_send_the_key_elsewhere(where: str, settings: dict[str, Any], capsys: Capture) -> None:
     elsewhere = {**LOGGER["init_args"], "settings": {"base_url": "http://elsewhere"}}
     settings["trainer"]["logger"] = {**LOGGER, where: elsewhere}
     message = ("send your W&B key by base_url", "WANDB_BASE_URL=")
@@ -249,15 +234,8 @@ def test_validation_does_not_count_as_training(settings: dict[str, Any], monkeyp
 # Sweeps
 
 
-def wandb(args: list[str], environment: dict[str, str]) -> None:
-    """Run the client's own command."""
-    command = [sys.executable, "-m", "wandb", *args]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
 def test_a_run_of_a_sweep_has_a_folder_of_its_own(
-    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     for name, value in {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r", "FEATINV_CONFIG": "overlay.yaml"}.items():
         monkeypatch.setenv(name, value)
@@ -283,22 +261,24 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     source = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PATH": path, "PYTHONPATH": source, "FEATINV_CONFIG": write(Path("o.yaml"), overlay)}
-    wandb(["sweep", "experiments/sweeps/encoder.yaml"], environment)
+    client = [sys.executable, "-m", "wandb"]
+    subprocess.run([*client, "sweep", "experiments/sweeps/encoder.yaml"], env=environment, check=True)
     [(name, sweep)] = online.sweeps.items()
     metric, patience = sweep.config["metric"]["name"], sweep.config["early_terminate"]["min_iter"]
     runs = [f"{name}run{number}" for number in range(2)]
     folders = [Path("runs/featinv-pl", run) for run in runs]
 
-    command = [sys.executable, "-m", "wandb", "agent", "--forward-signals", f"we/featinv-pl/{name}"]
+    command = [*client, "agent", "--forward-signals", f"we/featinv-pl/{name}"]
     agent = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def wait_until(condition: Callable[[], bool]) -> None:
+        assert eventually(lambda: condition() or agent.poll() is not None)
+        assert agent.poll() is None, "the agent has ended"
+
     try:
-        for until in (
-            lambda: runs[0] in online.runs and len(online.runs[runs[0]].values(metric)) >= patience,
-            (folders[1] / "inversion.ckpt").exists,
-        ):
-            assert eventually(lambda until=until: until() or agent.poll() is not None)
-            assert agent.poll() is None, "the agent has ended"
-            online.stopped.add(runs[0])
+        wait_until(lambda: runs[0] in online.runs and len(online.runs[runs[0]].values(metric)) >= patience)
+        online.stopped.add(runs[0])
+        wait_until((folders[1] / "inversion.ckpt").exists)
         agent.send_signal(signal.SIGTERM)
         agent.wait(PATIENCE_S)
     finally:
@@ -314,14 +294,14 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
         assert found.starts[0]["sweep"] in (None, name)
 
     # What was stopped resumes where it was, under its id.
-    run = online.runs[runs[0]]
-    assert run.summary[metric] == run.values(metric)[-1]
-    steps = len(run.values("train/loss"))
+    first = online.runs[runs[0]]
+    assert first.summary[metric] == first.values(metric)[-1]
+    steps = len(first.values("train/loss"))
     again = ["--config", str(folders[0] / "fit.yaml"), "--ckpt_path", str(folders[0] / "inversion.ckpt")]
     main(["fit", *again, f"--trainer.max_steps={steps + 2}"])
-    assert run.state == "finished"
-    assert len(run.values("train/loss")) == steps + 2
-    assert_continuous(run)
+    assert first.state == "finished"
+    assert len(first.values("train/loss")) == steps + 2
+    assert_continuous(first)
 
 
 @pytest.mark.parametrize(
@@ -341,8 +321,8 @@ def test_an_overlay_lies_over_files_and_beneath_options(line: str, expected: str
 # Other loggers
 
 
-def test_other_loggers_take_what_they_can(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    others = ("TensorBoard", "CSV")
+def test_other_loggers_take_what_they_can(settings: dict[str, Any], capsys: Capture) -> None:
+    before, others = set(Path().iterdir()), ("TensorBoard", "CSV")
     loggers = [{"class_path": f"{kind}Logger", "init_args": {"save_dir": "runs", "name": kind}} for kind in others]
     settings["trainer"]["logger"] = [LOGGER, *loggers]
     config = write(Path("tiny.yaml"), settings)
@@ -351,6 +331,7 @@ def test_other_loggers_take_what_they_can(settings: dict[str, Any], capsys: pyte
     assert "W&B: there is no key" in printed
     [hint] = re.findall(r"wandb sync (\S+)$", printed, re.MULTILINE)  # not the client's own beside it
     assert list(Path(hint).glob("run-*.wandb"))
+    assert set(Path().iterdir()) - before == {Path("runs"), Path("tiny.yaml")}  # W&B's own files too
     main(["validate", "--config", config])
     training, validation = (EventAccumulator(f"runs/TensorBoard/version_{number}").Reload() for number in range(2))
     tags = {"train/loss", "train/samples_per_second", "val/cosine", "val/cosine.floor"}

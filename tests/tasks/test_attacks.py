@@ -21,10 +21,11 @@ from featinv_pl.nets.backbone import Backbone
 from featinv_pl.tasks.extraction import AdversarialExtraction, Attack, attack
 from featinv_pl.tasks.pretraining import Classifier
 from featinv_pl.types import from_uint8, to_uint8
+from interrupts import Capture
 
 
 def digits(source: str, number: int) -> tuple[Tensor, Tensor]:
-    samples = [DigitsData([source], batch_size=number).predicted[0][index] for index in range(number)]
+    samples: list[Any] = [DigitsData([source], batch_size=number).predicted[0][index] for index in range(number)]
     return torch.stack([sample["images"] for sample in samples]), torch.tensor([sample["labels"] for sample in samples])
 
 
@@ -74,7 +75,7 @@ def test_extraction_attacks_the_backbone_itself(
         labels = before.clone()
         labels[0] = -1  # without a label, it is attacked from what the backbone predicts
         batch: Any = {
-            **{name: given[name] for name in ("images", "source", "key")},  # type: ignore[literal-required]
+            **{name: given[name] for name in ("images", "source", "key")},
             "labels": torch.arange(6),  # the data's own numbers, which say nothing to the classifier
             "class_name": [str(label) if label >= 0 else "" for label in labels.tolist()],
             "view": [None] * 6,
@@ -149,7 +150,7 @@ def test_attack_is_as_strong_as_a_published_one(trained: Path) -> None:
     assert our_loss - clean_loss > 0.9 * (their_loss - clean_loss)
 
 
-def test_success_is_logged_and_stored(trained: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_success_is_logged_and_stored(trained: Path, prior_folder: Path, capsys: Capture) -> None:
     config = ["--config", str(ROOT / "experiments/digits/adversarial.yaml"), "--data.batch_size=24"]
     config += ["--config", str(ROOT / "experiments/debug.yaml"), "--trainer.logger=false"]
     frozen = ["--model.backbone", str(trained), "--model.autoencoder", str(prior_folder / "vae")]

@@ -33,7 +33,7 @@ SMALL = Encoder(hidden_channels=8)
 
 @pytest.fixture
 def make_model(classifier_folder: Path, prior_folder: Path) -> Any:
-    def make(**options: Any) -> FeatureInversion:
+    def make(**options: Any) -> Any:
         options = {"encoder": SMALL, "sampler": Sampler("ddim", steps=2), **options}
         model: Any = FeatureInversion(str(classifier_folder), str(prior_folder), **options)
         model.logged = {}

@@ -24,6 +24,7 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
+from interrupts import Capture
 from test_cli import files
 from tiny import TRAINER, write
 
@@ -121,7 +122,7 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     assert not list(Path().rglob("*.bin"))
 
 
-def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys: Capture) -> None:
     def refused(**changes: Any) -> str:
         with pytest.raises(SystemExit):
             fit("Classifier", images, 1, **{"model": "test_resnet", "num_classes": 3, "image_size": 16, **changes})
@@ -138,7 +139,7 @@ def test_a_classifier_refuses_classes_that_are_not_its_own(images: Path, capsys:
         model.on_fit_start()
 
 
-def test_a_model_is_replaced_by_its_own_training_alone(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_is_replaced_by_its_own_training_alone(images: Path, capsys: Capture) -> None:
     def refused(message: str, *options: str) -> None:
         with pytest.raises(SystemExit):
             fit("Autoencoder", images, 2, options, config=AUTOENCODER)

@@ -4,16 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image
 
 from featinv_pl.__main__ import main
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import read_manifest
-from interrupts import stopped
+from interrupts import Capture, added, stopped
 from tiny import extraction, write
 
 WNIDS = ("n01440764", "n01443537", "n02123045")
@@ -44,7 +42,7 @@ def extract(config: str, *more: str) -> None:
     main(["predict", "--config", config, *more])
 
 
-def refused(capsys: pytest.CaptureFixture[str], config: str, *more: str) -> str:
+def refused(capsys: Capture, config: str, *more: str) -> str:
     code, line = stopped(["predict", "--config", config, *more], capsys)
     assert code == 1
     return line
@@ -54,7 +52,7 @@ def files(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (Path(folder) / "mine").iterdir()}
 
 
-def test_labels_views_and_storage(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_views_and_storage(config: str, capsys: Capture) -> None:
     extract(config, "--data.views=2", "--trainer.callbacks.storage=int8", "--trainer.callbacks.image_format=jpg")
     manifest = read_manifest(Path("shards/mine"), "")
     assert manifest["samples"] == 2 * SIZE
@@ -70,31 +68,20 @@ def test_labels_views_and_storage(config: str, capsys: pytest.CaptureFixture[str
     assert len(set(batch["key"])) == 2 * SIZE
 
 
-class Interruption(Callback):
-    """Ends a run after so many batches, as Ctrl-C does."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self.after -= 1
-        if self.after < 0:
-            raise RuntimeError("interrupted")
-
-
-def test_resumes_byte_for_byte_also_in_three_processes(config: str) -> None:
+def test_resumes_byte_for_byte_also_in_three_processes(config: str, capsys: Capture) -> None:
     extract(config, "--data.views=2", "--trainer.callbacks.folder=whole")
-    for after in (12, 5):
-        interruption = {"class_path": f"{__name__}.Interruption", "init_args": {"after": after}}
-        with pytest.raises(RuntimeError, match="interrupted"):
-            extract(config, "--data.views=2", f"--trainer.callbacks+={json.dumps(interruption)}")
+    for after in (11, 4):
+        interrupt = added("Interrupt", numbers=[15], step=after)
+        code, line = stopped(["predict", "--config", config, "--data.views=2", *interrupt], capsys)
+        assert code == 143
+        assert line.endswith("stopped by SIGTERM; the same command resumes what is not done yet.")
     kept = sorted(path.name for path in Path("shards/mine").glob("*.tar"))
     assert kept == [f"mine-0000{number}.tar" for number in range(4)]  # two are left: nothing for one of the processes
     extract(config, "--data.views=2", "--trainer.devices=3", "--trainer.strategy=ddp_fork", "--data.num_workers=1")
     assert files("shards") == files("whole")
 
 
-def test_unreadable_images_are_named_or_too_many(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_named_or_too_many(config: str, capsys: Capture) -> None:
     bad = Path("images") / WNIDS[0] / "3.png"
     bad.write_bytes(bad.read_bytes()[:200])
     error = refused(capsys, config)
@@ -108,7 +95,7 @@ def test_unreadable_images_are_named_or_too_many(config: str, capsys: pytest.Cap
     assert "20 samples, 1 unreadable images" in capsys.readouterr().out
 
 
-def test_plan_writes_nothing_and_tells_all(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_writes_nothing_and_tells_all(config: str, capsys: Capture) -> None:
     extract(config, "--plan", "--data.views=2")
     printed = capsys.readouterr().out
     assert re.search(r"^mine +42 +6 +42 +0\.00\d$", printed, re.MULTILINE)
@@ -127,9 +114,7 @@ def test_plan_writes_nothing_and_tells_all(config: str, capsys: pytest.CaptureFi
     assert re.search(r"^mine +42 +6 +0 +0\.000$", capsys.readouterr().out, re.MULTILINE)
 
 
-def test_a_disk_that_is_too_small_is_refused(
-    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_too_small_is_refused(config: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test can fill a disk, so this one says that it is full."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     for plan in ([], ["--plan"]):
@@ -137,7 +122,7 @@ def test_a_disk_that_is_too_small_is_refused(
         assert not Path("shards/mine/manifest.json").exists()
 
 
-def test_refuses_what_cannot_be_extracted(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refuses_what_cannot_be_extracted(config: str, capsys: Capture) -> None:
     assert "nothing to extract features of" in refused(capsys, config, "--data.predict=null")
     assert "must be a whole number of batches" in refused(capsys, config, "--trainer.limit_predict_batches=0.5")
     assert "is a share of 0 to 1" in refused(capsys, config, "--trainer.callbacks.max_bad_fraction=2")

@@ -63,11 +63,9 @@ class FiniteGuard(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that are not finite: an optimizer can make some of finite gradients."""
-        learned = [name for name, parameter in pl_module.named_parameters() if parameter.requires_grad]
-        known = {*learned, *(name.partition(".")[2] for name in learned)}  # without that of what is trained
         for part in ("state_dict", "current_model_state"):
-            weights = checkpoint.get(part, {}).items()
-            spoilt = [name for name, value in weights if name in known and not value.isfinite().all()]
+            weights = {name: one for name, one in checkpoint.get(part, {}).items() if isinstance(one, Tensor)}
+            spoilt = [name for name, one in weights.items() if not one.isfinite().all()]
             if spoilt:
                 raise UserError(
                     f"step {trainer.global_step}: {len(spoilt)} weights are not finite, such as {spoilt[0]}, so they "

@@ -9,7 +9,19 @@ from lightning.pytorch.cli import LightningCLI
 
 
 class CommandLine(LightningCLI):
-    """Lightning's command line, without the hyper-parameters of a checkpoint overriding it."""
+    """Lightning's command line without hyper-parameters: neither copied into models, nor taken from a checkpoint."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.asked = kwargs["args"][:1]
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The given command alone, whose parser takes a while to build; all of them where none is given."""
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in self.asked if name in every} or every
+
+    def _add_instantiators(self) -> None:
+        """Let classes be made by their constructors."""
 
     def _parse_ckpt_path(self) -> None:
         """Do not read hyper-parameters from the checkpoint."""

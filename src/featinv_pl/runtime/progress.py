@@ -40,17 +40,17 @@ class Progress(ProgressBar):
             self.bar.set_postfix(scalars, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
-    def _open(self, trainer: Trainer, *args: Any) -> None:
-        command = str(trainer.state.fn.value) if trainer.state.fn else "fit"
+    def _open(self, *args: Any, **kwargs: Any) -> None:
+        command = str(self.trainer.state.fn.value) if self.trainer.state.fn else "fit"
         if self.enabled and command != "fit":  # within which it also validates
-            batches = getattr(trainer, f"num_{'val' if command == 'validate' else command}_batches")
+            batches = getattr(self.trainer, f"num_{'val' if command == 'validate' else command}_batches")
             self.bar = tqdm(**_style(command, "batch"), total=int(sum(batches)))
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.trainer.state.fn != "fit":
             self.bar.update()
 
-    def _close(self, *args: Any) -> None:
+    def _close(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -97,7 +97,7 @@ class Stop(Callback):
         elif trainer.global_step == trainer.max_steps and (saver := _saver(trainer)) is not None:
             save_now(trainer, saver)
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._end(self.saved)
 
     on_train_epoch_end = on_train_batch_start

@@ -1,7 +1,7 @@
 """Extraction by `featinv-pl predict`: images in, feature maps, logits and moments out; also of attacked images."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,6 @@ class FeatureExtraction(LightningModule):
             "view": batch["view"],
             "unreadable": batch["unreadable"],
         }
-
-    def labels(self, classes: Sequence[str]) -> dict[str, int]:
-        """The classifier's labels of classes, by name; -1 for a class that is not among the classifier's."""
-        return {name: self.backbone.classes.label(name) for name in classes}
 
     def _labels(self, batch: ImageBatch) -> Tensor:
         """(B,) labels as the classifier counts them: those of the data module are numbered by its own classes."""
@@ -186,5 +182,5 @@ class AdversarialExtraction(FeatureExtraction):
 
     @property
     def provenance(self) -> Provenance:
-        """With the attack."""
+        """Provenance with the attack."""
         return {**super().provenance, "attack": str(self.attack)}
