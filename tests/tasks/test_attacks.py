@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import ROOT, MakeBatch
 from featinv_pl.__main__ import main
-from featinv_pl.data.images.digits import DigitsData
+from featinv_pl.data.images.digits import DigitImages
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.errors import UserError
 from featinv_pl.nets.backbone import Backbone
@@ -25,8 +25,8 @@ from interrupts import Capture
 
 
 def digits(source: str, number: int) -> tuple[Tensor, Tensor]:
-    samples: list[Any] = [DigitsData([source], batch_size=number).predicted[0][index] for index in range(number)]
-    return torch.stack([sample["images"] for sample in samples]), torch.tensor([sample["labels"] for sample in samples])
+    samples = [DigitImages(source)[index] for index in range(number)]
+    return torch.stack([sample.images for sample in samples]), torch.tensor([sample.labels for sample in samples])
 
 
 @pytest.fixture(scope="module")
