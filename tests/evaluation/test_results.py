@@ -70,10 +70,7 @@ def test_a_sampler_may_be_called_as_a_score_ends(method: str) -> None:
 
 
 def test_nan_and_inf_are_left_out() -> None:
-    document = json.loads(results().files()[METRICS])
-    assert set(document) == {"samples", "scores", "notes", "provenance"}
-    assert list(document["scores"]["clean"]) == ["inversion", "ceiling", "floor"]
-    assert "fd_tiny" not in document["scores"]["clean"]["inversion"]
+    assert "fd_tiny" not in json.loads(results().files()[METRICS])["scores"]["clean"]["inversion"]
     found = Results(counts={"a": 1}, values={Name("a", "label@1"): estimate(0.5, 0.4, 0.6, np.nan, np.inf)})
     expected: Score = {"value": 0.5, "low": 0.4075, "high": 0.5925}
     assert found.scores[Name("a", "label@1")] == pytest.approx(expected, abs=5e-3)

@@ -31,12 +31,6 @@ def test_equals_plain_numpy() -> None:
     assert few["agreement@1"] < few["agreement@5"] == few["overlap@5"] == 1
 
 
-def test_by_hand() -> None:
-    target = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0, 0, 0, 0]])  # 0, then 1 to 4
-    preds = torch.tensor([[5.0, 6, 0, 0, 0, 9, 8, 7, 0, 0]])  # 5, 6, 7, then 1, then 0
-    assert score(preds, target) == pytest.approx({"agreement@1": 0, "agreement@5": 1, "overlap@5": 0.4})
-
-
 def test_labels_that_the_classifier_does_not_know_do_not_count() -> None:
     metric = LabelAccuracy()
     metric.update(torch.eye(3)[[0, 1, 2, 2]], torch.tensor([0, -1, 3, 0]))

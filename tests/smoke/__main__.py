@@ -24,16 +24,6 @@ from smoke.targets import TARGETS, make
 
 HEAD = "| file | what was run | seconds | result |\n|---|---|--:|---|"
 LOG = Path(tempfile.gettempdir()) / "smoke-log.txt"
-INTRO = """# What ships runs
-
-`make smoke` runs every YAML under `experiments/` by the public command, and every make target in its short form
-(`SHORT=1`), in a temporary folder. Only what is too large for that is replaced: backbones by tiny ones of the same
-family and input size, the prior by a tiny one, images by generated ones in the same layout. Batches are smaller,
-training ends after two steps, data is read by the process itself, and the published weights of Inception and AlexNet
-are not fetched. Sweeps are started by W&B's own agent, which a server of the tests tells what to try. `make test`
-repeats one file, and fails if a YAML or a target is missing here.
-
-"""
 
 
 class Row(NamedTuple):
@@ -87,7 +77,7 @@ def rows(pattern: str) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser("smoke", description=__doc__)
     parser.add_argument("--only", default="*", help="files and targets that fit this pattern; others may need more")
-    parser.add_argument("--out", type=Path, help="a file for the table, such as docs/smoke.md")
+    parser.add_argument("--out", type=Path, help="the page whose table is replaced, such as docs/smoke.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # whose messages are no part of the table
@@ -104,7 +94,8 @@ def main() -> None:
     minutes = f"{(time.monotonic() - begun) / 60:.0f} minutes, torch {torch.__version__}, {platform.machine()}"
     print(f"\n{minutes}; all that was printed is in {LOG}")
     if options.out:
-        options.out.write_text(INTRO + "\n".join([*table, "", f"{minutes}, {date.today()}.", ""]))
+        intro = options.out.read_text().partition(HEAD)[0]
+        options.out.write_text(intro + "\n".join([*table, "", f"{minutes}, {date.today()}.", ""]))
     sys.exit(any("| FAILED" in line for line in table))
 
 

@@ -40,10 +40,9 @@ TENSORS = ("images", "features", "logits")
 
 
 class Floor:
-    """Another image of the same test set, chosen at random by key among 64 fixed ones.
+    """Another image of the same test set, chosen by key among 64 fixed ones: the same in every batch and on every rank.
 
-    An image therefore has the same partner on every rank, in every batch and order. In a set of one image, it is its
-    own partner.
+    In a set of one image, it is its own partner.
     """
 
     def __init__(self, samples: Dataset[Sample]) -> None:

@@ -73,10 +73,9 @@ class Tested:
         tiles: Tiles = results.validated(TypeAdapter(Tiles), path, "report", ADVICE)
         scored, pictured = self.document["provenance"]["checkpoint"]["digest"], str(tiles["checkpoint"])
         if pictured != scored:
-            raise UserError(
-                f"report: the pictures in '{path.parent}' are of other weights ({pictured[:8]}) than the scores in "
-                f"'{self.folder / METRICS}' ({scored[:8]}). {ADVICE}"
-            )
+            scores = f"the scores in '{self.folder / METRICS}' ({scored[:8]})"
+            pictures = f"the pictures in '{path.parent}' are of other weights ({pictured[:8]})"
+            raise UserError(f"report: {pictures} than {scores}. {ADVICE}")
         return tiles
 
     def strip(self, test_set: str, kind: str, row: str) -> Image.Image:

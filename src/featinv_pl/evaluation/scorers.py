@@ -22,24 +22,16 @@ from featinv_pl.nets.backbone import Backbone
 from featinv_pl.runtime.ranks import agree
 
 Scored = SampleMetric | Distance
-Classes = Sequence[int] | None
-"""Labels of the classes of a test set, where they are a part of the classifier's."""
+Classes = Sequence[int] | None  # labels of the classes of a test set, where they are a part of the classifier's
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A network and the metrics that compare its outputs.
+    """A network and the metrics that compare its outputs."""
 
-    Args:
-        prefix: Of the names of its scores.
-        create: Makes new metrics for a test set.
-        observe: From images to an observation; None for the inverter's classifier, which has classified them already.
-        classifies: Whether an observation has logits.
-    """
-
-    prefix: str
-    create: Callable[[Classes], list[Scored]]
-    observe: Callable[[Tensor], Mapping[str, Any]] | None = None
+    prefix: str  # of the names of its scores
+    create: Callable[[Classes], list[Scored]]  # makes new metrics for a test set
+    observe: Callable[[Tensor], Mapping[str, Any]] | None = None  # None where the images are classified already
     classifies: bool = False
 
     def metrics(self, method: str, classes: Classes) -> list[Scored]:
@@ -48,10 +40,8 @@ class Scorer:
         if method == ORIGINAL:  # it agrees with itself, but not always with its label
             return [metric for metric in made if isinstance(metric, LabelAccuracy | AttackSuccess)]
         left_out: tuple[type[Scored], ...] = (AttackSuccess,)
-        if method == FLOOR:  # another image of a set is an image of that set: it has no distance between sets
-            left_out += (Distance,)
-        if method != INVERSION:
-            left_out += (Diversity,)
+        left_out += (Diversity,) if method != INVERSION else ()
+        left_out += (Distance,) if method == FLOOR else ()  # its images are of the set: they have no distance from it
         return [metric for metric in made if not isinstance(metric, left_out)]
 
 

@@ -24,8 +24,8 @@ from featinv_pl.metrics.sample_metric import SampleMetric
 from featinv_pl.runtime.ranks import agree, of_all_ranks
 from featinv_pl.types import Batch
 
+# Scores that are compared with those of the clean test set, and whether each is a share.
 RELATIVE = {"cosine": False, "agreement@1": True, "agreement@5": True, "label@1": True}
-"""Scores that are compared with those of the clean test set, and whether each is a share."""
 
 
 @dataclass
@@ -119,22 +119,15 @@ class Tally:
 class Scores:
     """Scores test sets one after the other, on all ranks alike: closing one waits for the others.
 
-    Args:
-        results: Gets the scores and notes.
-        test_sets: In the order in which they are evaluated.
-        scorers: The networks that score; the first is the inverter's classifier.
-        methods: Those that every test set has.
-        inverter: The `Inverter`.
-        clean: The test set that groups are compared with.
-        root: The folder of the run, for a table of each test set's images; None to write none.
+    `results` get the scores and notes, the folder `root` (if any) a table of each test set's images.
     """
 
     results: Results
-    test_sets: Mapping[str, ShardSet]
-    scorers: Sequence[Scorer]
-    methods: Sequence[str]
+    test_sets: Mapping[str, ShardSet]  # in the order in which they are evaluated
+    scorers: Sequence[Scorer]  # the first is the inverter's classifier
+    methods: Sequence[str]  # those that every test set has
     inverter: Any
-    clean: str
+    clean: str  # the test set that groups are compared with
     root: Path | None
 
     def __post_init__(self) -> None:

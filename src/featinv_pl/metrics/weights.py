@@ -21,11 +21,9 @@ ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 INCEPTION_FEATURES = 2048
 PATIENCE = 10  # seconds to wait for a server's answer
 
+# `download` to fetch it once, a file, or None for the file that torch has downloaded before, if any.
+# The literal comes first: jsonargparse tries one after the other, and any string can be a path.
 Weights = Literal["download"] | Path | None
-"""`download` to fetch it once, a file, or None for the file that torch has downloaded before, if any.
-
-The literal comes first: jsonargparse tries one after the other, and any string can be a path.
-"""
 
 
 class Inception(nn.Module):
@@ -89,8 +87,6 @@ def find(url: str, weights: Weights, option: str) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(published):
-        raise UserError(
-            f"{option}: '{path}' is not the published file: its SHA-256 starts with {digest[:8]} instead of "
-            f"{published}. {by_hand}"
-        )
+        reason = f"its SHA-256 starts with {digest[:8]} instead of {published}"
+        raise UserError(f"{option}: '{path}' is not the published file: {reason}. {by_hand}")
     return path
