@@ -17,12 +17,8 @@ from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
 
 ROOT = Path(__file__).parents[1]
-TRAINER: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
+TRAINER: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_model_summary": False}
+TRAINER["num_sanity_val_steps"] = 0
 
 
 def write(path: Path, settings: dict[str, Any]) -> str:
@@ -31,53 +27,30 @@ def write(path: Path, settings: dict[str, Any]) -> str:
 
 
 def extraction(classifier: Path, prior: Path, sources: list[str]) -> dict[str, Any]:
+    writer = {"class_path": "ShardWriter", "init_args": {"shard_size": 30}}
+    frozen = {"backbone": str(classifier), "autoencoder": str(prior / "vae"), "image_size": 32}
     return {
-        "trainer": {
-            **TRAINER,
-            "default_root_dir": "shards",
-            "callbacks": [{"class_path": "ShardWriter", "init_args": {"shard_size": 30}}],
-            "limit_predict_batches": 2,
-        },
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {"backbone": str(classifier), "autoencoder": str(prior / "vae"), "image_size": 32},
-        },
+        "trainer": {**TRAINER, "default_root_dir": "shards", "callbacks": [writer], "limit_predict_batches": 2},
+        "model": {"class_path": "FeatureExtraction", "init_args": frozen},
         "data": {"class_path": "DigitsData", "init_args": {"sources": sources, "batch_size": 30}},
     }
 
 
 def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> dict[str, Any]:
+    callbacks = [
+        {"class_path": "ModelCheckpoint", "init_args": {"filename": "inversion"}},
+        {"class_path": "Evaluation", "init_args": {"num_images": 3}},
+    ]
+    run: dict[str, Any] = {"default_root_dir": "run", "max_steps": 2, "val_check_interval": 2, "callbacks": callbacks}
+    model: dict[str, Any] = {"backbone": str(classifier), "prior": str(prior), "image_size": 32}
+    model |= {"encoder": {"hidden_channels": 8}, "sampler": {"steps": 2}}
+    sets = {name: str(shards / name) for name in ("train", "val", "clean", "corrupted")}
+    data: dict[str, Any] = {"train": sets.pop("train"), "val": sets.pop("val"), "test": sets, "batch_size": 16}
     return {
         "seed_everything": 0,
-        "trainer": {
-            **TRAINER,
-            "default_root_dir": "run",
-            "max_steps": 2,
-            "val_check_interval": 2,
-            "callbacks": [
-                {"class_path": "ModelCheckpoint", "init_args": {"filename": "inversion"}},
-                {"class_path": "Evaluation", "init_args": {"num_images": 3}},
-            ],
-        },
-        "model": {
-            "class_path": "FeatureInversion",
-            "init_args": {
-                "backbone": str(classifier),
-                "prior": str(prior),
-                "image_size": 32,
-                "encoder": {"hidden_channels": 8},
-                "sampler": {"steps": 2},
-            },
-        },
-        "data": {
-            "class_path": "FeatureShards",
-            "init_args": {
-                "train": str(shards / "train"),
-                "val": str(shards / "val"),
-                "test": {"clean": str(shards / "clean"), "corrupted": str(shards / "corrupted")},
-                "batch_size": 16,
-            },
-        },
+        "trainer": {**TRAINER, **run},
+        "model": {"class_path": "FeatureInversion", "init_args": model},
+        "data": {"class_path": "FeatureShards", "init_args": data},
     }
 
 
@@ -102,28 +75,14 @@ def make_classifier(root: Path) -> Path:
 def make_prior(root: Path) -> Path:
     """The folder of a prior, whose autoencoder is in `vae` below it."""
     torch.manual_seed(2)
-    autoencoder = Autoencoder(
-        {
-            "block_out_channels": [4, 4, 4, 8],
-            "down_block_types": ["DownEncoderBlock2D"] * 4,
-            "up_block_types": ["UpDecoderBlock2D"] * 4,
-            "latent_channels": 4,
-            "layers_per_block": 1,
-            "norm_num_groups": 4,
-            "sample_size": 32,
-        }
-    )
-    autoencoder.save_pretrained(root / "autoencoder")
-    unet = {
-        "sample_size": 4,
-        "block_out_channels": [8, 8],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "cross_attention_dim": 8,
-        "attention_head_dim": 2,
-        "norm_num_groups": 4,
-    }
+    vae: dict[str, Any] = {"block_out_channels": [4, 4, 4, 8], "down_block_types": ["DownEncoderBlock2D"] * 4}
+    vae |= {"up_block_types": ["UpDecoderBlock2D"] * 4}
+    sizes = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 32}
+    Autoencoder({**vae, **sizes}).save_pretrained(root / "autoencoder")
+    unet: dict[str, Any] = {"sample_size": 4, "block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet |= {"cross_attention_dim": 8, "attention_head_dim": 2}
+    unet |= {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"]}
+    unet |= {"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}
     NoisePredictor(str(root / "autoencoder"), unet).save_pretrained(root / "prior")
     return root / "prior"
 

@@ -252,15 +252,6 @@ def test_says_why_weights_do_not_fit(message: str) -> None:
         Backbone("test_resnet", "weights.pth")
 
 
-@pytest.mark.parametrize(
-    ("weights", "message"), [("missing.pth", "there is no file"), ("config.json", ".* is damaged or")]
-)
-def test_refuses_what_does_not_hold_weights(weights: str, message: str) -> None:
-    Path("config.json").write_text("{}")
-    with pytest.raises(UserError, match=f"`weights`: {message}"):
-        Backbone("test_resnet", weights)
-
-
 def test_a_folder_says_how_many_classes_a_file_has() -> None:
     torch.save(state := resnet(num_classes=10), "weights.pth")
     with pytest.raises(UserError) as refusal:

@@ -171,14 +171,6 @@ def test_prior_holds_what_its_folder_says(own_prior: Path) -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in prior.unet.state_dict().items())
 
 
-def test_prompt_and_timestep_matter(prior: Prior) -> None:
-    latents, prompts = torch.randn(2, 4, 4, 4), torch.randn(2, 1, 8)
-    base = prior.predict(latents, torch.tensor(10), prompts)
-    assert torch.equal(base, prior.predict(latents, torch.tensor([10, 10]), prompts))
-    assert not torch.allclose(base, prior.predict(latents, torch.tensor(900), prompts), atol=1e-4)
-    assert not torch.allclose(base, prior.predict(latents, torch.tensor(10), prompts * 3), atol=1e-4)
-
-
 def test_reads_the_layout_of_older_folders(own_prior: Path) -> None:
     """A pickle of tensors, attention under its former names, and the configuration of another scheduler."""
     new = Prior(str(own_prior))
