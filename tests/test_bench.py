@@ -29,27 +29,28 @@ def bench(*args: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    "names", [["fused", "bf16", "again"], pytest.param([*SAVINGS, "again"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("names", [["bf16", "again"], pytest.param([*SAVINGS, "again"], marks=pytest.mark.slow)])
 def test_every_saving_and_every_way_has_its_figures(
     names: list[str], tiny: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(training, "NAMES", {name: {**SAVINGS, **AGAIN}[name] for name in names})
+    recipes = {title: recipe for title, recipe in training.RECIPES.items() if recipe[0] in names}
+    monkeypatch.setattr(training, "RECIPES", recipes)
     monkeypatch.setattr(machine, "product_rates", lambda: {"float32": 1e9, "bfloat16": 1e9})
     options = [f"--option={option}" for option in tiny]
     found = bench("--parts", "training", "sampling", "--rounds", "1", "--steps", "2", "--long", "3", "2", *options)
     configurations = {one["name"]: one for one in found["training"]["configurations"]}
     assert [*configurations] == names
     flops = [configurations[name]["flops"] for name in names]
-    assert flops[-1] > flops[-2] == flops[-3]
-    assert flops[:-2] == sorted(flops[:-2], reverse=True)
-    assert len({*flops[:-3]}) == len(flops[:-3])
-    assert configurations["bf16"]["state"] < configurations["fused"]["state"]
+    assert flops[-1] > flops[-2]
+    if "fused" in names:
+        authors, cached, frozen, kept, fused, bf16, _ = flops
+        assert authors > cached > frozen > kept == fused == bf16
+        assert configurations["bf16"]["state"] < configurations["fused"]["state"]
     assert all(one["rate"] > 0 and one["peak"] > 0 and len(one["seconds"]) == 2 for one in configurations.values())
-    recomputed, half, full, *recipes = found["training"]["memory"].values()
-    assert recomputed < half < full
-    assert len(recipes) == 4
+    samples = list(found["training"]["memory"].values())[: -len(recipes)]
+    assert samples == sorted(samples)  # recomputed, in half precision, in full
+    assert len(samples) == len({name for name, _ in recipes.values()})
     ways = found["sampling"]["ratios"]
     assert next(iter(ways)) == "as the authors sample, branch by branch"
     printed = capsys.readouterr().out
