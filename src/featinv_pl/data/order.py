@@ -73,8 +73,8 @@ class ResumableData:
     """A data module whose training resumes within an epoch, and whose evaluation sees each sample exactly once.
 
     A checkpoint notes how many batches of an epoch have been seen; a step takes the same samples on any number of
-    processes that share a batch of the same size. Comes before `LightningDataModule` among the bases of a class:
-    loader workers import this module, and should not wait for Lightning.
+    processes that share a batch of the same size. Comes before `LightningDataModule` among the bases of a class, since
+    loader workers import this module and should not wait for Lightning.
 
     Attributes:
         position: Tells the epoch and its batches that training has seen; set by `runtime.resuming.Resume`.

@@ -1,7 +1,6 @@
-"""Loader workers: forked from a server without threads, deaf to signals of the group, and gone when the run is.
+"""Loader workers: deaf to signals of the group, gone when the run is, and forked from a server without threads.
 
-A fork of a process with threads may inherit a lock that nobody releases. `forkserver` starts one clean process, which
-imports torch once and forks each worker in some 30 ms.
+A fork of a process with threads may inherit a lock that nobody releases; a clean server imports torch only once.
 """
 
 import multiprocessing
@@ -30,15 +29,11 @@ Item = TypeVar("Item")
 
 
 def start_server(*modules: str) -> None:
-    """Start this process's server, which imports the datasets' modules while the run is still preparing.
-
-    Raises:
-        UserError: This process is a worker itself, which imports the user's script.
-    """
+    """Start this process's server, which imports the datasets' modules while the run is still preparing."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise UserError(
-            "`num_workers`: each worker imports the script that starts it, which must not start the run again. Put "
-            "the script's commands below `if __name__ == '__main__':`, or set `num_workers` to 0."
+            "`num_workers`: each worker imports the script that starts it. Put the script's commands below "
+            "`if __name__ == '__main__':`, or set `num_workers` to 0."
         )
     forkserver.set_forkserver_preload([*modules])
     # Ctrl-C, and SIGTERM from a scheduler, reach the whole group. The run answers: it saves at the end of a step, for
@@ -81,9 +76,8 @@ def workers_explained() -> Iterator[None]:
         if not DIED.search(reason):
             raise
         raise UserError(
-            f"`num_workers`: a worker has died ({reason}). If it has not said why, memory was short: "
-            f"{SHARED} has {shutil.disk_usage(SHARED).free >> 20} MB left. Lower it, set it to 0, or enlarge {SHARED} "
-            "(docker run --shm-size=8g)."
+            f"`num_workers`: a worker has died ({reason}). If it has not said why, memory was short: {SHARED} has "
+            f"{shutil.disk_usage(SHARED).free >> 20} MB left. Lower it, or enlarge {SHARED} (docker run --shm-size=8g)."
         ) from error
 
 

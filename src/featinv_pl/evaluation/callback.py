@@ -107,7 +107,7 @@ class Evaluation(Callback):
         how = {} if self.training else sampling(inverter, str(trainer.precision))
         baselines, cache = {}, None
         if trainer.testing:
-            for name in data.too_small:
+            for name in sorted(data.test.keys() - test_sets.keys()):
                 note(f"{name}: left out, for it has fewer samples than there are processes")
             baselines = from_training_shards(trainer, inverter, data, self.baselines, note)
             cache = ImageCache(self.root, {**inverter.identity(), **how})

@@ -56,8 +56,7 @@ def test_every_severity_changes_an_image_by_its_seed_alone(name: str) -> None:
         kept = image.copy()
         for severity in (1, 3, 5):
             corrupted = corrupt(image, name, severity, seed=7)
-            assert corrupted.shape == (*size, 3)
-            assert corrupted.dtype == np.uint8
+            assert (corrupted.shape, corrupted.dtype) == ((*size, 3), np.uint8)
             # CIFAR-10-C's smallest blurs reach no farther than a pixel.
             assert not np.array_equal(corrupted, image) or (name == "defocus_blur" and severity < 4)
         np.random.seed(1)
@@ -66,21 +65,13 @@ def test_every_severity_changes_an_image_by_its_seed_alone(name: str) -> None:
         assert np.array_equal(image, kept)
 
 
-@pytest.mark.parametrize("name", ["gaussian_noise", "shot_noise", "impulse_noise", "fog", "contrast", "gaussian_blur"])
-def test_grows_with_severity(name: str) -> None:
-    image = digit_images()[2]
-    errors = [np.square(corrupt(image, name, level, 0).astype(float) - image).mean() for level in range(1, 6)]
-    assert 0 < errors[0] < errors[1] < errors[2] < errors[3] < errors[4]
-
-
 @pytest.mark.parametrize(("side", "spread"), [(64, 0.08), (65, 0.18)])
 def test_constants_follow_the_size_of_the_image(side: int, spread: float) -> None:
     grey = np.full((side, side, 3), 128, dtype=np.uint8)
     noise = (corrupt(grey, "gaussian_noise", 3, seed=0).astype(float) - grey) / 255
     assert noise.std() == pytest.approx(spread, rel=0.05)
     white = corrupt(np.full_like(grey, 255), "gaussian_noise", 1, seed=0)
-    assert (white == 255).mean() > 0.4  # values saturate and never wrap
-    assert white.min() > 128
+    assert white.min() > 128  # values saturate and never wrap
 
 
 def test_contrast_is_about_the_mean_of_each_channel_and_truncated() -> None:

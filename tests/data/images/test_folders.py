@@ -105,11 +105,10 @@ def test_views_follow_each_other_over_all_images(root: Path) -> None:
     images, central = views_of(root), FolderImages(root, "pets", 16)
     assert len(images) == 90
     for item in (0, 29, 30, 89):
-        sample, view = images[item], images[item].view
-        assert sample.key == f"{central[item % 30].key}#{item // 30}"
-        assert sample.labels == central[item % 30].labels
-        assert view is not None
-        assert view["number"] == item // 30
+        number, image = divmod(item, 30)
+        assert images[item].key == f"{central[image].key}#{number}"
+        assert images[item].labels == central[image].labels
+        assert (images[item].view or {})["number"] == number
     assert central[0].view is None
 
 

@@ -18,10 +18,6 @@ def save(*paths: Path | str) -> None:
         Image.new("RGB", (8, 8)).save(path, "PNG")
 
 
-def classes_of(root: Path | str) -> dict[str, str]:
-    return dict(labelled_images(Path(root)))
-
-
 def sources_of(root: Path | str) -> dict[str, str]:
     return {name: path.as_posix() for name, path in find_sources("x", Path(root)).items()}
 
@@ -48,26 +44,21 @@ def test_tiny_imagenet() -> None:
     save("t/train/n01440764/images/n01440764_0.JPEG", "t/train/n01443537/images/n01443537_0.JPEG")
     save("t/val/images/val_0.JPEG", "t/val/images/val_1.JPEG", "t/test/images/test_0.JPEG")
     Path("t/train/n01440764/n01440764_boxes.txt").write_text("n01440764_0.JPEG\t0\t0\t8\t8\n")
-    Path("t/val/val_annotations.txt").write_text(
-        "val_0.JPEG\tn01443537\t0\t0\t8\t8\nval_1.JPEG\tn01440764\t0\t0\t8\t8\n"
-    )
+    table = "val_0.JPEG\tn01443537\t0\t0\t8\t8\nval_1.JPEG\tn01440764\t0\t0\t8\t8\n"
+    Path("t/val/val_annotations.txt").write_text(table)
     assert sources_of("t") == {"x/train": "t/train", "x/val": "t/val", "x/test": "t/test"}
     assert [name for _, name in labelled_images(Path("t/train"))] == ["n01440764", "n01443537"]
-    assert classes_of("t/val") == {"images/val_0.JPEG": "n01443537", "images/val_1.JPEG": "n01440764"}
-    data = FolderData(Path("t/train"), Path("t/val"), image_size=8)
-    (val,) = data.val_dataloader()
-    assert {key: label for batch in val for key, label in zip(batch["key"], batch["labels"].tolist(), strict=True)} == {
-        "images/val_0.JPEG": 1,
-        "images/val_1.JPEG": 0,
-    }
+    assert dict(labelled_images(Path("t/val"))) == {"images/val_0.JPEG": "n01443537", "images/val_1.JPEG": "n01440764"}
+    (val,) = FolderData(Path("t/train"), Path("t/val"), image_size=8).val_dataloader()
+    ((key, label),) = ((batch["key"], batch["labels"].tolist()) for batch in val)
+    assert dict(zip(key, label, strict=True)) == {"images/val_0.JPEG": 1, "images/val_1.JPEG": 0}
 
 
 def test_train_numbers_the_classes_of_a_validation_folder_that_lacks_some() -> None:
     save("train/ant/a.png", "train/bee/a.png", "train/owl/a.png", "val/owl/b.png", "val/bee/b.png", "val/yak/b.png")
     data = FolderData(Path("train"), Path("val"), image_size=8)
     assert data.classes == ("ant", "bee", "owl")
-    (val,) = data.val_dataloader()
-    (batch,) = val
+    ((batch,),) = data.val_dataloader()
     assert dict(zip(batch["class_name"], batch["labels"].tolist(), strict=True)) == {"bee": 1, "owl": 2, "yak": -1}
 
 
@@ -75,7 +66,7 @@ def test_images_without_folders_have_no_class() -> None:
     save("flat/b.png", "flat/a.JPG")
     Path("flat/notes").mkdir()
     assert labelled_images(Path("flat")) == [("a.JPG", ""), ("b.png", "")]
-    assert {FolderImages(Path("flat"), "x", 8)[item].labels for item in range(2)} == {-1}
+    assert FolderImages(Path("flat"), "x", 8)[0].labels == -1
 
 
 def test_every_suffix_counts_and_nothing_that_systems_leave() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -36,15 +37,13 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, list[str]] = {}  # what to do wrong, one request after the other
         self.sent, self.ended = 0, threading.Event()
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
+        self.address = f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(SimpleHTTPRequestHandler):
+    server: Server
+
     def do_GET(self) -> None:
-        assert isinstance(self.server, Server)
         self.server.asked.append(self.path)
         faults = self.server.faults.get(self.path.rpartition("/")[2])
         fault = faults.pop(0) if faults else ""
@@ -60,11 +59,10 @@ class Handler(SimpleHTTPRequestHandler):
         if fault == "bomb":
             self.send_header("Content-Encoding", "gzip")
         self.end_headers()
+        sent = {"dropped": ZEROS[:100], "bomb": gzip.compress(ZEROS)}.get(fault, ZEROS)
         with contextlib.suppress(OSError):  # the other side has had enough
-            if fault == "bomb":
-                self.wfile.write(gzip.compress(ZEROS))
             for _ in range(MANY // len(ZEROS) if fault == "endless" else 1):
-                self.server.sent += self.wfile.write(ZEROS[:100] if fault == "dropped" else ZEROS)
+                self.server.sent += self.wfile.write(sent)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
@@ -75,8 +73,7 @@ def server(make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(remote, "WAITS_S", (0.01, 0.01))
     write_set(tmp_path / "far/set", make_batch(SIZE), shard_size=4)
     with Server(tmp_path / "far") as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.ended.set()
         server.shutdown()
@@ -154,26 +151,20 @@ def test_what_fails_once_is_tried_again(server: Server) -> None:
     assert server.asked.count("/set/clean-00001.tar") == 3
 
 
-def test_credentials_are_used_but_not_told(server: Server) -> None:
+def test_credentials_are_used_but_not_told(server: Server, tmp_path: Path) -> None:
     place = server.address.replace("://", "://somebody:PASSWORD@") + "/{}?token=TOKEN"
     assert len(keys(shards(place.format("set")))) == SIZE
     assert f"/set/{MANIFEST}?token=TOKEN" in server.asked
-    with pytest.raises(
-        UserError, match=r"'http://\*\*\*@.*/nowhere\?\*\*\*' has a '.*' that could not be fetched"
-    ) as caught:
+    message = r"'http://\*\*\*@.*/nowhere\?\*\*\*' has a '.*' that could not be fetched"
+    with pytest.raises(UserError, match=message) as caught:
         shards(place.format("nowhere"))
-    assert "PASSWORD" not in str(caught.value)
-    assert "TOKEN" not in str(caught.value)
+    assert not {"PASSWORD", "TOKEN"} & {*re.findall(r"\w+", str(caught.value))}
+    (tmp_path / "far/set/clean-00002.json").unlink()
+    shutil.rmtree("cache")
+    with pytest.raises(UserError, match=r"`data\.val`: .*'clean-00002\.json' that could not be fetched"):
+        keys(shards(f"{server.address}/set"))
     with pytest.raises(UserError, match=r"was saved without its credentials\. Give the address again"):
         shards(masked(place.format("set")))
-
-
-def test_what_is_not_there_is_one_message(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"`data\.val`: 'http.*' has a 'manifest\.json' that could not be fetched"):
-        shards(f"{server.address}/nowhere")
-    (tmp_path / "far/set/clean-00002.json").unlink()
-    with pytest.raises(UserError, match=r"'clean-00002\.json' that could not be fetched"):
-        keys(shards(f"{server.address}/set"))
 
 
 def test_commands_run_only_if_the_environment_allows_them(
@@ -193,10 +184,7 @@ def test_commands_run_only_if_the_environment_allows_them(
         shards("pipe:yes {}")
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["python://x", "ftp://h/x", "simplecache::https://h/x", "https://h/x::pipe:y", "file:///etc", "PIPE:touch x"],
-)
+@pytest.mark.parametrize("place", ["ftp://h/x", "simplecache::https://h/x", "https://h/x::pipe:y", "PIPE:touch x"])
 def test_other_addresses_are_refused(place: str) -> None:
     with pytest.raises(UserError, match=r"`data\.val`: .*(only http, https, s3 are read|runs a command)"):
         shards(place)

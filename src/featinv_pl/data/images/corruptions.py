@@ -7,10 +7,9 @@ truncated, small images zoom off-centre, glass overwrites pixels. With the same 
 too. Mean RMSE and the shares of the change's spectral energy above 1/16, 1/8 and 1/4 cycles per pixel are those of the
 published functions to 2 %, at 32 and at 224 pixels (`impulse_noise`, whose random numbers differ: 5 %).
 
-Three are stand-ins, which have not been compared: `motion_blur` and `snow` blur along a line with a half Gaussian
-instead of calling ImageMagick, and `frost` generates ice instead of cutting it from photographs. The JPEG compression
-of ImageNet-C's files is left out. So figures on these images are comparable with each other, not with figures for
-ImageNet-C, and must not be called mCE.
+Three are stand-ins, which have not been compared: `motion_blur` and `snow` blur along a line with a half Gaussian,
+and `frost` generates ice. The JPEG compression of ImageNet-C's files is left out. So figures on these images are
+comparable with each other, not with figures for ImageNet-C, and must not be called mCE.
 """
 
 import io
@@ -200,10 +199,7 @@ def check_corruption(name: str, severity: int) -> None:
 
 
 def corrupt(image: Bytes, name: str, severity: int, seed: int) -> Bytes:
-    """Corrupt an image of (H, W, 3) bytes, at a severity of 1 to 5.
-
-    The seed decides the random part, as `np.random.seed` does for the published functions: give each image its own.
-    """
+    """Corrupt an image of (H, W, 3) bytes, whose seed decides the random part; give each image its own."""
     constant = SEVERITIES[name][min(image.shape[:2]) <= SMALL][severity - 1]
     rng = Random(seed % 2**32)  # its stream is the same in every release of NumPy
     return _to_bytes(CORRUPTIONS[name](_from_bytes(image), constant, rng))

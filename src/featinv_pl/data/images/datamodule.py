@@ -55,7 +55,7 @@ class ImageData(ResumableData, LightningDataModule):
         return [loader(ImageBatches(one), Batches(self._batches[one.source]), self.num_workers) for one in left]
 
     def train_dataloader(self) -> DataLoader[ImageBatch]:
-        """The training images in complete batches, in another order each epoch; too few for a batch are one."""
+        """The training images in complete batches, in another order each epoch."""
         if self.train is None:
             raise UserError("`data.train`: fit needs a folder of training images.")
         self.batch_size = min(self.batch_size, max(len(self.train) // self.rank[1], 1))
@@ -79,11 +79,10 @@ class FolderData(ImageData):
     Args:
         train: A folder to train on. Its classes, in the order of their names, number the labels.
         val: One for validation, which may lack some of those classes.
-        predict: Folders by name of source, for extraction. A folder of several sources, such as
-            ImageNet-C's `<corruption>/<severity>/<wnid>/`, gives `<name>/<corruption>/<severity>`.
+        predict: Folders to extract by name of source. A folder of several, such as ImageNet-C, gives `<name>/<path>`.
         image_size: Side of the square crop.
         crop_pct: Share of the shorter side that the central crop keeps; 1 for images that were cropped before.
-        views: Extract so many random views of each image (crop, horizontal flip) in place of the central crop.
+        views: Extract so many random views of each image (crop, horizontal flip) instead of the central crop.
         vertical_flip: Flip half of the views upside down, as the paper's authors did.
         seed: Seed of the views.
         per_class: Extract only so many images of each class, the first by file name.
@@ -124,7 +123,7 @@ class CorruptedData(ImageData):
     Args:
         data: The other data module, such as folders of images.
         corruptions: Names; by default the 15 of ImageNet-C and its 4 for validation.
-        severities: 1 to 5.
+        severities: Of 1 to 5; by default all.
     """
 
     def __init__(

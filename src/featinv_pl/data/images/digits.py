@@ -84,9 +84,8 @@ def digits() -> Any:
 @functools.cache
 def digit_images() -> NDArray[np.uint8]:
     """All digits as (1797, 32, 32, 3) bytes."""
-    grey = (digits().images * 255 / 16).round().astype(np.uint8)
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    large = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in grey]
+    grey = map(Image.fromarray, (digits().images * 255 / 16).round().astype(np.uint8))
+    large = [np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC)) for image in grey]
     return np.repeat(np.stack(large)[..., None], 3, axis=-1)
 
 
@@ -94,8 +93,8 @@ def digit_images() -> NDArray[np.uint8]:
 def split_indices() -> dict[str, NDArray[np.int64]]:
     """The fixed stratified split, each part in a fixed random order.
 
-    The hard test images are those to which a discriminant analysis of raw pixels gives their label the least
-    probability: adversarial filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
+    Hard test images get the least probability of their label from a discriminant analysis of raw pixels: adversarial
+    filtration by another model, as ImageNet-A was made (Hendrycks et al., arXiv 1907.07174).
     """
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.model_selection import train_test_split

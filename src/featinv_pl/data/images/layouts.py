@@ -53,13 +53,8 @@ def find_sources(name: str, root: Path) -> dict[str, Path]:
 def labelled_images(root: Path, per_class: int | None = None) -> list[tuple[str, str]]:
     """Images of a source by path below the root, with their classes, in the order of classes and paths.
 
-    Args:
-        root: The folder.
-        per_class: Only so many images of each class, the first by path: a selection that everybody can repeat. Of
-            ImageNet's validation set, 10 per class give the usual 10,000 images.
-
-    Raises:
-        UserError: As `find_sources`, or the folder holds several sources.
+    `per_class` keeps the first of each class, which everybody can repeat: of ImageNet's validation set, 10 give the
+    usual 10,000 images. A folder of several sources is refused.
     """
     folder = _read(root)
     sources = _sources(folder)

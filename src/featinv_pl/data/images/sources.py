@@ -41,19 +41,14 @@ class ImageSample(NamedTuple):
 class ImageSource(Dataset[ImageSample], ABC):
     """Images of one source, in a fixed order.
 
-    Attributes:
-        num_images: Number of images, whatever the number of views.
-        preparation: How an image becomes a sample, for the manifest.
-        classes: Names of the classes that number the labels.
-        views: Random views of each image, or 0 for the central crop alone. View 0 of all images comes first, then
-            view 1 of all, so that any stretch is a fair sample.
+    View 0 of all images comes first, then view 1 of all, so that any stretch is a fair sample.
     """
 
     source: str
     num_images: int
-    preparation: str
-    classes: tuple[str, ...] = ()
-    views: int = 0
+    preparation: str  # of samples from images, for the manifest
+    classes: tuple[str, ...] = ()  # by the label that numbers them
+    views: int = 0  # random ones of each image, or 0 for the central crop alone
 
     @abstractmethod
     def names(self) -> Iterator[tuple[str, str]]:
@@ -85,8 +80,7 @@ class FolderImages(ImageSource):
     """Images of a folder, in a fixed random order; `layouts` says how they are found and what their classes are.
 
     The order is random so that any stretch of a shard set is a fair sample of its source, and fixed so that two runs
-    agree. A view's crop and flips are a function of seed, key and number alone. `FolderData` documents the other
-    arguments.
+    agree. A view's crop and flips are a function of seed, key and number alone. `FolderData` has the other arguments.
 
     Args:
         root: The folder.
@@ -112,9 +106,7 @@ class FolderImages(ImageSource):
         images = labelled_images(root, per_class)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
         # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
-        self._names, self._class_names = (
-            np.array([os.fsencode(images[index][part]) for index in order]) for part in (0, 1)
-        )
+        self._names, self._class_names = (np.array([os.fsencode(images[n][part]) for n in order]) for part in (0, 1))
         own = in_order({name for _, name in images} - {NO_CLASS})
         self.classes = tuple(own if classes is None else classes)
         self._labels = {name: label for label, name in enumerate(self.classes)}

@@ -21,7 +21,7 @@ NAMED = 10  # damaged samples in the summary; of more there is only the number
 
 
 class FeatureShards(ResumableData, LightningDataModule):
-    """Streams shard sets.
+    """Shard sets, as batches.
 
     A set is a folder, or an address (`https://...`, `s3://...`) from which complete shards are fetched into a cache
     when they are needed, or `pipe:COMMAND`, where the environment allows commands.
@@ -78,15 +78,13 @@ class FeatureShards(ResumableData, LightningDataModule):
         """The manifests of all sets by folder: a model checks that it fits them."""
         return {str(shards.folder): shards.manifest for shards in self._sets}
 
-    @property
-    def too_small(self) -> list[str]:
-        """Test sets with fewer samples than processes, which would wait for each other: they are left out."""
-        return [name for name, shards in self.test.items() if len(shards) < self.rank[1]]
-
     def evaluated(self, stage: str) -> dict[str, ShardSet]:
-        """The sets that a stage (`fit`, `validate` or `test`) evaluates, by name."""
+        """The sets that a stage (`fit`, `validate` or `test`) evaluates, by name.
+
+        Test sets with fewer samples than processes, which would wait for each other, are left out.
+        """
         if stage == "test":
-            return {name: shards for name, shards in self.test.items() if name not in self.too_small}
+            return {name: shards for name, shards in self.test.items() if len(shards) >= self.rank[1]}
         return {} if self.val is None else {"val": self.val}
 
     def test_first_set_only(self) -> dict[str, int]:
@@ -111,7 +109,7 @@ class FeatureShards(ResumableData, LightningDataModule):
         if not self.test:
             raise UserError("`data.test`: test needs shard sets, such as --data.test.clean=FOLDER.")
         if not (evaluated := self.evaluated("test")):
-            raise UserError(f"`data.test`: no test set has a sample for each process: {', '.join(self.too_small)}.")
+            raise UserError(f"`data.test`: no test set has a sample for each process: {', '.join(self.test)}.")
         return [self._evaluation_loader(shards) for shards in evaluated.values()]
 
     def _evaluation_loader(self, shards: ShardSet, again: bool = False) -> DataLoader[Batch]:

@@ -73,7 +73,7 @@ class Manifest(TypedDict):
 
 
 class Member(TypedDict):
-    """Where a member lies in its tar: a header of one block, the data, zeros up to the next block; CRC-32 of all."""
+    """Where a member lies in its tar, and the CRC-32 of its header of one block, its data and zeros to the next."""
 
     offset: int
     size: int
@@ -110,7 +110,7 @@ def to_json(contents: Any) -> bytes:
 
 
 def seal(manifest: Any) -> str:
-    """The SHA-256 of all else in a manifest: it shows any change, and tells a shard set from all others."""
+    """The SHA-256 of all else in a manifest, which tells a shard set from all others."""
     return hashlib.sha256(to_json({name: value for name, value in manifest.items() if name != SEAL})).hexdigest()
 
 

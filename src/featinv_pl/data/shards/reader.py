@@ -109,10 +109,8 @@ class ShardSet(Dataset[Sample]):
                     raise ValueError(f"{name} of shape {found} instead of {shape}")
         except DAMAGE as error:
             reason = f"no member {error}" if isinstance(error, KeyError) else one_line(error)
-            raise DamagedError(
-                f"The sample '{entry['key']}' of the shard '{path}' is damaged: {reason}. Copy the shard again, "
-                "extract the features again, or leave damaged samples out with `on_error`: skip."
-            ) from error
+            what = f"The sample '{entry['key']}' of the shard '{path}' is damaged: {reason}."
+            raise DamagedError(f"{what} {AGAIN} Or leave damaged samples out with `on_error`: skip.") from error
         sample["source"] = self.source
         return sample
 
@@ -147,10 +145,7 @@ class ShardSet(Dataset[Sample]):
 
 
 class BatchReader(Dataset[Batch]):
-    """A shard set read a batch at a time, in half precision: its index is the list of samples in a batch.
-
-    A set that skips leaves damaged samples out and says which in `skipped`.
-    """
+    """Batches in half precision by the list of their samples; a set that skips says which it leaves out (`skipped`)."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
@@ -207,12 +202,11 @@ def _read_index(shard: Path, sha256: str, samples: int) -> list[Entry]:
 
 def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     """Read an entry's members in one go, and check each."""
-    members = {
-        suffix: (member["offset"], member["offset"] + BLOCKSIZE + -(-member["size"] // BLOCKSIZE) * BLOCKSIZE, member)
-        for suffix, member in entry["members"].items()
-        if with_images or suffix not in IMAGES
-    }
-    start, end = min(first for first, _, _ in members.values()), max(last for _, last, _ in members.values())
+    spans = {}
+    for suffix, member in entry["members"].items():
+        if with_images or suffix not in IMAGES:
+            spans[suffix] = member["offset"], member["offset"] + BLOCKSIZE * (1 - -member["size"] // BLOCKSIZE)
+    start, end = min(first for first, _ in spans.values()), max(last for _, last in spans.values())
     if not 0 <= start < end <= length:
         raise ValueError("it would lie outside the shard")
     data = np.empty(end - start, np.uint8).data
@@ -220,8 +214,8 @@ def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str,
         if os.preadv(file.fileno(), [data], start) != len(data):
             raise ValueError("the shard ends before it")
     contents = {}
-    for suffix, (first, last, member) in members.items():
-        block = data[first - start : last - start]
+    for suffix, (first, last) in spans.items():
+        member, block = entry["members"][suffix], data[first - start : last - start]
         if zlib.crc32(block) != member["crc32"]:
             raise ValueError(f"its member '{suffix}' has changed since it was written")
         contents[suffix] = block[BLOCKSIZE : BLOCKSIZE + member["size"]]

@@ -44,19 +44,13 @@ class RemoteSet:
             place of `{}`. Commands run only if the environment allows them: a configuration may be anybody's.
         cache: Where files are kept.
         option: The option that named the address, for errors.
-
-    Attributes:
-        folder: Holds the manifest and every file that has been fetched. Its name is the digest of the manifest, so a
-            set that is replaced at its address gets another folder.
     """
 
     def __init__(self, place: str, cache: Path, option: str) -> None:
         scheme = place.partition(":")[0].lower()
         self.place, self.option, self.shown = place, option, masked(place)
         if scheme == "pipe" and os.environ.get(ALLOW_PIPE) != "1":
-            raise self._error(
-                f"runs a command on this machine. If you trust it, set {ALLOW_PIPE}=1 in the environment."
-            )
+            raise self._error(f"runs a command on this machine; set {ALLOW_PIPE}=1 in the environment if you trust it.")
         if scheme not in (*READABLE, "pipe") or "::" in place:
             raise self._error(f"is not a folder, and of addresses only {', '.join(READABLE)} are read.")
         if MASK in place:
@@ -65,16 +59,14 @@ class RemoteSet:
         self._copy(MANIFEST, file)
         manifest = file.getvalue()
         parse_manifest(manifest, self.shown, option)
+        # Of every file that has been fetched; a set that is replaced at its address gets another.
         self.folder = cache.expanduser() / hashlib.sha256(manifest).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".lock"):
             write_bytes(self.folder / MANIFEST, manifest)
 
     def fetch(self, path: Path, sha256: str, size: int | None = None) -> None:
-        """Fetch a file of the set of this digest, and size where known, unless it is there.
-
-        It has its name only when it is complete and checked.
-        """
+        """Fetch a file of this digest, and size where known, unless it is there, complete and checked."""
         if path.is_file():
             return
         with FileLock(path.with_name(f".{path.name}.lock")):  # processes that want the same file wait for the first
@@ -86,34 +78,30 @@ class RemoteSet:
 
     def _copy(self, name: str, file: IO[bytes], size: int | None = None) -> str:
         """Copy a file of the set into an open one, in several attempts if need be; its SHA-256."""
+        most = LARGEST if size is None else size
         for wait in (*WAITS_S, None):
+            found = hashlib.sha256()
+            file.seek(0)
+            file.truncate()
             try:
-                return self._attempt(name, file, size)
+                with self._open(name) as source:
+                    while chunk := source.read(CHUNK):
+                        if file.tell() + len(chunk) > most:
+                            told = "such a file may have" if size is None else "its manifest says"
+                            raise self._error(f"has a '{name}' of more than the {most} bytes that {told}.")
+                        found.update(chunk)
+                        file.write(chunk)
+                if size is not None and file.tell() < size:
+                    raise OSError(f"it ended after {file.tell()} of {size} bytes")
+                return found.hexdigest()
             except UserError:
                 raise
-            except ImportError as error:
-                raise self._error(f"needs another package: {error}.") from error
             except Exception as error:  # each protocol has errors of its own
-                if wait is None or isinstance(error, FileNotFoundError | PermissionError):
+                if wait is None or isinstance(error, FileNotFoundError | PermissionError | ImportError):
                     reason = f"could not be fetched ({masked(one_line(error))})"
                     raise self._error(f"has a '{name}' that {reason}. Check address and network.") from error
                 time.sleep(wait)
         raise AssertionError
-
-    def _attempt(self, name: str, file: IO[bytes], size: int | None) -> str:
-        found, most = hashlib.sha256(), LARGEST if size is None else size
-        file.seek(0)
-        file.truncate()
-        with self._open(name) as source:
-            while chunk := source.read(CHUNK):
-                if file.tell() + len(chunk) > most:
-                    told = "such a file may have" if size is None else "its manifest says"
-                    raise self._error(f"has a '{name}' of more than the {most} bytes that {told}. Copy it there again.")
-                found.update(chunk)
-                file.write(chunk)
-        if size is not None and file.tell() < size:
-            raise OSError(f"it ended after {file.tell()} of {size} bytes")
-        return found.hexdigest()
 
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:

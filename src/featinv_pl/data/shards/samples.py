@@ -49,12 +49,8 @@ Stored = TypeVar("Stored", Sample, Batch)
 def prepare(batch: Batch, storage: Storage = "float16", image_format: ImageFormat = "png") -> list[dict[str, Any]]:
     """Round a batch with images to what is stored of each sample: arrays by suffix, which `encode` turns into bytes.
 
-    The image comes last, so that training, which does not need it, reads the rest in one go.
-
-    Args:
-        batch: On any device.
-        storage: Of the features: halves, or `int8` for a byte each and a step for each channel.
-        image_format: `png` keeps every bit; `jpg` (quality 95) suits large photographs.
+    Features are stored as halves, or as `int8` with a step for each channel. `png` keeps every bit; `jpg` (quality 95)
+    suits large photographs. The image comes last: training, which does not need it, reads the rest in one go.
 
     Raises:
         UserError: Values do not fit half precision, or bytes would change a map too much.
@@ -132,7 +128,6 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Bytes (B, C, h, w) in [-127, 127], and the step of each channel (B, C), whose product is the map.
-        Channels have steps of their own, since some are far larger than others.
     """
     steps = (features.abs().amax(dim=(2, 3)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     quantised = (features / steps[..., None, None]).round().clamp(-127, 127)

@@ -21,7 +21,6 @@ from featinv_pl.data.shards.manifest import (
     FORMAT_VERSION,
     INDEX,
     MANIFEST,
-    Entry,
     Index,
     Manifest,
     Member,
@@ -48,8 +47,7 @@ class ShardFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.partial = path, path.with_name(path.name + PARTIAL)
-        self.entries: list[Entry] = []
-        self.unreadable: list[Unreadable] = []
+        self.index: Index = {"bytes": 0, "sha256": "", "unreadable": [], "entries": []}
         self._file = self.partial.open("wb")
         self._sha256 = hashlib.sha256()
 
@@ -57,7 +55,7 @@ class ShardFile:
         """Append an entry; the bytes that it takes."""
         start = self._file.tell()
         places = {suffix: self._append(f"{key}.{suffix}", data) for suffix, data in members.items()}
-        self.entries.append({"key": key, "members": places})
+        self.index["entries"].append({"key": key, "members": places})
         return self._file.tell() - start
 
     def _append(self, name: str, data: bytes) -> Member:
@@ -76,16 +74,11 @@ class ShardFile:
     def finish(self) -> None:
         """Give the tar its name, and then write its index."""
         self._write(bytes(2 * BLOCK))  # the end of a tar
-        index: Index = {
-            "bytes": self._file.tell(),
-            "sha256": self._sha256.hexdigest(),
-            "unreadable": self.unreadable,
-            "entries": self.entries,
-        }
+        self.index["bytes"], self.index["sha256"] = self._file.tell(), self._sha256.hexdigest()
         with named(self.path):
             self._file.close()
             publish(self.partial, self.path)
-        write_bytes(index_path(self.path), json.dumps(index).encode())
+        write_bytes(index_path(self.path), json.dumps(self.index).encode())
 
     def abandon(self) -> None:
         """Remove an unfinished tar."""
@@ -108,8 +101,7 @@ class ShardSetWriter:
 
     Attributes:
         finished: The set was complete before.
-        missing: The samples of the shards that are not there yet, shard by shard, for all ranks.
-        share: Those of this rank.
+        missing: The samples of the shards that are not there yet, shard by shard; `share` are those of this rank.
     """
 
     def __init__(
@@ -127,9 +119,9 @@ class ShardSetWriter:
         self._begun: Any = {"settings": settings, "provenance": provenance}
         self.finished = self._is_finished()
         ranges = [] if self.finished else shard_ranges(settings)
-        indices = {samples: _complete(self._path(number)) for number, samples in enumerate(ranges)}
-        self.unreadable = sum(len(index["unreadable"]) for index in indices.values() if index)
-        self.missing = [samples for samples, index in indices.items() if index is None]
+        complete = {samples: _unreadable(self._path(number)) for number, samples in enumerate(ranges)}
+        self.unreadable = sum(count or 0 for count in complete.values())
+        self.missing = [samples for samples, count in complete.items() if count is None]
         self.share = self.missing[rank::world_size]
         self.bytes_written = self.samples_written = 0
         self._numbers = iter([number for samples in self.share for number in samples])
@@ -161,11 +153,10 @@ class ShardSetWriter:
 
     def begin(self) -> None:
         """Note the settings, and remove what an interrupted run has left half-written. For one rank alone."""
-        if self.finished:
-            return
-        for partial in self.folder.glob(f"*{PARTIAL}"):
-            partial.unlink()
-        write_bytes(self.folder / BEGUN, to_json(self._begun))
+        if not self.finished:
+            for partial in self.folder.glob(f"*{PARTIAL}"):
+                partial.unlink()
+            write_bytes(self.folder / BEGUN, to_json(self._begun))
 
     def add(self, batch: Batch) -> None:
         """Take in the next batch of this rank's share; threads compress images while networks compute the next.
@@ -195,7 +186,7 @@ class ShardSetWriter:
         if self._shard is None:
             self._shard = ShardFile(self._path(number // self.settings["shard_size"]))
         if members is None:
-            self._shard.unreadable.append(image)
+            self._shard.index["unreadable"].append(image)
             self.unreadable += 1
             self._check_unreadable(image, self.unreadable)
         else:
@@ -206,7 +197,6 @@ class ShardSetWriter:
             self._shard = None
 
     def _check_unreadable(self, last: Unreadable, count: int) -> None:
-        """Give up when too many images cannot be read."""
         if count > self.max_bad_fraction * self.settings["samples"]:
             raise UserError(
                 f"`max_bad_fraction`: {count} of {self.settings['samples']} images cannot be read, the last of them "
@@ -224,8 +214,7 @@ class ShardSetWriter:
         """Write the manifest, when all ranks have written their shards. For one rank alone."""
         shards: list[Shard] = []
         unreadable: list[Unreadable] = []
-        for number, _ in enumerate(shard_ranges(self.settings)):
-            path = self._path(number)
+        for path in map(self._path, range(len(shard_ranges(self.settings)))):
             data = index_path(path).read_bytes()
             index = INDEX.validate_json(data)
             unreadable += index["unreadable"]
@@ -263,10 +252,10 @@ def shard_ranges(settings: Settings) -> list[range]:
     return [range(start, min(start + size, samples)) for start in range(0, samples, size)]
 
 
-def _complete(path: Path) -> Index | None:
-    """The index of a tar that is complete. An index follows its tar, so only what came later can have harmed it."""
+def _unreadable(path: Path) -> int | None:
+    """How many images a complete tar lacks; None for a tar whose index, which follows it, is not there or damaged."""
     try:
         index = INDEX.validate_json(index_path(path).read_bytes())
-        return index if path.stat().st_size == index["bytes"] else None
+        return len(index["unreadable"]) if path.stat().st_size == index["bytes"] else None
     except (OSError, ValueError):
         return None
