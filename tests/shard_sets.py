@@ -1,6 +1,7 @@
 """Makes shard sets for the tests beside it, by the writer that extraction uses."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from tarfile import TarFile
 
@@ -60,24 +61,26 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(data)
 
 
+def rewrite(path: Path, replaced: Callable[[str, bytes], bytes | None]) -> None:
+    """Write a tar and its index again, with other contents of its members, by name; None leaves one out."""
+    entries: dict[str, dict[str, bytes]] = {}
+    with TarFile.open(path) as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            data = replaced(member.name, tar.extractfile(member).read())  # type: ignore[union-attr]
+            entries.setdefault(key, {}).update({} if data is None else {suffix: data})
+    file = ShardFile(path)
+    for key, members in entries.items():
+        file.add(key, members)
+    file.finish()
+
+
 def replace_member(folder: Path, number: int, suffix: str, data: bytes | None) -> None:
     """Replace (or take out) one member of a sample in a set of one shard; tar, index and manifest agree."""
     manifest = read_manifest(folder, OPTION)
     (shard,) = manifest["shards"]
     path = folder / shard["name"]
-    entries: dict[str, dict[str, bytes]] = {}
-    with TarFile.open(path) as tar:
-        for member in tar:
-            key, _, kind = member.name.partition(".")
-            entries.setdefault(key, {})[kind] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    if data is None:
-        del entries[f"{number:09d}"][suffix]
-    else:
-        entries[f"{number:09d}"][suffix] = data
-    file = ShardFile(path)
-    for key, members in entries.items():
-        file.add(key, members)
-    file.finish()
+    rewrite(path, lambda name, content: data if name == f"{number:09d}.{suffix}" else content)
     shard["bytes"], shard["sha256"] = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
     shard["index_sha256"] = hashlib.sha256(index_path(path).read_bytes()).hexdigest()
     write_manifest(folder, manifest)

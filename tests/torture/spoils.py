@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import Runs
-from shard_sets import rewrite_index
+from shard_sets import rewrite
 
 Spoil = Callable[[Path], object]
 Spoils = dict[str, Spoil]
@@ -222,17 +222,7 @@ def npy(dtype: str, shape: str, data: bytes = b"") -> bytes:
 def member(suffix: str, data: bytes) -> Spoil:
     """Another member in every sample of a shard; its index agrees."""
 
-    def spoil(path: Path) -> None:
-        with tarfile.open(path) as tar:
-            contents = [(info, tar.extractfile(info).read()) for info in tar]  # type: ignore[union-attr]
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for info, content in contents:
-                content = data if info.name.endswith(f".{suffix}") else content
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-        rewrite_index(path)
-
-    return spoil
+    return lambda path: rewrite(path, lambda name, content: data if name.endswith(f".{suffix}") else content)
 
 
 def tar_header(path: Path, **fields: Any) -> None:

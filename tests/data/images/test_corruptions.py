@@ -39,6 +39,9 @@ def test_formulas_by_hand() -> None:
     np.testing.assert_allclose(applied("brightness", pixels, 0.2)[0], expected)
     # Saturation 2/3, halved: the least channel moves from a third of the value to two thirds.
     np.testing.assert_allclose(applied("saturate", pixels, (0.5, 0))[0], np.array([[0.4, 0.5, 0.6], [0, 0, 0]]))
+    # Half the contrast about the mean of 70.5 gives 55.25 and 85.75, whose fractions are lost.
+    two = np.array([[[40] * 3, [101] * 3]], dtype=np.uint8)
+    assert corrupt(two, "contrast", 2, seed=0)[0, :, 0].tolist() == [55, 85]
     point = np.zeros((31, 31, 3))
     point[15, 15] = 1
     for name, constants in {"defocus_blur": (3, 0.1), "motion_blur": (10, 3), "gaussian_blur": 1}.items():
@@ -72,14 +75,6 @@ def test_constants_follow_the_size_of_the_image(side: int, spread: float) -> Non
     assert noise.std() == pytest.approx(spread, rel=0.05)
     white = corrupt(np.full_like(grey, 255), "gaussian_noise", 1, seed=0)
     assert white.min() > 128  # values saturate and never wrap
-
-
-def test_contrast_is_about_the_mean_of_each_channel_and_truncated() -> None:
-    image = np.array([[40, 100], [160, 220]], dtype=np.uint8)[..., None] // np.array([1, 2, 4], dtype=np.uint8)
-    mean = np.array([130, 65, 32.5])
-    lost = (image - mean) * 0.5 + mean - corrupt(image, "contrast", 2, seed=0)
-    assert -1e-9 < lost.min() <= 0.25
-    assert 0.75 <= lost.max() < 1 + 1e-9
 
 
 # Against the published functions (hendrycks/robustness), which were run with the seed i for the i-th image

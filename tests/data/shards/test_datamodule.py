@@ -170,7 +170,5 @@ def test_refuses_a_batch_size(folder: Path) -> None:
     with pytest.raises(UserError, match="`batch_size` must be at least 1, and is 0"):
         FeatureShards(train=folder, batch_size=0)
     FeatureShards(train=folder, batch_size=SIZE).train_dataloader()
-    with pytest.raises(UserError, match="`batch_size`: 22 is more than the 21 training samples"):
-        FeatureShards(train=folder, batch_size=22).train_dataloader()
     with pytest.raises(UserError, match="11 is more than the 10 training samples of a process"):
         on_rank(FeatureShards(train=folder, batch_size=11), 0, 2).train_dataloader()

@@ -13,7 +13,7 @@ import webdataset
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.data.shards.datamodule import FeatureShards
-from featinv_pl.data.shards.manifest import MANIFEST, find_sets, index_path, read_manifest, write_manifest
+from featinv_pl.data.shards.manifest import MANIFEST, index_path, read_manifest, write_manifest
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.errors import UserError
@@ -176,17 +176,6 @@ def test_any_flipped_byte_is_noticed(make_batch: MakeBatch, tmp_path: Path) -> N
 
 
 # Folders of sets
-
-
-def test_finds_a_set_or_the_sets_below(make_batch: MakeBatch, tmp_path: Path) -> None:
-    for name in ("fog/3", "fog/1", "snow/1"):
-        write_set(tmp_path / "c" / name, make_batch(1))
-    (tmp_path / "c" / "empty").mkdir()
-    assert list(find_sets("imagenet-c", tmp_path / "c").items()) == [
-        (f"imagenet-c/{name}", tmp_path / "c" / name) for name in ("fog/1", "fog/3", "snow/1")
-    ]
-    for name in ("c/fog/3", "c/empty", "nowhere"):
-        assert find_sets("one", tmp_path / name) == {"one": tmp_path / name}
 
 
 @pytest.mark.parametrize("traces", [["extraction.json"], ["extraction.json", "a-00000.tar"], ["a-00000.tar"]])

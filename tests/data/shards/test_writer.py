@@ -18,11 +18,10 @@ SIZE = 11
 
 def part(batch: Batch, numbers: range) -> Batch:
     """Some samples of a batch."""
-    values = {
+    return {  # type: ignore[return-value]
         name: [value[n] for n in numbers] if isinstance(value, list) else value[list(numbers)]  # type: ignore[index]
         for name, value in batch.items()
     }
-    return values  # type: ignore[return-value]
 
 
 def writer_of(folder: Path, batch: Batch, rank: int = 0, world_size: int = 1, bad: float = 0.0) -> ShardSetWriter:
