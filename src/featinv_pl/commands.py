@@ -181,11 +181,10 @@ def _report(parser: ArgumentParser, args: list[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A command: its line in `--help` and in the README, and what runs it."""
+    """A command: its line in `--help` and in the README, and what parses its options and does the work."""
 
     does: str
-    run: Callable[[ArgumentParser, list[str]], None] | None
-    """Adds its options to a parser, parses its line and does the work; None of the commands of Lightning."""
+    run: Callable[[ArgumentParser, list[str]], None] | None  # None of the commands of Lightning
 
 
 COMMANDS = {
@@ -229,10 +228,7 @@ def _finish(result: "Report", folder: Path) -> None:
 def parse_pictures(
     parser: ArgumentParser, args: list[str], count: int | str, num_samples: int | None = None, model: bool = True
 ) -> Namespace:
-    """Add the options of commands that reconstruct pictures, and parse; `paths` are opened as `pictures`.
-
-    `count` is that of pictures, as argparse's `nargs`, and `num_samples` the default of the option, if there is one.
-    """
+    """Add the options of commands that reconstruct `count` pictures, and parse; `paths` are opened as `pictures`."""
     parser.add_argument("paths", metavar="IMAGE", type=Path, nargs=count)
     if model:
         parser.add_argument("--model", required=True, help=MODEL)

@@ -32,7 +32,7 @@ EVERYWHERE = torch.ones(3, 3)
 def samples_of(features: torch.Tensor, labels: torch.Tensor | None = None) -> Samples:
     labels = torch.zeros(len(features), dtype=torch.long) if labels is None else labels
     keys = [f"class {label}/{number}.png" for number, label in enumerate(labels.tolist())]
-    return Samples(features.half(), labels, keys, ORIGIN, [], torch.zeros(len(features)), list(range(len(features))))
+    return Samples(features.half(), labels, keys, ORIGIN, [])
 
 
 def two_groups(size: int = 40) -> tuple[Samples, torch.Tensor]:
@@ -158,14 +158,12 @@ def test_examples_are_the_images_that_express_a_concept_most(digit_shards: Path)
 def test_samples_are_spaced_over_a_set(digit_shards: Path) -> None:
     everything = read_samples([digit_shards / "train", digit_shards / "clean"], 1000, "SHARDS")
     some = read_samples([digit_shards / "train", digit_shards / "clean"], 5, "SHARDS")
-    size = len(everything.sets[0])
-    assert some.numbers[:5] == [round(step * (size - 1) / 4) for step in range(5)]
-    assert some.groups.tolist() == [0] * 5 + [1] * 5
+    size = len(everything.places[0][0])
+    assert [number for _, number in some.places[:5]] == [round(step * (size - 1) / 4) for step in range(5)]
     assert torch.equal(some.features[4], everything.features[size - 1])
     [(name, first, second)] = pair_of_sets(some)
-    assert name == "train-clean"
-    assert torch.equal(first, some.groups == 0)
-    assert torch.equal(second, some.groups == 1)
+    assert (name, first.tolist()) == ("train-clean", [True] * 5 + [False] * 5)
+    assert torch.equal(second, ~first)
 
 
 # The command

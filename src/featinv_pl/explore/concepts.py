@@ -41,7 +41,7 @@ BATCH = 256  # maps at a time
 
 
 class Facts(TypedDict):
-    """The content of `concepts.json`; the sum is of the tensors beside it and of the other fields."""
+    """The content of `concepts.json`; for the sum see `seal`."""
 
     method: Method
     names: list[str]
@@ -63,17 +63,15 @@ def seal(tensors: bytes, facts: Mapping[str, Any]) -> str:
 class Concepts:
     """Directions in the feature space of one backbone and layer.
 
-    A direction is scaled so that strength 1 means something: for a difference or a concept vector, the way
-    from the first group's mean to the second's (along the vector); for an NMF component, the activation
-    that only one location in a hundred exceeds.
+    Strength 1 is, for a difference or a concept vector, the way from the first group's mean to the second's (along the
+    vector); for an NMF component, the activation that only one location in a hundred exceeds.
 
     Attributes:
         method: How they were found.
         names: One name for each.
         directions: (K, C, h, w), or (K, C, 1, 1) where a direction is the same at all locations.
         starts: Of the shape of `directions`: the point whose score is 0, that is, the first group's mean or zero.
-        scores: Of how well the concepts hold, by name: a vector's cross-validated accuracy, or the share of
-            the maps' energy that NMF explains.
+        scores: By name, a vector's cross-validated accuracy, or the share of the maps' energy that NMF explains.
         origin: The backbone whose maps they were found in.
     """
 
@@ -110,10 +108,7 @@ class Concepts:
         return projected - (self.starts * scaled).sum(1)
 
     def score(self, features: Tensor, weight: Tensor) -> Tensor:
-        """How strongly maps (B, C, h, w) express each concept within a weight (h, w) in [0, 1]: (B, K).
-
-        0 is the start, and 1 a strength of 1 further.
-        """
+        """The strength at which maps (B, C, h, w) express each concept within a weight (h, w) in [0, 1]: (B, K)."""
         mean = (self.activations(features) * weight).sum((2, 3)) / weight.sum()
         if self.method == "nmf":
             return mean
@@ -159,8 +154,8 @@ class Concepts:
 def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
     shape = facts["origin"]["feature_shape"]
     grids = ([1, 1],) if facts["method"] == "nmf" else ([1, 1], shape[1:])
-    number, channels, *grid = directions.shape or (0, 0)
-    if number != len(facts["names"]) or not number or [channels] != shape[:1] or grid not in grids:
+    number, *channels_and_grid = directions.shape or (0,)
+    if number != len(facts["names"]) or not number or channels_and_grid not in [[*shape[:1], *grid] for grid in grids]:
         raise ValueError(f"{len(facts['names'])} directions of shape {list(directions.shape)} for maps of {shape}")
     if starts.shape != directions.shape or not (directions.isfinite().all() and starts.isfinite().all()):
         raise ValueError("starts of another shape than directions, or values that are not finite")
@@ -222,8 +217,7 @@ def _coefficients(features: Tensor, directions: Tensor) -> Tensor:
 def difference_concepts(samples: Samples, pairs: Sequence[tuple[str, Tensor, Tensor]], pooled: bool) -> Concepts:
     """Directions from the mean map of one group of images to that of another.
 
-    A pair is the concept's name and which samples (n,) are in each group. A pooled direction is a mean over locations,
-    and so the same at all of them.
+    A pair is a name and which samples (n,) are in each group. A pooled direction is the same at all locations.
     """
     maps = samples.maps(pooled)
     means = [(maps[first].mean(0), maps[second].mean(0)) for _, first, second in pairs]
@@ -268,12 +262,14 @@ def pairs_of_labels(
 
 def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
     """Groups by shard set, of two sets."""
-    if len(samples.sets) != 2:
+    sets = list({id(shards): shards for shards, _ in samples.places}.values())
+    if len(sets) != 2:
         raise UserError(
-            f"SHARDS: without `between`, two shard sets are compared, and {len(samples.sets)} given. "
+            f"SHARDS: without `between`, two shard sets are compared, and {len(sets)} given. "
             "Give two, or the labels of two classes."
         )
-    return [("-".join(shards.source for shards in samples.sets), samples.groups == 0, samples.groups == 1)]
+    first = torch.tensor([shards is sets[0] for shards, _ in samples.places])
+    return [("-".join(shards.source for shards in sets), first, ~first)]
 
 
 class Example(NamedTuple):
@@ -334,7 +330,7 @@ def gallery(concepts: Concepts, samples: Samples, num_examples: int = 8) -> Gall
     best = score.argsort(dim=0, descending=True)[:num_examples]
 
     def example(index: int, concept: int) -> Example:
-        label, source = int(samples.labels[index]), samples.sets[int(samples.groups[index])].source
+        label, source = int(samples.labels[index]), samples.places[index][0].source
         return Example(samples.picture(index), heat[index, concept], score[index, concept].item(), label, source)
 
     numbers = range(len(concepts.names))

@@ -31,13 +31,13 @@ NAMES = ("composed", "first", "second")  # of the maps
 
 
 def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """A point between two maps that keeps norms: at each location the vector turns, and its norm changes evenly.
+    """Turn the vector at each location from the first map's to the second's, and change its norm evenly.
 
-    The spherical interpolation of Shoemake (Animating Rotation with Quaternion Curves, 1985), of the directions
-    along the channels; norms are interpolated linearly. Opposite or equal directions go straight.
+    The spherical interpolation of Shoemake (Animating Rotation with Quaternion Curves, 1985) along the channels.
+    Opposite or equal directions go straight.
     """
     one, two = first.double(), second.double()  # the angle between similar vectors loses half the digits
-    norms = one.norm(dim=-3, keepdim=True), two.norm(dim=-3, keepdim=True)
+    norms = [vectors.norm(dim=-3, keepdim=True) for vectors in (one, two)]
     start, end = normalize(one, dim=-3), normalize(two, dim=-3)
     angle = (start * end).sum(dim=-3, keepdim=True).clamp(-1, 1).acos()
     sine = angle.sin()
@@ -89,10 +89,9 @@ class Interpolation(Exploration):
         )
         if self.real is None:
             return f"{text} No step is flagged, for lack of real images to compare with (--real)."
-        return (
-            f"{text} The real images' cosines to the most similar other one lie between {self.real[0]:.3f} and "
-            f"{self.real[1]:.3f} (98 %); {sum(self.flags)} steps lie below, in red."
-        )
+        low, high = (f"{limit:.3f}" for limit in self.real)
+        text += f" The real images' cosines to the most similar other one lie between {low} and {high} (98 %);"
+        return f"{text} {sum(self.flags)} steps lie below, in red."
 
     def sections(self) -> list[Section]:
         pictures = zip(self.originals["images"], self.originals["logits"], ("first", "second"), strict=True)
@@ -154,8 +153,6 @@ def interpolate(
     seed: int = 0,
 ) -> Interpolation:
     """Reconstruct `steps` maps between those of two pictures, ends included, all from the same noise.
-
-    `slerp` keeps norms. The cosines of `real` images with each other say how far apart such images are.
 
     Raises:
         UserError: The real images' maps are of another backbone.
@@ -262,9 +259,7 @@ class Composition(Exploration):
 def compose(
     pipeline: FeatInvPipeline, first: Image.Image, second: Image.Image, box: Box, num_samples: int = 1, seed: int = 0
 ) -> Composition:
-    """Paste a region of the second picture's map into the first one's, and reconstruct it.
-
-    The box is in pixels of the classifier's crop.
+    """Paste the part of the second picture's map under a box, in pixels of the crop, into the first; reconstruct it.
 
     Raises:
         UserError: The box reaches outside the image.

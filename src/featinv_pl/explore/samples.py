@@ -38,18 +38,14 @@ class Samples:
         labels: (n,), as the classifier counts them; -1 where it has no such class.
         keys: Names, which begin with that of the class's folder where there is one.
         origin: What made them.
-        sets: The shard sets.
-        groups: (n,), the index in `sets` of each sample's set.
-        numbers: Each sample's number in its set.
+        places: The shard set of each sample, and its number there.
     """
 
     features: Tensor
     labels: Tensor
     keys: list[str]
     origin: Origin
-    sets: list[ShardSet]
-    groups: Tensor
-    numbers: list[int]
+    places: list[tuple[ShardSet, int]]
 
     def maps(self, pooled: bool = False) -> Tensor:
         """The maps in single precision, or their means over locations (n, C, 1, 1)."""
@@ -58,7 +54,8 @@ class Samples:
 
     def picture(self, index: int) -> Image.Image:
         """The image that a map was taken from."""
-        return as_picture(self.sets[int(self.groups[index])][self.numbers[index]]["images"])
+        shards, number = self.places[index]
+        return as_picture(shards[number]["images"])
 
     def of_class(self, label: int | str) -> Tensor:
         """A boolean for each sample (n,): whether it has a label, or lies in the class folder of that name.
@@ -86,25 +83,23 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
         UserError: The sets are of different backbones, or one is empty. The message begins with `option`.
     """
     sets = [ShardSet(folder, folder.name, option) for folder in folders]
-    origins = [_origin(shards) for shards in sets]
+    first, *_ = origins = [_origin(shards) for shards in sets]
     found: list[Sample] = []
-    groups, numbers = [], []
-    for group, (folder, origin, shards) in enumerate(zip(folders, origins, sets, strict=True)):
-        if origin != origins[0]:
+    places = []
+    for folder, origin, shards in zip(folders, origins, sets, strict=True):
+        if origin != first:
             raise UserError(
-                f"{option}: '{folders[0]}' holds maps of {_described(origins[0])}, and '{folder}' those of "
+                f"{option}: '{folders[0]}' holds maps of {_described(first)}, and '{folder}' those of "
                 f"{_described(origin)}. Give sets of one backbone and layer."
             )
         if not len(shards):
             raise UserError(f"{option}: the shard set '{folder}' has no samples. Extract features first.")
         chosen = np.linspace(0, len(shards) - 1, min(num_images, len(shards))).round().astype(int).tolist()
         found += map(ShardSet(folder, folder.name, option, with_images=False).stored, chosen)
-        groups += [group] * len(chosen)
-        numbers += chosen
+        places += [(shards, number) for number in chosen]
     features = torch.stack([sample["features"] for sample in found])
     labels = torch.tensor([sample["labels"] for sample in found])
-    keys = [sample["key"] for sample in found]
-    return Samples(features, labels, keys, origins[0], sets, torch.tensor(groups), numbers)
+    return Samples(features, labels, [sample["key"] for sample in found], first, places)
 
 
 def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) -> None:
