@@ -75,13 +75,10 @@ class ResumableData:
     A checkpoint notes how many batches of an epoch have been seen; a step takes the same samples on any number of
     processes that share a batch of the same size. Comes before `LightningDataModule` among the bases of a class, since
     loader workers import this module and should not wait for Lightning.
-
-    Attributes:
-        position: Tells the epoch and its batches that training has seen; set by `runtime.resuming.Resume`.
     """
 
     trainer: Any
-    position: Callable[[], tuple[int, int]] | None = None
+    position: Callable[[], tuple[int, int]] | None = None  # epoch and its batches seen; set by `runtime.resuming`
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()

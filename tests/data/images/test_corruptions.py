@@ -59,7 +59,8 @@ def test_every_severity_changes_an_image_by_its_seed_alone(name: str) -> None:
         kept = image.copy()
         for severity in (1, 3, 5):
             corrupted = corrupt(image, name, severity, seed=7)
-            assert (corrupted.shape, corrupted.dtype) == ((*size, 3), np.uint8)
+            assert corrupted.shape == (*size, 3)
+            assert corrupted.dtype == np.uint8
             # CIFAR-10-C's smallest blurs reach no farther than a pixel.
             assert not np.array_equal(corrupted, image) or (name == "defocus_blur" and severity < 4)
         np.random.seed(1)

@@ -120,7 +120,9 @@ def test_views_follow_each_other_over_all_images(root: Path) -> None:
         number, image = divmod(item, 30)
         assert images[item].key == f"{central[image].key}#{number}"
         assert images[item].labels == central[image].labels
-        assert (images[item].view or {})["number"] == number
+        view = images[item].view
+        assert view is not None
+        assert view["number"] == number
     assert central[0].view is None
 
 

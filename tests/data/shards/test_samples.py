@@ -31,7 +31,7 @@ def test_png_entry_comes_back_complete(make_batch: MakeBatch) -> None:
     assert torch.equal(sample["images"], batch["images"][1])
     for name in ("features", "logits", "moments"):
         assert torch.equal(sample[name], batch[name][1].half())
-    assert (sample["labels"], sample["source"], sample["key"]) == (batch["labels"][1], "corrupted/fog/3", "0-1")
+    assert (sample["labels"], sample["source"], sample["key"]) == (int(batch["labels"][1]), "corrupted/fog/3", "0-1")
 
 
 def test_jpg_entry_looks_the_same(make_batch: MakeBatch) -> None:

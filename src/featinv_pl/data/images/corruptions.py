@@ -73,8 +73,7 @@ def _defocus_blur(pixels: Pixels, constants: tuple[float, float], rng: Random) -
 def _glass_blur(pixels: Pixels, constants: tuple[float, int, int], rng: Random) -> Pixels:
     """Frosted glass: one after the other, pixels take the colour of a near one, between two blurs."""
     # The published function means to swap the two, but its swap of two views of an array only copies.
-    sigma, reach, rounds = constants
-    height, width, _ = pixels.shape
+    (sigma, reach, rounds), (height, width, _) = constants, pixels.shape
     blurred = _from_bytes(_to_bytes(_gaussian_blur(pixels, sigma, rng)))
     place = np.arange(height * width)
     inner = place.reshape(height, width)[reach + 1 : height - reach + 1, reach + 1 : width - reach + 1]

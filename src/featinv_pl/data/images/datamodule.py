@@ -73,8 +73,7 @@ class ImageData(ResumableData, LightningDataModule):
 class FolderData(ImageData):
     """Folders of images, as batches.
 
-    Images lie in `<wnid>/` (ImageNet, ImageNet-A, ImageNet-R and any other subset), in `<number>/` (ImageNet-V2) or in
-    `<class>/`, at any depth, or in the folder itself if they have no labels.
+    Images lie in folders of their classes, at any depth, or in the folder itself if they have no labels.
 
     Args:
         train: A folder to train on. Its classes, in the order of their names, number the labels.

@@ -79,8 +79,7 @@ class ImageBatches(Dataset[ImageBatch]):
 class FolderImages(ImageSource):
     """Images of a folder, in a fixed random order; `layouts` says how they are found and what their classes are.
 
-    The order is random so that any stretch of a shard set is a fair sample of its source, and fixed so that two runs
-    agree. A view's crop and flips are a function of seed, key and number alone. `FolderData` has the other arguments.
+    Any stretch of it is a fair sample. A view is a function of seed, key and number. `FolderData` has more arguments.
 
     Args:
         root: The folder.

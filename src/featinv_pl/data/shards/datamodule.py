@@ -30,8 +30,7 @@ class FeatureShards(ResumableData, LightningDataModule):
         train: A shard set to train on.
         val: A shard set for validation.
         test: Test sets by name. A folder of sets gives one for each set below it; all must be finished.
-        neighbours: A shard set in which `test` searches for neighbours instead of `train`, such as central crops of
-            the images of which `train` holds random crops.
+        neighbours: A shard set in which `test` searches for neighbours instead of `train`, such as central crops.
         batch_size: Samples per batch and process.
         num_workers: Processes that read, per rank.
         seed: Seed of the training order.
@@ -79,10 +78,7 @@ class FeatureShards(ResumableData, LightningDataModule):
         return {str(shards.folder): shards.manifest for shards in self._sets}
 
     def evaluated(self, stage: str) -> dict[str, ShardSet]:
-        """The sets that a stage (`fit`, `validate` or `test`) evaluates, by name.
-
-        Test sets with fewer samples than processes, which would wait for each other, are left out.
-        """
+        """The sets that a stage evaluates, by name, but test sets with fewer samples than processes, which would wait."""
         if stage == "test":
             return {name: shards for name, shards in self.test.items() if len(shards) >= self.rank[1]}
         return {} if self.val is None else {"val": self.val}

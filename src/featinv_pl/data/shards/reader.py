@@ -46,10 +46,7 @@ class ShardSet(Dataset[Sample]):
         on_error: `raise` at the first damage, or `skip` damaged shards and samples.
         remote: Where shards are fetched from that are not in the folder.
 
-    Attributes:
-        manifest: What made the set, and what it holds.
-        shards: Those that can be read; `shard_sizes` has their numbers of samples.
-        skipped: Why others cannot, one line for each of their samples.
+    `shards` can be read, and `skipped` says why others cannot, one line for each of their samples.
     """
 
     def __init__(

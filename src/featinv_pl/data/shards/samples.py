@@ -101,8 +101,7 @@ def encode(entry: dict[str, Any]) -> dict[str, bytes]:
 def decode(members: dict[str, memoryview], storage: Storage = "float16", image_size: int | None = None) -> Sample:
     """Turn the members of a tar, by suffix, into a sample in half precision, without its image if that has no size.
 
-    Raises:
-        ValueError, KeyError: The entry is damaged; `ShardSet` adds where.
+    Of a damaged entry this raises any of `reader.DAMAGE`.
     """
     meta = json.loads(bytes(members["json"][:MOST_META]))
     if not -1 <= int(meta["label"]) < 1 << 31:

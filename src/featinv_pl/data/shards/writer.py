@@ -88,15 +88,15 @@ class ShardFile:
 
 
 class ShardSetWriter:
-    """Writes one process's share of a set, and resumes where an earlier run has stopped.
+    """Writes one process's share of a source's set, and resumes where an earlier run has stopped.
 
     Args:
         folder: Where to.
         source: Name of the source.
-        settings: What determines the bytes; a set of other settings, finished or not, is refused.
-        provenance: The networks, likewise.
-        rank: This process's rank.
-        world_size: Number of processes.
+        settings: What determines the bytes, as the networks (`provenance`) do; a set of others is refused.
+        provenance: The networks.
+        rank: Of `world_size` processes.
+        world_size: Their number.
         max_bad_fraction: Give up when more than this share of the images cannot be read.
 
     Attributes:
