@@ -78,7 +78,7 @@ class FeatureShards(ResumableData, LightningDataModule):
         return {str(shards.folder): shards.manifest for shards in self._sets}
 
     def evaluated(self, stage: str) -> dict[str, ShardSet]:
-        """The sets that a stage evaluates, by name, but test sets with fewer samples than processes, which would wait."""
+        """The sets that a stage evaluates, by name, without test sets of fewer samples than processes."""
         if stage == "test":
             return {name: shards for name, shards in self.test.items() if len(shards) >= self.rank[1]}
         return {} if self.val is None else {"val": self.val}

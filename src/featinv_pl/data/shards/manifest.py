@@ -49,8 +49,7 @@ class Settings(TypedDict):
     images: int
     images_sha256: str  # of the keys and classes of all images in their order
     classes: NotRequired[dict[str, int]]
-    """The classes of the set's images by name, with the classifier's labels, or -1 where it has none: accuracy over
-    the classes of the set is taken over these labels. Empty for images without classes; older sets do not have it."""
+    """By name, with the classifier's labels, or -1 where it has none: accuracy over the set's classes is over these."""
     preparation: str  # of samples from images: crop, views, seed
     samples: int  # images times views, or fewer if the run was told so; unreadable ones included
     shard_size: int
@@ -156,10 +155,7 @@ def one_line(error: Exception) -> str:
 
 
 def find_sets(name: str, folder: Path) -> dict[str, Path]:
-    """Shard sets at or below a folder, by name of test set: `name/<path below>` where the folder holds several.
-
-    Unfinished sets are among them, so that they are refused instead of left out.
-    """
+    """Sets at or below a folder by name, `name/<path below>` of several; unfinished ones too, to be refused."""
     below = sorted({path.parent for mark in (MANIFEST, BEGUN, "*.tar") for path in folder.rglob(mark)})
     if folder in below or not below:
         return {name: folder}
