@@ -13,7 +13,8 @@ def effective_config(args: list[str]) -> dict[str, Any]:
     """The whole configuration that a command line amounts to."""
     parser = _parser()
     parsed = parser.parse_args(args)
-    whole: dict[str, Any] = json.loads(parser.dump(parsed, format="json", skip_none=False, skip_validation=True))
+    dumped = parser.dump(parsed, format="json", skip_none=False, skip_validation=True)
+    whole: dict[str, dict[str, Any]] = json.loads(dumped)
     return whole[args[0]]
 
 

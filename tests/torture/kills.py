@@ -160,7 +160,8 @@ def trained(folder: Path) -> dict[str, Any]:
         for name, value in metrics.items():
             state["rows"].setdefault(f"{step} {name}", set()).add(value)
     state["seen"] = [samples(folder, rank) for rank in range(2)]
-    return tree_map(lambda leaf: leaf.numpy().tobytes() if isinstance(leaf, Tensor) else leaf, state)
+    plain: dict[str, Any] = tree_map(lambda leaf: leaf.numpy().tobytes() if isinstance(leaf, Tensor) else leaf, state)
+    return plain
 
 
 def samples(folder: Path, rank: int = 0) -> dict[str, set[str]]:
