@@ -37,7 +37,7 @@ def test_the_word_in_a_configuration_is_no_path() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (None, "there is no file '{kept}'. Set --x to `download`"),
+        (None, "'{kept.name}' has not been downloaded yet. Set --x to `download`"),
         ("download", "--x: the download failed (<urlopen error no network>)"),
         (Path("mine.pth"), "there is no file 'mine.pth'"),
         (Path(__file__), "is not the published file: its SHA-256 starts with"),

@@ -82,8 +82,9 @@ def find(url: str, weights: Weights, option: str) -> Path:
         except (OSError, HTTPException, RuntimeError) as error:
             raise UserError(f"{option}: the download failed ({error}). {by_hand}") from error
     path = weights if isinstance(weights, Path) else kept
-    if not path.is_file():
-        raise UserError(f"there is no file '{path}'. Set {option} to `download`. Without a network: {by_hand}")
+    if not path.is_file():  # a model card may quote this, so it does not say where the home is
+        missing = f"there is no file '{path}'" if path == weights else f"'{kept.name}' has not been downloaded yet"
+        raise UserError(f"{missing}. Set {option} to `download`. Without a network: {by_hand}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(published):
