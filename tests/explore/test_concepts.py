@@ -65,10 +65,8 @@ def test_nmf_finds_the_parts_that_maps_are_made_of(signed: bool) -> None:
         torch.testing.assert_close(activations[:, number] * unit, coefficients[:, part], atol=0.03, rtol=0)
         assert 0.005 < (activations[:, number] > 1).double().mean() < 0.015
     # What a part contributes is what is missing without it.
-    number = int((order == 0).nonzero())
-    torch.testing.assert_close(
-        maps - found.part(maps, number), maps * (parts[0] == 0).view(-1, 1, 1), atol=0.03, rtol=0
-    )
+    without = maps - found.part(maps, int((order == 0).nonzero()))
+    torch.testing.assert_close(without, maps * (parts[0] == 0).view(-1, 1, 1), atol=0.03, rtol=0)
 
 
 def test_components_do_not_cancel_each_other() -> None:
@@ -231,12 +229,16 @@ def saved() -> Path:
     return Path("saved")
 
 
-def test_what_is_loaded_is_what_was_saved(saved: Path) -> None:
+def test_what_is_loaded_is_what_was_saved_and_goes_by_number_or_name(saved: Path) -> None:
     concepts = Concepts.load(saved)
     concepts.save(Path("again"))
     for name in ("concepts.json", "concepts.safetensors"):
         assert (saved / name).read_bytes() == (Path("again") / name).read_bytes()
     assert (concepts.method, concepts.origin) == ("difference", ORIGIN)
+    assert concepts.number("0") == concepts.number("0-1") == 0
+    for unknown in ("1", "1-0", "-1"):
+        with pytest.raises(UserError, match=rf"`concept`: there is no concept '{unknown}'. Give one of 0 \(0-1\)"):
+            concepts.number(unknown)
 
 
 def change_tensors(path: Path) -> None:
@@ -257,11 +259,3 @@ def test_refuses_damaged_concepts(name: str, damage: Callable[[Path], Any], mess
     damage(saved / name)
     with pytest.raises(UserError, match=f"`concepts`: .*{message}"):
         Concepts.load(saved)
-
-
-def test_a_concept_goes_by_number_or_name(saved: Path) -> None:
-    concepts = replace(Concepts.load(saved), names=["3-8"])
-    assert concepts.number("0") == concepts.number("3-8") == 0
-    for unknown in ("1", "8-3", "-1"):
-        with pytest.raises(UserError, match=rf"`concept`: there is no concept '{unknown}'. Give one of 0 \(3-8\)"):
-            concepts.number(unknown)
