@@ -30,7 +30,7 @@ def shell_commands() -> list[str]:
     for page in (README, VIZ, DATA, RELIABILITY, IMAGENET):
         found |= set(re.findall(r"`(featinv-pl (?:fit|predict|test) --config [^`]+)`", page))
         for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
-            lines = re.findall(r"(featinv-pl .*?) *(?:#.*)?$", block.replace("\\\n", " "), re.MULTILINE)
+            lines = re.findall(r"^(featinv-pl .*?) *(?:#.*)?$", block.replace("\\\n", " "), re.MULTILINE)
             found |= {" ".join(line.split()) for line in lines}
     return sorted(command for command in found if not re.search(PLACEHOLDERS, command))
 
