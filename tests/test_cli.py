@@ -68,7 +68,6 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
 @pytest.mark.parametrize(
     ("override", "fragment"),
     [
-        ("--data.test.clean=nowhere", "--data.test.clean: there is no folder 'nowhere'"),
         ("--data=DigitsData", "reads feature shards, and DigitsData"),
         ("--data.batch_size=100000", "--data.batch_size: 100000 is more than the 60 training samples"),
         ("--model.prior=nowhere", "--model.prior: 'nowhere' is neither a folder nor a file"),

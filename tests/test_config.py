@@ -59,12 +59,24 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_given(
     assert f"no folder '{tmp_path}/shards'" in capsys.readouterr().out
 
 
+def test_values_are_filled_in() -> None:
+    """Those of a base too, which the including file may change; one that is alone keeps its type."""
+    values = {"size": 32, "name": "ours"}
+    write(Path("base.yaml"), {"values": values, "trainer": {"default_root_dir": "runs/${name}/${size}"}})
+    model = {"class_path": "FeatureInversion", "init_args": {"backbone": "b", "prior": "p", "image_size": "${size}"}}
+    write(Path("top.yaml"), {"base": "base.yaml", "values": {"size": 64}, "model": model})
+    config = parsed("--config=top.yaml")
+    assert config["trainer"]["default_root_dir"] == "runs/ours/64"
+    assert config["model"]["init_args"]["image_size"] == 64
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ("base: top.yaml", "top.yaml' is its own base"),
         ("base: nowhere.yaml", "nowhere.yaml'. The path is relative to the including file"),
         ("base: [[a]]", "there is no file"),
+        ("{values: {a: 1, b: 2}, seed_everything: '${c}'}", "'${c}': `values` has no 'c', but a, b."),
         ("seed_everything: 2020-99-99", "Given value: 2020-99-99"),
         ("\xff", "top.yaml' is damaged or of another kind"),
         (None, "top.yaml' is damaged or of another kind (it is not a file). Give a YAML file."),

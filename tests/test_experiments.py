@@ -29,7 +29,14 @@ OVER = {
     "imagenet/train/recipes": "imagenet/train/resnet50-spatial.yaml",
     "sweeps": "imagenet/train/convnext-spatial.yaml",
 }
-OVERLAYS = ("trainer.yaml", "debug.yaml", "digits/inversion.yaml", "digits/trainer.yaml", "cifar10/trainer.yaml")
+OVERLAYS = (
+    "trainer.yaml",
+    "debug.yaml",
+    "digits/inversion.yaml",
+    "digits/trainer.yaml",
+    "cifar10/trainer.yaml",
+    "own/own.yaml",
+)
 STUDIES = ("study/digits.yaml", "study/cifar10.yaml")
 SWEEPS = ("sweeps/backbones.yaml", "sweeps/encoder.yaml", "sweeps/guidance.yaml")
 BACKBONES = {"resnet50": (2048, 7, 7), "convnext": (1024, 9, 9), "swinv2": (1024, 12, 12)}
@@ -39,7 +46,7 @@ FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob(
 @cache
 def settings(*names: str) -> dict[str, Any]:
     """What files amount to, of which later ones override earlier ones."""
-    extracts = "extract" in names[-1] or names[-1].endswith(("adversarial.yaml", "shards.yaml"))
+    extracts = "extract" in names[-1] or names[-1].endswith(("adversarial.yaml", "shards.yaml", "corrupted.yaml"))
     return effective_config(["predict" if extracts else "fit", *(f"--config={EXPERIMENTS / name}" for name in names)])
 
 

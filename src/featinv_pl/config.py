@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +15,7 @@ from featinv_pl.files import read_text
 from featinv_pl.trust import Parser
 
 MODE = "yaml with base"
+NAMED = r"\$\{(\w+)\}"
 _folder: ContextVar[Path] = ContextVar("folder", default=Path())
 MOVED = {
     **dict.fromkeys(("hidden_channels", "num_layers"), "`model.encoder.{}`"),
@@ -56,9 +58,14 @@ class ConfigParser(Parser):
 def load_yaml(text: str) -> Any:
     """Read YAML in which `base: FILE`, or several, puts other files' settings beneath those of this one.
 
-    Paths are relative to the including file. `~/` is the home folder. `None` is null, as a sweep of W&B writes it.
+    Paths are relative to the including file. `${name}` is a value of the mapping `values`, of this file or a base.
+    `~/` is the home folder. `None` is null, as a sweep of W&B writes it.
     """
-    settings = _expand_home(_on_base(_parse(text), _folder.get(), ()))
+    settings = _on_base(_parse(text), _folder.get(), ())
+    if isinstance(settings, dict) and isinstance(values := settings.get("values"), dict):
+        del settings["values"]
+        settings = _each(settings, lambda text: _filled(text, values))
+    settings = _each(settings, lambda text: os.path.expanduser(text) if text.startswith("~/") else text)
     return None if settings == "None" else settings
 
 
@@ -78,7 +85,7 @@ def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
     bases = settings.pop("base")
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases]:
-        path = (folder / str(_expand_home(base))).absolute()
+        path = (folder / os.path.expanduser(str(base))).absolute()
         advice = "The path is relative to the including file, and no file may be a base of its own."
         if path.resolve() in above:
             raise UserError(f"base: '{path}' is its own base. {advice}")
@@ -105,9 +112,19 @@ def merge(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _expand_home(value: Any) -> Any:
+def _filled(text: str, values: dict[str, Any]) -> Any:
+    """A text with values in place of their names; one that is a name alone becomes the value, of whatever type."""
+    for name in re.findall(NAMED, text):
+        if name not in values:
+            raise UserError(f"'{text}': `values` has no '{name}', but {', '.join(values)}.")
+    whole = re.fullmatch(NAMED, text)
+    return values[whole[1]] if whole else re.sub(NAMED, lambda name: str(values[name[1]]), text)
+
+
+def _each(value: Any, change: Callable[[str], Any]) -> Any:
+    """Settings with every text in them changed."""
     if isinstance(value, dict):
-        return {key: _expand_home(one) for key, one in value.items()}
+        return {key: _each(one, change) for key, one in value.items()}
     if isinstance(value, list):
-        return [_expand_home(one) for one in value]
-    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+        return [_each(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value

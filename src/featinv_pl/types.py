@@ -4,11 +4,14 @@ Shapes use B for the batch, C for feature channels, h and w for the feature map,
 """
 
 import hashlib
-from typing import NotRequired
+from typing import Literal, NotRequired
 
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
+
+Missing = Literal["skip", "refuse"]
+"""What is done about sets that are not there."""
 
 
 class Observation(TypedDict):

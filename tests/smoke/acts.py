@@ -150,7 +150,8 @@ def sources_of(given: dict[str, Any]) -> dict[str, Any]:
     """The sources that settings of data name, with their folders if they have any."""
     if "data" in given:  # of which these are corrupted versions
         return {f"{name}-corrupted": folder for name, folder in sources_of(given["data"]["init_args"]).items()}
-    return given["predict"] if "predict" in given else dict.fromkeys(given["sources"])
+    named = given.get("predict") or given["sources"]
+    return named if isinstance(named, dict) else dict.fromkeys(named)
 
 
 def settings_of(command: str, words: list[str]) -> Any:

@@ -16,10 +16,15 @@ DEBUG = "debug.yaml"
 PRETRAINED = (
     *("digits/classifier", "digits/autoencoder", "digits/prior", "study/digits/prior", "study/digits/judge"),
     *("cifar10/classifier", "cifar10/judge", "cifar10/autoencoder", "cifar10/prior"),
+    *("own/classifier", "own/autoencoder", "own/prior"),
+)
+EXTRACTED = (
+    *("digits/extract", "digits/adversarial", "study/digits/judge-shards", "cifar10/extract"),
+    *("own/extract", "own/corrupted"),
 )
 EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-corrupted", "-adversarial")
 TAKEN_ALONG = {
-    "debug.yaml": "over all files of digits/, cifar10/ and study/; make demo SHORT=1",
+    "debug.yaml": "over all files of digits/, cifar10/, own/ and study/; make demo SHORT=1",
     "sweeps/run.yaml": "in the command of every sweep",
 }
 Act = Callable[[], str]
@@ -48,9 +53,9 @@ def _beneath(path: Path) -> Iterator[Path]:
 def _small_images() -> Iterator[tuple[str, Act]]:
     for name in PRETRAINED:
         yield _job(f"{name}.yaml", pretrain, DEBUG)
-    for name in ("digits/extract", "digits/adversarial", "study/digits/judge-shards", "cifar10/extract"):
+    for name in EXTRACTED:
         yield _job(f"{name}.yaml", extract, DEBUG)
-    for name in ("digits/spatial", "digits/pooled", "cifar10/authors"):
+    for name in ("digits/spatial", "digits/pooled", "cifar10/authors", "own/inverter"):
         yield _job(f"{name}.yaml", train_and_test, DEBUG)
     yield _job("study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
 

@@ -77,7 +77,7 @@ def reading(batch_size: int) -> dict[str, Any]:
 
 
 def make_images(data: Path) -> None:
-    """A few images in each layout: ImageNet's, its variants', images without labels, and CIFAR-10's."""
+    """A few images in each layout: ImageNet's, its variants', images without labels, CIFAR-10's, and a user's own."""
     folders = {f"imagenet/{split}/{wnid}": n for split, n in (("train", 6), ("val", 2)) for wnid in CLASSES}
     folders |= {f"imagenet-{variant}/{wnid}": 1 for variant in "ar" for wnid in CLASSES}
     folders |= {f"imagenet-c/{corruption}/3/{wnid}": 1 for corruption in ("fog", "contrast") for wnid in CLASSES}
@@ -88,6 +88,8 @@ def make_images(data: Path) -> None:
     for split in ("train", "test"):
         for label in range(10):
             make_folder(data / f"cifar10/{split}/class{label}", 2, (32, 32), "jpg")
+    for label in range(10):
+        make_folder(data / f"own/class{label}", 3, (80, 64), "jpg")
 
 
 def make_folder(folder: Path, number: int, size: tuple[int, int], suffix: str) -> None:

@@ -107,8 +107,8 @@ class Evaluation(Callback):
         how = {} if self.training else sampling(inverter, str(trainer.precision))
         baselines, cache = {}, None
         if trainer.testing:
-            for name in sorted(data.test.keys() - test_sets.keys()):
-                note(f"{name}: left out, for it has fewer samples than there are processes")
+            for name, reason in data.left_out.items():
+                note(f"{name}: left out, for {reason}")
             baselines = from_training_shards(trainer, inverter, data, self.baselines, note)
             cache = ImageCache(self.root, {**inverter.identity(), **how})
         if self.writes:

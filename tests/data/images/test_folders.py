@@ -1,5 +1,7 @@
 """Folders of a user's own images: how they become sources with classes, crops and views."""
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 
-from featinv_pl.data.images.datamodule import FolderData
+from featinv_pl.data.images.datamodule import CorruptedData, DividedFolder, FolderData
 from featinv_pl.data.images.layouts import find_sources, labelled_images
 from featinv_pl.data.images.sources import ORDER_SEED, FolderImages
 from featinv_pl.decoding import SUFFIXES
@@ -310,3 +312,57 @@ def test_refuses_what_holds_no_images() -> None:
     Path("root/a/loop").symlink_to("..")
     with pytest.raises(UserError, match=r"'root/a/loop' is a link to a folder that contains it"):
         find_sources("x", Path("root"))
+
+
+def test_a_folder_to_extract_that_is_missing_is_skipped_or_refused(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {"gone": Path("nowhere"), "here": root, "away": Path("elsewhere")}
+    data = FolderData(predict=folders, image_size=16)
+    corrupted = CorruptedData(data, ["fog"], [3], batch_size=5)
+    assert [loader.dataset.images.source for loader in data.predict_dataloader()] == ["here"]
+    warned = [f"{name}: skipped, for there is no folder '{folders[name]}'." for name in ("gone", "away")]
+    assert caplog.messages == warned
+    [loader] = corrupted.predict_dataloader()
+    assert [len(batch["key"]) for batch in loader] == [5] * 6
+    assert caplog.messages == warned * 2
+    with pytest.raises(UserError, match=r"`data.predict`: no images .* gone: .*'nowhere'\. away: .*'elsewhere'"):
+        FolderData(predict={"gone": Path("nowhere"), "away": Path("elsewhere")}).predict_dataloader()
+    with pytest.raises(UserError, match="there is no folder 'nowhere'"):
+        FolderData(predict=folders, missing="refuse")
+
+
+def test_one_folder_is_divided_by_class_and_path(root: Path, tmp_path: Path) -> None:
+    data = DividedFolder(root, image_size=16, held_out=0.2, batch_size=4)
+    parts = {images.source: dict(images.names()) for images in data.predicted}
+    counts = {part: Counter(classes.values()) for part, classes in parts.items()}
+    assert counts == {part: dict.fromkeys(CLASSES, n) for part, n in {"train": 6, "val": 2, "test": 2}.items()}
+    assert sorted(key for keys in parts.values() for key in keys) == sorted(keys(FolderImages(root, "", 16)))
+    assert data.train is not None
+    assert data.val is not None
+    assert {*data.train.names()} == {*parts["train"].items()}
+    assert {*data.val.names()} == {*parts["val"].items()}
+    for name in CLASSES:  # a new image in each class: few others go elsewhere
+        Image.new("RGB", (40, 30)).save(root / name / "new.png")
+    grown = {image.source: dict(image.names()) for image in DividedFolder(root, 16, 0.2).predicted}
+    moved = [key for part, names in grown.items() for key in names if key in parts[part]]
+    assert len(moved) >= 30 - 2 * len(CLASSES)
+    shutil.rmtree(root / "owl")
+    assert DividedFolder(root, 16, predict=["test"]).classes == ("Bee", "ant")
+    for part in ("train", "val", "test"):  # divided already
+        shutil.copytree(root, tmp_path / "given" / part)
+    given = DividedFolder(tmp_path / "given", 16)
+    assert [len(images) for images in given.predicted] == [22] * 3
+    assert given.classes == ("Bee", "ant")
+
+
+def test_a_folder_that_cannot_be_divided_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`held_out` .* is 0.5"):
+        DividedFolder(root, 16, held_out=0.5)
+    for number in range(2, 10):
+        (root / "ant" / f"{number}.png").unlink()
+    with pytest.raises(UserError, match=r"`folder`: the class 'ant' has 2 images, and needs at least 3"):
+        DividedFolder(root, 16)
+    root.rename(tmp_path / "train")
+    with pytest.raises(UserError, match=r"`folder`: '.*' holds train without the other of train, val, test"):
+        DividedFolder(tmp_path, 16)

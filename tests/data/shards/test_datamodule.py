@@ -140,10 +140,30 @@ def test_what_is_not_given_is_named(folder: Path) -> None:
         with pytest.raises(UserError, match=f"`data.{name}`"):
             makes()
     (folder / MANIFEST).unlink()
-    sets: dict[str, Any] = {"train": folder, "val": folder, "test": {"clean": folder}}
-    for name, given in sets.items():
-        with pytest.raises(UserError, match=rf"`data\.{name}(\.clean)?`: '{folder}' has no {MANIFEST}"):
-            FeatureShards(**{name: given})
+    for name in ("train", "val"):
+        with pytest.raises(UserError, match=rf"`data\.{name}`: '{folder}' has no {MANIFEST}"):
+            FeatureShards(**cast(Any, {name: folder}))
+
+
+def test_a_test_set_that_is_missing_is_skipped_or_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By `test`: training does without."""
+    sets = {"here": folder, "gone": Path("nowhere"), "away": Path("elsewhere")}
+    data = FeatureShards(test=sets, batch_size=4)
+    assert [batch["source"][0] for (loader,) in [data.test_dataloader()] for batch in loader] == ["here"] * 6
+    assert caplog.messages == [
+        f"{name}: left out, for there is no folder '{sets[name]}'. Check the path, or extract features first."
+        for name in ("gone", "away")
+    ]
+    assert data.left_out.keys() == {"gone", "away"}
+    with pytest.raises(UserError, match=r"^`data.test`: gone: left out, .*'nowhere'.*; away: left out, .*'elsewhere'"):
+        FeatureShards(test={"gone": "nowhere", "away": "elsewhere"}).test_dataloader()
+    refusing = FeatureShards(train=folder, test=sets, batch_size=4, missing="refuse")
+    assert len(keys(refusing.train_dataloader())) == 20
+    with pytest.raises(UserError, match=r"^`data.test.gone`: there is no folder 'nowhere'"):
+        refusing.test_dataloader()
+    (folder / MANIFEST).unlink()  # unfinished is not missing
+    with pytest.raises(UserError, match=rf"^`data.test.here`: '{folder}' has no {MANIFEST}"):
+        FeatureShards(test=sets).test_dataloader()
 
 
 def test_counts_what_it_skips(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -190,10 +190,10 @@ def test_an_unfinished_set_is_refused_with_the_command_that_finishes_it(
         (unfinished / name).touch()
     message = f"`data.test.c`: '{unfinished}' has no manifest.json, so it is not a finished shard set. Finish it with"
     with pytest.raises(UserError, match=f"{message} the command that began it .featinv-pl predict., or"):
-        FeatureShards(test={"c": tmp_path / "shards/c"})
+        FeatureShards(test={"c": tmp_path / "shards/c"}).test_dataloader()
     (tmp_path / "shards/predict.yaml").touch()
     with pytest.raises(UserError, match=f"{message}.*.featinv-pl predict --config {tmp_path}/shards/predict.yaml., or"):
-        FeatureShards(test={"c": tmp_path / "shards/c"})
+        FeatureShards(test={"c": tmp_path / "shards/c"}).test_dataloader()
     assert verify(capsys, tmp_path / "shards/c")[0] == 1
 
 

@@ -1,20 +1,26 @@
 """Images as LightningDataModules: how extraction and training read them."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from featinv_pl.data.images.corruptions import CORRUPTIONS, CorruptedImages
-from featinv_pl.data.images.layouts import find_sources
+from featinv_pl.data.images.layouts import PARTS, find_sources
 from featinv_pl.data.images.severities import LEVELS
 from featinv_pl.data.images.sources import FolderImages, ImageBatches, ImageSource
 from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
-from featinv_pl.types import ImageBatch
+from featinv_pl.types import ImageBatch, Missing
+
+log = logging.getLogger(__name__)
+
+Part = Literal["train", "val", "test"]
 
 
 class ImageData(ResumableData, LightningDataModule):
@@ -26,6 +32,7 @@ class ImageData(ResumableData, LightningDataModule):
         num_workers: Processes that read images.
         train: What `fit` trains on; its classes (`classes`) number the labels.
         val: What `fit` validates on.
+        left_out: Why other sources cannot be extracted, by name.
     """
 
     def __init__(
@@ -35,6 +42,7 @@ class ImageData(ResumableData, LightningDataModule):
         num_workers: int = 0,
         train: ImageSource | None = None,
         val: ImageSource | None = None,
+        left_out: Mapping[str, str] = {},
     ) -> None:
         super().__init__(batch_size)
         if num_workers:
@@ -42,6 +50,7 @@ class ImageData(ResumableData, LightningDataModule):
         # A process may have nothing left to extract of a source while others have.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.predicted, self.num_workers, self.train, self.val = predicted, num_workers, train, val
+        self.left_out = dict(left_out)
         self.classes = next((images.classes for images in (train, val) if images is not None), ())
         self._batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
 
@@ -50,7 +59,16 @@ class ImageData(ResumableData, LightningDataModule):
         self._batches = batches
 
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
-        """One loader for each source of which something is left to do."""
+        """One loader for each source of which something is left to do.
+
+        Raises:
+            UserError: All sources are missing.
+        """
+        reasons = [f"{name}: skipped, for {reason}." for name, reason in self.left_out.items()]
+        if reasons and not self.predicted:
+            raise UserError(f"`data.predict`: no images are left. {' '.join(reasons)}")
+        for line in reasons:
+            log.warning(line)
         left = [images for images in self.predicted if images.source in self._batches]
         return [loader(ImageBatches(one), Batches(self._batches[one.source]), self.num_workers) for one in left]
 
@@ -79,6 +97,7 @@ class FolderData(ImageData):
         train: A folder to train on. Its classes, in the order of their names, number the labels.
         val: One for validation, which may lack some of those classes.
         predict: Folders to extract by name of source. A folder of several, such as ImageNet-C, gives `<name>/<path>`.
+        missing: `skip` folders of `predict` that are not there, with a warning, or `refuse` to go on without them.
         image_size: Side of the square crop.
         crop_pct: Share of the shorter side that the central crop keeps; 1 for images that were cropped before.
         views: Extract so many random views of each image (crop, horizontal flip) instead of the central crop.
@@ -94,6 +113,7 @@ class FolderData(ImageData):
         train: Path | None = None,
         val: Path | None = None,
         predict: dict[str, Path] | None = None,
+        missing: Missing = "skip",
         image_size: int = 256,
         crop_pct: float = 1.0,
         views: int = 0,
@@ -105,15 +125,63 @@ class FolderData(ImageData):
     ) -> None:
         if not 0 < crop_pct <= 1:
             raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
+        given = predict or {}
+        gone = {name: folder for name, folder in given.items() if missing == "skip" and not folder.is_dir()}
         predicted = [
             FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, per_class, tolerant=True)
-            for name, folder in (predict or {}).items()
-            for source, root in find_sources(name, folder).items()
+            for name in given
+            if name not in gone
+            for source, root in find_sources(name, given[name]).items()
         ]
         training = FolderImages(train, "train", image_size, crop_pct) if train else None
         classes = training.classes if training else None
         validation = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
-        super().__init__(predicted, batch_size, num_workers, training, validation)
+        left_out = {name: f"there is no folder '{folder}'" for name, folder in gone.items()}
+        super().__init__(predicted, batch_size, num_workers, training, validation, left_out)
+
+
+class DividedFolder(ImageData):
+    """One folder of images, in `<class>/` at any depth, which is divided into those to train on, validate on and test.
+
+    Images are held out of each class by their path. A folder that holds `train`, `val` and `test` is divided by them.
+
+    Args:
+        folder: The folder.
+        image_size: Side of the square crop.
+        held_out: Share of the images of each class for validation, and as many for testing.
+        predict: The parts to extract.
+        crop_pct: Share of the shorter side that the central crop keeps.
+        batch_size: Images per batch.
+        num_workers: Processes that read images.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        image_size: int,
+        held_out: float = 0.1,
+        predict: Sequence[Part] = PARTS,
+        crop_pct: float = 1.0,
+        batch_size: int = 32,
+        num_workers: int = 0,
+    ) -> None:
+        if not 0 < held_out < 0.5:
+            raise UserError(f"`held_out` is a share for each of validation and test, in (0, 0.5), and is {held_out:g}.")
+        divided = {part: folder / part for part in PARTS if (folder / part).is_dir()}
+        if divided and len(divided) < len(PARTS):
+            raise UserError(
+                f"`folder`: '{folder}' holds {' and '.join(divided)} without the other of {', '.join(PARTS)}. Give it "
+                "all three, or a folder of class folders, which is divided here."
+            )
+
+        def images(part: str, classes: Sequence[str] | None = None, tolerant: bool = False) -> FolderImages:
+            held = None if divided else (part, held_out)
+            root = divided.get(part, folder)
+            return FolderImages(root, part, image_size, crop_pct, tolerant=tolerant, classes=classes, part=held)
+
+        train = images("train")
+        predicted = [images(part, train.classes, tolerant=True) for part in predict]
+        super().__init__(predicted, batch_size, num_workers, train, images("val", train.classes))
 
 
 class CorruptedData(ImageData):
@@ -123,10 +191,15 @@ class CorruptedData(ImageData):
         data: The other data module, such as folders of images.
         corruptions: Names; by default the 15 of ImageNet-C and its 4 for validation.
         severities: Of 1 to 5; by default all.
+        batch_size: Images per batch, if not as many as in the other data module.
     """
 
     def __init__(
-        self, data: ImageData, corruptions: list[str] | None = None, severities: list[int] | None = None
+        self,
+        data: ImageData,
+        corruptions: list[str] | None = None,
+        severities: list[int] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         predicted = [
             CorruptedImages(images, corruption, severity)
@@ -134,4 +207,4 @@ class CorruptedData(ImageData):
             for corruption in corruptions or CORRUPTIONS
             for severity in severities or LEVELS
         ]
-        super().__init__(predicted, data.batch_size, data.num_workers)
+        super().__init__(predicted, batch_size or data.batch_size, data.num_workers, left_out=data.left_out)

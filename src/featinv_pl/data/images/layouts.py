@@ -16,6 +16,7 @@ from featinv_pl.data.images.severities import LEVELS, SEVERITIES
 from featinv_pl.decoding import SUFFIXES
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_text
+from featinv_pl.types import key_hash
 
 WNID = re.compile(r"n\d{8}")
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
@@ -24,6 +25,7 @@ UNREAD = frozenset({".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".exr", "
 READ = ", ".join(sorted(SUFFIXES))
 ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet, whose validation images lie in one folder
 NO_CLASS = ""
+PARTS = ("train", "val", "test")
 
 
 class Folder(NamedTuple):
@@ -72,6 +74,37 @@ def labelled_images(root: Path, per_class: int | None = None) -> list[tuple[str,
     for path, name in images:
         classes.setdefault(name, []).append(path)
     return [(path, name) for name in in_order(classes) for path in sorted(classes[name])[:per_class]]
+
+
+def divided(images: list[tuple[str, str]], held_out: float, part: str) -> list[tuple[str, str]]:
+    """The images of one part: `val` and `test` hold a share of each class, at least one image, and `train` the rest.
+
+    An image's place among those of its class is a function of its path alone, so few change their part when others are
+    added.
+
+    Args:
+        images: Paths with classes, as `labelled_images` gives them.
+        held_out: The share of `val`, and as much of `test`.
+        part: `train`, `val` or `test`.
+
+    Raises:
+        UserError: A class has less than three images.
+    """
+    classes: dict[str, list[str]] = {}
+    for path, name in images:
+        classes.setdefault(name, []).append(path)
+    if few := [name for name, paths in classes.items() if len(paths) < len(PARTS)]:
+        raise UserError(
+            f"`folder`: the class '{few[0]}' has {len(classes[few[0]])} images, and needs at least {len(PARTS)}: to "
+            "train on, to validate on and to test with. Add some, or remove the class."
+        )
+    chosen = {}
+    for name, paths in classes.items():
+        paths.sort(key=key_hash)
+        share = max(1, min(round(held_out * len(paths)), (len(paths) - 1) // 2))
+        parts = (paths[2 * share :], paths[:share], paths[share : 2 * share])
+        chosen |= dict.fromkeys(parts[PARTS.index(part)], name)
+    return [(path, name) for path, name in images if path in chosen]
 
 
 def in_order(classes: Collection[str]) -> list[str]:

@@ -17,7 +17,7 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
 from torchvision.transforms.v2 import functional as transforms
 
-from featinv_pl.data.images.layouts import NO_CLASS, in_order, labelled_images
+from featinv_pl.data.images.layouts import NO_CLASS, divided, in_order, labelled_images
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 from featinv_pl.types import ImageBatch, View, from_uint8
@@ -87,6 +87,7 @@ class FolderImages(ImageSource):
         tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
         classes: Names of the classes that number the labels, if not those of the folder itself: a validation folder
             may lack some of training's. An image of any other class has the label -1.
+        part: Only one part of the images, and the share that is held out; see `layouts.divided`.
     """
 
     def __init__(
@@ -101,8 +102,11 @@ class FolderImages(ImageSource):
         per_class: int | None = None,
         tolerant: bool = False,
         classes: Sequence[str] | None = None,
+        part: tuple[str, float] | None = None,
     ) -> None:
         images = labelled_images(root, per_class)
+        if part:
+            images = divided(images, held_out=part[1], part=part[0])
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
         # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
         self._names, self._class_names = (np.array([os.fsencode(images[n][part]) for n in order]) for part in (0, 1))

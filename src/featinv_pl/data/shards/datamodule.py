@@ -13,7 +13,7 @@ from featinv_pl.data.shards.remote import RemoteSet, is_remote
 from featinv_pl.data.shards.samples import widen
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
-from featinv_pl.types import Batch
+from featinv_pl.types import Batch, Missing
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +29,14 @@ class FeatureShards(ResumableData, LightningDataModule):
     Args:
         train: A shard set to train on.
         val: A shard set for validation.
-        test: Test sets by name. A folder of sets gives one for each set below it; all must be finished.
+        test: Test sets by name. A folder of sets gives one for each set below it; all must be finished, for `test`.
         neighbours: A shard set in which `test` searches for neighbours instead of `train`, such as central crops.
         batch_size: Samples per batch and process.
         num_workers: Processes that read, per rank.
         seed: Seed of the training order.
         on_error: `raise` an error that names the first damaged shard or sample, or `skip` and count them.
         cache: Where shards from elsewhere are kept.
+        missing: `skip` test sets that are not there, with a warning and a note, or `refuse` to test without them.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class FeatureShards(ResumableData, LightningDataModule):
         seed: int = 0,
         on_error: OnError = "raise",
         cache: Path = Path("~/.cache/featinv-pl"),
+        missing: Missing = "skip",
     ) -> None:
         super().__init__(batch_size)
         if num_workers:
@@ -57,16 +59,27 @@ class FeatureShards(ResumableData, LightningDataModule):
         self.train = self._set(train, "train", "`data.train`", with_images=False) if train else None
         self.val = self._set(val, "val", "`data.val`") if val else None
         self.neighbours = self._set(neighbours, "neighbours", "`data.neighbours`") if neighbours else None
-        self.test = {
-            source: self._set(path, source, f"`data.test.{name}`")
-            for name, place in (test or {}).items()
-            for source, path in ({name: place} if is_remote(str(place)) else find_sets(name, Path(place))).items()
-        }
+        self.test: dict[str, ShardSet] = {}
+        self.absent: dict[str, UserError] = {}
+        self.refused: list[UserError] = []
+        for name, place in (test or {}).items():
+            try:
+                self.test |= self._test_sets(name, place)
+            except UserError as error:
+                gone = isinstance(error.__cause__, FileNotFoundError)
+                if gone and missing == "skip":
+                    self.absent[name] = error
+                else:  # once they are needed: training does without
+                    self.refused.append(error)
         self.skipped: list[str] = []
 
     def _set(self, place: Path | str, source: str, option: str, with_images: bool = True) -> ShardSet:
         remote = RemoteSet(str(place), self.cache, option) if is_remote(str(place)) else None
         return ShardSet(remote.folder if remote else Path(place), source, option, with_images, self.on_error, remote)
+
+    def _test_sets(self, name: str, place: Path | str) -> dict[str, ShardSet]:
+        found = {name: place} if is_remote(str(place)) else find_sets(name, Path(place))
+        return {source: self._set(path, source, f"`data.test.{name}`") for source, path in found.items()}
 
     @property
     def _sets(self) -> list[ShardSet]:
@@ -77,10 +90,19 @@ class FeatureShards(ResumableData, LightningDataModule):
         """The manifests of all sets by folder: a model checks that it fits them."""
         return {str(shards.folder): shards.manifest for shards in self._sets}
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Test sets that are not there, or would let processes wait for each other, with the reason."""
+        small = [name for name, shards in self.test.items() if len(shards) < self.rank[1]]
+        reasons = {name: str(error).partition(": ")[2] for name, error in self.absent.items()}
+        return reasons | dict.fromkeys(small, "it has fewer samples than there are processes")
+
     def evaluated(self, stage: str) -> dict[str, ShardSet]:
-        """The sets that a stage evaluates, by name, without test sets of fewer samples than processes."""
+        """The sets that a stage evaluates, by name; an error if a test set is unfinished or damaged."""
         if stage == "test":
-            return {name: shards for name, shards in self.test.items() if len(shards) >= self.rank[1]}
+            if self.refused:
+                raise self.refused[0]
+            return {name: shards for name, shards in self.test.items() if name not in self.left_out}
         return {} if self.val is None else {"val": self.val}
 
     def test_first_set_only(self) -> dict[str, int]:
@@ -101,11 +123,18 @@ class FeatureShards(ResumableData, LightningDataModule):
         return [] if self.val is None else [self._evaluation_loader(self.val, again=True)]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader for each test set."""
-        if not self.test:
-            raise UserError("`data.test`: test needs shard sets, such as --data.test.clean=FOLDER.")
-        if not (evaluated := self.evaluated("test")):
-            raise UserError(f"`data.test`: no test set has a sample for each process: {', '.join(self.test)}.")
+        """One loader for each test set that is there.
+
+        Raises:
+            UserError: None is.
+        """
+        evaluated = self.evaluated("test")
+        reasons = [f"{name}: left out, for {reason}" for name, reason in self.left_out.items()]
+        if not evaluated:
+            told = "; ".join(reasons) or "test needs shard sets, such as --data.test.clean=FOLDER."
+            raise UserError(f"`data.test`: {told}")
+        for line in reasons:
+            log.warning(line)
         return [self._evaluation_loader(shards) for shards in evaluated.values()]
 
     def _evaluation_loader(self, shards: ShardSet, again: bool = False) -> DataLoader[Batch]:

@@ -121,7 +121,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def read_manifest(folder: Path, option: str) -> Manifest:
     """Read the manifest of a folder that an option named; its shards are checked when they are opened."""
     if not folder.is_dir():
-        raise UserError(f"{option}: there is no folder '{folder}'. Check the path, or extract features first.")
+        raise UserError(
+            f"{option}: there is no folder '{folder}'. Check the path, or extract features first."
+        ) from FileNotFoundError(folder)
     if not (folder / MANIFEST).is_file():
         saved = next((path for parent in folder.parents if (path := parent / CONFIGURATION).is_file()), None)
         command = "featinv-pl predict" + (f" --config {shlex.quote(str(saved))}" if saved else "")
