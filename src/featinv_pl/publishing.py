@@ -12,8 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from pydantic import ValidationError
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.methods import INVERSION
-from featinv_pl.evaluation.results import METRICS, Document, read_document
+from featinv_pl.evaluation.results import INVERSION, METRICS, Document, read_document
 from featinv_pl.files import atomic, read_yaml
 from featinv_pl.inverter.identity import check_checkpoint, fill_control
 from featinv_pl.inverter.inverter import Inverter
@@ -146,7 +145,6 @@ def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
 
 
 def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
-    """The training, for the model card."""
     model, data = settings["model"]["init_args"], settings.get("data") or {}
     objective = model.get("objective", model)  # older runs have its options among the model's
     optimizer = model["optimizer"]
@@ -165,7 +163,6 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
 
 
 def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None = None) -> str:
-    """Write the folder atomically, and return a summary."""
     found = tested["scores"] if tested else {}
     table = {one: found[one][INVERSION] for one in sorted(found) if "/" not in one}
     names = [name for name in SHOWN_SCORES if any(name in scores for scores in table.values())]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from featinv_pl.evaluation.report import differences
-from featinv_pl.evaluation.results import METRICS, SCORES, Name, Results, Score, aligned, by_name, samples_file
+from featinv_pl.evaluation.results import METRICS, SCORES, Name, Results, Score, aligned, by_name, write_samples
 from featinv_pl.metrics.estimates import Estimate
 
 
@@ -77,20 +77,13 @@ def test_nan_and_inf_are_left_out() -> None:
 
 
 def test_runs_are_compared_on_the_images_of_both() -> None:
-    def write(file: str, keys: list[str], cosines: list[float], agreed: list[float]) -> None:
-        path = Path(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(samples_file({"key": keys, "cosine": cosines, "agreement@1": agreed}))
+    def write(folder: str, test_set: str, keys: list[str], cosines: list[float], agreed: list[float]) -> None:
+        write_samples(Path(folder), test_set, {"key": keys, "cosine": cosines, "agreement@1": agreed})
 
     worse, keys, cosines = np.array([0.0, 0.1, 0.2, 0.3, 0.15, 0.05]), list("abcdef"), np.linspace(0.1, 0.9, 6)
     for test_set in ("c/fog/1", "c/fog/2"):
-        write(f"one/samples/{test_set}.parquet", keys, cosines.tolist(), [1, 1, 1, 1, 0, 1])
-        write(
-            f"other/samples/{test_set}.parquet",
-            [*keys[::-1], "x"],
-            [*(cosines - worse)[::-1], -1.0],
-            [1, 1, 0, 1, 1, 0, 0],
-        )
+        write("one", test_set, keys, cosines.tolist(), [1, 1, 1, 1, 0, 1])
+        write("other", test_set, [*keys[::-1], "x"], [*(cosines - worse)[::-1], -1.0], [1, 1, 0, 1, 1, 0, 0])
     found = differences(Path("one"), Path("other"), ["c/fog/1", "c/fog/2"])
     assert found["cosine"].values[0] == pytest.approx(worse.mean())
     assert found["agreement@1"].values[0] == pytest.approx((5 - 4) / 6)

@@ -21,8 +21,8 @@ from featinv_pl.data.shards.reader import BatchReader, DamagedError, ShardSet
 from featinv_pl.data.shards.samples import Sample, collate_samples
 from featinv_pl.data.workers import loader
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.methods import NEIGHBOUR, REGRESSION
 from featinv_pl.evaluation.reconstructions import Baseline, Reconstruction
+from featinv_pl.evaluation.results import NEIGHBOUR, REGRESSION
 from featinv_pl.files import write_bytes
 from featinv_pl.nets.regression import LatentRegression, fit
 from featinv_pl.runtime.progress import progress
@@ -98,7 +98,6 @@ class Regression:
         return cast(Reconstruction, self.inverter.classifier.classify(images))
 
     def _fit(self) -> dict[str, Tensor]:
-        """The fitted weights, on the CPU."""
         with torch.inference_mode(False), torch.enable_grad():
             error = fit(self.network, self._batches(), self.steps)
         if not isfinite(error):
@@ -224,7 +223,6 @@ def summarise(maps: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _read(path: Path, identity: str) -> dict[str, Tensor] | None:
-    """The weights in a file, if they have that identity."""
     try:
         with safe_open(path, "pt") as file:
             same = (file.metadata() or {}).get(IDENTITY) == identity

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,10 +17,9 @@ from PIL import Image
 
 from featinv_pl.errors import UserError, renamed
 from featinv_pl.evaluation.baselines import from_training_shards
-from featinv_pl.evaluation.methods import INVERSION, check_names, label
 from featinv_pl.evaluation.pictures import Pictures, cosine_histograms, log_picture, log_table, severity_curves
 from featinv_pl.evaluation.reconstructions import ImageCache, Reconstructions
-from featinv_pl.evaluation.results import HEADLINES, METRICS, Provenance, Results, aligned
+from featinv_pl.evaluation.results import HEADLINES, INVERSION, LABELS, METRICS, Provenance, Results, aligned, label
 from featinv_pl.evaluation.scorers import Scorer, classifier_scorer, judge_scorer, published_scorers
 from featinv_pl.evaluation.scores import Scores
 from featinv_pl.files import write_bytes
@@ -76,7 +76,11 @@ class Evaluation(Callback):
     ) -> None:
         if num_samples < 1:
             raise UserError(f"`num_samples` must be at least 1, and is {num_samples}.")
-        check_names(samplers or {})
+        taken = {*LABELS, *LABELS.values(), "own"}  # the study's word for the inverter's sampler
+        for name in samplers or {}:
+            if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                why = "is the name of another method" if name in taken else "cannot be part of a score's name"
+                raise UserError(f"`samplers`: '{name}' {why}. Use other letters, digits, - and _.")
         self.clean, self.num_samples, self.samplers, self.baselines = clean, num_samples, samplers or {}, baselines
         self.num_images, self.inception, self.alexnet, self.dry_run = num_images, inception, alexnet, dry_run
         # A control is initialised alike with and without a judge.
@@ -187,7 +191,6 @@ class Evaluation(Callback):
     on_validation_end = on_test_end = _end
 
     def _plot(self, trainer: Any) -> None:
-        """Write the plots, and give them to the loggers together with the table."""
         title, complete = label(INVERSION), [name for name in self.results.counts if "/" not in name]
         curves = severity_curves({title: self.results.document}, self.clean)
         plots = {"severity": (curves, "scores against the severity of corruptions, with 95 % intervals")}
@@ -202,7 +205,6 @@ class Evaluation(Callback):
         log_table(trainer.loggers, f"scores/{self.stage}", self.results.table(), "with 95 % intervals", self.step)
 
     def _hours(self, sizes: Mapping[str, int], processes: int) -> str:
-        """The table of hours by test set."""
         timed = self.timed[1:] or self.timed  # the first batch warms up
         seconds = sum(time for time, _ in timed) / sum(samples for _, samples in timed) / processes
         sizes = {**sizes, "all": sum(sizes.values())}

@@ -18,11 +18,21 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from featinv_pl.evaluation.methods import CEILING, INVERSION, LABELS, ORIGINAL, label
 from featinv_pl.evaluation.reconstructions import Reconstruction
-from featinv_pl.evaluation.results import Document, Name, by_name, column, read_samples
+from featinv_pl.evaluation.results import (
+    CEILING,
+    INVERSION,
+    LABELS,
+    ORIGINAL,
+    Document,
+    Name,
+    by_name,
+    column,
+    label,
+    read_samples,
+)
 from featinv_pl.files import write_bytes
-from featinv_pl.pages.pictures import figure_png, picture_png
+from featinv_pl.pages.pictures import png
 from featinv_pl.types import Batch, to_uint8
 
 PICTURES, FIRST, FACTS_FILE, POOL = "pictures", "first", "tiles.json", 128
@@ -75,7 +85,6 @@ class Pictures:
 
     @rank_zero_only
     def show(self) -> None:
-        """Write and log the pictures of the last test set."""
         if self.test_set is None:
             return
         first = list(range(len(self.facts["cosine"])))[: self.num_images]
@@ -84,7 +93,7 @@ class Pictures:
             strips = {}
             for row, tiles in self.tiles.items():
                 strips[row] = torch.cat([tiles[index] for index in chosen], dim=2).permute(1, 2, 0).numpy()
-                write_bytes(folder / f"{row}.png", picture_png(Image.fromarray(strips[row])))
+                write_bytes(folder / f"{row}.png", png(Image.fromarray(strips[row])))
             facts = {fact: [values[index] for index in chosen] for fact, values in self.facts.items()}
             write_bytes(folder / FACTS_FILE, json.dumps({"checkpoint": self.checkpoint, **facts}).encode())
             picture = np.concatenate(list(strips.values()))
@@ -154,7 +163,7 @@ def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes
             if shown and len(bounds) == len(shown):
                 axes.fill_between(list(shown), *zip(*bounds, strict=True), color=colour, alpha=0.1, linewidth=0)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
-    return figure_png(figure)
+    return png(figure)
 
 
 def cosine_histograms(runs: Mapping[str, Path], groups: list[str], test_sets: Iterable[str]) -> bytes:
@@ -173,4 +182,4 @@ def cosine_histograms(runs: Mapping[str, Path], groups: list[str], test_sets: It
                     axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=title)
         axes.set(xlabel="cosine of the feature maps", title=group, yticks=[])
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
-    return figure_png(figure)
+    return png(figure)

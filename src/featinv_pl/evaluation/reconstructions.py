@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from featinv_pl.evaluation.methods import CEILING, FLOOR, INVERSION, ORIGINAL
+from featinv_pl.evaluation.results import CEILING, FLOOR, INVERSION, ORIGINAL
 from featinv_pl.files import write_bytes
 from featinv_pl.inverter.identity import hashed
 from featinv_pl.sampling.sampler import Sampler
@@ -51,7 +51,6 @@ class ImageCache:
                 logger.warning("'%s' cannot be read; its images are reconstructed again.", path)
 
     def names(self, sampler: Sampler, keys: Sequence[str], features: Tensor) -> list[str]:
-        """The names under which reconstructions of feature maps (B, C, h, w) are stored."""
         model, maps = hashed({**self.model, "sampler": asdict(sampler)}), features.cpu().contiguous().numpy()
         return [
             hashlib.blake2b(f"{model} {key}".encode() + one.tobytes(), digest_size=16).hexdigest()
@@ -89,7 +88,6 @@ class Reconstructions:
 
     @property
     def methods(self) -> list[str]:
-        """The methods that every test set has."""
         return [INVERSION, *self.samplers, CEILING, ORIGINAL, *self.baselines]
 
     @torch.no_grad()
@@ -113,7 +111,6 @@ class Reconstructions:
         return made[0]
 
     def _sample(self, batch: Batch, sampler: Sampler, suffix: str = "") -> Reconstruction:
-        """Sample one reconstruction of each feature map, except those that the cache has."""
         features, keys = batch["features"], [key + suffix for key in batch["key"]]
         names = keys if self.cache is None else self.cache.names(sampler, keys, features)
         stored = {} if self.cache is None else self.cache.read(names)

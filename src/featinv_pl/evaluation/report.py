@@ -1,30 +1,39 @@
 """One self-contained page from tested inverters: pictures, tables, curves."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation import results
-from featinv_pl.evaluation.methods import INVERSION, LABELS, label
-from featinv_pl.evaluation.pictures import FACTS_FILE, FIRST, PICTURES, cosine_histograms, severity_curves
-from featinv_pl.evaluation.results import COMPARED, METRICS, Document, Name, by_name, cell, read_samples
+from featinv_pl.evaluation.pictures import FACTS_FILE, PICTURES, cosine_histograms, severity_curves
+from featinv_pl.evaluation.results import (
+    COMPARED,
+    INVERSION,
+    LABELS,
+    METRICS,
+    Document,
+    Name,
+    by_name,
+    cell,
+    label,
+    read_samples,
+)
 from featinv_pl.files import read_json, write_bytes
 from featinv_pl.metrics.agreement import ConditionalAgreement
 from featinv_pl.metrics.estimates import Estimate, ImageSums, estimates
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.pages.page import data_uri, render
-from featinv_pl.pages.pictures import figure_png, open_picture
+from featinv_pl.pages.pictures import open_picture
 
 ADVICE = "Test again with the Evaluation callback and pictures (`num_images`)."
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
@@ -52,7 +61,6 @@ class Tested:
 
     @cached_property
     def scores(self) -> dict[Name, results.Score]:
-        """All scores."""
         return by_name(self.document)
 
     @property
@@ -63,12 +71,10 @@ class Tested:
 
     @property
     def pictured(self) -> set[str]:
-        """The test sets that have pictures."""
         root = self.folder / PICTURES
         return {path.parent.parent.relative_to(root).as_posix() for path in root.rglob(FACTS_FILE)}
 
     def tiles(self, test_set: str, kind: str) -> Tiles:
-        """Predictions of the pictured images."""
         path = self.folder / PICTURES / test_set / kind / FACTS_FILE
         tiles: Tiles = results.validated(TypeAdapter(Tiles), path, "report", ADVICE)
         scored, pictured = self.document["provenance"]["checkpoint"]["digest"], str(tiles["checkpoint"])
@@ -79,12 +85,11 @@ class Tested:
         return tiles
 
     def strip(self, test_set: str, kind: str, row: str) -> Image.Image:
-        """The picture of one row of tiles."""
         return open_picture(self.folder / PICTURES / test_set / kind / f"{row}.png", "report")
 
 
 def report(folder: Path) -> None:
-    """Write `report.html`, `metrics.json` and `overview.png` into a folder that holds a folder per tested inverter."""
+    """Write `report.html` and `metrics.json` into a folder that holds a folder per tested inverter."""
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
     known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
@@ -113,7 +118,6 @@ def report(folder: Path) -> None:
         stages=read_json(stages, "report", "Remove it.") if stages.is_file() else {},
     )
     write_bytes(folder / METRICS, (json.dumps(documents, indent=2) + "\n").encode())
-    write_bytes(folder / "overview.png", _overview(inverters, last))
     write_bytes(folder / "report.html", page.encode())
 
 
@@ -191,19 +195,3 @@ def _origin(document: Document) -> str:
         if weights_digest(weights) != digest:
             note += f", which has changed since: it holds step {state['global_step']} now. Test again."
     return note
-
-
-def _overview(inverters: Sequence[Tested], chosen: Mapping[str, str]) -> bytes:
-    """One picture: originals above their reconstructions, as PNG."""
-    height = (0.8 * (len(inverters) + 1) + 0.4) * len(chosen)
-    figure = Figure(figsize=(9, height), layout="constrained")
-    parts = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
-    for part, test_set in zip(parts, chosen.values(), strict=True):
-        rows = [("original", inverters[0].strip(test_set, FIRST, "original"))]
-        rows += [(inverter.name, inverter.strip(test_set, FIRST, "reconstruction")) for inverter in inverters]
-        part.suptitle(test_set, fontsize="medium")
-        for axes, (name, picture) in zip(part.subplots(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
-            axes.imshow(picture, aspect="equal")
-            axes.set_ylabel(name, rotation=0, ha="right", va="center")
-            axes.set(xticks=[], yticks=[])
-    return figure_png(figure)

@@ -16,10 +16,21 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.methods import CEILING, FLOOR, INVERSION, LABELS, label
-from featinv_pl.files import read_json
+from featinv_pl.files import read_json, write_bytes
 from featinv_pl.metrics.estimates import Estimate
 
+INVERSION, CEILING, REGRESSION = "inversion", "ceiling", "regression"
+NEIGHBOUR, FLOOR, ORIGINAL = "neighbour", "floor", "original"
+LABELS = {
+    INVERSION: "reconstruction",  # by the inverter's own sampler
+    CEILING: "autoencoder",  # the original through the prior's autoencoder alone
+    REGRESSION: "regression",  # the decoded latents that a small network predicts from the feature map
+    NEIGHBOUR: "neighbour",  # the training image with the most similar feature map
+    FLOOR: "floor",  # another image of the test set
+    ORIGINAL: "original",
+}
+"""Methods whose reconstructions of the same images are scored, and their labels in tables and pictures, in the order of
+tables. Further samplers follow under their own names."""
 METRICS, SCORES, SAMPLES = "metrics.json", "scores.csv", "samples"
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1", "psnr")
 COMPARED = {"cosine": False, "agreement@1": True}  # scores whose differences are shown, and whether each is a share
@@ -39,6 +50,11 @@ class Name(NamedTuple):
 def column(score: str, method: str) -> str:
     """The name of a method's score within its test set. Names of scores and methods have no dots."""
     return score if method == INVERSION else f"{score}.{method}"
+
+
+def label(method: str) -> str:
+    """The label of a method in tables and pictures."""
+    return LABELS.get(method, method)
 
 
 class Score(TypedDict):
@@ -114,7 +130,6 @@ class Results:
 
     @property
     def methods(self) -> list[str]:
-        """In the order of tables."""
         names = dict.fromkeys(name.method for name in self.values)
         return [name for name in LABELS if name in names] + [name for name in names if name not in LABELS]
 
@@ -135,7 +150,6 @@ class Results:
         return {"samples": self.counts, "scores": scores, "notes": self.notes, "provenance": provenance}
 
     def files(self) -> dict[str, bytes]:
-        """`metrics.json` and `scores.csv`."""
         rows = io.StringIO()
         writer = csv.DictWriter(rows, ["test_set", "method", "score", "value", "low", "high", "n"], lineterminator="\n")
         writer.writeheader()
@@ -199,9 +213,11 @@ def read_document(path: Path, option: str) -> Document:
     return document
 
 
-def samples_path(root: Path, test_set: str) -> Path:
-    """The file for the scores of each image of a test set."""
-    return root / SAMPLES / f"{test_set}.parquet"
+def write_samples(root: Path, test_set: str, columns: Mapping[str, Any]) -> None:
+    """Write the scores of each image of a test set, in the order of their keys."""
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(dict(columns)).sort_by("key"), buffer)
+    write_bytes(root / SAMPLES / f"{test_set}.parquet", buffer.getvalue())
 
 
 def read_samples(root: Path, group: str, test_sets: Iterable[str]) -> Any:
@@ -210,19 +226,15 @@ def read_samples(root: Path, group: str, test_sets: Iterable[str]) -> Any:
     `test_sets` are all of the run, whose folder `root` may hold tables of earlier ones too.
     """
     tables = []
-    for path in (samples_path(root, test_set) for test_set in test_sets if f"{test_set}/".startswith(f"{group}/")):
+    for test_set in test_sets:
+        path = root / SAMPLES / f"{test_set}.parquet"
+        if not (f"{test_set}/".startswith(f"{group}/") and path.is_file()):
+            continue
         try:
-            tables += [parquet.read_table(path)] if path.is_file() else []
+            tables.append(parquet.read_table(path))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"'{path}' is damaged or holds no scores of samples ({reason}). Test again.") from error
     if not tables:
         raise UserError(f"there are no scores of the samples of '{group}' in '{root / SAMPLES}'. Test again.")
     return pyarrow.concat_tables(tables, promote_options="permissive")
-
-
-def samples_file(columns: Mapping[str, Any]) -> bytes:
-    """Columns of equal length as a Parquet file, in the order of their keys."""
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(dict(columns)).sort_by("key"), buffer)
-    return buffer.getvalue()

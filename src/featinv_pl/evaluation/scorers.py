@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.methods import FLOOR, INVERSION, ORIGINAL
+from featinv_pl.evaluation.results import FLOOR, INVERSION, ORIGINAL
 from featinv_pl.metrics.agreement import Agreement, AttackSuccess, ConditionalAgreement, LabelAccuracy
 from featinv_pl.metrics.distances import Distance, FrechetDistance, KernelDistance
 from featinv_pl.metrics.sample_metric import SampleMetric
@@ -35,7 +35,6 @@ class Scorer:
     classifies: bool = False
 
     def metrics(self, method: str, classes: Classes) -> list[Scored]:
-        """New metrics for a method."""
         made = self.create(classes)
         if method == ORIGINAL:  # it agrees with itself, but not always with its label
             return [metric for metric in made if isinstance(metric, LabelAccuracy | AttackSuccess)]

@@ -13,11 +13,9 @@ from torch import Tensor
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.baselines import PARTNERS, Floor
-from featinv_pl.evaluation.methods import FLOOR, INVERSION
 from featinv_pl.evaluation.reconstructions import Reconstruction
-from featinv_pl.evaluation.results import Name, Results, column, samples_file, samples_path
+from featinv_pl.evaluation.results import FLOOR, INVERSION, Name, Results, column, write_samples
 from featinv_pl.evaluation.scorers import Classes, Scored, Scorer
-from featinv_pl.files import write_bytes
 from featinv_pl.metrics.distances import Distance, FrechetDistance
 from featinv_pl.metrics.estimates import Estimate, ImageSums, ratios
 from featinv_pl.metrics.sample_metric import SampleMetric
@@ -84,7 +82,6 @@ class Tally:
         self.count = len(self.columns.get("key", []))
 
     def add(self, part: "Tally") -> None:
-        """Add a test set to a group."""
         for key, metrics in part.metrics.items():
             for metric, other in zip(self.metrics[key], metrics, strict=True):
                 metric.merge_state(other)
@@ -194,7 +191,7 @@ class Scores:
             )
         self._score(tally)
         if tally.count and self.root is not None:
-            write_bytes(samples_path(self.root, name), samples_file(columns))
+            write_samples(self.root, name, columns)
         parts = name.split("/")
         groups = ["/".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]  # `a/b` and `a` of `a/b/c`
         kept = [self.sums.setdefault(group, ImageSums(len(RELATIVE))) for group in groups]
@@ -242,7 +239,6 @@ class Scores:
 
 
 def _rows(item: Mapping[str, Any], rows: list[int]) -> Any:
-    """Some rows of a batch or of a reconstruction."""
     return {
         name: [value[row] for row in rows] if isinstance(value, list) else value[rows]
         for name, value in item.items()

@@ -120,7 +120,6 @@ class Concepts:
         return self.activations(features)[:, number, None] * self.directions[number]
 
     def save(self, folder: Path) -> None:
-        """Write `concepts.safetensors` and `concepts.json`."""
         data = save({"directions": self.directions.contiguous(), "starts": self.starts.contiguous()})
         facts = {"method": self.method, "names": self.names, "scores": self.scores, "origin": self.origin}
         text = json.dumps({**facts, "sha256": seal(data, facts)}, indent=2) + "\n"

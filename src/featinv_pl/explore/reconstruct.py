@@ -82,7 +82,6 @@ def fidelity(
 
 
 def _sheet(rows: list[list[Tile]]) -> Image.Image:
-    """Tiles in rows, each with its two lines of text below."""
     side = max(SMALLEST_TILE, rows[0][1].picture.width)
     width, height = side + GAP, side + CAPTION
     sheet = Image.new("RGB", (width * len(rows[0]) - GAP, height * len(rows)), "white")

@@ -53,7 +53,6 @@ class Samples:
         return maps.mean((2, 3), keepdim=True) if pooled else maps
 
     def picture(self, index: int) -> Image.Image:
-        """The image that a map was taken from."""
         shards, number = self.places[index]
         return as_picture(shards[number]["images"])
 

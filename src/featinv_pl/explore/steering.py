@@ -49,7 +49,6 @@ class Steering(Exploration):
 
     @property
     def concept(self) -> str:
-        """Its name."""
         return self.concepts.names[self.number]
 
     @cached_property
@@ -59,7 +58,6 @@ class Steering(Exploration):
 
     @property
     def original_score(self) -> float:
-        """How strongly the picture expresses the concept."""
         return self._scores(self.originals["features"]).item()
 
     def _scores(self, features: Tensor) -> Tensor:

@@ -29,13 +29,9 @@ class Agreement(SampleMetric):
 class LabelAccuracy(SampleMetric):
     """The share of samples whose reconstruction is classified as its label says, by logits (B, K) and labels (B,).
 
-    `label@1` is taken over the classes of the test set, as is published for ImageNet-A and -R, which have 200 of a
-    classifier's 1000; `label@1_all` over all classes of the classifier. Samples without a label (-1), or with a label
-    that the classifier does not know, do not count.
-
-    Args:
-        replicates: See `SampleMetric`.
-        classes: Labels of the classes of the test set, if these are a part of the classifier's.
+    `label@1` is taken over the `classes` of the test set if these are a part of the classifier's, as is published for
+    ImageNet-A and -R, which have 200 of 1000; `label@1_all` over all classes of the classifier. Samples without a label
+    (-1), or with a label that the classifier does not know, do not count.
     """
 
     names = ("label@1", "label@1_all")
@@ -97,5 +93,4 @@ class AttackSuccess(SampleMetric):
 
 
 def _known(labels: Tensor, logits: Tensor) -> Tensor:
-    """Which labels are classes of the classifier."""
     return (labels >= 0) & (labels < logits.shape[1])

@@ -116,7 +116,6 @@ class ImageSums:
         self.sums, self.counts = np.zeros((2, 0, width))
 
     def add(self, keys: Sequence[str], values: Values) -> None:
-        """Add values (images, width) of a test set."""
         places = [self.rows.setdefault(key, len(self.rows)) for key in keys]
         more = [(0, len(self.rows) - len(self.sums)), (0, 0)]
         self.sums, self.counts = np.pad(self.sums, more), np.pad(self.counts, more)

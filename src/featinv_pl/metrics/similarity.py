@@ -76,12 +76,7 @@ class PixelSimilarity(SampleMetric):
 
 
 class PerceptualDistance(SampleMetric):
-    """`lpips` (Zhang et al., arXiv 1801.03924): a distance between activations of AlexNet.
-
-    Args:
-        distance: From two batches of images (B, 3, H, W) in [-1, 1] to distances (B,).
-        replicates: See `SampleMetric`.
-    """
+    """`lpips` (Zhang et al., arXiv 1801.03924): a distance between activations of AlexNet, as `Lpips` computes it."""
 
     names = ("lpips",)
     reads = ("images", "images")

@@ -68,8 +68,7 @@ class Lpips(nn.Module):
 def find(url: str, weights: Weights, option: str) -> Path:
     """The file of weights that are published at a URL, checked by the beginning of its SHA-256 in its name.
 
-    Raises:
-        UserError: It is missing, cannot be downloaded, or is not what was published; `option` names `weights` there.
+    Errors call `weights` by `option`.
     """
     kept, published = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name, Path(url).stem.rpartition("-")[2]
     shown = Path("~", kept.relative_to(Path.home())) if kept.is_relative_to(Path.home()) else kept

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from featinv_pl.files import write_bytes
-from featinv_pl.pages.pictures import figure_png, picture_png
+from featinv_pl.pages.pictures import png
 
 TILE, PLOT, TEXT = 1.2, 2.8, 0.17  # inches: side of a picture, height of a plot, height of a line
 RED = "#b00020"
@@ -61,7 +61,6 @@ class Report(ABC):
     def facts(self) -> dict[str, Any]: ...  # all measurements, for JSON
 
     def figure(self) -> Figure:
-        """Pictures and plots as one figure."""
         shown = [section for section in self.sections() if section.rows or section.plot]
         heights = [_height(section) for section in shown]
         columns = max((len(row) for section in shown for row in section.rows), default=0)
@@ -82,7 +81,7 @@ class Report(ABC):
         return figure
 
     def _repr_png_(self) -> bytes:  # what a notebook shows
-        return figure_png(self.figure())
+        return png(self.figure())
 
     def save(self, folder: Path) -> None:
         """Write the page, the figure and the facts, each atomically, once all three are made."""
@@ -112,7 +111,7 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"picture_uri": lambda one: data_uri(picture_png(one)), "plot_uri": _plot_uri}
+    environment.filters |= {"picture_uri": lambda one: data_uri(png(one)), "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)
 
 
@@ -125,4 +124,4 @@ def _plot_uri(section: Section) -> str:
     assert section.plot
     figure = Figure(figsize=(6, PLOT), dpi=150, layout="constrained")
     section.plot(figure.subplots())
-    return data_uri(figure_png(figure))
+    return data_uri(png(figure))

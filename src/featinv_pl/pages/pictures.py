@@ -30,17 +30,11 @@ def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
         raise UserError(f"{option}: '{path}' cannot be read as a picture ({error}). {advice}") from error
 
 
-def picture_png(picture: Image.Image) -> bytes:
-    """A picture as PNG."""
+def png(shown: Image.Image | Figure) -> bytes:
+    """A picture or a figure as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def figure_png(figure: Figure) -> bytes:
-    """A figure as PNG."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    save = shown.savefig if isinstance(shown, Figure) else shown.save
+    save(buffer, format="png")
     return buffer.getvalue()
 
 

@@ -121,7 +121,6 @@ def _refuse(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[str, Any]
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The changed settings, for a message."""
     there, here = ({AVERAGE: "none", **one["named"]} for one in (theirs, ours))
     same = theirs["rates"] == ours["rates"]
     found = [

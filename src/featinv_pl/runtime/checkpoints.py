@@ -27,7 +27,6 @@ class AtomicCheckpoints(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Save, or leave what is there as it is, with a UserError if the file system refuses."""
         if "://" in str(path):  # a store that shows an object when it is complete
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -52,20 +51,14 @@ class AtomicCheckpoints(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load tensors and plain values, whatever was asked for: nothing in a checkpoint may run code."""
-        return read_checkpoint(Path(path), OPTION)
+        return read_checkpoint(Path(path), OPTION)  # whatever was asked for: nothing in a checkpoint may run code
 
 
 def find_checkpoint(given: str, run_folders: Callable[[], Iterable[Path]]) -> Path | None:
-    """The checkpoint that `--ckpt_path` means.
+    """The checkpoint that `--ckpt_path` means: a file, a folder, or `last` or `best` of a run's folders.
 
-    Args:
-        given: A file, a folder, `last` or `best`.
-        run_folders: Where the run keeps its checkpoints, for the two words.
-
-    Returns:
-        A complete file, of several that of the latest step; where the right one is damaged, which is said, the next.
-        None if there is none at all.
+    Of several, that of the latest step; where the right one is damaged, which is said, the next complete one. None
+    without any.
     """
     path = Path(given)
     if given not in ("last", "best") and not path.is_dir():

@@ -39,7 +39,6 @@ class FiniteGuard(Callback):
         self.loss = self.loss + loss.detach()  # without waiting for it; a step may be of several batches
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Check loss and gradients at once."""
         keys, loss, self.keys, self.loss = self.keys, torch.as_tensor(self.loss), [], 0.0
         norm = torch.zeros_like(loss)
         if not scales_gradients(trainer):  # whose scaler checks the gradients itself

@@ -48,11 +48,6 @@ def position(trainer: Trainer) -> tuple[int, int]:
     return (epoch.processed + 1, 0) if batch.is_last_batch else (epoch.processed, batch.current.processed)
 
 
-def accumulating(trainer: Trainer) -> bool:
-    """Whether gradients of the batch at hand wait for those of further batches; they are not saved."""
-    return bool(trainer.fit_loop._should_accumulate())
-
-
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:
     """The ModelCheckpoint callbacks of a trainer."""
     return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]

@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, distributed
-from torch.nn.functional import pad
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from featinv_pl.errors import UserError
 
@@ -88,13 +88,7 @@ def of_all_ranks(item: Any) -> list[Any]:
 
 def rows_of_all_ranks(rows: Tensor) -> Tensor:
     """The rows (n, ...) of all ranks, each of which may have another n: those of the first rank come first."""
-    if not distributed.is_initialized():
-        return rows
-    counts = of_all_ranks(len(rows))
-    padded = pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(counts) - len(rows)))
-    gathered = [torch.empty_like(padded) for _ in counts]
-    distributed.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    return torch.cat(gather_all_tensors(rows)) if distributed.is_initialized() else rows
 
 
 def agree(work: Callable[[], Result]) -> Result:

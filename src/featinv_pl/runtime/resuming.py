@@ -39,7 +39,6 @@ class Resume(Callback):
             data.position = partial(position, trainer)  # tells it where training stands
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note what is still to be done, and tell loggers what is not."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         within_step = progress.processed > progress.completed
         if within_step:
@@ -56,7 +55,6 @@ class Resume(Callback):
                 checkpoint[RUN_ID] = logger.version
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let Lightning's loops begin where there is something to do."""
         self.unfinished = checkpoint.get(KEY)
         if self.unfinished is None or trainer.state.fn != "fit":
             return

@@ -118,7 +118,6 @@ class SavePretrained(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save beside, then swap."""
         if not trainer.is_global_zero:
             return
         folder, replaced = self._places(trainer)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.data.workers import SIGNALS
-from featinv_pl.runtime.internals import accumulating, save_now, savers
+from featinv_pl.runtime.internals import save_now, savers
 from featinv_pl.runtime.ranks import first_rank, forget_children, say
 
 
@@ -56,11 +56,10 @@ class Stop(Callback):
         self.hint = "the same command resumes what is not done yet."
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen, now that Lightning has installed its own handlers."""
         self.launcher, environment = trainer.strategy.launcher, trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self.requeue = int(environment.requeue_signal or signal.SIGUSR1)
-        if threading.current_thread() is threading.main_thread():  # no other may
+        if threading.current_thread() is threading.main_thread():  # no other may; Lightning's own are installed by now
             for number in (*SIGNALS, self.requeue):
                 if number and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                     signal.signal(number, self._note)  # Lightning puts back what was there before it
@@ -89,7 +88,7 @@ class Stop(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save if asked; the end comes when what this step has logged is logged."""
         asked = trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False)
-        if asked and not accumulating(trainer):
+        if asked and not trainer.fit_loop._should_accumulate():  # gradients that wait for further batches are not saved
             if trainer.strategy.reduce_boolean_decision(self.signal == self.requeue != 0, all=False):
                 self.signal = self.requeue
             self.signal = self.signal or signal.SIGTERM
@@ -104,7 +103,7 @@ class Stop(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """End here if asked; several ranks, which validate numbers of batches of their own, return to training."""
-        self._end(trainer.state.fn != "fit" or (trainer.world_size == 1 and not accumulating(trainer)))
+        self._end(trainer.state.fn != "fit" or (trainer.world_size == 1 and not trainer.fit_loop._should_accumulate()))
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self._end(True)
@@ -116,7 +115,6 @@ class Stop(Callback):
             raise Stopped(self.signal)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what a stopped training has come to, and say how to resume."""
         if isinstance(exception, Stopped):
             forget_children()  # all ranks have been asked to end
             if not self.saved:
@@ -133,7 +131,6 @@ class Stop(Callback):
 
 
 def _requeue() -> str:
-    """Ask SLURM to start this job again, and say whether it does."""
     job, array = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")
     if array is not None:  # whose first task has the number of all
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"

@@ -78,12 +78,8 @@ def check_route(logger: Any) -> None:
 def describe(job: str, group: str, tags: Sequence[str], offline: bool, run_id: str | None) -> None:
     """Tell the client, before the run begins, what it would have to guess or to ask.
 
-    Args:
-        job: `fit`, `validate`, `test` or `predict`.
-        group: What belongs together, such as training and tests of one inverter.
-        tags: Of the run.
-        offline: Whether the configuration says so.
-        run_id: The run to continue, if any.
+    The job is a command of Lightning, the group what belongs together, such as training and tests of one inverter;
+    `offline` is what the configuration says, and `run_id` the run to continue, if any.
     """
     import wandb
 

@@ -85,9 +85,7 @@ class Sampler:
         check_option("sampler.steps", self.steps, self.steps >= 1, "Give at least 1.")
         check_option("sampler.guidance_scale", scale, isfinite(scale), "Give a number; 1 disables guidance.")
         check_option("sampler.guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1, FRACTIONS)
-        check_option(
-            "sampler.control_scale", control, 0 <= control < inf, "Give at least 0; the control was trained for 1."
-        )
+        check_option("sampler.control_scale", control, 0 <= control < inf, "Give at least 0; it was trained for 1.")
         check_option("sampler.best_of", self.best_of, 1 <= self.best_of <= MOST, f"Give 1 to {MOST}.")
 
     @classmethod

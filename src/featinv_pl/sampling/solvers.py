@@ -22,13 +22,9 @@ SPACINGS = {"ddim": "leading", "dpm": "linspace", "unipc": "linspace"}  # as dif
 
 
 def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: Sampler) -> Tensor:
-    """Sample latents, scaled to unit variance, from standard normal noise (B, channels, h, w).
+    """Sample latents, scaled to unit variance, from standard normal noise of their shape (B, channels, h, w).
 
-    Args:
-        denoiser: Predicts noise, or velocity where the schedule says so.
-        noise: Of the shape of the latents.
-        schedule: The schedule that the prior was trained with.
-        sampler: Which solver, and how many steps.
+    The schedule is the one that the prior was trained with, and says whether the denoiser predicts velocity.
     """
     longest = schedule.config.num_train_timesteps - 2  # with its offset, more would leave the schedule
     if sampler.steps > longest:
@@ -46,10 +42,8 @@ def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: 
 def weighted(branches: Denoiser, scale: float) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, in the form of Stable Diffusion).
 
-    Args:
-        branches: Takes a batch repeated twice, so that both branches cost one call: first the unconditional
-            branch, then the conditional one.
-        scale: s in (1 - s) unconditional + s conditional; 1 disables guidance.
+    `branches` takes a batch repeated twice, so that both cost one call: first the unconditional branch, then the
+    conditional one. `scale` is s in (1 - s) unconditional + s conditional; 1 disables guidance.
     """
 
     def guided(latents: Tensor, timestep: Tensor) -> Tensor:

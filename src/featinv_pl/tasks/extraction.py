@@ -71,7 +71,6 @@ class FeatureExtraction(LightningModule):
 
     @property
     def provenance(self) -> Provenance:
-        """Provenance of the features, for the manifest."""
         return {
             "backbone": self.backbone.name,
             "backbone_digest": digest(self.backbone.model),
@@ -156,7 +155,6 @@ class AdversarialExtraction(FeatureExtraction):
         self._counts = torch.zeros(3, dtype=torch.long)  # of images: fooled, classified correctly before, without label
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
-        """Attack a batch, then classify it."""
         images, labels = batch["images"], self._labels(batch)
         predicted = self.backbone(images)[1].argmax(1)
         classes = torch.where(labels >= 0, labels, predicted)
@@ -170,7 +168,6 @@ class AdversarialExtraction(FeatureExtraction):
         return {**extracted, "fooled": fooled}
 
     def teardown(self, stage: str) -> None:
-        """Log the success rate."""
         counts = self.trainer.strategy.reduce(self._counts.to(self.device), reduce_op="sum")
         fooled, right, guessed = (int(count) for count in counts)
         if self.trainer.is_global_zero and right:
@@ -182,5 +179,4 @@ class AdversarialExtraction(FeatureExtraction):
 
     @property
     def provenance(self) -> Provenance:
-        """Provenance with the attack."""
         return {**super().provenance, "attack": str(self.attack)}

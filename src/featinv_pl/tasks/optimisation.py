@@ -34,7 +34,6 @@ class Optimised(LightningModule):
         self.optimizer_factory, self.lr_scheduler_factory = _plain(optimizer), _plain(lr_scheduler)
 
     def configure_optimizers(self) -> Any:
-        """Optimise all parameters that need gradients."""
         optimizer = self.optimizer_factory([one for one in self.parameters() if one.requires_grad])
         if self.lr_scheduler_factory is None:
             return optimizer

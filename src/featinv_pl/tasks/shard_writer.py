@@ -70,7 +70,6 @@ class ShardWriter(Callback):
         return [folder for folder in folders if not (folder / MANIFEST).exists()]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out what is left to do, and tell the data module."""
         data, model = getattr(trainer, "datamodule", None), cast(Any, pl_module)
         if not isinstance(data, ImageData) or not data.predicted:
             raise UserError(
@@ -124,7 +123,6 @@ class ShardWriter(Callback):
         return settings
 
     def on_predict_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
-        """Write a batch to the set of its source."""
         batch = cast(Batch, outputs)
         if self.trial is not None:
             self.trial.add(batch)
@@ -136,7 +134,6 @@ class ShardWriter(Callback):
             self._check_space(writer.bytes_per_sample)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Abandon unfinished shards; complete ones stay."""
         for writer in self.writers.values():
             writer.close()
         if self.trial is not None:

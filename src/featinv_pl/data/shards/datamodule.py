@@ -119,15 +119,9 @@ class FeatureShards(ResumableData, LightningDataModule):
         return loader(BatchReader(self.train), batches, self.num_workers, again=True)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """The validation set, if any."""
         return [] if self.val is None else [self._evaluation_loader(self.val, again=True)]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader for each test set that is there.
-
-        Raises:
-            UserError: None is.
-        """
         evaluated = self.evaluated("test")
         reasons = [f"{name}: left out, for {reason}" for name, reason in self.left_out.items()]
         if not evaluated:
@@ -147,7 +141,6 @@ class FeatureShards(ResumableData, LightningDataModule):
         return widen(batch)
 
     def teardown(self, stage: str) -> None:
-        """Report the damaged samples."""
         # Each epoch meets the samples again; a damaged shard has a line for each of its samples.
         if skipped := [*{*self.skipped}, *(line for shards in self._sets for line in shards.skipped)]:
             named = "\n  ".join(sorted({*skipped})[:NAMED])

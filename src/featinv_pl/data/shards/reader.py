@@ -80,7 +80,6 @@ class ShardSet(Dataset[Sample]):
         return sum(self.shard_sizes)
 
     def __getitem__(self, number: int) -> Sample:
-        """Read one sample, in single precision; see `stored`."""
         return widen(self.stored(number))
 
     def stored(self, number: int) -> Sample:
@@ -112,7 +111,6 @@ class ShardSet(Dataset[Sample]):
         return sample
 
     def _check_files(self, shard: Shard) -> None:
-        """Check that a tar is there, complete by its size, and its index beside it."""
         path = self.folder / shard["name"]
         for file in (path, index_path(path)):
             if not file.is_file():
@@ -198,7 +196,6 @@ def _read_index(shard: Path, sha256: str, samples: int) -> list[Entry]:
 
 
 def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
-    """Read an entry's members in one go, and check each."""
     spans = {}
     for suffix, member in entry["members"].items():
         if with_images or suffix not in IMAGES:

@@ -105,7 +105,6 @@ class RemoteSet:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
-        """Open a file of the set, to be read from its beginning to its end."""
         if self.place.startswith("pipe:"):
             command = self.place.removeprefix("pipe:").replace("{}", shlex.quote(name))
             with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:

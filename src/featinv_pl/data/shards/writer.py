@@ -81,7 +81,6 @@ class ShardFile:
         write_bytes(index_path(self.path), json.dumps(self.index).encode())
 
     def abandon(self) -> None:
-        """Remove an unfinished tar."""
         with contextlib.suppress(OSError):  # of a full disk, which refuses again what was not flushed yet
             self._file.close()
         self.partial.unlink(missing_ok=True)
@@ -173,11 +172,9 @@ class ShardSetWriter:
 
     @property
     def bytes_per_sample(self) -> float:
-        """Mean of those written so far."""
         return self.bytes_written / max(self.samples_written, 1)
 
     def flush(self) -> None:
-        """Write what has been taken in."""
         while self._in_flight:
             self._write_next()
 
@@ -204,7 +201,6 @@ class ShardSetWriter:
             )
 
     def close(self) -> None:
-        """Abandon an unfinished shard."""
         self._encoders.shutdown(wait=False, cancel_futures=True)
         if self._shard is not None:
             self._shard.abandon()
