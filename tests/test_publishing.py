@@ -142,6 +142,12 @@ def configure_another_task(home: Path) -> None:
     write(home / "fit.yaml", settings)
 
 
+def remove_an_option(home: Path) -> None:
+    settings = yaml.safe_load((home / "fit.yaml").read_text())
+    del settings["model"]["init_args"]["image_size"]
+    write(home / "fit.yaml", settings)
+
+
 def remove_a_tensor(home: Path) -> None:
     state = torch.load(home / "inversion.ckpt", weights_only=True)
     del state["state_dict"]["control.encoder.layers.0.bias"]
@@ -154,6 +160,7 @@ def remove_a_tensor(home: Path) -> None:
         (shutil.rmtree, "RUN: 'broken' holds no checkpoint"),
         (lambda home: (home / "fit.yaml").unlink(), "RUN: no fit.yaml beside or above 'broken/inversion.ckpt'"),
         (configure_another_task, "RUN: 'broken/fit.yaml' does not configure a FeatureInversion"),
+        (remove_an_option, "does not configure a FeatureInversion as `fit` saves one (KeyError: 'image_size')"),
         (halve, "RUN: 'broken/inversion.ckpt' is damaged"),
         (remove_a_tensor, "encoder.layers.0.bias"),
     ],

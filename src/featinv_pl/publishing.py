@@ -11,6 +11,7 @@ import torch
 from jinja2 import Environment, StrictUndefined
 from pydantic import ValidationError
 
+from featinv_pl.data.shards.manifest import one_line
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.results import INVERSION, METRICS, Document, read_document
 from featinv_pl.files import atomic, read_yaml
@@ -44,11 +45,20 @@ def export(run: Path, folder: Path) -> str:
         raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
     state = read_checkpoint(checkpoint, "RUN")
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
-    inverter = _inverter(settings, home / CONFIGURATION)
+    try:
+        recipe, (seed, backbone, prior, parts) = _recipe(settings, state["global_step"]), _parts(settings)
+    except (ValidationError, LookupError, TypeError, AttributeError) as error:  # of a file that was edited
+        raise UserError(
+            f"RUN: '{home / CONFIGURATION}' does not configure a FeatureInversion as `fit` saves one "
+            f"({type(error).__name__}: {one_line(error)}). Give a run of `featinv-pl fit`."
+        ) from error
+    if type(seed) is int:  # that of random weights of a classifier
+        torch.manual_seed(seed)
+    inverter = Inverter(Backbone(*backbone), Prior(prior), *parts)
     check_checkpoint(state, inverter, f"RUN: '{checkpoint}'")
     fill_control(inverter, state["state_dict"], f"RUN: '{checkpoint}'")
     tested = _tested(home, checkpoint, digest(inverter.control))
-    return _write(inverter, folder, _recipe(settings, state["global_step"]), tested)
+    return _write(inverter, folder, recipe, tested)
 
 
 def import_official(
@@ -105,24 +115,16 @@ def _only_checkpoint(run: Path) -> Path:
     return found[0]
 
 
-def _inverter(settings: Any, path: Path) -> Inverter:
-    """Build the inverter of a saved configuration; a classifier with random weights gets those of the run's seed."""
-    model = settings.get("model") if isinstance(settings, dict) else None
-    if not isinstance(model, dict) or not str(model.get("class_path")).endswith(".FeatureInversion"):
-        raise UserError(f"RUN: '{path}' does not configure a FeatureInversion. Give a run of `featinv-pl fit`.")
-    options = model["init_args"]
+def _parts(settings: Any) -> tuple[Any, list[Any], str, tuple[Any, ...]]:
+    """Seed, arguments of the classifier, prior, and further arguments of the inverter of a saved configuration."""
+    if not settings["model"]["class_path"].endswith(".FeatureInversion"):
+        raise TypeError(f"model: {settings['model']['class_path']}")
+    options = settings["model"]["init_args"]
     older = {name: options[name] for name in ("hidden_channels", "num_layers") if name in options}
-    encoder = Encoder(**options.get("encoder", older))
-    try:
-        sampler = Sampler.from_fields(options["sampler"])
-    except ValidationError as error:  # as of an older version's guidance
-        raise UserError(f"RUN: the sampler of '{path}' is not known ({error}). Give another run.") from error
-    if type(seed := settings["seed_everything"]) is int:
-        torch.manual_seed(seed)
-    classifier = Backbone(*(options[name] for name in ("backbone", "weights", "layer", "input_size")))
-    return Inverter(
-        classifier, Prior(options["prior"]), encoder, options["image_size"], options["conditioning"], sampler
-    )
+    encoder, sampler = Encoder(**options.get("encoder", older)), Sampler.from_fields(options["sampler"])
+    classifier = [options[name] for name in ("backbone", "weights", "layer", "input_size")]
+    others = encoder, options["image_size"], options["conditioning"], sampler
+    return settings["seed_everything"], classifier, options["prior"], others
 
 
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:

@@ -68,9 +68,6 @@ class Regression:
     The regression is fitted to the training shards, in an order that the seed determines, and kept in
     `<default_root_dir>/regression.safetensors` for further tests with the same shards and seed. Each rank fits it,
     so that none waits for another for long, and takes the weights of the first.
-
-    Raises:
-        UserError: The shards cannot be read, or the fit diverges.
     """
 
     def __init__(self, trainer: Trainer, inverter: Any, training: ShardSet, num_workers: int) -> None:
@@ -124,9 +121,6 @@ class Neighbours:
     All images are searched. Every rank holds their maps in half precision, in `MEMORY` bytes on the device (twice that
     while they are read). Of larger sets, the maps are averaged over coarser grids, at most over all locations; the
     search then gives `CANDIDATES`, whose complete maps, read from the shards, decide.
-
-    Raises:
-        UserError: The shards cannot be read.
     """
 
     def __init__(self, trainer: Trainer, training: ShardSet, num_workers: int, device: torch.device) -> None:

@@ -65,11 +65,7 @@ class OwnPages:
 
 
 def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port: int) -> None:
-    """Serve the page until the process is interrupted.
-
-    Raises:
-        UserError: The port is taken, or the concepts belong to another backbone.
-    """
+    """Serve the page until the process is interrupted."""
     page = build(pipeline, concepts)
     print(f"Open http://{host}:{port}. Ctrl+C ends it.")
     # Fonts of the system: gradio's own theme would fetch its from the network.

@@ -65,29 +65,17 @@ class Concepts:
 
     Strength 1 is, for a difference or a concept vector, the way from the first group's mean to the second's (along the
     vector); for an NMF component, the activation that only one location in a hundred exceeds.
-
-    Attributes:
-        method: How they were found.
-        names: One name for each.
-        directions: (K, C, h, w), or (K, C, 1, 1) where a direction is the same at all locations.
-        starts: Of the shape of `directions`: the point whose score is 0, that is, the first group's mean or zero.
-        scores: By name, a vector's cross-validated accuracy, or the share of the maps' energy that NMF explains.
-        origin: The backbone whose maps they were found in.
     """
 
     method: Method
     names: list[str]
-    directions: Tensor
-    starts: Tensor
-    scores: dict[str, float]
-    origin: Origin
+    directions: Tensor  # (K, C, h, w), or (K, C, 1, 1) where a direction is the same at all locations
+    starts: Tensor  # of that shape, the point whose score is 0: the first group's mean or zero
+    scores: dict[str, float]  # by name, a vector's cross-validated accuracy, or the energy's share that NMF explains
+    origin: Origin  # of the maps that they were found in
 
     def number(self, concept: str) -> int:
-        """The number of a concept, given by number or name.
-
-        Raises:
-            UserError: No concept has that name or number.
-        """
+        """The number of a concept, given by number or name."""
         if concept in self.names:
             return self.names.index(concept)
         if concept.isdecimal() and int(concept) < len(self.names):
@@ -128,11 +116,7 @@ class Concepts:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote; the path is that of the folder, or of either file.
-
-        Raises:
-            UserError: A file is missing, or not as it was written.
-        """
+        """Read what `save` wrote; the path is that of the folder, or of either file."""
         folder = path.parent if path.is_file() else path
         advice = "Give a folder that `featinv-pl concepts` wrote, with both of its files as they were."
         data = read_bytes(folder / TENSORS, "`concepts`", advice)

@@ -31,8 +31,7 @@ def reconstruct_maps(
 ) -> Observation:
     """Reconstruct each of S maps (C, h, w) n times, all from the same noise, and classify the images as bytes.
 
-    Returns:
-        On the CPU: images (S, n, 3, H, W) in [-1, 1], features (S, n, C, h, w), logits (S, n, K).
+    On the CPU come images (S, n, 3, H, W) in [-1, 1], features (S, n, C, h, w) and logits (S, n, K).
     """
     found = [_on_cpu(pipeline.classify(pipeline.reconstruct(one, num_samples, seed))) for one in maps]
     return cast(Observation, default_collate(found))
@@ -44,15 +43,10 @@ def _on_cpu(seen: Observation) -> Observation:
 
 @dataclass(frozen=True)
 class Exploration(Report):
-    """Reconstructions of changed feature maps, beside the pictures that the maps come from.
+    """Reconstructions of changed feature maps, beside the pictures that the maps come from."""
 
-    Attributes:
-        originals: Of P pictures; see `classify`.
-        found: Of S maps with n samples each; see `reconstruct_maps`.
-    """
-
-    originals: Observation
-    found: Observation
+    originals: Observation  # of P pictures; see `classify`
+    found: Observation  # of S maps with n samples each; see `reconstruct_maps`
 
 
 def tile(image: Tensor, logits: Tensor, *lines: str, expected: Tensor | None = None) -> Tile:
@@ -62,11 +56,7 @@ def tile(image: Tensor, logits: Tensor, *lines: str, expected: Tensor | None = N
 
 
 def box_mask(box: Box, size: tuple[int, int]) -> Tensor:
-    """A mask (H, W) that is 1 inside a box of pixels and 0 outside.
-
-    Raises:
-        UserError: The box has no area, or reaches outside the image.
-    """
+    """A mask (H, W) that is 1 inside a box of pixels and 0 outside."""
     top, left, height, width = box
     if min(top, left) < 0 or min(height, width) < 1 or top + height > size[0] or left + width > size[1]:
         raise UserError(
@@ -79,11 +69,7 @@ def box_mask(box: Box, size: tuple[int, int]) -> Tensor:
 
 
 def picture_mask(path: Path, original: Path, pipeline: FeatInvPipeline) -> Tensor:
-    """A mask (H, W) in [0, 1] from a picture that is white inside, cropped as the original is.
-
-    Raises:
-        UserError: The picture is of another size than the original, or black.
-    """
+    """A mask (H, W) in [0, 1] from a picture that is white inside, cropped as the original is."""
     mask, picture = open_picture(path, "`mask`"), open_picture(original)
     if mask.size != picture.size:
         raise UserError(

@@ -51,21 +51,14 @@ PATHS: dict[Mode, Callable[[Tensor, Tensor, float], Tensor]] = {"linear": torch.
 
 @dataclass(frozen=True)
 class Interpolation(Exploration):
-    """Reconstructions of the maps between those of two pictures.
-
-    Attributes:
-        mode: The path.
-        shares: (S) of the second map, from 0 to 1.
-        nearest: (S), of the images' maps, the cosine with that of the most similar real image; None without any.
-        real: The range of that cosine among the real images themselves.
-    """
+    """Reconstructions of the maps between those of two pictures."""
 
     name, title = "interpolation", "Interpolation"
 
     mode: Mode
-    shares: list[float]
-    nearest: list[float] | None = None
-    real: tuple[float, float] | None = None
+    shares: list[float]  # (S) of the second map, from 0 to 1
+    nearest: list[float] | None = None  # (S), cosines of the images' maps with that of the most similar real image
+    real: tuple[float, float] | None = None  # the range of that cosine among the real images themselves
 
     @cached_property
     def cosines(self) -> Tensor:
@@ -152,11 +145,7 @@ def interpolate(
     real: Samples | None = None,
     seed: int = 0,
 ) -> Interpolation:
-    """Reconstruct `steps` maps between those of two pictures, ends included, all from the same noise.
-
-    Raises:
-        UserError: The real images' maps are of another backbone.
-    """
+    """Reconstruct `steps` maps between those of two pictures, ends included, all from the same noise."""
     if real is not None:
         refuse_other_backbone(real.origin, pipeline, "`real`")
     ends = classify(pipeline, [first, second])
@@ -179,19 +168,13 @@ def _similarities(features: Tensor, others: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Composition(Exploration):
-    """Reconstructions of the first picture's map with a region of the second one's.
-
-    Attributes:
-        maps: (3, C, h, w), the composed map and those of the two pictures.
-        box: The region, in pixels of the classifier's crop.
-        weight: (h, w), the share of each location that was pasted.
-    """
+    """Reconstructions of the first picture's map with a region of the second one's."""
 
     name, title = "composition", "Composition"
 
-    maps: Tensor
-    box: Box
-    weight: Tensor
+    maps: Tensor  # (3, C, h, w), the composed map and those of the two pictures
+    box: Box  # the region, in pixels of the classifier's crop
+    weight: Tensor  # (h, w), the share of each location that was pasted
 
     @cached_property
     def cosines(self) -> Tensor:
@@ -259,11 +242,7 @@ class Composition(Exploration):
 def compose(
     pipeline: FeatInvPipeline, first: Image.Image, second: Image.Image, box: Box, num_samples: int = 1, seed: int = 0
 ) -> Composition:
-    """Paste the part of the second picture's map under a box, in pixels of the crop, into the first; reconstruct it.
-
-    Raises:
-        UserError: The box reaches outside the image.
-    """
+    """Paste the part of the second picture's map under a box, in pixels of the crop, into the first; reconstruct it."""
     ends = classify(pipeline, [first, second])
     ours, theirs = ends["features"]
     weight = location_weights(box_mask(box, pipeline.inverter.classifier.input_size), ours)

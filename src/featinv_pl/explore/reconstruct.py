@@ -61,11 +61,8 @@ def fidelity(
 ) -> tuple[list[Tile], dict[str, Any]]:
     """Heat maps of where reconstructions lose a feature map and of the pixels that it leaves open, and both for JSON.
 
-    Args:
-        picture: What the heat maps are laid over.
-        original: (1, C, h, w), its map.
-        images: (n, 3, H, W), the reconstructions. A single one leaves no pixels open.
-        features: (n, C, h, w), their maps.
+    They are laid over the picture, whose map is (1, C, h, w). The reconstructions are (n, 3, H, W), of which a single
+    one leaves no pixels open, and their maps (n, C, h, w).
     """
     cosines = cosine_similarity(features, original).mean(0)
     low, high = cosines.min().item(), cosines.max().item()
@@ -99,13 +96,7 @@ def _sheet(rows: list[list[Tile]]) -> Image.Image:
 
 @dataclass(frozen=True)
 class Comparison(Report):
-    """Pictures, and their reconstructions by several inverters.
-
-    Attributes:
-        pictures: P of them, by name.
-        models: For each inverter, by name, what its classifier says of the pictures, and of its reconstructions: P maps
-            with one sample each.
-    """
+    """Pictures, and their reconstructions by several inverters."""
 
     name, title = "comparison", "Comparison of inverters"
     lead = (
@@ -114,7 +105,8 @@ class Comparison(Report):
         "after, in red where they differ."
     )
 
-    pictures: dict[str, Image.Image]
+    pictures: dict[str, Image.Image]  # P of them, by name
+    # For each inverter what its classifier says of the pictures, and of its reconstructions: P maps of one sample each.
     models: dict[str, tuple[Observation, Observation]]
 
     def cosines(self, model: str) -> list[float]:

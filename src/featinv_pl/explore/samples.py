@@ -31,21 +31,13 @@ class Origin(TypedDict):
 
 @dataclass(frozen=True)
 class Samples:
-    """Feature maps of real images.
+    """Feature maps of real images."""
 
-    Attributes:
-        features: (n, C, h, w), in half precision as they are stored.
-        labels: (n,), as the classifier counts them; -1 where it has no such class.
-        keys: Names, which begin with that of the class's folder where there is one.
-        origin: What made them.
-        places: The shard set of each sample, and its number there.
-    """
-
-    features: Tensor
-    labels: Tensor
-    keys: list[str]
+    features: Tensor  # (n, C, h, w), in half precision as they are stored
+    labels: Tensor  # (n,), as the classifier counts them; -1 where it has no such class
+    keys: list[str]  # names, which begin with that of the class's folder where there is one
     origin: Origin
-    places: list[tuple[ShardSet, int]]
+    places: list[tuple[ShardSet, int]]  # the shard set of each sample, and its number there
 
     def maps(self, pooled: bool = False) -> Tensor:
         """The maps in single precision, or their means over locations (n, C, 1, 1)."""
@@ -57,11 +49,7 @@ class Samples:
         return as_picture(shards[number]["images"])
 
     def of_class(self, label: int | str) -> Tensor:
-        """A boolean for each sample (n,): whether it has a label, or lies in the class folder of that name.
-
-        Raises:
-            UserError: No sample does.
-        """
+        """A boolean for each sample (n,): whether it has a label, or lies in the class folder of that name."""
         known = sorted(set(self.labels.tolist()))
         if str(label).removeprefix("-").isdecimal() and int(label) in known:
             return self.labels == int(label)
@@ -76,11 +64,7 @@ class Samples:
 
 
 def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Samples:
-    """Read at most `num_images` of each shard set, evenly spaced over it.
-
-    Raises:
-        UserError: The sets are of different backbones, or one is empty. The message begins with `option`.
-    """
+    """Read at most `num_images` of each shard set, evenly spaced over it; errors begin with `option`."""
     sets = [ShardSet(folder, folder.name, option) for folder in folders]
     first, *_ = origins = [_origin(shards) for shards in sets]
     found: list[Sample] = []

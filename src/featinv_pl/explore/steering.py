@@ -27,25 +27,16 @@ LARGEST = torch.finfo(torch.half).max  # maps are stored in half precision, and 
 
 @dataclass(frozen=True)
 class Steering(Exploration):
-    """Reconstructions of a picture's map at each strength of an edit.
-
-    Attributes:
-        concepts: Those of which one was used.
-        number: Its number among them.
-        edit: What was done to the map.
-        strengths: How much of it (S).
-        weight: (h, w), the share of each location that was edited; scores are measured there.
-        classes: Whose probabilities are shown.
-    """
+    """Reconstructions of a picture's map at each strength of an edit."""
 
     name = "steering"
 
     concepts: Concepts
-    number: int
+    number: int  # of the concept that was used
     edit: Edit
-    strengths: list[float]
-    weight: Tensor
-    classes: list[int]
+    strengths: list[float]  # S
+    weight: Tensor  # (h, w), the share of each location that was edited; scores are measured there
+    classes: list[int]  # whose probabilities are shown
 
     @property
     def concept(self) -> str:
@@ -155,9 +146,6 @@ def steer(
     A strength is, for `add`, a multiple of the direction; for `scale`, a factor of what an NMF component contributes;
     for `remove`, the fraction of it that is taken away. `mask` (H, W) in [0, 1], of the size that the classifier reads,
     is the region to edit. The probabilities of `classes` are shown besides those of the predicted classes.
-
-    Raises:
-        UserError: Concepts of another backbone, an edit that does not suit them, strengths beyond half precision.
     """
     refuse_other_backbone(concepts.origin, pipeline, "`concepts`")
     if edit != "add" and concepts.method != "nmf":

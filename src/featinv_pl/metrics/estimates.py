@@ -21,15 +21,12 @@ CHUNK = 4096  # images whose weights are in memory at the same time
 class Estimate:
     """A score with its uncertainty. Differences and ratios are taken replicate by replicate, so they are paired.
 
-    Attributes:
-        values: (1,) or (1 + replicates,): the score, and what it is in each replicate of the bootstrap.
-        count: Images that count; None for a distance between sets.
-        exact: Its interval where the replicates do not give it: that of a share. Where a share is 0 or 1, as that of
-            360 of 360, it is so in every replicate too, which does not make it certain.
+    A share has an interval of its own (`exact`): where it is 0 or 1, as that of 360 of 360, it is so in every replicate
+    too, which does not make it certain.
     """
 
-    values: Values
-    count: int | None = None
+    values: Values  # (1,) or (1 + replicates,): the score, and what it is in each replicate of the bootstrap
+    count: int | None = None  # images that count; None for a distance between sets
     exact: Interval | None = None
 
     @classmethod

@@ -109,17 +109,10 @@ class Attack:
 def attack(
     classify: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, start: Tensor, settings: Attack
 ) -> Tensor:
-    """Change images so that they are not classified as their labels say, which need not succeed.
+    """Change images (B, 3, H, W) in [-1, 1] so that they are not classified as labelled, which need not succeed.
 
-    Args:
-        classify: From images to logits (B, K), differentiable also at black and white.
-        images: (B, 3, H, W) in [-1, 1].
-        labels: (B,) classes to get away from.
-        start: Of the shape of `images`, uniform in [-1, 1]: the random start, as a share of epsilon.
-        settings: How far, and in how many steps.
-
-    Returns:
-        (B, 3, H, W) in [-1, 1], as bytes would have it, within epsilon of `images` as bytes have them.
+    `classify` gives logits (B, K), differentiable also at black and white. `start` is uniform in [-1, 1], the random
+    start as a share of epsilon. What comes is as bytes would have it, within epsilon of `images` as bytes have them.
     """
     epsilon, step = settings.epsilon * 2 / 255, settings.step * 2 / 255
     # Gradients need tensors that were not made in inference mode, in which Lightning predicts.

@@ -38,14 +38,8 @@ class DamagedError(UserError):
 class ShardSet(Dataset[Sample]):
     """A shard set, by sample number.
 
-    Args:
-        folder: Holds the manifest, the tars and their indices.
-        source: Name of the test set in batches and scores.
-        option: The option that named the folder, for errors.
-        with_images: Decode the images.
-        on_error: `raise` at the first damage, or `skip` damaged shards and samples.
-        remote: Where shards are fetched from that are not in the folder.
-
+    The source is its name in batches and scores. Errors begin with the option that named the folder; at damage, the set
+    raises, or skips the shard or sample. `remote` is where shards are fetched from that are not in the folder. Those in
     `shards` can be read, and `skipped` says why others cannot, one line for each of their samples.
     """
 

@@ -37,13 +37,9 @@ class RemoteSet:
     """A shard set at an address.
 
     fsspec opens the address; what it does not do is done here: bounds on what a server may send, digests, several
-    attempts, and processes that wait for each other.
-
-    Args:
-        place: `https://...`, `http://...`, `s3://...`, or `pipe:COMMAND`, which prints the file whose name takes the
-            place of `{}`. Commands run only if the environment allows them: a configuration may be anybody's.
-        cache: Where files are kept.
-        option: The option that named the address, for errors.
+    attempts, and processes that wait for each other. The place is `https://...`, `http://...`, `s3://...`, or
+    `pipe:COMMAND`, which prints the file whose name takes the place of `{}`. Commands run only if the environment
+    allows them: a configuration may be anybody's. Errors begin with `option`.
     """
 
     def __init__(self, place: str, cache: Path, option: str) -> None:

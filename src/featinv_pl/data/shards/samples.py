@@ -51,9 +51,6 @@ def prepare(batch: Batch, storage: Storage = "float16", image_format: ImageForma
 
     Features are stored as halves, or as `int8` with a step for each channel. `png` keeps every bit; `jpg` (quality 95)
     suits large photographs. The image comes last: training, which does not need it, reads the rest in one go.
-
-    Raises:
-        UserError: Values do not fit half precision, or bytes would change a map too much.
     """
     tensors = {}
     for name, suffix in MEMBERS.items():
@@ -125,8 +122,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
 def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
     """Round feature maps (B, C, h, w) to bytes, or raise UserError if that costs more than `MAX_COSINE_LOSS`.
 
-    Returns:
-        Bytes (B, C, h, w) in [-127, 127], and the step of each channel (B, C), whose product is the map.
+    The bytes, in [-127, 127], times the step of each channel (B, C) are the map.
     """
     steps = (features.abs().amax(dim=(2, 3)) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     quantised = (features / steps[..., None, None]).round().clamp(-127, 127)

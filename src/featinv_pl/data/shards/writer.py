@@ -16,21 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from featinv_pl.data.shards import manifest as made
 from featinv_pl.data.shards.manifest import (
     BEGUN,
-    FORMAT_VERSION,
     INDEX,
     MANIFEST,
     Index,
-    Manifest,
     Member,
     Settings,
     Shard,
     Unreadable,
     index_path,
-    read_manifest,
-    to_json,
-    write_manifest,
 )
 from featinv_pl.data.shards.samples import encode, prepare
 from featinv_pl.errors import UserError
@@ -89,18 +85,9 @@ class ShardFile:
 class ShardSetWriter:
     """Writes one process's share of a source's set, and resumes where an earlier run has stopped.
 
-    Args:
-        folder: Where to.
-        source: Name of the source.
-        settings: What determines the bytes, as the networks (`provenance`) do; a set of others is refused.
-        provenance: The networks.
-        rank: Of `world_size` processes.
-        world_size: Their number.
-        max_bad_fraction: Give up when more than this share of the images cannot be read.
-
-    Attributes:
-        finished: The set was complete before.
-        missing: The samples of the shards that are not there yet, shard by shard; `share` are those of this rank.
+    Settings and networks (`provenance`) determine the bytes; a set of others is refused. A set that was complete before
+    is `finished`; `missing` are the samples of the shards that are not there yet, shard by shard, and `share` those of
+    this rank. A larger share of unreadable images than `max_bad_fraction` is an error.
     """
 
     def __init__(
@@ -136,7 +123,7 @@ class ShardSetWriter:
             if any(self.folder.glob("*.tar")):
                 raise UserError(f"`folder`: '{self.folder}' holds tars, and no {BEGUN} says what they are. {advice}")
             return False
-        theirs: Any = read_manifest(self.folder, "`folder`") if finished else read_json(begun, "`folder`", advice)
+        theirs: Any = made.read_manifest(self.folder, "`folder`") if finished else read_json(begun, "`folder`", advice)
         different = [
             f"{name}: {str(theirs[part].get(name))[:60]} there, {str(value)[:60]} here"
             for part, values in self._begun.items()
@@ -155,7 +142,7 @@ class ShardSetWriter:
         if not self.finished:
             for partial in self.folder.glob(f"*{PARTIAL}"):
                 partial.unlink()
-            write_bytes(self.folder / BEGUN, to_json(self._begun))
+            write_bytes(self.folder / BEGUN, made.to_json(self._begun))
 
     def add(self, batch: Batch) -> None:
         """Take in the next batch of this rank's share; threads compress images while networks compute the next.
@@ -214,19 +201,12 @@ class ShardSetWriter:
             data = index_path(path).read_bytes()
             index = INDEX.validate_json(data)
             unreadable += index["unreadable"]
-            shards.append(
-                {
-                    "name": path.name,
-                    "samples": len(index["entries"]),
-                    "bytes": index["bytes"],
-                    "sha256": index["sha256"],
-                    "index_sha256": hashlib.sha256(data).hexdigest(),
-                }
-            )
+            known: Any = {"name": path.name, "samples": len(index["entries"]), "bytes": index["bytes"]}
+            shards.append({**known, "sha256": index["sha256"], "index_sha256": hashlib.sha256(data).hexdigest()})
         if unreadable:
             self._check_unreadable(unreadable[-1], len(unreadable))
-        manifest: Manifest = {
-            "format_version": FORMAT_VERSION,
+        manifest: made.Manifest = {
+            "format_version": made.FORMAT_VERSION,
             "package_version": version("featinv-pl"),
             "source": self.source,
             "provenance": self.provenance,
@@ -235,7 +215,7 @@ class ShardSetWriter:
             "unreadable": unreadable,
             "shards": shards,
         }
-        write_manifest(self.folder, manifest)
+        made.write_manifest(self.folder, manifest)
         (self.folder / BEGUN).unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
