@@ -19,12 +19,11 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_labels
+from featinv_pl.explore.exploration import Samples, read_samples
 from featinv_pl.explore.pairs import Mode, interpolate
-from featinv_pl.explore.samples import Samples, read_samples
 from featinv_pl.explore.steering import Steering, steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.pages.page import Report, Section, Tile
-from featinv_pl.pages.pictures import prediction
+from featinv_pl.pages.page import Report, Section, Tile, prediction
 from featinv_pl.publishing import export
 from featinv_pl.sampling.noise import generator
 

@@ -38,8 +38,7 @@ from featinv_pl.runtime.internals import CommandLine, savers, silence_tips
 from featinv_pl.runtime.progress import Progress, Speed
 from featinv_pl.runtime.ranks import join_ranks, ranks_together
 from featinv_pl.runtime.resuming import RUN_ID, Resume
-from featinv_pl.runtime.run_folder import claim, home, refuse_used, written_folders
-from featinv_pl.runtime.saving import SaveConfig
+from featinv_pl.runtime.saving import SaveConfig, claim, home, refuse_used, written_folders
 from featinv_pl.runtime.stopping import SaveLast, Stop
 from featinv_pl.runtime.tracking import check_route, describe, session, sweep_run
 from featinv_pl.trust import allow_imports

@@ -45,7 +45,7 @@ def _concepts(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of nmf (%(default)s)")
     options = parser.parse_args(args)
     from featinv_pl.explore import concepts
-    from featinv_pl.explore.samples import read_samples
+    from featinv_pl.explore.exploration import read_samples
 
     samples = read_samples(options.shards, options.num_images, "SHARDS")
     if options.method == "nmf":
@@ -92,8 +92,8 @@ def _interpolate(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--real", type=Path, help="a shard set of real images; steps outside their range are flagged")
     parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="at most, of --real (%(default)s)")
     options = parse_pictures(parser, args, 2)
+    from featinv_pl.explore.exploration import read_samples
     from featinv_pl.explore.pairs import interpolate
-    from featinv_pl.explore.samples import read_samples
 
     real = read_samples([options.real], options.num_images, "`real`") if options.real else None
     pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
@@ -113,7 +113,7 @@ def _compare(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("--models", metavar="MODEL", required=True, nargs="+", help="model folders, or hub names")
     options = parse_pictures(parser, args, "+", model=False)
     from featinv_pl.explore.reconstruct import compare
-    from featinv_pl.pages.pictures import unique_names
+    from featinv_pl.pages.page import unique_names
 
     models = zip(unique_names([Path(model).name for model in options.models]), options.models, strict=True)
     pipelines = ((name, load_pipeline(model, options)) for name, model in models)
@@ -238,7 +238,7 @@ def parse_pictures(
     parser.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add_sampler(parser)
     options = parser.parse_args(args)
-    from featinv_pl.pages.pictures import open_picture
+    from featinv_pl.pages.page import open_picture
     from featinv_pl.sampling.sampler import Sampler
 
     changed(Sampler(), options)  # a bad value is an error before anything is read

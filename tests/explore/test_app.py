@@ -20,9 +20,9 @@ from test_pages import ARGUMENTS, PHONE
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_labels
-from featinv_pl.explore.samples import read_samples
+from featinv_pl.explore.exploration import read_samples
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.pictures import open_picture
+from featinv_pl.pages.page import open_picture
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra: pip install 'featinv-pl[app]'")
 PATIENCE = 60_000  # milliseconds: two cores, and other tests

@@ -23,7 +23,7 @@ from featinv_pl.explore.concepts import (
     pair_of_sets,
     pairs_of_labels,
 )
-from featinv_pl.explore.samples import Origin, Samples, read_samples
+from featinv_pl.explore.exploration import Origin, Samples, read_samples
 
 ORIGIN = Origin(backbone="tiny", backbone_digest="d" * 64, layer="forward_features", feature_shape=[6, 3, 3])
 EVERYWHERE = torch.ones(3, 3)

@@ -9,9 +9,8 @@ import torch
 from PIL import Image
 
 from featinv_pl.errors import UserError
-from featinv_pl.explore.exploration import box_mask, location_weights
+from featinv_pl.explore.exploration import box_mask, location_weights, read_samples
 from featinv_pl.explore.pairs import compose, interpolate, slerp
-from featinv_pl.explore.samples import read_samples
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 
 Pictures = tuple[Image.Image, Image.Image]

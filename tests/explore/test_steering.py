@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts, difference_concepts, nmf_concepts, pairs_of_labels
-from featinv_pl.explore.samples import Samples, read_samples
+from featinv_pl.explore.exploration import Samples, read_samples
 from featinv_pl.explore.steering import steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.types import to_uint8

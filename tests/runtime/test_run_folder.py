@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from featinv_pl.__main__ import main
-from featinv_pl.runtime.run_folder import claim
+from featinv_pl.runtime.saving import claim
 from interrupts import Capture, checkpoint, eventually
 from test_cli import files, refused
 from tiny import extraction, write

@@ -32,7 +32,7 @@ from featinv_pl.evaluation.results import (
     read_samples,
 )
 from featinv_pl.files import write_bytes
-from featinv_pl.pages.pictures import png
+from featinv_pl.pages.page import png
 from featinv_pl.types import Batch, to_uint8
 
 PICTURES, FIRST, FACTS_FILE, POOL = "pictures", "first", "tiles.json", 128

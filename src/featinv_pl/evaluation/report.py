@@ -32,8 +32,7 @@ from featinv_pl.metrics.agreement import ConditionalAgreement
 from featinv_pl.metrics.estimates import Estimate, ImageSums, estimates
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.weights import read_checkpoint
-from featinv_pl.pages.page import data_uri, render
-from featinv_pl.pages.pictures import open_picture
+from featinv_pl.pages.page import data_uri, open_picture, render
 
 ADVICE = "Test again with the Evaluation callback and pictures (`num_images`)."
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")

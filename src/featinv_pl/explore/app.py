@@ -12,13 +12,11 @@ from PIL import Image
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.exploration import classify, reconstruct_maps, tile
+from featinv_pl.explore.exploration import classify, reconstruct_maps, refuse_other_backbone, tile
 from featinv_pl.explore.pairs import Mode, interpolate
-from featinv_pl.explore.samples import refuse_other_backbone
 from featinv_pl.explore.steering import steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Tile
-from featinv_pl.pages.pictures import open_picture
+from featinv_pl.pages.page import Tile, open_picture
 
 try:
     import gradio as gr

@@ -23,10 +23,9 @@ from torch import Tensor
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.errors import UserError
-from featinv_pl.explore.samples import Origin, Samples
+from featinv_pl.explore.exploration import Origin, Samples
 from featinv_pl.files import read_bytes, read_json, write_bytes
-from featinv_pl.pages.page import Report, Section, Tile
-from featinv_pl.pages.pictures import overlay
+from featinv_pl.pages.page import Report, Section, Tile, overlay
 
 Method = Literal["nmf", "difference", "cav"]
 LEADS = {

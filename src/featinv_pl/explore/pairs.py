@@ -14,16 +14,25 @@ from torch.nn.functional import cosine_similarity, normalize
 from featinv_pl.explore.exploration import (
     Box,
     Exploration,
+    Samples,
     box_mask,
     classify,
     location_weights,
     reconstruct_maps,
+    refuse_other_backbone,
     tile,
 )
-from featinv_pl.explore.samples import Samples, refuse_other_backbone
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.pages.page import RED, Section, Tile, plot_probabilities
-from featinv_pl.pages.pictures import listed_classes, overlay, prediction, top_classes
+from featinv_pl.pages.page import (
+    RED,
+    Section,
+    Tile,
+    listed_classes,
+    overlay,
+    plot_probabilities,
+    prediction,
+    top_classes,
+)
 
 Mode = Literal["linear", "slerp"]
 LOW, HIGH = 0.01, 0.99  # quantiles: the range of cosines between real images

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from featinv_pl.explore.exploration import classify, reconstruct_maps
 from featinv_pl.files import write_bytes
 from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
-from featinv_pl.pages.page import Report, Section, Tile
-from featinv_pl.pages.pictures import listed_classes, overlay, prediction, top_classes, unique_names
+from featinv_pl.pages.page import Report, Section, Tile, listed_classes, overlay, prediction, top_classes, unique_names
 from featinv_pl.types import Observation, predicted
 
 SHEET, FACTS = "contact_sheet.png", "reconstructions.json"

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.exploration import Exploration, classify, location_weights, reconstruct_maps, tile
-from featinv_pl.explore.samples import refuse_other_backbone
+from featinv_pl.explore.exploration import (
+    Exploration,
+    classify,
+    location_weights,
+    reconstruct_maps,
+    refuse_other_backbone,
+    tile,
+)
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Section, plot_probabilities
-from featinv_pl.pages.pictures import class_name, prediction
+from featinv_pl.pages.page import Section, class_name, plot_probabilities, prediction
 from featinv_pl.types import predicted
 
 Edit = Literal["add", "scale", "remove"]
