@@ -26,7 +26,7 @@ RESOLUTIONS = ("highest", "lowest-direct")
 HEAD = "| Python | versions | torch | result |\n|---|---|---|---|"
 FIT = (
     "fit --model Classifier --model.model test_convnext2 --model.num_classes 10 --model.image_size 32 "
-    "--data DigitsData --data.batch_size 8 --trainer.callbacks+=SavePretrained --trainer.max_steps 2 "
+    "--data DigitsData --data.batch_size 8 --trainer.callbacks SavePretrained --trainer.max_steps 2 "
     "--trainer.limit_val_batches 2 --trainer.logger false --trainer.accelerator cpu --trainer.default_root_dir run"
 )
 IMPORTS = """
@@ -168,7 +168,8 @@ def _run(*command: str, **options: Any) -> str:
         command = (sys.executable, "-m", *command)
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
     assert done.returncode == 0, f"{shlex.join(command)[:200]}: {done.stdout[-1500:]}"
-    return done.stdout
+    printed: str = done.stdout
+    return printed
 
 
 def main() -> None:

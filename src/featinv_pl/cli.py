@@ -191,8 +191,9 @@ class FeatinvCLI(CommandLine):
 
 
 def _named(objects: Any, name: str) -> list[Any]:
-    """Those of a class, of objects as they are configured."""
-    return [one for one in objects or [] if getattr(one, "class_path", "").endswith(f".{name}")]
+    """Those of a class, of objects (or a single one) as they are configured."""
+    several = objects if isinstance(objects, list) else [objects]
+    return [one for one in several if getattr(one, "class_path", "").endswith(f".{name}")]
 
 
 def _options_of(settings: Any, prefix: str = "--") -> Iterator[str]:

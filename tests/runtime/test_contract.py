@@ -1,16 +1,23 @@
-"""What is used of Lightning without its promise is there, and is used in `runtime/` alone."""
+"""What is used of other libraries without their promise is there; that of Lightning is used in `runtime/` alone."""
 
 import ast
+import inspect
+import re
+import tomllib
+from multiprocessing import forkserver, spawn
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.progress import _BatchProgress
+from torch.nn import Parameter
+from torch.optim import AdamW
 
 import featinv_pl
 
@@ -78,3 +85,34 @@ def test_private_names_are_used_in_one_room_alone() -> None:
                 if unlisted if path.parent.name == "runtime" else node.attr in private | loops:
                     found.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {node.attr}")
     assert found == []
+
+
+# Other libraries, and Python's own
+
+PUBLIC = {"_exit", "_replace", "_fields", "_asdict"}  # of os and of named tuples, which document them
+OTHERS = {"multiprocessing": {"_forkserver"}, "torchmetrics": {"_NoTrainLpips"}}
+"""Private names by library; the tests run with every Python that is supported, and other libraries are bounded."""
+
+
+def test_private_names_of_others_are_few_and_bounded() -> None:
+    trees = [ast.parse(path.read_text()) for path in SOURCE.rglob("*.py") if path.parent.name != "runtime"]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    ours = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    ours |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {part for node in nodes if isinstance(node, ast.ImportFrom) for part in (node.module or "").split(".")}
+    used |= {name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+    private = {name for name in used - ours - PUBLIC if name.startswith("_") and not name.startswith("__")}
+    assert private == {name for names in OTHERS.values() for name in names}
+    bounds = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]["dependencies"]
+    bounded = {re.split(r"[>=<\[]", bound)[0] for bound in bounds if "<" in bound}
+    assert bounded >= {"lightning", *OTHERS} - {"multiprocessing"}
+
+
+def test_python_and_torch_have_what_we_use() -> None:
+    """Names that are looked up with a default would be missed by nobody else."""
+    assert inspect.signature(type(forkserver._forkserver).__init__).parameters.keys() == {"self"}  # type: ignore[attr-defined]
+    assert "current_process()._inheriting = True" in inspect.getsource(spawn)
+    fused = AdamW([Parameter(torch.zeros(1))], fused=True)
+    assert fused._step_supports_amp_scaling

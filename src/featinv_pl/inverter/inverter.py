@@ -75,7 +75,7 @@ class Inverter(nn.Module):
             if execution.channels_last:
                 network.to(memory_format=torch.channels_last)
             if execution.compile:
-                torch._dynamo.config.recompile_limit = RECOMPILATIONS
+                torch.compiler.config.recompile_limit = RECOMPILATIONS
                 network.compile()
 
     @property

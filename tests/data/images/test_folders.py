@@ -326,8 +326,8 @@ def test_a_folder_to_extract_that_is_missing_is_skipped_or_refused(
     [loader] = corrupted.predict_dataloader()
     assert [len(batch["key"]) for batch in loader] == [5] * 6
     assert caplog.messages == warned * 2
-    with pytest.raises(UserError, match=r"`data.predict`: no images .* gone: .*'nowhere'\. away: .*'elsewhere'"):
-        FolderData(predict={"gone": Path("nowhere"), "away": Path("elsewhere")}).predict_dataloader()
+    with pytest.raises(UserError, match=r"`data.predict`: no folder .* \(gone: .*'nowhere'; away: .*'elsewhere'\)"):
+        FolderData(predict={"gone": Path("nowhere"), "away": Path("elsewhere")})
     with pytest.raises(UserError, match="there is no folder 'nowhere'"):
         FolderData(predict=folders, missing="refuse")
 

@@ -51,6 +51,9 @@ class ImageData(ResumableData, LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.predicted, self.num_workers, self.train, self.val = predicted, num_workers, train, val
         self.left_out = dict(left_out)
+        if left_out and not any((predicted, train, val)):
+            told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+            raise UserError(f"`data.predict`: no folder is there ({told}). Check the paths.")
         self.classes = next((images.classes for images in (train, val) if images is not None), ())
         self._batches = {images.source: cut([range(len(images))], batch_size) for images in predicted}
 
@@ -59,16 +62,9 @@ class ImageData(ResumableData, LightningDataModule):
         self._batches = batches
 
     def predict_dataloader(self) -> list[DataLoader[ImageBatch]]:
-        """One loader for each source of which something is left to do.
-
-        Raises:
-            UserError: All sources are missing.
-        """
-        reasons = [f"{name}: skipped, for {reason}." for name, reason in self.left_out.items()]
-        if reasons and not self.predicted:
-            raise UserError(f"`data.predict`: no images are left. {' '.join(reasons)}")
-        for line in reasons:
-            log.warning(line)
+        """One loader for each source of which something is left to do."""
+        for name, reason in self.left_out.items():
+            log.warning("%s: skipped, for %s.", name, reason)
         left = [images for images in self.predicted if images.source in self._batches]
         return [loader(ImageBatches(one), Batches(self._batches[one.source]), self.num_workers) for one in left]
 
