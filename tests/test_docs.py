@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from configurations import effective_config
 from featinv_pl.__main__ import main
 from featinv_pl.commands import COMMANDS
+from featinv_pl.nets.backbone import Backbone
+from featinv_pl.nets.frozen import digest
 from tiny import write
 
 ROOT = Path(__file__).parents[1]
 README, IMAGENET = ((ROOT / name).read_text() for name in ("README.md", "experiments/imagenet/README.md"))
-VIZ, DATA, BETTER, RELIABILITY = (
-    (ROOT / f"docs/{name}.md").read_text() for name in ("viz", "data", "better", "reliability")
+VIZ, DATA, BETTER, RELIABILITY, INPUTS = (
+    (ROOT / f"docs/{name}.md").read_text() for name in ("viz", "data", "better", "reliability", "inputs")
 )
 SPATIAL = "experiments/digits/spatial.yaml"
 PLACEHOLDERS = r"\b(FILE|FOLDER|RUN|CKPT|DIR|MODEL|IMAGE|SHARDS)\b|\["
@@ -27,7 +30,7 @@ PLACEHOLDERS = r"\b(FILE|FOLDER|RUN|CKPT|DIR|MODEL|IMAGE|SHARDS)\b|\["
 def shell_commands() -> list[str]:
     """Every `featinv-pl` command of the pages that is complete, in text or in a block."""
     found = set()
-    for page in (README, VIZ, DATA, RELIABILITY, IMAGENET):
+    for page in (README, VIZ, DATA, RELIABILITY, INPUTS, IMAGENET):
         found |= set(re.findall(r"`(featinv-pl (?:fit|predict|test) --config [^`]+)`", page))
         for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
             lines = re.findall(r"^(featinv-pl .*?) *(?:#.*)?$", block.replace("\\\n", " "), re.MULTILINE)
@@ -96,6 +99,20 @@ def test_python_of_the_readme_is_that_of_the_model_card() -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     card = files("featinv_pl.inverter").joinpath("model_card.md").read_text()
     assert block.replace("runs/digits-inverter", "{{ name }}").replace("docs/digits/4.png", "cat.jpg") in card
+
+
+def test_python_of_the_inputs_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    described, used = re.findall(r"```python\n(.*?)```", INPUTS, re.DOTALL)
+    Path("my_models.py").write_text(described)
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.setenv("FEATINV_IMPORTS", "my_models")
+    net = Backbone("my_models.Net")
+    torch.save(net.model.state_dict(), "net.pth")
+    trained = Backbone("my_models.trained")
+    assert (net.layer, trained.layer, trained.feature_shape) == ("features", "features.0", (16, 8, 8))
+    names = {"net": net.model, "transform": type(net.model).transform, "Backbone": Backbone}
+    exec(used.splitlines()[0], names)
+    assert digest(names["backbone"].model) == digest(trained.model)
 
 
 def test_make_targets_exist() -> None:

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
+from timm.data import create_transform
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from configurations import effective_config
 from featinv_pl.__main__ import overlaid
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.sampling.sampler import AUTHORS, Sampler
+from featinv_pl.types import to_uint8
 from smoke.acts import sources_of
 from smoke.files import EXTRACTIONS
 from smoke.targets import make, started
@@ -120,7 +124,9 @@ def test_backbones_give_the_maps_of_the_paper(name: str) -> None:
     model, data = extract["model"]["init_args"], extract["data"]["init_args"]
     backbone = Backbone(model["backbone"], "random", model["layer"], model["input_size"])
     assert backbone.feature_shape == BACKBONES[name]
-    assert (backbone.input_size[0], backbone.crop_pct) == (data["image_size"], data["crop_pct"])
+    picture, side = Image.effect_noise((400, 300), 60).convert("RGB"), data["image_size"]
+    crop = create_transform((3, side, side), interpolation="bicubic", crop_pct=data["crop_pct"], normalize=False)
+    assert torch.equal(to_uint8(backbone.crop(picture)), crop(picture))
 
 
 @pytest.mark.parametrize("name", BACKBONES)

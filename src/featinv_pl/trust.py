@@ -1,16 +1,14 @@
 """Which classes a configuration may name. A guard against accidents, not a sandbox: a configuration is code."""
 
-import os
 import re
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
-from featinv_pl.errors import UserError
 from featinv_pl.masking import masked
+from featinv_pl.nets.trusted import not_trusted, trusted_imports
 
-IMPORTS = "FEATINV_IMPORTS"
 IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
     "featinv_pl",
     "lightning",
@@ -32,22 +30,15 @@ class Parser(LightningArgumentParser):
         """End with one line where a class may not be imported."""
         # The second is our own message, which the parser around that of a class wraps.
         if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
-            raise UserError(
-                f"not trusted: '{denied[1]}' would be imported and run, and may be anybody's code. If you trust it, "
-                f"say so in the environment: {IMPORTS}={denied[1].rpartition('.')[0] or denied[1]} (several by commas)."
-            )
+            raise not_trusted(denied[1])
         super().error(masked(message), *args, **kwargs)
 
 
 def allow_imports() -> None:
     """Let configurations name classes, which are imported and called, of a few packages and those the user trusts."""
-    trusted = [name.strip() for name in os.environ.get(IMPORTS, "").split(",") if name.strip()]
-    wrong = [name for name in trusted if not all(part.isidentifier() for part in name.split("."))]
-    if wrong:
-        raise UserError(f"{IMPORTS}: '{wrong[0]}' is not a package or module. Separate several by commas.")
     set_parsing_settings(
         import_path_denylist=["*", *CALLERS],
-        import_path_allowlist=[*IMPORTABLE, *trusted],
+        import_path_allowlist=[*IMPORTABLE, *trusted_imports()],
         instantiate_subclass_spec_in_any=False,  # or any class would be made where a signature says `Any`
         config_read_mode_fsspec_enabled=False,  # which Lightning turns on: a configuration is a file, no address
     )

@@ -267,7 +267,8 @@ def test_a_folder_says_how_many_classes_a_file_has() -> None:
     ("config", "message"),
     [
         (None, r"there is no file 'folder/config\.json'"),
-        ({"architectures": ["ViTModel"], "model_type": "vit"}, "'folder' .* does not name an architecture of timm"),
+        ({"architectures": ["ViTModel"]}, "'folder' .* does not name an architecture of timm"),
+        ({"model_type": "vit"}, r"'folder' is not a model of images .* containing a preprocessor_config\.json"),
         ({"architecture": "test_resnet", "model_args": {"in_chans": 1}, "pretrained_cfg": {}}, "with 1 channel"),
     ],
 )
@@ -340,7 +341,7 @@ SYNSETS |= {21842: "imagenet22k_ms", 21843: "imagenet21k_goog"}
 
 
 def head(num_classes: int) -> Classes:
-    return Classes.of(timm.create_model("test_resnet", channels=(8, 8, 8, 8), num_classes=num_classes), num_classes)
+    return Classes.of(None, num_classes)
 
 
 @pytest.mark.parametrize("num_classes", SYNSETS)
@@ -367,6 +368,5 @@ def test_names_of_a_configuration_decide(tmp_path: Path) -> None:
     backbone.save_pretrained(tmp_path / "again")
     assert Backbone(str(tmp_path / "again"), input_size=32).classes == backbone.classes
     for wrong in (["a", "b"], ["a", "a", "b"], [1, 2, 3], "abc"):
-        model.pretrained_cfg["label_names"] = wrong
         with pytest.raises(UserError, match=r"label_names in config\.json are not 3 different names"):
-            Classes.of(model, 3)
+            Classes.of(wrong, 3, backbone.network.names_from)

@@ -1,7 +1,6 @@
 """The networks that score reconstructions, and the metrics that compare what they make of originals and of these."""
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -46,10 +45,7 @@ class Scorer:
 
 def classifier_scorer(classifier: Backbone, replicates: int, diverse: bool) -> Scorer:
     """The inverter's classifier, which compares several samples of each feature map too if the test is `diverse`."""
-    # The name of the architecture in timm, and of the weights if they are its own.
-    config = classifier.model.pretrained_cfg
-    parts = [config["architecture"], "" if Path(classifier.name).is_dir() else config.get("tag")]
-    channels, name = classifier.feature_shape[0], re.sub(r"[^\w-]", "-", "-".join(filter(None, parts)))
+    channels, name = classifier.feature_shape[0], classifier.network.score_name
 
     def create(classes: Classes) -> list[Scored]:
         made: list[Scored] = [MapSimilarity(replicates), PixelSimilarity(replicates)]

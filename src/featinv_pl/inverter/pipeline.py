@@ -59,8 +59,12 @@ class FeatInvPipeline:
         self.dtype = torch.float32
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
+    def from_pretrained(cls, source: str | Path, classifier: Backbone | None = None) -> Self:
         """Load a model folder, as `featinv-pl export` and `import` write it, or its name on the hub, on the CPU.
+
+        Args:
+            source: The folder or the name.
+            classifier: The classifier, where it was a module in Python: `Backbone.from_module(...)`.
 
         Raises:
             UserError: Files are missing or damaged, or the frozen parts are not those of the training.
@@ -74,12 +78,12 @@ class FeatInvPipeline:
             found = " ".join(str(error).split())[:300]
             raise UserError(f"{OPTION}: '{folder / INDEX}' is damaged ({found}). Export the model again.") from error
         # Parts that came from a disk are in the folder; those of the hub are named.
-        classifier, prior = (
+        backbone, prior = (
             str(folder / name) if (folder / name).is_dir() else named
             for name, named in ((CLASSIFIER, index["backbone"]), (PRIOR, index["prior"]))
         )
         inverter = Inverter(
-            Backbone(classifier, layer=index["layer"], input_size=index["input_size"]),
+            classifier or Backbone(backbone, layer=index["layer"], input_size=index["input_size"]),
             Prior(prior),
             Encoder(index["hidden_channels"], index["num_layers"]),
             index["image_size"],
@@ -87,12 +91,12 @@ class FeatInvPipeline:
             sampler,
         )
         check_sums(folder, OPTION)
-        inverter.control.load_pretrained(folder, OPTION)
         if different := differences({**contents, **index["digests"]}, inverter.identity()):
             raise UserError(
                 f"{OPTION}: the frozen parts of '{folder}' are not those that its control was trained with "
                 f"({'; '.join(different)}). Copy the folder again, or export the model again."
             )
+        inverter.control.load_pretrained(folder, OPTION)
         return cls(inverter)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -102,7 +106,7 @@ class FeatInvPipeline:
         folder.mkdir(parents=True)
         self.inverter.control.save_pretrained(folder)
         classifier, prior = self.inverter.classifier, self.inverter.prior
-        if Path(classifier.name).exists() or classifier.weights != "pretrained":
+        if not classifier.network.published:
             classifier.save_pretrained(folder / CLASSIFIER)
         if Path(prior.source).exists():
             prior.save_pretrained(folder / PRIOR)

@@ -1,135 +1,214 @@
-"""The classifier whose features are inverted: any timm model, frozen."""
+"""The classifier whose features are inverted, frozen: of timm, torchvision, transformers, or one's own."""
 
 import difflib
-from contextlib import suppress
-from math import isqrt
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-from timm.models import save_for_hf
-from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from featinv_pl.decoding import NoImageError, to_rgb
 from featinv_pl.errors import UserError, reason
-from featinv_pl.nets.classifier_files import Classes, misfit, read_classifier
+from featinv_pl.files import read_json
+from featinv_pl.nets.classifier_files import Classes
+from featinv_pl.nets.classifiers import of_python, of_timm, of_torchvision, of_transformers
+from featinv_pl.nets.classifiers.maps import as_map, find_layer, output_of
+from featinv_pl.nets.classifiers.network import CONFIG, Network
+from featinv_pl.nets.classifiers.preparation import Transform
 from featinv_pl.nets.frozen import Frozen
-from featinv_pl.nets.hub import read_config
 from featinv_pl.types import Observation, from_uint8, to_uint8
 
-MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens; no timm model has more
-EMBEDDINGS = {384, 512, 640, 768, 1024, 1152, 1280}  # widths of those that CLIP's kind projects to
 PENULTIMATE = "forward_features"
 
 
 class Backbone(Frozen):
-    """A frozen timm classifier that returns a feature map and its own logits.
+    """A frozen classifier that returns a feature map and its logits.
+
+    Logits are those of the classifier itself, computed from the untouched output of its layers.
 
     Args:
-        name: A timm model name (`resnet50.a1_in1k`), a hub name (`hf-hub:org/name`), or a folder
-            in timm's layout (`config.json` and `model.safetensors`), as `Classifier` writes it.
+        name: A name of timm (`resnet50.a1_in1k`, `hf-hub:org/name`), torchvision (`torchvision/resnet50`) or
+            transformers (`hf/org/name`); the path of a class or function that makes a module (`package.module.Net`),
+            which the environment must allow (`FEATINV_IMPORTS=package`); or a folder in the layout of timm, as
+            `Classifier` writes it, or of transformers.
         weights: `pretrained` loads those that belong to the name, `random` none, which serves tests; else
-            a file of weights for that architecture: `.safetensors`, or whatever torch has saved.
+            a file of weights for that architecture: `.safetensors`, or whatever torch has saved. Of torchvision also
+            the name of other published weights (`IMAGENET1K_V1`).
         layer: The module whose output is the map, by its name in the model (`layer3`, `stages.2`, `blocks.5`).
-            `forward_features`, timm's function of that name, is the penultimate layer: what the head reads.
-        input_size: Side of the images that the classifier sees, if not that of its configuration.
+            `forward_features` is the penultimate layer: of timm, the function of that name, whose output is what the
+            classifier's head reads; else the module that returns the last spatial map before the logits.
+        input_size: Side of the images that the classifier reads, if not that of its configuration.
 
     Attributes:
         feature_shape: (C, h, w) of the map at the input size, whatever the layout in the model.
+        layer: The layer; of other libraries than timm always a module by its name.
         input_size: (H, W) that the classifier wants.
         num_classes: Number of logits; 0 for a backbone whose output is an embedding, such as DINOv2 and CLIP's towers.
-        classifies: Whether there are classes, whose names `classes` holds.
+        classifies: Whether there are classes.
+        classes: What they are called.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, name: str, weights: str = "pretrained", layer: str = PENULTIMATE, input_size: int | None = None
+        self, name: str | Network, weights: str = "pretrained", layer: str = PENULTIMATE, input_size: int | None = None
     ) -> None:
         super().__init__()
-        self.name, self.weights, self.layer = name, weights, layer
-        self.model: Any = _create(name, weights, input_size)
-        if (channels := getattr(self.model, "in_chans", 3)) != 3:
-            raise UserError(f"`backbone`: '{name}' takes images with {channels} channel(s). Give one for RGB images.")
-        self.classifies = _classifies(self.model)
-        try:
-            self._prepare(_data_config(self.model, input_size))
-        except (TypeError, ValueError, RuntimeError, LookupError) as error:
-            raise UserError(
-                f"`backbone`: '{name}' does not say how images are prepared for it ({error}). Give another model."
-            ) from error
+        self.network = network = _open(name, weights, input_size) if isinstance(name, str) else name
+        self.name, self.title, self.weights = network.name, network.title, weights
+        self.layer = network.layer or layer if layer == PENULTIMATE else layer
+        self.model: Any = network.model
+        self.classifies, prepared = network.classifies, network.preparation
+        self.input_size, self.interpolation = prepared.input_size, prepared.interpolation
+        device = next((one.device for one in self.model.parameters()), torch.device("cpu"))
+        for statistic in ("mean", "std"):
+            values = torch.tensor(getattr(prepared, statistic), dtype=torch.float32).view(3, 1, 1)
+            self.register_buffer(statistic, values.to(device), persistent=False)
         self.freeze()
-        if layer != PENULTIMATE:
-            self._check_layer()
-        with torch.no_grad():
-            features, logits = self(torch.zeros(1, 3, *self.input_size))
-        self.feature_shape: tuple[int, int, int] = tuple(features.shape[1:])
+        features, logits = self._first_run()
+        channels, height, width = features.shape[1:]
+        self.feature_shape = (channels, height, width)
         self.num_classes: int = logits.shape[1]
-        self.classes = Classes.of(self.model, self.num_classes)
+        self.classes = Classes.of(network.class_names, self.num_classes, network.names_from)
 
-    def _prepare(self, config: dict[str, Any]) -> None:
-        self.input_size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.crop_pct = float(config["crop_pct"])
-        self._crop = create_transform(**config, normalize=False)
-        self.interpolation = InterpolationMode(config["interpolation"])
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+    @classmethod
+    def of(cls, backbone: str | Self, weights: str, layer: str, input_size: int | None) -> Self:
+        """A backbone that was made in Python, as it is; else that of a name, as the constructor makes it."""
+        return cls(backbone, weights, layer, input_size) if isinstance(backbone, str) else backbone
+
+    @classmethod
+    def from_module(
+        cls,
+        model: nn.Module,
+        layer: str = PENULTIMATE,
+        transform: Transform | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Self:
+        """The backbone that a module is, whose weights' digest is its identity.
+
+        The module is frozen and put in evaluation mode and full precision, as it is and not as a copy.
+
+        Args:
+            model: Returns logits (B, K) of normalised images (B, 3, H, W), or an object with such `logits`.
+            layer: As of the constructor.
+            transform: With which the module was evaluated: makes normalised tensors (3, H, W) of PIL pictures, such as
+                `weights.transforms()` of torchvision or a `Compose`. Or a dictionary with `input_size`, `mean` and
+                `std`, as timm's `pretrained_cfg`. None if the module has such an attribute `transform`.
+            class_names: In the order of the logits, as folders of images are called; None if they do not matter, and
+                an empty list for a module whose output is an embedding.
+
+        Raises:
+            UserError: It is not a classifier of images with a spatial feature map, or the names do not fit its head.
+        """
+        return cls(of_python.open_module(model, transform, class_names), layer=layer)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature map (B, C, h, w) and logits (B, K) of images (B, 3, H, W) in [-1, 1], of any size."""
+        """Classify images of any size.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            The feature map (B, C, h, w) and the logits (B, K).
+        """
         # In full precision also within a run of mixed precision: maps are compared with each other.
         with torch.autocast(images.device.type, enabled=False):
-            output, logits = self._run(self.transform(images.float()))
-        features = _as_map(output, len(images), self.model, self.input_size)
+            return self._observed(*self._run(self.transform(images.float())), len(images))
+
+    def _observed(self, output: Any, logits: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+        features = as_map(output, batch_size, self.model, self.input_size)
         if features is None:
-            named = "`backbone`: the penultimate layer" if self.layer == PENULTIMATE else f"`layer`: '{self.layer}'"
-            raise UserError(
-                f"{named} of '{self.name}' does not return a spatial map, so there is nothing to invert. Choose a "
-                "model or a `layer` that returns one map or one grid of tokens, such as the end of a stage."
-            )
+            raise self._no_map()
         return features, logits if self.classifies else logits[:, :0]
 
     def logits(self, images: Tensor) -> Tensor:
         """The logits (B, K) alone, of images as `forward` takes them, with gradients."""
         with torch.autocast(images.device.type, enabled=False):
-            logits: Tensor = self.model(self.transform(images.float()))
-            return logits
+            return self.network.logits(self.transform(images.float()))
 
     def _run(self, images: Tensor) -> tuple[Any, Tensor]:
+        """The output of the layer, in whatever layout, and the logits."""
         if self.layer == PENULTIMATE:
             output = self.model.forward_features(images)
             return output, self.model.forward_head(output)
-        outputs: list[Any] = []
-        module = self.model.get_submodule(self.layer)
-        with module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output)):
-            logits = self.model(images)
-        return outputs[-1] if outputs else None, logits
+        return output_of(self.layer, self.model, self.network.logits, images)
 
-    def _check_layer(self) -> None:
-        layers = [module for module, _ in self.model.named_modules() if module]
-        if self.layer not in layers:
-            close = difflib.get_close_matches(self.layer, layers) or [one["module"] for one in self.model.feature_info]
+    @torch.no_grad()
+    def _first_run(self) -> tuple[Tensor, Tensor]:
+        """Find the layer, and check what the classifier returns; its features and logits of one image."""
+        layers = [name for name, _ in self.model.named_modules() if name]
+        if self.layer not in (PENULTIMATE, *layers):
+            close = difflib.get_close_matches(self.layer, layers, n=3) or self._ends_of_stages()
             raise UserError(
                 f"`layer`: '{self.name}' has no layer '{self.layer}'. Did you mean {', '.join(close)}? "
                 f"`{PENULTIMATE}` is the penultimate one."
             )
+        height, width = self.input_size
+        noise = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        images = self.transform(noise.to(self.mean))
+        try:
+            if self.layer == PENULTIMATE and not self.network.has_head:
+                layer, logits = find_layer(self.model, self.network.logits, images)
+                self._check_logits(logits)
+                if layer is None:
+                    raise self._no_map()
+                self.layer = layer
+            output, logits = self._run(images[:1])
+            self._check_logits(logits)
+            return self._observed(output, logits, 1)
+        except UserError:
+            raise
+        except Exception as error:  # it is anybody's code
+            raise UserError(
+                f"`backbone`: '{self.name}' cannot classify RGB images of {height} x {width} pixels "
+                f"({type(error).__name__}: {reason(error)}). Give a classifier of images (B, 3, H, W), in the size "
+                "that it was made for."
+            ) from error
+
+    def _check_logits(self, logits: Any) -> None:
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            found = f"a tensor {(*logits.shape,)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise UserError(
+                f"`backbone`: '{self.name}' returns {found} and not logits (B, classes). Give a classifier of images, "
+                "which returns them as a tensor or as `logits` of its output."
+            )
+
+    def _no_map(self) -> UserError:
+        named = "`backbone`: the penultimate layer" if self.layer == PENULTIMATE else f"`layer`: '{self.layer}'"
+        return UserError(
+            f"{named} of '{self.name}' does not return a spatial map, so there is nothing to invert. Choose a "
+            "model or a `layer` that returns one map or one grid of tokens, such as the end of a stage."
+        )
+
+    def _ends_of_stages(self) -> list[str]:
+        """Layers to suggest: timm's list, or the outermost modules."""
+        stages = [info["module"] for info in getattr(self.model, "feature_info", ())]
+        return stages or [name for name, _ in self.model.named_children()]
 
     def crop(self, image: Image.Image) -> Tensor:
-        """A picture of any size and mode by timm's evaluation transform, before normalisation: (3, H, W) in [-1, 1]."""
+        """A picture of any size and mode by the classifier's evaluation transform, before normalisation.
+
+        Returns:
+            (3, H, W) in [-1, 1].
+
+        Raises:
+            UserError: `to_rgb` refuses the picture.
+        """
         try:
-            return from_uint8(self._crop(to_rgb(image)))
+            return from_uint8(self.network.preparation.crop(to_rgb(image)))
         except NoImageError as error:
             raise UserError(f"the picture cannot be used ({error}). Leave it out or replace it.") from error
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` in timm's layout."""
-        save_for_hf(self.model, str(folder), safe_serialization=True)
+        """Write a folder from which the classifier can be loaded, in its library's layout.
+
+        Of a class path or a module from Python it holds the weights, and the code must be given again.
+        """
+        self.network.save(folder)
 
     def transform(self, images: Tensor) -> Tensor:
         """The classifier's own resize and normalisation; cropping belongs to the data side."""
@@ -147,11 +226,6 @@ class Backbone(Frozen):
         return {"images": images, "features": features, "logits": logits}
 
     @property
-    def title(self) -> str:
-        """The model's name, also where a folder was given."""
-        return str(self.model.pretrained_cfg.get("architecture")) if Path(self.name).is_dir() else self.name
-
-    @property
     def transform_name(self) -> str:
         """How images reach the classifier, for the manifest of a shard set."""
         mean, std = self.mean.flatten().tolist(), self.std.flatten().tolist()
@@ -159,84 +233,20 @@ class Backbone(Frozen):
         return f"{self.interpolation.value} {height}x{width} mean {mean} std {std}"
 
 
-def _create(name: str, weights: str, input_size: int | None) -> Any:
-    source = name
+def _open(name: str, weights: str, input_size: int | None) -> Network:
+    """Open a classifier by the form of its name, and a folder by what its configuration says."""
+    if name.startswith(of_torchvision.PREFIX):
+        return of_torchvision.open_named(name, weights, input_size)
+    if name.startswith(of_transformers.PREFIX):
+        return of_transformers.open_named(name, weights, input_size)
     if Path(name).is_dir():
-        source = f"local-dir:{name}"
-        if weights == "pretrained":
-            read_config(Path(name, "config.json"), "`backbone`", "Give a folder in timm's layout.")
-    elif ":" not in name and not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=3)
-        hint = f"Did you mean {', '.join(close)}? " if close else ""
-        raise UserError(
-            f"`backbone`: '{name}' is neither a folder nor a timm model. {hint}`timm.list_models()` lists all names."
-        )
-    overlay: dict[str, Any] = {}
-    if weights not in ("pretrained", "random"):  # timm converts older layouts, as of its own weights
-        overlay = {"state_dict": read_classifier(Path(weights)), "custom_load": False, "source": None}
-    options: dict[str, Any] = {"pretrained": weights != "random", "pretrained_cfg_overlay": overlay}
-    try:
-        model = timm.create_model(source, **options)
-        if input_size and model.pretrained_cfg.get("fixed_input_size"):
-            # Built again, so that timm fits tables of positions to the grid while it loads the weights.
-            model = timm.create_model(source, **options, img_size=input_size)
-        model.pretrained_cfg.pop("state_dict", None)
-        return model
-    except Exception as error:  # a hostile configuration can raise anything
-        found = reason(error)
-        if overlay:
-            found += ". Give the file of that architecture, undamaged."
-            with suppress(Exception):  # of a configuration that timm cannot build at all
-                found = misfit(overlay["state_dict"], timm.create_model(source), name) or found
-            raise UserError(f"`weights`: '{weights}' does not hold the weights of '{name}': {found}") from error
-        if error.args == ("architecture",):
-            found = "its config.json does not name an architecture of timm, as those of the library transformers do not"
-        raise UserError(
-            f"`backbone`: '{name}' could not be loaded ({found}). Check the name and the network, copy its folder "
-            "again, or download the weights and give the file as `weights`."
-        ) from error
-
-
-def _data_config(model: Any, input_size: int | None) -> dict[str, Any]:
-    """The data configuration of timm: that of testing, with its own crop, where the size asked for is that one."""
-    if input_size is None:
-        return dict(resolve_model_data_config(model))
-    tested = resolve_model_data_config(model, use_test_size=True)
-    config = tested if tested["input_size"][1:] == (input_size, input_size) else resolve_model_data_config(model)
-    return {**config, "input_size": (3, input_size, input_size)}
-
-
-def _classifies(model: Any) -> bool:
-    """Whether a timm model has classes. The head of a tower of CLIP's kind is a projection, unless it was tuned."""
-    config = model.pretrained_cfg
-    name = f"{config.get('architecture')}.{config.get('tag')}"
-    tower = ("clip" in name or "_pe_core_" in name) and "_ft_in" not in name
-    return bool(model.num_classes) and not (tower and model.num_classes in EMBEDDINGS)
-
-
-def _as_map(output: Any, batch_size: int, model: Any, input_size: tuple[int, int]) -> Tensor | None:
-    """Bring the output of a layer, also (B, h, w, C) or tokens (B, N, C) after others, to (B, C, h, w); else None.
-
-    A map has the aspect ratio of the input; where shapes leave its layout open, the timm model is asked.
-    """
-    if not isinstance(output, Tensor) or len(output) != batch_size:  # windows of a transformer are not a batch
-        return None
-    if output.ndim == 4:
-        return output.permute(0, 3, 1, 2) if _is_channels_last(output, model, input_size) else output
-    if output.ndim == 3:
-        declared = getattr(model, "num_prefix_tokens", 0)
-        for prefix in (declared, *range(MAX_PREFIX_TOKENS + 1)):
-            tokens = output[:, prefix:]
-            height = isqrt(tokens.shape[1] * input_size[0] // input_size[1])
-            if height and height * (height * input_size[1] // input_size[0]) == tokens.shape[1] > 1:
-                grid: Tensor = tokens.unflatten(1, (height, -1))
-                return grid.permute(0, 3, 1, 2)
-    return None
-
-
-def _is_channels_last(output: Tensor, model: Any, input_size: tuple[int, int]) -> bool:
-    """Told by the aspect ratio, since layers within a model differ."""
-    _, first, second, third = output.shape
-    fits_last = first * input_size[1] == second * input_size[0]
-    fits_first = second * input_size[1] == third * input_size[0]
-    return fits_last if fits_last != fits_first else getattr(model, "output_fmt", None) == "NHWC"
+        config = read_json(Path(name) / CONFIG, "`backbone`", "Give the folder of a classifier, with its config.json.")
+        if config.get("library") == of_torchvision.LIBRARY:
+            return of_torchvision.open_folder(Path(name), input_size)
+        if config.get("library") == of_python.LIBRARY:
+            return of_python.open_folder(Path(name), input_size)
+        if "model_type" in config:
+            return of_transformers.open_named(name, weights, input_size)
+    elif of_python.is_class_path(name) and not of_timm.is_name(name):
+        return of_python.open_class_path(name, weights, input_size)
+    return of_timm.open_named(name, weights, input_size)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from featinv_pl.nets.weights import read_weights
 
 NO_LABEL = -1
 IMAGENET = 1000
+TENCH = ("tench", "n01440764")  # its first class
 # What wraps a network while it trains: DataParallel, torch.compile, Lightning, the robustness library.
 WRAPPERS = re.compile(r"^((module|_orig_mod|model|net|attacker|backbone)\.)+")
 TRANSFORMERS = re.compile(r"\b(embeddings?|embedder)\.|\bencoder\.(layer|layers|stages)\.")  # names of that library
@@ -34,23 +36,36 @@ class Classes:
     numbered: int
 
     @classmethod
-    def of(cls, model: Any, num_classes: int) -> Self:
-        """The classes of a timm model: `label_names` of its configuration, as fitting a `Classifier` writes them.
+    def of(cls, names: Any, num_classes: int, given: str = "`class_names`") -> Self:
+        """The classes of a classifier with as many logits.
 
-        Without them, they are the wnids that timm knows for ImageNet-1k, 12k, 21k and 22k, told by their number.
+        Folders of ImageNet are called by wnids, whatever a classifier of it calls its classes. Its heads (1k, 12k,
+        21k and 22k) are told by the number of classes, and that of 1k by the first name as well.
+
+        Args:
+            names: In the order of the logits; None if they are not known.
+            num_classes: Number of logits.
+            given: What gave the names, for errors.
+
+        Raises:
+            UserError: They are not as many different names.
         """
-        if names := model.pretrained_cfg.get("label_names"):
-            labels = {name: label for label, name in enumerate(names)} if isinstance(names, list | tuple) else {}
-            if len(labels) != num_classes or not all(isinstance(name, str) for name in labels):
-                raise UserError(
-                    f"`backbone`: label_names in config.json are not {num_classes} different names, one for each "
-                    "class. Correct them, or fit the Classifier again."
-                )
+        subset = infer_imagenet_subset({"num_classes": num_classes}) if num_classes else None
+        if not names or not num_classes:
+            return cls(_wnids(subset) if subset else {}, num_classes if num_classes == IMAGENET or not subset else 0)
+        listed = names if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names) else ()
+        labels = {name: label for label, name in enumerate(listed)}
+        imagenet = subset is not None and (num_classes != IMAGENET or (listed[:1] and listed[0].startswith(TENCH)))
+        if len(listed) != num_classes or not (imagenet or len(labels) == num_classes):
+            raise UserError(
+                f"{given} are not {num_classes} different names, one for each class in the order of the logits"
+                f"{f', but {len(listed)}' if listed else ''}. Correct them."
+            )
+        if not imagenet:
             return cls(labels, 0)
-        subset = infer_imagenet_subset({"num_classes": num_classes})
-        if subset is None or not model.num_classes:
-            return cls({}, num_classes)
-        return cls(_wnids(subset), num_classes if num_classes == IMAGENET else 0)
+        counts = Counter(listed)  # ImageNet has two cranes
+        unique = {name: label for name, label in labels.items() if counts[name] == 1}
+        return cls(_wnids(subset) | unique, num_classes if num_classes == IMAGENET else 0)
 
     def label(self, name: str) -> int:
         """The label of a class by its name; -1 for a name that is not among the classifier's."""
@@ -65,15 +80,20 @@ def _wnids(subset: str) -> dict[str, int]:
 
 
 def read_classifier(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of the largest network in a file, without the prefixes of what has wrapped it."""
+    """Read the state dict of the largest network in a file, without the prefixes of what has wrapped it.
+
+    Raises:
+        UserError: The file cannot be read, or holds two networks of the same names and other values.
+    """
     networks: dict[str, dict[str, Tensor]] = {}
     for name, value in read_weights(path, "`weights`").items():
         rest = WRAPPERS.sub("", name)
         networks.setdefault(name.removesuffix(rest), {})[rest] = value
     chosen = max(networks, key=lambda prefix: len(networks[prefix]))
     for prefix, other in networks.items():
-        same = other.keys() == networks[chosen].keys()
-        if same and not all(torch.equal(value, networks[chosen][name]) for name, value in other.items()):
+        if other.keys() == networks[chosen].keys() and any(
+            not torch.equal(value, networks[chosen][name]) for name, value in other.items()
+        ):
             raise UserError(
                 f"`weights`: '{path}' holds two networks of the same names and other values, '{chosen}' and "
                 f"'{prefix}'. Give a file with one of them."
@@ -101,6 +121,7 @@ def misfit(weights: dict[str, Tensor], model: Any, name: str) -> str | None:
 
 
 def _size(weights: dict[str, Tensor], layers: Any, dimension: int) -> int | None:
+    """A size of the first of the layers that the weights have."""
     names = [layers] if isinstance(layers, str) else layers or []
     shapes = [weights[key].shape for name in names if (key := f"{name}.weight") in weights]
     return int(shapes[0][dimension]) if shapes and len(shapes[0]) > dimension else None

@@ -2,11 +2,15 @@
 
 import hashlib
 import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub.errors import GatedRepoError
 
 from featinv_pl.errors import UserError, reason
 from featinv_pl.files import read_bytes, read_json
@@ -16,6 +20,7 @@ Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
 
 INDEX, SUMS = "model_index.json", "SHA256SUMS"
 SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from
+PATIENCE = 6.0  # seconds in which the hub must answer
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 
 
@@ -24,7 +29,13 @@ def find_folder(source: str, files: list[str], option: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
+        with within_reach():
+            return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{option}: '{source}' is gated: its authors ask for consent. Give it on {constants.ENDPOINT}/{source}, "
+            "log in with `hf auth login`, and try again."
+        ) from error
     except (OSError, ValueError) as error:  # what the hub's errors all are
         raise UserError(
             f"{option}: '{source}' is neither a folder nor a file, and could not be fetched from the hub "
@@ -112,3 +123,36 @@ def _sums(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 digests[name.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
+
+
+@contextmanager
+def within_reach() -> Iterator[None]:
+    """Use the hub, or what is cached of it where it does not answer within seconds: its client would retry for long.
+
+    Raises:
+        ConnectionError: The hub does not answer, and what is asked of it is not in the cache.
+    """
+    if constants.HF_HUB_OFFLINE or _answers(constants.ENDPOINT):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except OSError as error:  # what the hub's errors all are
+        raise ConnectionError(f"{constants.ENDPOINT} does not answer, and the cache does not have it") from error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _answers(endpoint: str) -> bool:
+    """Whether a server says anything within `PATIENCE` seconds."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # of the network, of any kind
+            answers.append(get_session().head(endpoint, timeout=PATIENCE))
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name server is not bound to any time
+    asking.start()
+    asking.join(PATIENCE)
+    return bool(answers)

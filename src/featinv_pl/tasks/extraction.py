@@ -16,6 +16,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.frozen import digest
+from featinv_pl.runtime.ranks import say
 from featinv_pl.sampling.noise import generator
 from featinv_pl.types import Batch, ImageBatch, Provenance, from_uint8, to_uint8
 
@@ -26,7 +27,7 @@ class FeatureExtraction(LightningModule):
     """Classifies images, and encodes them to the moments of their latents.
 
     Args:
-        backbone: The classifier: a timm name or a folder written by fitting a `Classifier`.
+        backbone: The classifier, as for `FeatureInversion`.
         autoencoder: The prior's autoencoder: a folder in diffusers' layout, or whatever names a prior.
         image_size: Side of the images that are stored and encoded: the prior's resolution.
         weights: The classifier's weights: `pretrained`, `random`, or a file.
@@ -36,7 +37,7 @@ class FeatureExtraction(LightningModule):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | Backbone,
         autoencoder: str,
         image_size: int = 256,
         weights: str = "pretrained",
@@ -44,9 +45,13 @@ class FeatureExtraction(LightningModule):
         input_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = Backbone(backbone, weights, layer, input_size)
+        self.backbone = Backbone.of(backbone, weights, layer, input_size)
         self.autoencoder = LatentAutoencoder.load(autoencoder)
         self.image_size = image_size
+
+    def setup(self, stage: str) -> None:
+        """Log the layer."""
+        say_layer(self.backbone)
 
     def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """Classify a batch; its images are stored at the prior's resolution."""
@@ -125,6 +130,13 @@ def attack(
             change = (attacked.detach() + step * gradient.sign() - originals).clamp(-epsilon, epsilon)
             attacked = (originals + change).clamp(-1, 1)
         return from_uint8(to_uint8(attacked.detach()))
+
+
+def say_layer(classifier: Backbone) -> None:
+    """Log which layer is inverted, where it is a module by its name."""
+    if classifier.layer != PENULTIMATE:
+        shape = " x ".join(map(str, classifier.feature_shape))
+        say(f"feature maps: {shape}, the output of '{classifier.layer}' in '{classifier.title}'")
 
 
 class AdversarialExtraction(FeatureExtraction):

@@ -23,6 +23,7 @@ from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.tasks.extraction import say_layer
 from featinv_pl.tasks.optimisation import Optimised
 from featinv_pl.types import Batch, key_hash
 
@@ -50,7 +51,9 @@ class FeatureInversion(Optimised):
     with digests of the two.
 
     Args:
-        backbone: The classifier: a timm name or a folder written by fitting a `Classifier`.
+        backbone: The classifier: a name of timm, torchvision (`torchvision/resnet50`) or transformers (`hf/org/name`),
+            a folder such as fitting a `Classifier` writes, or the path of a class that makes it. In Python, a
+            `Backbone` as well, which goes without `weights`, `layer` and `input_size`.
         prior: The latent diffusion prior: a hub name, a folder in diffusers' layout, or a file of Stable
             Diffusion 1.
         image_size: Side of the reconstructions in pixels: the prior's resolution.
@@ -70,7 +73,7 @@ class FeatureInversion(Optimised):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | Backbone,
         prior: str,
         image_size: int = 256,
         weights: str = "pretrained",
@@ -86,7 +89,7 @@ class FeatureInversion(Optimised):
         execution: Execution = Execution(),  # noqa: B008
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        classifier = Backbone(backbone, weights, layer, input_size)
+        classifier = Backbone.of(backbone, weights, layer, input_size)
         self.inverter = Inverter(classifier, Prior(prior), encoder, image_size, conditioning, sampler)
         if adapt is not None:
             check_control(adapt.control, self.inverter, "`adapt.control`")
@@ -165,6 +168,7 @@ class FeatureInversion(Optimised):
                     "Extract their features first (featinv-pl predict), then give FeatureShards."
                 )
             check_shards(data.manifests, self.inverter)
+        say_layer(self.inverter.classifier)
         if self.trainer.precision in MIXED:
             _ = self.inverter.digests  # of the weights before they are converted
             keep_products_in(self.inverter.prior, MIXED[self.trainer.precision])

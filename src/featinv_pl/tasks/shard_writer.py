@@ -217,8 +217,8 @@ def _note_classes(source: str, settings: Settings) -> None:
     if unknown:
         log.warning(
             f"{source}: {len(unknown)} of {len(classes)} classes, such as '{unknown[0]}', are not among the "
-            "classifier's, as far as its label_names or the order of ImageNet tell. Their images get the label -1, "
-            "and label@1 leaves them out."
+            "classifier's, as far as their names or the order of ImageNet tell. Their images get the label -1, and "
+            "label@1 leaves them out."
         )
     elif not classes:
         log.warning(f"{source}: the images lie in no class folders, so they get the label -1, and there is no label@1.")

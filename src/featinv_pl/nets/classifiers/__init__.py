@@ -1,0 +1,1 @@
+"""Classifiers of each library that they come from, behind one interface."""
