@@ -34,12 +34,13 @@ def find_layer(model: nn.Module, call: Call, images: Tensor) -> tuple[str | None
         call: Runs it, and returns logits.
         images: (B, 3, H, W) that are not all alike; with two of them, windows of a transformer are no batch.
     """
+    height, width = images.shape[-2:]
     maps: deque[tuple[str, Tensor]] = deque(maxlen=LAST)
     whole: list[Tensor | None] = []  # that of a tower as it is published, whose head may have maps of its own
 
     def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         given = _main(output) if name else getattr(output, "last_hidden_state", None)
-        found = as_map(given, len(images), model, tuple(images.shape[-2:]))
+        found = as_map(given, len(images), model, (height, width))
         if not name:
             whole.append(found)
         elif found is not None and found.shape[1] > 1 and found[0, 0].numel() > 1 and _fits(found, images):

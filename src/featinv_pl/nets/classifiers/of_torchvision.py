@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import nn
@@ -21,7 +21,7 @@ from featinv_pl.nets.classifiers.preparation import Preparation
 from featinv_pl.nets.weights import read_weights
 
 PREFIX = "torchvision/"
-LIBRARY = "torchvision"  # in the config.json of a folder
+LIBRARY: Final = "torchvision"  # in the config.json of a folder
 TIMEOUT = 8.0  # seconds in which the server of the weights must answer
 AUXILIARY = ("aux1", "aux2", "AuxLogits")  # heads of which only training takes notice
 Pixels = Annotated[int, Field(ge=1, le=4096)]

@@ -106,9 +106,9 @@ class Preparation:
             if torch.allclose(stated, torch.stack([mean, std]), atol=1e-5):
                 mean, std = stated
                 break
-        numbers = [tuple(round(value, 8) for value in part.tolist()) for part in (mean, std)]
+        means, stds = (tuple(round(value, 8) for value in part.tolist()) for part in (mean, std))
         height, width = first.shape[1:]
-        return cls((height, width), *numbers, _interpolation(transform), Inverse(transform, *numbers))
+        return cls((height, width), means, stds, _interpolation(transform), Inverse(transform, means, stds))
 
 
 @dataclass(frozen=True)
