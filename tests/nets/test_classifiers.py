@@ -345,6 +345,9 @@ def test_a_class_path_makes_it() -> None:
     backbone = Backbone(name)
     assert (backbone.layer, backbone.classes.label("owl"), backbone.title) == ("net", 2, name)
     assert Backbone(f"{__name__}.net_at_its_first_layer").feature_shape == (8, 8, 8)
+    for made in ("Net", "net_at_its_first_layer"):
+        with pytest.raises(UserError, match=r"\(32, 32\)"):
+            Backbone(f"{__name__}.{made}", input_size=64)
     state = Net().state_dict()
     torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}}, "mine.ckpt")
     filled = Backbone(name, "mine.ckpt")

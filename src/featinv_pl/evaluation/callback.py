@@ -49,7 +49,7 @@ class Evaluation(Callback):
     Args:
         clean: The test set that corrupted ones are compared with.
         judge: A held-out classifier, which neither training nor refinement has seen: it scores originals and
-            reconstructions too. A timm name or a folder, as for the backbone.
+            reconstructions too. Named as `backbone` is.
         num_samples: Reconstructions of each feature map in `test`. The first is scored; if there are more, so are
             their differences.
         samplers: Further samplers by name, whose reconstructions `test` scores as `<score>.<name>`, such as one with

@@ -62,6 +62,11 @@ def open_class_path(path: str, weights: str, input_size: int | None) -> Network:
     network, layer = getattr(made, "network", None), getattr(made, "layer", None)
     if not isinstance(network, Network):
         network, layer = open_module(made, None, None, path, input_size), None
+    elif input_size and network.preparation.input_size != (input_size, input_size):
+        raise UserError(
+            f"`input_size`: {input_size} is not what '{path}' makes a Backbone for: {network.preparation.input_size}. "
+            "Leave it out, or change the function."
+        )
     if weights not in ("pretrained", "random"):
         fill_from(network.model, weights, path)
     save, score_name = partial(_save, network.model, path, True), re.sub(r"\W", "-", path)
