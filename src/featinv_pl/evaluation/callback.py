@@ -214,7 +214,6 @@ class Evaluation(Callback):
 
 
 def _provenance(trainer: Any, module: Any, samplers: Mapping[str, Sampler], how: Mapping[str, Any]) -> Provenance:
-    """Provenance of an evaluation that begins, with further samplers and what `sampling` says."""
     used = {name: asdict(sampler) for name, sampler in {INVERSION: module.inverter.sampler, **samplers}.items()}
     path, step = trainer.ckpt_path, trainer.global_step or module.loaded_step
     described = {

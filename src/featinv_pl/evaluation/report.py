@@ -63,12 +63,6 @@ class Tested:
         return by_name(self.document)
 
     @property
-    def fidelity(self) -> float:
-        """The mean of its cosines over test sets and groups."""
-        own = ("cosine", INVERSION)
-        return float(np.mean([score["value"] for name, score in self.scores.items() if name[1:] == own] or [0]))
-
-    @property
     def pictured(self) -> set[str]:
         root = self.folder / PICTURES
         return {path.parent.parent.relative_to(root).as_posix() for path in root.rglob(FACTS_FILE)}
@@ -153,7 +147,12 @@ def _inverters(folder: Path) -> list[Tested]:
                 f"report: the scores in '{inverter.folder / METRICS}' are those of `{command}`, and a report shows "
                 "those of `test`. Run `featinv-pl test`, or give the folder above that of the run."
             )
-    return sorted(found, key=lambda inverter: inverter.fidelity, reverse=True)
+
+    def fidelity(inverter: Tested) -> float:  # over test sets and groups
+        own = [score["value"] for name, score in inverter.scores.items() if name[1:] == ("cosine", INVERSION)]
+        return float(np.mean(own or [0]))
+
+    return sorted(found, key=fidelity, reverse=True)
 
 
 def _table(inverters: Sequence[Tested], groups: Sequence[str], scores: Sequence[str]) -> list[TableRow]:

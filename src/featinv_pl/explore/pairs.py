@@ -1,6 +1,5 @@
 """Two pictures: the maps between theirs, and a region of one in the other, reconstructed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -52,10 +51,8 @@ def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
     sine = angle.sin()
     turned = (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / sine
     straight = (sine < 1e-6) | (norms[0] == 0) | (norms[1] == 0)
-    return torch.where(straight, torch.lerp(one, two, share), turned * torch.lerp(*norms, share)).to(first.dtype)
-
-
-PATHS: dict[Mode, Callable[[Tensor, Tensor, float], Tensor]] = {"linear": torch.lerp, "slerp": slerp}
+    lengths = torch.lerp(norms[0], norms[1], share)
+    return torch.where(straight, torch.lerp(one, two, share), turned * lengths).to(first.dtype)
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,8 @@ def interpolate(
     ends = classify(pipeline, [first, second])
     shares = torch.linspace(0, 1, steps).tolist()
     one, other = ends["features"]
-    found = reconstruct_maps(pipeline, [PATHS[mode](one, other, share) for share in shares], seed=seed)
+    between = slerp if mode == "slerp" else torch.lerp
+    found = reconstruct_maps(pipeline, [between(one, other, share) for share in shares], seed=seed)
     if real is None:
         return Interpolation(ends, found, mode, shares)
     nearest = _similarities(found["features"][:, 0], real.features).amax(1).tolist()

@@ -30,14 +30,9 @@ SCALING_FACTOR: Final = 0.18215
 GROUPS: Final = 32
 
 
-def part(state: State, prefix: str) -> State:
-    """The tensors below a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
 def check_prior(state: State, option: str) -> None:
     """Refuse a file whose UNet is not supported, as far as its shapes tell; it may have none."""
-    if part(state, UNET):
+    if any(name.startswith(UNET) for name in state):
         with _complete("UNet", option):
             _checked_unet(state, option)
 
@@ -120,7 +115,8 @@ def largest_difference(network: nn.Module, other: nn.Module) -> float:
 
 
 def _needed(state: State, prefix: str, what: str, option: str) -> State:
-    if not (found := part(state, prefix)):
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not found:
         raise UserError(
             f"{option}: the file has no {what} ({prefix}*). Give a complete checkpoint in the original layout of "
             "Stable Diffusion 1."

@@ -130,7 +130,11 @@ class Report(ABC):
 
     def figure(self) -> Figure:
         shown = [section for section in self.sections() if section.rows or section.plot]
-        heights = [_height(section) for section in shown]
+        lines = [sum(max(tile.caption.count("\n") + 1 for tile in row) for row in section.rows) for section in shown]
+        heights = [
+            0.4 + TILE * len(section.rows) + TEXT * count + PLOT * (section.plot is not None)  # inches
+            for section, count in zip(shown, lines, strict=True)
+        ]
         columns = max((len(row) for section in shown for row in section.rows), default=0)
         figure = Figure(figsize=(max(6.0, TILE * columns), sum(heights)), layout="constrained")
         parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -166,11 +170,6 @@ def plot_probabilities(axes: Axes, x: Sequence[float], lines: Mapping[str, Tenso
         axes.plot(x, values.numpy(), marker=".", label=name)
     axes.set(xlabel=xlabel, ylabel="probability", ylim=(-0.02, 1.02))
     axes.legend(fontsize="small", title="class")
-
-
-def _height(section: Section) -> float:  # in inches
-    lines = sum(max(tile.caption.count("\n") + 1 for tile in row) for row in section.rows)
-    return 0.4 + TILE * len(section.rows) + TEXT * lines + (PLOT if section.plot else 0)
 
 
 def render(template: str, **values: Any) -> str:

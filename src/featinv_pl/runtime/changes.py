@@ -92,12 +92,11 @@ def _settings(trainer: Trainer, seed: int | bool | None) -> dict[str, Any]:
     }
     if averages:
         named[AVERAGE] = getattr(averages[0], "decay", "on")
-    found: dict[str, Any] = json.loads(json.dumps({"named": named, "rates": rates}, default=_plain))
-    return found
 
+    def plain(value: Any) -> Any:
+        return value.tolist() if isinstance(value, Tensor) else type(value).__name__
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else type(value).__name__
+    return cast(dict[str, Any], json.loads(json.dumps({"named": named, "rates": rates}, default=plain)))
 
 
 def _refuse(trainer: Trainer, checkpoint: dict[str, Any], theirs: dict[str, Any], ours: dict[str, Any]) -> None:

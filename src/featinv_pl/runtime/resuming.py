@@ -19,12 +19,11 @@ RUN_ID = "wandb_run_id"  # likewise
 class Resume(Callback):
     """Makes training that resumes from any checkpoint indistinguishable from one that never stopped.
 
-    A checkpoint is mostly written while a step is not over yet: loggers have not been told of it, and its validation
-    is still to come or has been cut short. Lightning would begin the next step. Here the loggers are told before
-    the checkpoint is written, the validation is held from its first sample on, and a training whose last step was not
-    over comes to its end. What callbacks and schedules know of earlier metrics is restored, and so is torch's random
-    state, which belongs to training alone: random numbers of validation and loaders change nothing. A run at W&B is
-    continued by its id.
+    A checkpoint is mostly written before a step is over: loggers have not been told of it, and its validation is still
+    to come or was cut short. Lightning would begin the next step. Here loggers are told before the checkpoint is
+    written, the validation is held from its first sample on, and a training whose last step was not over comes to its
+    end. Earlier metrics are restored, and so is torch's random state, which belongs to training alone: random numbers
+    of validation and loaders change nothing. A run at W&B is continued by its id.
     """
 
     def __init__(self) -> None:

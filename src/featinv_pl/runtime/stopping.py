@@ -42,10 +42,9 @@ class SaveLast(Callback):
 class Stop(Callback):
     """Lets SIGTERM, SIGHUP and Ctrl-C end a run after the batch at hand, and saves training, whose ranks end together.
 
-    Lightning's own handling of SIGTERM saves nothing, and with several ranks they wait for each other for ever. A
-    second Ctrl-C ends the run at once, without saving. The signal with which SLURM announces the end of a job, if
-    Lightning's SLURMEnvironment is to requeue it, does the same, and has the job start again: Lightning would save in
-    the middle of a step.
+    Lightning's own handling of SIGTERM saves nothing, and ranks wait for each other for ever. A second Ctrl-C ends the
+    run at once, without saving. SLURM's signal that announces the end of a job, if Lightning's SLURMEnvironment is to
+    requeue it, does the same and has the job start again: Lightning would save in the middle of a step.
     """
 
     def __init__(self) -> None:

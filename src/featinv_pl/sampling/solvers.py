@@ -55,11 +55,7 @@ def weighted(branches: Denoiser, scale: float) -> Denoiser:
 
 def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
     """Guidance in a limited interval of timesteps (Kynkäänniemi et al., arXiv 2404.07724): plain outside of it."""
-
-    def limited(latents: Tensor, timestep: Tensor) -> Tensor:
-        return (guided if low <= timestep <= high else plain)(latents, timestep)
-
-    return limited
+    return lambda latents, timestep: (guided if low <= timestep <= high else plain)(latents, timestep)
 
 
 def refined(

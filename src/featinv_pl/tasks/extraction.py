@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -58,17 +58,9 @@ class FeatureExtraction(LightningModule):
         features, logits = self.backbone(batch["images"])
         resized = resize(batch["images"], [self.image_size, self.image_size], InterpolationMode.BICUBIC)
         images = from_uint8(to_uint8(resized))
-        return {
-            "images": images,
-            "features": features,
-            "logits": logits,
-            "moments": self.autoencoder.encode(images),
-            "labels": self._labels(batch),
-            "source": batch["source"],
-            "key": batch["key"],
-            "view": batch["view"],
-            "unreadable": batch["unreadable"],
-        }
+        moments, labels = self.autoencoder.encode(images), self._labels(batch)
+        made = {"images": images, "features": features, "logits": logits, "moments": moments, "labels": labels}
+        return cast(Batch, {**batch, **made})
 
     def _labels(self, batch: ImageBatch) -> Tensor:
         """(B,) labels as the classifier counts them: those of the data module are numbered by its own classes."""

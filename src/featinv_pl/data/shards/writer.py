@@ -14,7 +14,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from featinv_pl.data.shards import manifest as made
 from featinv_pl.data.shards.manifest import (
@@ -50,17 +50,15 @@ class ShardFile:
     def add(self, key: str, members: dict[str, bytes]) -> int:
         """Append an entry; the bytes that it takes."""
         start = self._file.tell()
-        places = {suffix: self._append(f"{key}.{suffix}", data) for suffix, data in members.items()}
+        places: dict[str, Member] = {}
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size, info.mode, info.uname, info.gname = len(data), 0o444, "featinv", "featinv"
+            block = info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+            places[suffix] = {"offset": self._file.tell(), "size": len(data), "crc32": zlib.crc32(block)}
+            self._write(block)
         self.index["entries"].append({"key": key, "members": places})
         return self._file.tell() - start
-
-    def _append(self, name: str, data: bytes) -> Member:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode, info.uname, info.gname = len(data), 0o444, "featinv", "featinv"
-        block = info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
-        offset = self._file.tell()
-        self._write(block)
-        return {"offset": offset, "size": len(data), "crc32": zlib.crc32(block)}
 
     def _write(self, data: bytes) -> None:
         with named(self.path):
@@ -201,8 +199,9 @@ class ShardSetWriter:
             data = index_path(path).read_bytes()
             index = INDEX.validate_json(data)
             unreadable += index["unreadable"]
-            known: Any = {"name": path.name, "samples": len(index["entries"]), "bytes": index["bytes"]}
-            shards.append({**known, "sha256": index["sha256"], "index_sha256": hashlib.sha256(data).hexdigest()})
+            sums: Any = {"sha256": index["sha256"], "index_sha256": hashlib.sha256(data).hexdigest()}
+            counts: Any = {"samples": len(index["entries"]), "bytes": index["bytes"]}
+            shards.append(cast(Shard, {"name": path.name, **counts, **sums}))
         if unreadable:
             self._check_unreadable(unreadable[-1], len(unreadable))
         manifest: made.Manifest = {
