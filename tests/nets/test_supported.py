@@ -40,7 +40,6 @@ def edit(file: Path, changes: dict[str, Any]) -> None:
         (SCHEDULER, {"_class_name": ["DDIMScheduler"]}, "_class_name is "),
         ("vae/config.json", {"latent_channels": "4"}, "latent_channels is 4"),
         (SCHEDULER, {"steps_offset": 7}, "does not describe a schedule .steps_offset is 7"),
-        ("vae/config.json", {"shift_factor": 0.1159}, "shift_factor is 0.1159"),
         ("vae/config.json", {"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean is"),
         ("vae/config.json", {"latent_channels": 16}, "needs 4 channels and returns 4, but latents .* have 16"),
         ("unet/config.json", {"in_channels": 9}, "needs 9 channels .* as for inpainting"),

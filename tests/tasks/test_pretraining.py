@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from safetensors.torch import save_file
 
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
@@ -23,6 +25,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
+from featinv_pl.nets.taef2 import AutoencoderTAEF2
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
 from interrupts import Capture
 from test_cli import files
@@ -209,6 +212,24 @@ def test_the_scaling_factor_gives_latents_unit_variance() -> None:
     latents = autoencoder.sample(moments, torch.randn(6, 4, 8, 8))
     assert latents.var().item() == pytest.approx(1, abs=0.05)
     assert json.loads(Path("vae/config.json").read_text())["scaling_factor"] != 0.18215
+
+
+def test_latents_of_taef2_are_measured_once_and_saved_with_the_prior(images: Path) -> None:
+    torch.manual_seed(0)
+    save_file(AutoencoderTAEF2().state_dict(), "taef2.safetensors")
+    settings = {"autoencoder": "taef2.safetensors", "config": UNET}
+    saving = ("--trainer.enable_checkpointing=true", "--trainer.default_root_dir=run")
+    fit("NoisePredictor", images, 3, saving, **settings)
+    shown = torch.stack([FolderImages(images / "train", "train", 16)[index]["images"] for index in range(24)])
+    autoencoder = Prior("noisepredictor").autoencoder
+    latents = autoencoder.sample(autoencoder.encode(shown), torch.zeros(24, 32, 2, 2))
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3), correction=0), torch.ones(32), atol=1e-3, rtol=0)
+
+    first = Path("noisepredictor/vae/config.json").read_bytes()
+    shutil.rmtree(images / "train" / WNIDS[0])  # a resumed run keeps what it was trained with
+    fit("NoisePredictor", images, 4, (*saving, "--ckpt_path=last"), **settings)
+    assert Path("noisepredictor/vae/config.json").read_bytes() == first
 
 
 def test_losses_fall() -> None:

@@ -177,7 +177,7 @@ class Inverter(nn.Module):
             "num_layers": self.control.encoder.config.num_layers,
             "feature_shape": list(self.classifier.feature_shape),
             "transform": self.classifier.transform_name,
-            "scaling_factor": self.prior.autoencoder.scaling_factor,
+            **self.prior.autoencoder.normalisation,
             "schedule": plain(self.prior.schedule.config),
             **self.digests,
         }

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import ModelMixin
 from huggingface_hub import constants, get_session, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
@@ -16,7 +16,7 @@ from featinv_pl.errors import UserError, reason
 from featinv_pl.files import read_bytes, read_json
 from featinv_pl.nets.weights import check_finite
 
-Part = TypeVar("Part", UNet2DConditionModel, AutoencoderKL)
+Part = TypeVar("Part", bound=ModelMixin)
 
 INDEX, SUMS = "model_index.json", "SHA256SUMS"
 SUMMED = (".json", ".safetensors")  # all that a model folder is loaded from

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from safetensors.torch import save_file
@@ -64,7 +64,7 @@ class Prior(Frozen):
 
     def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:
         check_prior(folder, OPTION)
-        self.autoencoder = LatentAutoencoder(load_part(AutoencoderKL, folder / "vae", OPTION))
+        self.autoencoder = LatentAutoencoder.load_folder(folder / "vae", OPTION)
         self.unet = load_part(UNet2DConditionModel, folder / "unet", OPTION)
         self.schedule = read_schedule(folder / SCHEDULER, OPTION)
         if (folder / PROMPTS).is_file():

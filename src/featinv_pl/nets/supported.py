@@ -6,6 +6,7 @@ For errors, `what` is where a configuration comes from, and `option` named it.
 """
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,17 +61,28 @@ def check_prior(folder: Path, option: str) -> None:
 
 
 def check_autoencoder(config: Mapping[str, Any], what: str, option: str) -> int:
-    """Refuse an autoencoder whose latents are shifted or normalised by channel; return how many channels they have."""
-    for name in ("shift_factor", "latents_mean", "latents_std"):
-        if config.get(name):
-            raise UserError(
-                f"{option}: the latents of {what} are not only scaled ({name} is {config[name]}), which is not "
-                "supported. Give a prior of Stable Diffusion's kind, such as lambdalabs/miniSD-diffusers."
-            )
+    """Refuse an autoencoder whose configuration is damaged; return how many channels its latents have."""
     channels = config.get("latent_channels", 4)
-    if not isinstance(channels, int):
-        raise UserError(f"{option}: the configuration of {what} is damaged (latent_channels is {channels}). {ADVICE}")
-    return channels
+    mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+    for name, value, valid in (
+        ("latent_channels", channels, isinstance(channels, int)),
+        ("latents_mean", mean, (mean is None) is (std is None) and _are_numbers(mean, channels)),
+        ("latents_std", std, _are_numbers(std, channels) and all(value > 0 for value in std or [])),
+    ):
+        if not valid:
+            raise UserError(
+                f"{option}: the configuration of {what} is damaged ({name} is {str(value)[:100]}). {ADVICE}"
+            )
+    return int(channels)
+
+
+def _are_numbers(values: Any, count: Any) -> bool:
+    """Whether values are absent, or as many finite numbers."""
+    return values is None or (
+        isinstance(values, list | tuple)
+        and len(values) == count
+        and all(isinstance(value, int | float) and isfinite(value) for value in values)
+    )
 
 
 def check_unet(config: Mapping[str, Any], channels: int, what: str, option: str) -> None:

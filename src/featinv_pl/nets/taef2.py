@@ -1,34 +1,35 @@
-"""TAEF2: the tiny autoencoder of FLUX.2's latents (madebyollin, MIT), which diffusers cannot load yet."""
+"""TAEF2: the tiny autoencoder of FLUX.2's latents (madebyollin, MIT), whose pooled blocks diffusers lacks."""
 
-from pathlib import Path
-from typing import Self
+from typing import Any
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featinv_pl.nets.weights import fill, read_weights
-
-WIDTH, POOLED, LATENT_CHANNELS = 64, 256, 32
+WIDTH, POOLED, LATENT_CHANNELS, STAGES = 64, 256, 32, 3
 BOUND = 3.0  # of the decoder's input
 
 
-class TinyAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class AutoencoderTAEF2(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Encodes images to latents of an eighth of their side, deterministically, and decodes them.
 
+    The weights are those of the published `taef2.safetensors`, whose tensors are named by their place in two sequences.
+
     Args:
-        shift: Mean of each latent channel over a data set, subtracted before scaling; empty for zeros.
-        scale: Standard deviation of each latent channel, by which latents are divided; empty for ones.
+        latents_mean: Mean of each of the 32 latent channels over a data set; None if it has not been measured.
+        latents_std: Standard deviation of each latent channel.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
-    def __init__(self, shift: tuple[float, ...] = (), scale: tuple[float, ...] = ()) -> None:
+    def __init__(self, latents_mean: list[float] | None = None, latents_std: list[float] | None = None) -> None:
         super().__init__()
+        self.register_to_config(latent_channels=LATENT_CHANNELS, block_out_channels=[WIDTH] * (STAGES + 1))
         encoder: list[nn.Module] = [_convolution(3), Block()]
-        for stage in range(3):
-            encoder += [_convolution(bias=False, stride=2), *(Block(pooled=stage == 2) for _ in range(3))]
+        for stage in range(STAGES):
+            encoder += [_convolution(bias=False, stride=2), *(Block(pooled=stage == STAGES - 1) for _ in range(3))]
         decoder: list[nn.Module] = [Bound(), nn.Conv2d(LATENT_CHANNELS, WIDTH, 3, padding=1), nn.ReLU()]
         decoder += [Block(pooled=True) for _ in range(3)]
         for blocks in (3, 3, 1):
@@ -36,30 +37,13 @@ class TinyAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.encoder = nn.Sequential(*encoder, nn.Conv2d(WIDTH, LATENT_CHANNELS, 3, padding=1))
         self.decoder = nn.Sequential(*decoder, nn.Conv2d(WIDTH, 3, 3, padding=1))
 
-    @classmethod
-    def from_file(cls, path: Path, option: str) -> Self:
-        """Load the published file, whose tensors are named by their place in the two sequences.
-
-        Args:
-            path: `taef2.safetensors`.
-            option: The argument that named it, for errors.
-
-        Raises:
-            UserError: It holds other tensors.
-        """
-        model = cls()
-        fill(model, read_weights(path, option), f"autoencoder in '{path}'", option)
-        return model
-
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> AutoencoderTinyOutput:
         """Encode images (B, 3, H, W) in [-1, 1] to latents (B, 32, H / 8, W / 8), not normalised."""
-        latents: Tensor = self.encoder((images + 1) / 2)
-        return latents
+        return AutoencoderTinyOutput(latents=self.encoder((images + 1) / 2))
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> DecoderOutput:
         """Decode latents (B, 32, h, w), not normalised, to images (B, 3, 8h, 8w), about [-1, 1]."""
-        images: Tensor = self.decoder(latents)
-        return 2 * images - 1
+        return DecoderOutput(sample=2 * self.decoder(latents) - 1)
 
 
 class Block(nn.Module):
@@ -89,7 +73,12 @@ class Bound(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map any value to (-3, 3)."""
-        return BOUND * torch.tanh(latents / BOUND)
+        return BOUND * (latents / BOUND).tanh()
+
+
+def is_taef2(weights: dict[str, Any]) -> bool:
+    """Whether tensors are named as in the published file."""
+    return "decoder.0.weight" not in weights and {"encoder.0.weight", "decoder.1.weight"} <= weights.keys()
 
 
 def _convolution(in_channels: int = WIDTH, bias: bool = True, stride: int = 1) -> nn.Conv2d:

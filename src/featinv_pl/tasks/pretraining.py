@@ -28,6 +28,8 @@ from featinv_pl.types import ImageBatch
 
 DROPOUT = 0.1
 """How often the prior trains without its prompt."""
+MEASURED = 1024
+"""Images of which the mean and standard deviation of latents are taken."""
 
 
 class Pretraining(Optimised, ABC):
@@ -174,7 +176,9 @@ class NoisePredictor(Pretraining):
     domain, which a tenth of training drops, as that of Stable Diffusion does.
 
     Args:
-        autoencoder: A folder in diffusers' layout, as fitting an `Autoencoder` writes it.
+        autoencoder: A folder in diffusers' layout, as fitting an `Autoencoder` writes it, or the file of TAEF2. Where
+            its configuration does not say how latents are normalised, their mean and standard deviation by channel are
+            measured on the first training images and saved with the prior.
         config: Arguments of diffusers' UNet2DConditionModel.
         prediction_type: The noise, as Stable Diffusion predicts, or the velocity, which weighs the noisy timesteps
             more, where a feature map has most to say.
@@ -183,6 +187,8 @@ class NoisePredictor(Pretraining):
 
     scalars = ("loss",)
     prompt: Tensor
+    latents: Tensor
+    """(2, channels): mean and standard deviation, where they are measured."""
 
     def __init__(
         self,
@@ -199,8 +205,36 @@ class NoisePredictor(Pretraining):
         self.unet = UNet2DConditionModel(**given)
         width = self.unet.config.cross_attention_dim
         self.register_buffer("prompt", torch.randn(1, width, generator=generator("prompt", width)), persistent=False)
+        if not self.autoencoder.normalised:
+            self.register_buffer("latents", torch.full((2, channels), torch.nan))
         # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.
         self.schedule = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
+
+    def on_fit_start(self) -> None:
+        self._normalise()
+
+    def on_validation_start(self) -> None:
+        self._normalise()
+
+    def _normalise(self) -> None:
+        """Normalise the latents by what a checkpoint says of them, or by what the first training images show."""
+        if self.autoencoder.normalised:
+            return
+        if self.latents.isnan().any():
+            self.latents = self._measured()
+        self.autoencoder.normalise(*self.latents)
+
+    def _measured(self) -> Tensor:
+        loader = cast(Any, self.trainer).datamodule.train_dataloader()
+        count, sums = 0, torch.zeros_like(self.latents, dtype=torch.float64)
+        for batch in loader:
+            mean, _ = self.autoencoder.encode(batch["images"].to(self.device)).double().chunk(2, dim=1)
+            sums += torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3))]) * len(mean)
+            count += len(mean)
+            if count >= MEASURED:
+                break
+        mean, square = self.trainer.strategy.reduce(sums / count, reduce_op="mean")
+        return torch.stack([mean, (square - mean.square()).sqrt()]).float()
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         moments = self.autoencoder.encode(batch["images"])
