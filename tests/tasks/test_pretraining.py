@@ -220,7 +220,7 @@ def test_latents_of_taef2_are_measured_once_and_saved_with_the_prior(images: Pat
     settings = {"autoencoder": "taef2.safetensors", "config": UNET}
     saving = ("--trainer.enable_checkpointing=true", "--trainer.default_root_dir=run")
     fit("NoisePredictor", images, 3, saving, **settings)
-    shown = torch.stack([FolderImages(images / "train", "train", 16)[index]["images"] for index in range(24)])
+    shown = torch.stack([FolderImages(images / "train", "train", 16)[index].images for index in range(24)])
     autoencoder = Prior("noisepredictor").autoencoder
     latents = autoencoder.sample(autoencoder.encode(shown), torch.zeros(24, 32, 2, 2))
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)

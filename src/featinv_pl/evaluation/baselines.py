@@ -91,7 +91,7 @@ class Regression:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Reconstruction:
-        images = self.inverter.prior.autoencoder.decode(self.network(batch["features"]))
+        images = self.inverter.decode(self.network(batch["features"]))
         return cast(Reconstruction, self.inverter.classifier.classify(images))
 
     def _fit(self) -> dict[str, Tensor]:

@@ -130,4 +130,4 @@ class Reconstructions:
     def _ceiling(self, batch: Batch) -> Reconstruction:
         autoencoder, moments = self.inverter.prior.autoencoder, batch["moments"]
         mean = autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
-        return cast(Reconstruction, self.inverter.classifier.classify(autoencoder.decode(mean)))
+        return cast(Reconstruction, self.inverter.classifier.classify(self.inverter.decode(mean)))

@@ -27,6 +27,8 @@ def sampling(inverter: Inverter, precision: str) -> dict[str, Any]:
     networks = (inverter.prior.unet, inverter.prior.autoencoder.vae, inverter.control.controlnet)
     return {
         "control": digest(inverter.control),
+        "preview": digest(inverter.preview) if inverter.preview else None,
+        "previews": inverter.previews,
         "precision": precision,
         "seed": torch.initial_seed(),
         "version": version("featinv-pl"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import digest, weights_digest
@@ -51,6 +52,13 @@ class Inverter(nn.Module):
         conditioning: `spatial` gives the control the whole map; `pooled` its mean, copied to every location,
             which is the paper's comparison.
         sampler: How reconstructions are sampled.
+        preview: A cheap autoencoder of the same latents, which gradients go through in place of the prior's own.
+
+    Attributes:
+        previews: Whether reconstructions are decoded by it, too.
+
+    Raises:
+        UserError: The latents of `preview` have another shape than the prior's.
     """
 
     def __init__(
@@ -61,8 +69,12 @@ class Inverter(nn.Module):
         image_size: int = 256,
         conditioning: Literal["spatial", "pooled"] = "spatial",
         sampler: Sampler = Sampler(),  # noqa: B008
+        preview: LatentAutoencoder | None = None,
     ) -> None:
         super().__init__()
+        if preview is not None:
+            preview.check_latents_of(prior.autoencoder, "`preview_decoder`")
+        self.preview, self.previews = preview, False
         self.classifier, self.prior = classifier, prior
         self.control = FeatureControl(prior.unet, classifier.feature_shape[0], encoder)
         self.image_size, self.conditioning, self.sampler = image_size, conditioning, sampler
@@ -125,7 +137,7 @@ class Inverter(nn.Module):
 
     def decoded_features(self, latents: Tensor) -> Tensor:
         """The feature maps of the images of clean latents, as `condition` returns them. With gradients."""
-        maps, _ = self.classifier(self.prior.autoencoder.decode(latents))
+        maps, _ = self.classifier((self.preview or self.prior.autoencoder).decode(latents))
         return self.condition(maps)
 
     @torch.no_grad()
@@ -154,7 +166,12 @@ class Inverter(nn.Module):
         """Reconstruct one candidate for each feature map from standard normal noise (B, channels, H / f, W / f)."""
         sampler = sampler or self.sampler
         latents = sample(self.denoiser(features, noise, sampler), noise, self.prior.schedule, sampler)
-        return self.prior.autoencoder.decode(latents)
+        return self.decode(latents)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents (B, channels, H / f, W / f) to images (B, 3, H, W), about [-1, 1]."""
+        preview = self.preview if self.previews else None
+        return (preview or self.prior.autoencoder).decode(latents)
 
     @cached_property
     def digests(self) -> dict[str, str]:

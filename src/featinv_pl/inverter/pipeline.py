@@ -16,6 +16,7 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.identity import differences
 from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import keep_products_in
@@ -24,7 +25,7 @@ from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.types import Observation, to_uint8
 
-CLASSIFIER, PRIOR = "backbone", "prior"
+CLASSIFIER, PRIOR, PREVIEW = "backbone", "prior", "preview"
 OPTION = "`model`"
 Side = Annotated[int, Field(ge=8, le=4096)]  # of an image, in pixels
 
@@ -89,6 +90,7 @@ class FeatInvPipeline:
             index["image_size"],
             index["conditioning"],
             sampler,
+            LatentAutoencoder.load_folder(folder / PREVIEW, OPTION) if (folder / PREVIEW).is_dir() else None,
         )
         check_sums(folder, OPTION)
         if different := differences({**contents, **index["digests"]}, inverter.identity()):
@@ -110,6 +112,8 @@ class FeatInvPipeline:
             classifier.save_pretrained(folder / CLASSIFIER)
         if Path(prior.source).exists():
             prior.save_pretrained(folder / PRIOR)
+        if self.inverter.preview is not None:
+            self.inverter.preview.vae.save_pretrained(folder / PREVIEW)
         (folder / INDEX).write_text(json.dumps(self.index(), indent=2) + "\n")
         write_sums(folder)
 

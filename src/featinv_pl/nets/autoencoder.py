@@ -111,6 +111,16 @@ class LatentAutoencoder(Frozen):
         parts = unscaled.split(max(1, DECODED_AT_ONCE // pixels))
         return torch.cat([self.vae.decode(part).sample for part in parts])
 
+    def check_latents_of(self, other: "LatentAutoencoder", option: str) -> None:
+        """Refuse another autoencoder than one for the same latents, as far as their shape tells."""
+        ours, theirs = ((one.latent_channels, one.downsampling) for one in (self, other))
+        if ours != theirs:
+            raise UserError(
+                f"{option}: its latents have {ours[0]} channels at 1/{ours[1]} of the image's side, and the prior's "
+                f"{theirs[0]} at 1/{theirs[1]}. Give a decoder of the prior's latents, such as madebyollin/taesd for "
+                "Stable Diffusion 1, or fit a TinyAutoencoder."
+            )
+
     @property
     def normalisation(self) -> dict[str, Any]:
         """How latents are normalised, as JSON values, for the identity of an inverter."""

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.identity import IDENTITY, check_checkpoint, check_control, check_shards, fill_control
 from featinv_pl.inverter.inverter import Execution, Inverter
+from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import keep_products_in
@@ -69,6 +70,9 @@ class FeatureInversion(Optimised):
         optimizer: Factory of the optimizer of the control.
         lr_scheduler: Factory of a learning rate schedule, advanced every step.
         execution: How the networks are executed.
+        preview_decoder: A cheap autoencoder of the prior's latents, such as TAESD or what fitting a `TinyAutoencoder`
+            writes. Gradients of refinement and of the consistency term go through its decoder, and validation within
+            `fit` decodes by it; `validate` and `test` decode by the prior's own.
     """
 
     def __init__(
@@ -87,10 +91,12 @@ class FeatureInversion(Optimised):
         optimizer: OptimizerCallable = AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         execution: Execution = Execution(),  # noqa: B008
+        preview_decoder: str | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         classifier = Backbone.of(backbone, weights, layer, input_size)
-        self.inverter = Inverter(classifier, Prior(prior), encoder, image_size, conditioning, sampler)
+        preview = LatentAutoencoder.load(preview_decoder, "`preview_decoder`") if preview_decoder else None
+        self.inverter = Inverter(classifier, Prior(prior), encoder, image_size, conditioning, sampler, preview)
         if adapt is not None:
             check_control(adapt.control, self.inverter, "`adapt.control`")
             encoder_alone = adapt.train == "encoder"
@@ -172,6 +178,12 @@ class FeatureInversion(Optimised):
         if self.trainer.precision in MIXED:
             _ = self.inverter.digests  # of the weights before they are converted
             keep_products_in(self.inverter.prior, MIXED[self.trainer.precision])
+
+    def on_fit_start(self) -> None:
+        self.inverter.previews = True
+
+    def on_fit_end(self) -> None:
+        self.inverter.previews = False
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Free gradients once they are used: Lightning would hold them through the next forward pass."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import timm
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn import ModuleDict, functional
@@ -167,6 +167,37 @@ class Autoencoder(Pretraining):
         """Write diffusers' layout, with the factor that scales latents to unit variance."""
         self.vae.register_to_config(scaling_factor=float(self.latent_variance.rsqrt()))
         self.vae.save_pretrained(folder)
+
+
+class TinyAutoencoder(Pretraining):
+    """Distils an autoencoder into diffusers' AutoencoderTiny, as TAESD is made: a cheap decoder of the same latents.
+
+    Args:
+        autoencoder: A folder in diffusers' layout, or a prior whose autoencoder it is.
+        config: Arguments of AutoencoderTiny, with a width for each resolution of the autoencoder.
+        kwargs: Optimizer and learning rate schedule, as for `Optimised`.
+    """
+
+    scalars = ("loss", "images", "latents")
+
+    def __init__(self, autoencoder: str, config: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.autoencoder = LatentAutoencoder.load(autoencoder)
+        self.tiny = AutoencoderTiny(**{"latent_channels": self.autoencoder.latent_channels, **config})
+        LatentAutoencoder(self.tiny).check_latents_of(self.autoencoder, "`config`")
+        self.tiny.requires_grad_(True).train()
+
+    def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """Absolute errors of images that both decode from the same latents, and of the latents of images."""
+        moments = self.autoencoder.encode(batch["images"])
+        noise = keyed_noise(batch["key"], moments.chunk(2, dim=1)[0].shape[1:], *identity).to(moments)
+        latents = self.autoencoder.sample(moments, noise)
+        decoded = functional.l1_loss(self.tiny.decode(latents).sample, self.autoencoder.decode(latents))
+        encoded = functional.l1_loss(self.tiny.encode(batch["images"]).latents, latents)
+        return {"loss": decoded + encoded, "images": decoded, "latents": encoded}
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.tiny.save_pretrained(folder)
 
 
 class NoisePredictor(Pretraining):
