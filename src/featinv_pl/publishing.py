@@ -19,6 +19,7 @@ from featinv_pl.inverter.identity import check_checkpoint, fill_control
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets import ldm
+from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import digest
@@ -46,7 +47,7 @@ def export(run: Path, folder: Path) -> str:
     state = read_checkpoint(checkpoint, "RUN")
     settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
     try:
-        recipe, (seed, backbone, prior, parts) = _recipe(settings, state["global_step"]), _parts(settings)
+        recipe, (seed, backbone, prior, preview, parts) = _recipe(settings, state["global_step"]), _parts(settings)
     except (ValidationError, LookupError, TypeError, AttributeError) as error:  # of a file that was edited
         raise UserError(
             f"RUN: '{home / CONFIGURATION}' does not configure a FeatureInversion as `fit` saves one "
@@ -54,7 +55,8 @@ def export(run: Path, folder: Path) -> str:
         ) from error
     if type(seed) is int:  # that of random weights of a classifier
         torch.manual_seed(seed)
-    inverter = Inverter(Backbone(*backbone), Prior(prior), *parts)
+    decoder = LatentAutoencoder.load(preview, "RUN") if preview else None
+    inverter = Inverter(Backbone(*backbone), Prior(prior), *parts, preview=decoder)
     check_checkpoint(state, inverter, f"RUN: '{checkpoint}'")
     fill_control(inverter, state["state_dict"], f"RUN: '{checkpoint}'")
     tested = _tested(home, checkpoint, digest(inverter.control))
@@ -115,8 +117,8 @@ def _only_checkpoint(run: Path) -> Path:
     return found[0]
 
 
-def _parts(settings: Any) -> tuple[Any, list[Any], str, tuple[Any, ...]]:
-    """Seed, arguments of the classifier, prior, and further arguments of the inverter of a saved configuration."""
+def _parts(settings: Any) -> tuple[Any, list[Any], str, str | None, tuple[Any, ...]]:
+    """Seed, arguments of the classifier, prior, preview decoder, and further arguments of the inverter of a saved configuration."""
     if not settings["model"]["class_path"].endswith(".FeatureInversion"):
         raise TypeError(f"model: {settings['model']['class_path']}")
     options = settings["model"]["init_args"]
@@ -124,7 +126,7 @@ def _parts(settings: Any) -> tuple[Any, list[Any], str, tuple[Any, ...]]:
     encoder, sampler = Encoder(**options.get("encoder", older)), Sampler.from_fields(options["sampler"])
     classifier = [options[name] for name in ("backbone", "weights", "layer", "input_size")]
     others = encoder, options["image_size"], options["conditioning"], sampler
-    return settings["seed_everything"], classifier, options["prior"], others
+    return settings["seed_everything"], classifier, options["prior"], options.get("preview_decoder"), others
 
 
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:

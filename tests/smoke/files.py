@@ -14,7 +14,14 @@ from smoke.parts import NETWORKS
 SHIPPED = Path(__file__).parents[2] / "experiments"
 DEBUG = "debug.yaml"
 PRETRAINED = (
-    *("digits/classifier", "digits/autoencoder", "digits/prior", "study/digits/prior", "study/digits/judge"),
+    *(
+        "digits/classifier",
+        "digits/autoencoder",
+        "digits/prior",
+        "digits/preview",
+        "study/digits/prior",
+        "study/digits/judge",
+    ),
     *("cifar10/classifier", "cifar10/judge", "cifar10/autoencoder", "cifar10/prior"),
     *("own/classifier", "own/autoencoder", "own/prior"),
 )

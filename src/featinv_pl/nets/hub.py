@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,12 +55,17 @@ def load_part(kind: type[Part], folder: Path, option: str) -> Part:
         raise UserError(f"{option}: '{folder}' could not be loaded: its weights are in several files. Save one file.")
     # Old folders hold a pickle alone, which diffusers reads as tensors only.
     safe = not any(folder.glob("*.bin")) or any(folder.glob("*.safetensors"))
+    heard = logging.getLogger("diffusers.configuration_utils")  # warns of entries that diffusers itself has written
+    level = heard.level
+    heard.setLevel(logging.ERROR)
     try:
         network, report = kind.from_pretrained(
             folder, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # a hostile configuration can raise anything
         raise UserError(f"{option}: '{folder}' could not be loaded as {kind.__name__}: {reason(error)}") from error
+    finally:
+        heard.setLevel(level)
     if missing := report["missing_keys"]:
         raise UserError(
             f"{option}: '{folder}' lacks {len(missing)} weights of {kind.__name__}, such as {missing[0]}. "
