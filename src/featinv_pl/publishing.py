@@ -117,8 +117,8 @@ def _only_checkpoint(run: Path) -> Path:
     return found[0]
 
 
-def _parts(settings: Any) -> tuple[Any, list[Any], str, str | None, tuple[Any, ...]]:
-    """Seed, arguments of the classifier, prior, preview decoder, and further arguments of the inverter of a saved configuration."""
+def _parts(settings: Any) -> tuple[Any, list[Any], str, str | None, tuple[Encoder, int, Any, Sampler]]:
+    """Seed, classifier, prior, preview decoder and further arguments of the inverter of a saved configuration."""
     if not settings["model"]["class_path"].endswith(".FeatureInversion"):
         raise TypeError(f"model: {settings['model']['class_path']}")
     options = settings["model"]["init_args"]
