@@ -64,7 +64,7 @@ def test_exported_control_is_that_of_the_run(run: Path, exported: Path) -> None:
     assert (pipeline.inverter.sampler.steps, pipeline.inverter.image_size) == (10, 32)
 
 
-def test_folder_is_complete_safe_and_described(exported: Path, classifier_folder: Path) -> None:
+def test_folder_is_complete_safe_and_described(run: Path, exported: Path, classifier_folder: Path) -> None:
     names = {path.relative_to(exported).as_posix() for path in exported.rglob("*") if path.is_file()}
     weights = "diffusion_pytorch_model.safetensors"
     parts = {"backbone/model.safetensors", f"prior/unet/{weights}", "prior/prompts.safetensors"}
@@ -76,7 +76,11 @@ def test_folder_is_complete_safe_and_described(exported: Path, classifier_folder
     for words in ("`test_resnet` at 32 pixels", "a map of 8x4x4", "Steps | 2", "lr 0.005", "| clean |", "0.15"):
         assert words in card
     assert "Min-SNR weights, cut at | 5.0" in card
-    assert "| test set | cosine | agreement@1 | agreement@5 |\n" in card
+    scores = json.loads((run / "metrics.json").read_text())["scores"]["clean"]
+    values = [scores[method]["cosine"]["value"] for method in ("floor", "inversion", "ceiling")]
+    assert f"| clean | cosine | {' | '.join(f'{value:.4f}' for value in values)} |\n" in card
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (head["pipeline_tag"], head["license"], "base_model" in head) == ("image-to-image", "other", False)
     assert "* no fid and kid: 'weights-inception" in card
     assert str(classifier_folder) not in card + json.dumps(index)
 
@@ -106,7 +110,7 @@ def test_scores_of_other_weights_are_left_out(run: Path, capsys: pytest.CaptureF
         main([*shlex.split(command), "--trainer.limit_test_batches=1"])
     main(["export", str(home), "again"])
     scores = json.loads((home / "metrics.json").read_text())["scores"]
-    assert f"| clean | {scores['clean']['inversion']['cosine']['value']:.4f} |" in Path("again/README.md").read_text()
+    assert f"| {scores['clean']['inversion']['cosine']['value']:.4f} |" in Path("again/README.md").read_text()
     assert "no scores" not in capsys.readouterr().err
 
 
@@ -125,7 +129,7 @@ def test_a_classifier_with_random_weights_is_exported(prior_folder: Path) -> Non
 def test_export_of_several_checkpoints_wants_one(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     home = Path(shutil.copytree(run, "twice"))
     shutil.copy(home / "inversion.ckpt", home / "last.ckpt")
-    found = "RUN: 'twice' holds 2 checkpoints: twice/inversion.ckpt, twice/last.ckpt. Give the one"
+    found = "RUN: 'twice' holds 2 checkpoints: twice/inversion.ckpt, twice/last.ckpt. Give one of"
     refused(["export", "twice", "out"], capsys, found)
     assert not Path("out").exists()
     main(["export", "twice/last.ckpt", "out"])

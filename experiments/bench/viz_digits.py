@@ -22,7 +22,8 @@ from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_
 from featinv_pl.explore.exploration import Samples, read_samples
 from featinv_pl.explore.pairs import Mode, interpolate
 from featinv_pl.explore.steering import Steering, steer
-from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.inverter.outputs import as_picture
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.pages.page import Report, Section, Tile, prediction
 from featinv_pl.publishing import export
 from featinv_pl.sampling.noise import generator

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NUM_IMAGES = 2000
 BOX = "TOP,LEFT,HEIGHT,WIDTH"
-MODEL = "a folder that `export` or `import` wrote, or its hub name"
+MODEL = "a folder that `export` or `import` wrote, its hub name, or a run of `fit` or a checkpoint in it"
 OUT = "the folder for what the command writes"
 CONCEPTS = "a folder that `featinv-pl concepts` wrote"
 
@@ -139,10 +139,11 @@ def _app(parser: ArgumentParser, args: list[str]) -> None:
 def _export(parser: ArgumentParser, args: list[str]) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run of `fit`, or a checkpoint in it")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    parser.add_argument("--license", metavar="ID", help="of the weights, as the hub calls it (that of a known prior)")
     options = parser.parse_args(args)
     from featinv_pl.publishing import export
 
-    print(export(options.run, options.out))
+    print(export(options.run, options.out, options.license))
 
 
 def _import(parser: ArgumentParser, args: list[str]) -> None:
@@ -247,10 +248,15 @@ def parse_pictures(
 
 
 def add_sampler(parser: ArgumentParser) -> None:
-    """An option for each field of `Sampler`, and for the precision."""
+    """An option for each field of `Sampler`, for the device and for the precision."""
     from featinv_pl.sampling.sampler import Sampler
 
-    parser.add_argument("--precision", choices=("32", "bf16"), default="32", help="bf16 is faster, and rounds")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (a GPU, if there is one)")
+    parser.add_argument(
+        "--precision",
+        choices=("32", "bf16", "16"),
+        help="of sampling; 16 bits are faster, and round (bf16 on CUDA, 32 elsewhere)",
+    )
     group = parser.add_argument_group("sampler", "How images are sampled; what is not given is as in the model folder.")
     _add_fields(group, Sampler, "--sampler")
 
@@ -292,13 +298,15 @@ def changed(sampler: "Sampler", options: Namespace) -> "Sampler":
 
 
 def load_pipeline(model: str, options: Namespace) -> "FeatInvPipeline":
-    """A model folder or hub name on the GPU, if there is one, with the sampler and precision that options give."""
+    """An inverter on the GPU, if there is one, with the sampler, device and precision that options give."""
     import torch
 
     from featinv_pl.inverter.pipeline import FeatInvPipeline
 
-    dtype = torch.bfloat16 if options.precision == "bf16" else None
-    pipeline = FeatInvPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu", dtype)
+    dtypes = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16, None: None}
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with renamed("source", "model"):
+        pipeline = FeatInvPipeline.from_pretrained(model, torch_dtype=dtypes[options.precision], device=device)
     pipeline.inverter.sampler = changed(pipeline.inverter.sampler, options)
     return pipeline
 

@@ -3,64 +3,42 @@
 import logging
 import shlex
 from collections import Counter
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-from jinja2 import Environment, StrictUndefined
-from pydantic import ValidationError
-
-from featinv_pl.data.shards.manifest import one_line
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.results import INVERSION, METRICS, Document, read_document
-from featinv_pl.files import atomic, read_yaml
-from featinv_pl.inverter.identity import check_checkpoint, fill_control
+from featinv_pl.evaluation.results import CEILING, FLOOR, INVERSION, METRICS, Document, read_document
 from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.inverter.model_folder import Facts, Measured
 from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.inverter.runs import CONFIGURATION, Run
 from featinv_pl.nets import ldm
-from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
-from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.weights import read_checkpoint, read_weights
-from featinv_pl.sampling.sampler import AUTHORS, Sampler
+from featinv_pl.sampling.sampler import AUTHORS
 
-CONFIGURATION = "fit.yaml"
 HALF_PRECISION = 1e-3  # relative; what storing weights in fp16 or bf16 costs
+METHODS = (INVERSION, FLOOR, CEILING)
 SHOWN_SCORES = ("cosine", "agreement@1", "agreement@5", "fid")
 logger = logging.getLogger("featinv_pl")
 
 
-def export(run: Path, folder: Path) -> str:
+def export(run: Path, folder: Path, license: str | None = None) -> str:
     """Write the inverter of a run as a new model folder with a model card, and return a summary.
 
     The run is the folder of a `fit`, which holds `fit.yaml`, a checkpoint and, once tested, `metrics.json`; or one of
-    several checkpoints in it.
+    several checkpoints in it. The card states the licence, an identifier of the hub, or that of a known prior.
     """
     _refuse_existing(folder)
-    checkpoint = run if run.is_file() else _only_checkpoint(run)
-    home = next((parent for parent in checkpoint.parents if (parent / CONFIGURATION).is_file()), None)
-    if home is None:
-        raise UserError(f"RUN: no {CONFIGURATION} beside or above '{checkpoint}'. Give a run of `featinv-pl fit`.")
-    state = read_checkpoint(checkpoint, "RUN")
-    settings = read_yaml(home / CONFIGURATION, "RUN", "Give a run of `featinv-pl fit`.")
-    try:
-        recipe, (seed, backbone, prior, preview, parts) = _recipe(settings, state["global_step"]), _parts(settings)
-    except (ValidationError, LookupError, TypeError, AttributeError) as error:  # of a file that was edited
-        raise UserError(
-            f"RUN: '{home / CONFIGURATION}' does not configure a FeatureInversion as `fit` saves one "
-            f"({type(error).__name__}: {one_line(error)}). Give a run of `featinv-pl fit`."
-        ) from error
-    if type(seed) is int:  # that of random weights of a classifier
-        torch.manual_seed(seed)
-    decoder = LatentAutoencoder.load(preview, "RUN") if preview else None
-    inverter = Inverter(Backbone(*backbone), Prior(prior), *parts, preview=decoder)
-    check_checkpoint(state, inverter, f"RUN: '{checkpoint}'")
-    fill_control(inverter, state["state_dict"], f"RUN: '{checkpoint}'")
-    tested = _tested(home, checkpoint, digest(inverter.control))
-    return _write(inverter, folder, recipe, tested)
+    found = Run.find(run, "RUN")
+    inverter = found.inverter("RUN")
+    tested = _tested(found.home, found.checkpoint, digest(inverter.control))
+    step = read_checkpoint(found.checkpoint, "RUN", map_location="meta")["global_step"]
+    with found.as_saved("RUN"):
+        recipe = _recipe(found.settings, step)
+    return _write(inverter, folder, recipe, tested, license)
 
 
 def import_official(
@@ -107,28 +85,6 @@ def _refuse_existing(folder: Path) -> None:
         raise UserError(f"OUT: '{folder}' exists, and is left as it is. Choose a new folder.")
 
 
-def _only_checkpoint(run: Path) -> Path:
-    found = sorted(run.rglob("*.ckpt"))
-    if not found:
-        raise UserError(f"RUN: '{run}' holds no checkpoint. Give a run of `featinv-pl fit`.")
-    if len(found) > 1:
-        names = ", ".join(map(str, found))
-        raise UserError(f"RUN: '{run}' holds {len(found)} checkpoints: {names}. Give the one to export as RUN.")
-    return found[0]
-
-
-def _parts(settings: Any) -> tuple[Any, list[Any], str, str | None, tuple[Encoder, int, Any, Sampler]]:
-    """Seed, classifier, prior, preview decoder and further arguments of the inverter of a saved configuration."""
-    if not settings["model"]["class_path"].endswith(".FeatureInversion"):
-        raise TypeError(f"model: {settings['model']['class_path']}")
-    options = settings["model"]["init_args"]
-    older = {name: options[name] for name in ("hidden_channels", "num_layers") if name in options}
-    encoder, sampler = Encoder(**options.get("encoder", older)), Sampler.from_fields(options["sampler"])
-    classifier = [options[name] for name in ("backbone", "weights", "layer", "input_size")]
-    others = encoder, options["image_size"], options["conditioning"], sampler
-    return settings["seed_everything"], classifier, options["prior"], options.get("preview_decoder"), others
-
-
 def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
     """The scores of the exported weights, given by their digest; without them, None and advice in the log."""
     reason = "has no scores"
@@ -149,6 +105,7 @@ def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
 
 
 def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
+    """The training, for the model card."""
     model, data = settings["model"]["init_args"], settings.get("data") or {}
     objective = model.get("objective", model)  # older runs have its options among the model's
     optimizer = model["optimizer"]
@@ -166,27 +123,25 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
     }
 
 
-def _write(inverter: Inverter, folder: Path, recipe: dict[str, str], tested: Document | None = None) -> str:
-    found = tested["scores"] if tested else {}
-    table = {one: found[one][INVERSION] for one in sorted(found) if "/" not in one}
-    names = [name for name in SHOWN_SCORES if any(name in scores for scores in table.values())]
-    pipeline = FeatInvPipeline(inverter)
-    template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
-        files("featinv_pl.inverter").joinpath("model_card.md").read_text()
-    )
-    card = template.render(
-        name=folder.name,
-        index=pipeline.index(),
-        shape="x".join(map(str, inverter.classifier.feature_shape)),
-        recipe=recipe,
-        names=names,
-        scores={
-            one: [scores[name]["value"] if name in scores else None for name in names] for one, scores in table.items()
-        },
-        notes=tested["notes"] if tested else [],
-    )
-    with atomic(folder) as partial:
-        pipeline.save_pretrained(partial)
-        (partial / "README.md").write_text(card)
+def _write(
+    inverter: Inverter,
+    folder: Path,
+    recipe: dict[str, str],
+    tested: Document | None = None,
+    license: str | None = None,
+) -> str:
+    """Write the folder atomically, and return a summary."""
+    facts = Facts(recipe, _measured(tested), tested["notes"] if tested else (), license)
+    FeatInvPipeline(inverter).save_pretrained(folder, facts)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR"
+
+
+def _measured(tested: Document | None) -> list[Measured]:
+    """The scores of a model card, of complete test sets."""
+    return [
+        Measured(test_set, score, *(methods.get(one, {}).get(score, {}).get("value") for one in METHODS))
+        for test_set, methods in sorted(tested["scores"].items() if tested else ())
+        for score in SHOWN_SCORES
+        if "/" not in test_set and score in methods[INVERSION]
+    ]

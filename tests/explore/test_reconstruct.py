@@ -42,7 +42,8 @@ def test_command_writes_pictures_and_a_sheet(
     original = pipeline.classify(pipeline.crop([Image.open(pictures[2])]))
     reconstructed = pipeline.reconstruct(original["features"][0], num_samples=2, seed=3)
     saved = pipeline.crop([Image.open(f"out/grey-{number}.png") for number in range(2)])
-    assert torch.equal(to_uint8(saved), to_uint8(reconstructed))
+    # Sums are ordered differently in other batches.
+    assert (to_uint8(saved).int() - to_uint8(reconstructed).int()).abs().max() <= 1
     cosines = torch.cosine_similarity(pipeline.classify(saved)["features"], original["features"])
     means = [sample["cosine"] for sample in facts[2]["samples"]]
     assert means == pytest.approx(cosines.mean((1, 2)).tolist(), abs=1e-4)
@@ -62,7 +63,7 @@ def test_command_samples_as_its_options_say(inverter_folder: Path, pictures: lis
         main([*command, name, *options])
     own, half, more = (np.asarray(Image.open(f"{name}/noise-0.png"), dtype=int) for name in ("own", "half", "more"))
     assert 0 < np.abs(own - half).mean() < 4  # of 255
-    [[expected]] = FeatInvPipeline.from_pretrained(inverter_folder).with_sampler(steps=3)(Image.open(pictures[0]))
+    [expected] = FeatInvPipeline.from_pretrained(inverter_folder).with_sampler(steps=3)(pictures[0]).images
     assert np.array_equal(more, np.asarray(expected))
     assert not np.array_equal(more, own)
 

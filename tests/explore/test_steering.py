@@ -46,9 +46,10 @@ def test_scores_and_classes_are_those_of_the_images(
     for step, strength in enumerate(strengths):
         edited = features[0] + strength * difference.directions[1]
         views = pipeline.classify(pipeline.reconstruct(edited, 2, seed=5))  # the same noise at each
-        assert torch.equal(to_uint8(images[step]), to_uint8(views["images"]))
-        torch.testing.assert_close(logits[step], views["logits"])
-        torch.testing.assert_close(found.scores[step], difference.score(views["features"], EVERYWHERE)[:, 1])
+        assert (to_uint8(images[step]).int() - to_uint8(views["images"]).int()).abs().max() <= 1  # in another batch
+        torch.testing.assert_close(logits[step], views["logits"], rtol=0, atol=1e-2)
+        score = difference.score(views["features"], EVERYWHERE)[:, 1]
+        torch.testing.assert_close(found.scores[step], score, rtol=0, atol=1e-2)
     assert not torch.equal(images[0], images[-1])
     assert not torch.equal(images[:, 0], images[:, 1])
     ranks = [spearmanr(strengths, found.scores[:, sample]).statistic for sample in (0, 1)]

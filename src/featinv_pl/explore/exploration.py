@@ -1,6 +1,6 @@
 """What explorations share: maps of real images, pictures classified, changed maps reconstructed, regions of maps."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -11,13 +11,13 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-from torch.utils.data import default_collate
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import Sample
 from featinv_pl.errors import UserError
-from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.inverter.outputs import as_picture
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.pages.page import Report, Tile, open_picture, prediction
 from featinv_pl.types import Observation, predicted
 
@@ -125,14 +125,17 @@ def classify(pipeline: FeatInvPipeline, pictures: Sequence[Image.Image]) -> Obse
 
 
 def reconstruct_maps(
-    pipeline: FeatInvPipeline, maps: Iterable[Tensor], num_samples: int = 1, seed: int = 0
+    pipeline: FeatInvPipeline, maps: Tensor | Sequence[Tensor], num_samples: int = 1, seed: int = 0
 ) -> Observation:
     """Reconstruct each of S maps (C, h, w) n times, all from the same noise, and classify the images as bytes.
 
     On the CPU come images (S, n, 3, H, W) in [-1, 1], features (S, n, C, h, w) and logits (S, n, K).
     """
-    found = [_on_cpu(pipeline.classify(pipeline.reconstruct(one, num_samples, seed))) for one in maps]
-    return cast(Observation, default_collate(found))
+    found = pipeline.classify(pipeline.reconstruct(torch.stack([*maps]), num_samples, seed))
+    images, features, logits = (
+        one.unflatten(0, (-1, num_samples)) for one in (found["images"], found["features"], found["logits"])
+    )
+    return _on_cpu({"images": images, "features": features, "logits": logits})
 
 
 def _on_cpu(seen: Observation) -> Observation:

@@ -21,7 +21,8 @@ from featinv_pl.explore.exploration import (
     refuse_other_backbone,
     tile,
 )
-from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.inverter.outputs import as_picture
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.pages.page import (
     RED,
     Section,
@@ -87,7 +88,7 @@ class Interpolation(Exploration):
             "measured on the reconstructions."
         )
         if self.real is None:
-            return f"{text} No step is flagged, for lack of real images to compare with (--real)."
+            return f"{text} No step is flagged, for lack of real images to compare with (`real`)."
         low, high = (f"{limit:.3f}" for limit in self.real)
         text += f" The real images' cosines to the most similar other one lie between {low} and {high} (98 %);"
         return f"{text} {sum(self.flags)} steps lie below, in red."

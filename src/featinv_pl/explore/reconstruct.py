@@ -9,17 +9,18 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm import tqdm
 
 from featinv_pl.explore.exploration import classify, reconstruct_maps
 from featinv_pl.files import write_bytes
-from featinv_pl.inverter.pipeline import FeatInvPipeline, as_picture
+from featinv_pl.inverter.outputs import as_picture
+from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.pages.page import Report, Section, Tile, listed_classes, overlay, prediction, top_classes, unique_names
 from featinv_pl.types import Observation, predicted
 
 SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
 SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
 LARGEST_PICTURE = 512  # pixels of a side
+AT_ONCE = 64  # pictures whose reconstructions are in memory
 
 
 def reconstruct(
@@ -32,21 +33,24 @@ def reconstruct(
     folder.mkdir(parents=True, exist_ok=True)
     rows, facts, scored = [], [], []
     stems = unique_names([path.stem for path in paths])
-    for path, stem, picture in tqdm(list(zip(paths, stems, pictures, strict=True)), "reconstruct", unit="picture"):
-        original = classify(pipeline, [picture])
+    for start in range(0, len(paths), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        original = classify(pipeline, pictures[part])
         found = reconstruct_maps(pipeline, original["features"], num_samples, seed)
-        [images], [features], [logits] = found["images"], found["features"], found["logits"]
-        shown, expected = as_picture(original["images"][0]), prediction(original["logits"][0])
-        cosines = cosine_similarity(features, original["features"]).mean((1, 2)).tolist()
-        row, samples = [Tile(shown, f"{stem}\n{expected}")], []
-        for number, (image, cosine, name) in enumerate(zip(images, cosines, map(prediction, logits), strict=True)):
-            row.append(Tile(as_picture(image), f"cosine {cosine:.3f}\n{name}"))
-            row[-1].picture.save(folder / f"{stem}-{number}.png")
-            samples.append({"file": f"{stem}-{number}.png", "cosine": round(cosine, 4), "prediction": name})
-            scored.append((cosine, name == expected))
-        heats, measured = fidelity(shown, original["features"], images, features)
-        rows.append([*row, *heats])
-        facts.append({"picture": str(path), "prediction": expected, "samples": samples, **measured})
+        for number, (path, stem) in enumerate(zip(paths[part], stems[part], strict=True)):
+            images, features, logits = found["images"][number], found["features"][number], found["logits"][number]
+            target = original["features"][number, None]
+            shown, expected = as_picture(original["images"][number]), prediction(original["logits"][number])
+            cosines = cosine_similarity(features, target).mean((1, 2)).tolist()
+            row, samples = [Tile(shown, f"{stem}\n{expected}")], []
+            for sample, (image, cosine, name) in enumerate(zip(images, cosines, map(prediction, logits), strict=True)):
+                row.append(Tile(as_picture(image), f"cosine {cosine:.3f}\n{name}"))
+                row[-1].picture.save(folder / f"{stem}-{sample}.png")
+                samples.append({"file": f"{stem}-{sample}.png", "cosine": round(cosine, 4), "prediction": name})
+                scored.append((cosine, name == expected))
+            heats, measured = fidelity(shown, target, images, features)
+            rows.append([*row, *heats])
+            facts.append({"picture": str(path), "prediction": expected, "samples": samples, **measured})
     _sheet(rows).save(folder / SHEET)
     write_bytes(folder / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
     mean, same = (sum(column) / len(scored) for column in zip(*scored, strict=True))

@@ -17,7 +17,7 @@ from featinv_pl.nets.frozen import digest, weights_digest
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.noise import keyed_noise
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.sampling.solvers import Denoiser, refined, sample, weighted, within
+from featinv_pl.sampling.solvers import Denoiser, OnStep, refined, sample, weighted, within
 
 RECOMPILATIONS = 32  # UNet and ControlNet share functions of diffusers, compiled for each batch size and for any
 
@@ -141,16 +141,23 @@ class Inverter(nn.Module):
         return self.condition(maps)
 
     @torch.no_grad()
-    def reconstruct(self, features: Tensor, keys: list[str], seed: int, sampler: Sampler | None = None) -> Tensor:
+    def reconstruct(
+        self,
+        features: Tensor,
+        keys: list[str],
+        seed: int,
+        sampler: Sampler | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
         """Reconstruct images (B, 3, H, W), about [-1, 1], from feature maps (B, C, h, w).
 
         Keys, one for each map, decide its noise together with the seed. Of several candidates, the one with the most
-        similar map is kept. A `sampler` replaces the inverter's own.
+        similar map is kept. A `sampler` replaces the inverter's own; `on_step` sees every step of every candidate.
         """
         sampler = sampler or self.sampler
         shape = self.prior.latent_grid(self.image_size)
         candidates = [
-            self.reconstruct_from(features, keyed_noise(names, shape, seed).to(features), sampler)
+            self.reconstruct_from(features, keyed_noise(names, shape, seed).to(features), sampler, on_step)
             for names in (keys, *([f"{key} candidate {n}" for key in keys] for n in range(1, sampler.best_of)))
         ]
         if len(candidates) == 1:
@@ -162,10 +169,12 @@ class Inverter(nn.Module):
         return torch.stack(candidates)[best, torch.arange(len(best), device=best.device)]
 
     @torch.no_grad()
-    def reconstruct_from(self, features: Tensor, noise: Tensor, sampler: Sampler | None = None) -> Tensor:
+    def reconstruct_from(
+        self, features: Tensor, noise: Tensor, sampler: Sampler | None = None, on_step: OnStep | None = None
+    ) -> Tensor:
         """Reconstruct one candidate for each feature map from standard normal noise (B, channels, H / f, W / f)."""
         sampler = sampler or self.sampler
-        latents = sample(self.denoiser(features, noise, sampler), noise, self.prior.schedule, sampler)
+        latents = sample(self.denoiser(features, noise, sampler), noise, self.prior.schedule, sampler, on_step)
         return self.decode(latents)
 
     def decode(self, latents: Tensor) -> Tensor:

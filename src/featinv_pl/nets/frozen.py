@@ -1,7 +1,7 @@
 """Networks that never train."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -29,9 +29,15 @@ def keep_products_in(module: nn.Module, dtype: torch.dtype) -> None:
 
     Autocast would convert frozen weights at every use. Results are the same, with half the memory.
     """
+    for weight in products(module):
+        weight.data = weight.data.to(dtype)
+
+
+def products(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The weights of linear layers and convolutions, which autocast computes with in its own dtype."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv2d)):
-            part.to(dtype)
+            yield from part.parameters(recurse=False)
 
 
 def digest(module: nn.Module) -> str:

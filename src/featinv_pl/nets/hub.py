@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers import ModelMixin
-from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub import HfApi, constants, get_session, snapshot_download
 from huggingface_hub.errors import GatedRepoError
 
 from featinv_pl.errors import UserError, reason
@@ -25,13 +25,15 @@ PATIENCE = 6.0  # seconds in which the hub must answer
 HUB_DUPLICATES = ["*.fp16.*", "*non_ema*", "*.msgpack", "*.onnx"]
 
 
-def find_folder(source: str, files: list[str], option: str) -> Path:
+def find_folder(source: str, files: list[str], option: str, revision: str | None = None) -> Path:
     """The folder of a source, which is a folder or a name on the hub; `files` are patterns of what to fetch from it."""
     if Path(source).is_dir():
         return Path(source)
     try:
         with within_reach():
-            return Path(snapshot_download(source, allow_patterns=files, ignore_patterns=HUB_DUPLICATES))
+            return Path(
+                snapshot_download(source, revision=revision, allow_patterns=files, ignore_patterns=HUB_DUPLICATES)
+            )
     except GatedRepoError as error:
         raise UserError(
             f"{option}: '{source}' is gated: its authors ask for consent. Give it on {constants.ENDPOINT}/{source}, "
@@ -41,6 +43,32 @@ def find_folder(source: str, files: list[str], option: str) -> Path:
         raise UserError(
             f"{option}: '{source}' is neither a folder nor a file, and could not be fetched from the hub "
             f"({reason(error)}). Check the name and the network, or download it and give its folder."
+        ) from error
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+    create_pr: bool,
+) -> str:
+    """Upload a model folder to a repository of the hub, which is created if need be; the address of the commit."""
+    api = HfApi(token=token)
+    try:
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        commit: Any = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
+        )
+        return str(commit.commit_url)
+    except (OSError, ValueError) as error:  # what the hub's errors all are
+        raise UserError(
+            f"`repo_id`: '{repo_id}' could not be pushed to {api.endpoint} ({reason(error)}). Check the name, the "
+            "network and the token (`hf auth login`)."
         ) from error
 
 

@@ -14,6 +14,9 @@ from featinv_pl.sampling.sampler import Refinement, Sampler
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """(latents (B, channels, h, w), scalar timestep) -> noise or velocity, of the shape of the latents."""
 
+OnStep = Callable[[int, Tensor, Tensor], Tensor]
+"""(number of the step, its timestep, latents after it) -> latents to go on with."""
+
 Observer = Callable[[Tensor], Tensor]
 """Clean latents (B, channels, h, w) -> the feature maps (B, C, h', w') of their images, with gradients."""
 
@@ -21,10 +24,13 @@ SCHEDULERS = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler, "unipc"
 SPACINGS = {"ddim": "leading", "dpm": "linspace", "unipc": "linspace"}  # as diffusers, and measured in docs/better.md
 
 
-def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: Sampler) -> Tensor:
+def sample(
+    denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: Sampler, on_step: OnStep | None = None
+) -> Tensor:
     """Sample latents, scaled to unit variance, from standard normal noise of their shape (B, channels, h, w).
 
-    The schedule is the one that the prior was trained with, and says whether the denoiser predicts velocity.
+    The schedule is the one that the prior was trained with, and says whether the denoiser predicts velocity. `on_step`
+    sees the latents after each step, and may change them.
     """
     longest = schedule.config.num_train_timesteps - 2  # with its offset, more would leave the schedule
     if sampler.steps > longest:
@@ -34,8 +40,9 @@ def sample(denoiser: Denoiser, noise: Tensor, schedule: DDIMScheduler, sampler: 
     solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing=spacing)
     solver.set_timesteps(sampler.steps, device=noise.device)
     latents: Tensor = noise * solver.init_noise_sigma
-    for timestep in solver.timesteps:
+    for number, timestep in enumerate(solver.timesteps):
         latents = solver.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0]
+        latents = on_step(number, timestep, latents) if on_step else latents
     return latents
 
 
