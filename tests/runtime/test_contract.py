@@ -112,7 +112,7 @@ def test_private_names_of_others_are_few_and_bounded() -> None:
 
 def test_python_and_torch_have_what_we_use() -> None:
     """Names that are looked up with a default would be missed by nobody else."""
-    assert inspect.signature(type(forkserver._forkserver).__init__).parameters.keys() == {"self"}  # type: ignore[attr-defined]
+    assert inspect.signature(type(forkserver._forkserver).__init__).parameters.keys() == {"self"}
     assert "current_process()._inheriting = True" in inspect.getsource(spawn)
     fused = AdamW([Parameter(torch.zeros(1))], fused=True)
     assert fused._step_supports_amp_scaling

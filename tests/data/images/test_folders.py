@@ -320,7 +320,7 @@ def test_a_folder_to_extract_that_is_missing_is_skipped_or_refused(
     folders = {"gone": Path("nowhere"), "here": root, "away": Path("elsewhere")}
     data = FolderData(predict=folders, image_size=16)
     corrupted = CorruptedData(data, ["fog"], [3], batch_size=5)
-    assert [loader.dataset.images.source for loader in data.predict_dataloader()] == ["here"]
+    assert [next(iter(loader))["source"][0] for loader in data.predict_dataloader()] == ["here"]
     warned = [f"{name}: skipped, for there is no folder '{folders[name]}'." for name in ("gone", "away")]
     assert caplog.messages == warned
     [loader] = corrupted.predict_dataloader()

@@ -147,7 +147,7 @@ def test_what_is_not_given_is_named(folder: Path) -> None:
 
 def test_a_test_set_that_is_missing_is_skipped_or_refused(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     """By `test`: training does without."""
-    sets = {"here": folder, "gone": Path("nowhere"), "away": Path("elsewhere")}
+    sets: dict[str, Path | str] = {"here": folder, "gone": Path("nowhere"), "away": Path("elsewhere")}
     data = FeatureShards(test=sets, batch_size=4)
     assert [batch["source"][0] for (loader,) in [data.test_dataloader()] for batch in loader] == ["here"] * 6
     assert caplog.messages == [

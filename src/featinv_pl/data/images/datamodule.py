@@ -156,7 +156,7 @@ class DividedFolder(ImageData):
         folder: Path,
         image_size: int,
         held_out: float = 0.1,
-        predict: Sequence[Part] = PARTS,
+        predict: Sequence[Part] = ("train", "val", "test"),
         crop_pct: float = 1.0,
         batch_size: int = 32,
         num_workers: int = 0,

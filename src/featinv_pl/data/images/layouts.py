@@ -98,7 +98,7 @@ def divided(images: list[tuple[str, str]], held_out: float, part: str) -> list[t
             f"`folder`: the class '{few[0]}' has {len(classes[few[0]])} images, and needs at least {len(PARTS)}: to "
             "train on, to validate on and to test with. Add some, or remove the class."
         )
-    chosen = {}
+    chosen: dict[str, str] = {}
     for name, paths in classes.items():
         paths.sort(key=key_hash)
         share = max(1, min(round(held_out * len(paths)), (len(paths) - 1) // 2))
