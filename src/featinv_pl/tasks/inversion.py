@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, cast
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional
@@ -15,11 +16,13 @@ from torchmetrics import MeanMetric
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.identity import IDENTITY, check_checkpoint, check_control, check_shards, fill_control
 from featinv_pl.inverter.inverter import Execution, Inverter
+from featinv_pl.inverter.runs import Run
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import PENULTIMATE, Backbone
 from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.prior import Prior
+from featinv_pl.nets.trusted import not_trusted, trusted_imports
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.objective import Objective
@@ -199,6 +202,21 @@ class FeatureInversion(Optimised):
         """Load the trained half, strictly: a missing or unexpected weight is an error."""
         return fill_control(self.inverter, state_dict, "`ckpt_path`")
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any) -> Self:
+        """Load a trained model, with the arguments of the `fit.yaml` beside the checkpoint and those that are `given`.
+
+        A checkpoint of a Trainer in Python has no such file: give `backbone`, `prior` and what else differs from the
+        defaults.
+        """
+        if not {"backbone", "prior"} <= given.keys():
+            run = Run.find(Path(checkpoint_path), "`checkpoint_path`")
+            given = {**_arguments(run), **given}
+            with torch.random.fork_rng(devices=[]):
+                run.seed()  # which a classifier with random weights got
+                return cast(Self, super().load_from_checkpoint(checkpoint_path, map_location, **given))
+        return cast(Self, super().load_from_checkpoint(checkpoint_path, map_location, **given))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the control belongs to."""
         checkpoint[IDENTITY] = self.inverter.identity()
@@ -207,3 +225,21 @@ class FeatureInversion(Optimised):
         """Refuse the checkpoint of another model, before training starts."""
         check_checkpoint(checkpoint, self.inverter, "`ckpt_path`")
         self.loaded_step = checkpoint["global_step"]
+
+
+def _arguments(run: Run) -> dict[str, Any]:
+    """The arguments of a saved configuration, made as the command line makes them, of optimizers by torch and timm."""
+    options = dict(run.options)
+    for name in ("optimizer", "lr_scheduler"):
+        named = options.get(name)
+        path = str(named.get("class_path") if isinstance(named, dict) else named or "torch.optim.")
+        if not path.startswith(("torch.optim.", "timm.optim.", "timm.scheduler.", *trusted_imports())):
+            raise not_trusted(path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(FeatureInversion, "model", instantiate=False)
+    with run.as_saved("`checkpoint_path`"):
+        try:
+            made = parser.instantiate_classes(parser.parse_object({"model": options}))
+        except ArgumentError as error:
+            raise TypeError(str(error)) from error
+    return vars(made.model)
