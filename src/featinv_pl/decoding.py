@@ -1,5 +1,7 @@
 """Pictures decoded to RGB bytes, in one way everywhere: data sets, commands, the pipeline and the app."""
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ MOST_PIXELS = 100_000_000  # of which a file of a few kilobytes can have any num
 LARGEST_ASPECT = 100  # resizing the shorter side would make as many times the memory of the crop
 SIXTEEN_BITS = (np.arange(1 << 16) * 255 / 65535).round().astype(np.uint8)
 WHITE = np.uint8(255)
+ADDRESS = re.compile(r" <_io\.BytesIO object at 0x\w+>")  # which would be another in each run
 BITS, PHOTOMETRIC = 258, 262  # tags of a TIFF
 
 
@@ -23,21 +26,23 @@ class NoImageError(Exception):
     """A file or picture cannot be read as an image."""
 
 
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file completely; see `to_rgb`.
+def open_image(given: Path | bytes) -> Image.Image:
+    """Decode an image file, or its bytes, completely; see `to_rgb`.
 
     Raises:
         NoImageError: The file is damaged, of another format, or not a photograph by its size or values.
     """
     try:
-        if not path.is_file():
+        if isinstance(given, Path) and not given.is_file():
             raise FileNotFoundError("there is no such file")
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(given if isinstance(given, Path) else io.BytesIO(given), formats=FORMATS) as file:
             return to_rgb(file)
     except NoImageError:
         raise
     except Exception as error:  # of a damaged file, Pillow's decoders raise anything
-        raise NoImageError(str(error).replace(str(path), path.name) or type(error).__name__) from error
+        text = ADDRESS.sub("", str(error))
+        text = text.replace(str(given), given.name) if isinstance(given, Path) else text
+        raise NoImageError(text or type(error).__name__) from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

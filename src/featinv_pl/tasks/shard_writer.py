@@ -221,4 +221,4 @@ def _note_classes(source: str, settings: Settings) -> None:
             "label@1 leaves them out."
         )
     elif not classes:
-        log.warning(f"{source}: the images lie in no class folders, so they get the label -1, and there is no label@1.")
+        log.warning(f"{source}: the images have no classes, so they get the label -1, and there is no label@1.")

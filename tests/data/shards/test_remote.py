@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import MakeBatch
-from featinv_pl.data.shards import remote
+from featinv_pl.data import addresses
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import MANIFEST
 from featinv_pl.errors import UserError
@@ -70,7 +70,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(remote, "WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(addresses, "WAITS_S", (0.01, 0.01))
     write_set(tmp_path / "far/set", make_batch(SIZE), shard_size=4)
     with Server(tmp_path / "far") as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -136,7 +136,7 @@ def test_a_bad_server_is_refused_in_bounds(
     name: str, faults: list[str], message: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "silent" in faults:  # a busy machine may be silent for as long
-        monkeypatch.setattr(remote, "SILENCE_S", 0.2)
+        monkeypatch.setattr(addresses, "SILENCE_S", 0.2)
     server.faults[name] = faults
     with pytest.raises(UserError, match=message):
         keys(shards(f"{server.address}/set"))
@@ -170,7 +170,7 @@ def test_credentials_are_used_but_not_told(server: Server, tmp_path: Path) -> No
 def test_commands_run_only_if_the_environment_allows_them(
     make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "WAITS_S", ())
+    monkeypatch.setattr(addresses, "WAITS_S", ())
     write_set(tmp_path / "set", make_batch(SIZE), shard_size=4)
     place = f"pipe:touch ran; cat {tmp_path}/set/{{}}"
     with pytest.raises(UserError, match=r"runs a command on this machine.*FEATINV_ALLOW_PIPE=1"):

@@ -1,21 +1,27 @@
 """Images as LightningDataModules: how extraction and training read them."""
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from glob import glob
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from featinv_pl.data.addresses import is_remote
 from featinv_pl.data.images.corruptions import CORRUPTIONS, CorruptedImages
 from featinv_pl.data.images.layouts import PARTS, find_sources
+from featinv_pl.data.images.parquet import ParquetImages, is_parquet
 from featinv_pl.data.images.severities import LEVELS
-from featinv_pl.data.images.sources import FolderImages, ImageBatches, ImageSource
+from featinv_pl.data.images.sources import FileImages, FolderImages, ImageBatches, ImageSource
+from featinv_pl.data.images.tars import TarImages, expand, is_tars
 from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
+from featinv_pl.files import read_text
 from featinv_pl.types import ImageBatch, Missing
 
 log = logging.getLogger(__name__)
@@ -85,15 +91,17 @@ class ImageData(ResumableData, LightningDataModule):
 
 
 class FolderData(ImageData):
-    """Folders of images, as batches.
+    """Folders of images, WebDataset tars or parquet files, as batches.
 
-    Images lie in folders of their classes, at any depth, or in the folder itself if they have no labels.
+    Images lie in folders of their classes, at any depth, or in the folder itself if they have no labels. Tars, such as
+    `shard-{000..099}.tar`, and parquet files may lie on the hub (`hf://datasets/ORGANISATION/NAME/...`), tars also at
+    `https://...`.
 
     Args:
-        train: A folder to train on. Its classes, in the order of their names, number the labels.
-        val: One for validation, which may lack some of those classes.
-        predict: Folders to extract by name of source. A folder of several, such as ImageNet-C, gives `<name>/<path>`.
-        missing: `skip` folders of `predict` that are not there, with a warning, or `refuse` to go on without them.
+        train: What to train on. Its classes, in the order of their names, number the labels.
+        val: What to validate on, which may lack some of those classes.
+        predict: What to extract, by name of source. A folder of several, such as ImageNet-C, gives `<name>/<path>`.
+        missing: `skip` what is not there of `predict`, with a warning, or `refuse` to go on without it.
         image_size: Side of the square crop.
         crop_pct: Share of the shorter side that the central crop keeps; 1 for images that were cropped before.
         views: Extract so many random views of each image (crop, horizontal flip) instead of the central crop.
@@ -102,13 +110,17 @@ class FolderData(ImageData):
         per_class: Extract only so many images of each class, the first by file name.
         batch_size: Images per batch.
         num_workers: Processes that read images.
+        label: Where tars say a sample's class, by default the first of `cls;json.label;json.cls;txt`: members, and
+            fields of `json`. Of parquet files, a column.
+        classes: Names of the classes by number, for labels that are numbers: a list, or a file with one name a line.
+        cache: Where tars that are compressed or come from an address are kept, and the rows of parquet files.
     """
 
     def __init__(
         self,
-        train: Path | None = None,
-        val: Path | None = None,
-        predict: dict[str, Path] | None = None,
+        train: str | Path | None = None,
+        val: str | Path | None = None,
+        predict: dict[str, str | Path] | None = None,
         missing: Missing = "skip",
         image_size: int = 256,
         crop_pct: float = 1.0,
@@ -118,21 +130,39 @@ class FolderData(ImageData):
         per_class: int | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
+        label: str | None = None,
+        classes: list[str] | Path | None = None,
+        cache: Path = Path("~/.cache/featinv-pl/images"),
     ) -> None:
         if not 0 < crop_pct <= 1:
             raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
+        names: Sequence[str] | None = classes if isinstance(classes, list) else None
+        if isinstance(classes, Path):
+            names = read_text(classes, "`classes`", "Give a file with one name a line, or a list.").splitlines()
+
+        def found(place: str | Path, source: str, option: str, **more: Any) -> FileImages:
+            if not _is_folder(place):
+                more |= {"cache": cache, "label": label, "option": option}
+                kind = ParquetImages if is_parquet(place) else TarImages
+                return kind(str(place), source, image_size, crop_pct, **more)
+            return FolderImages(Path(place), source, image_size, crop_pct, **more)
+
+        extracted: dict[str, Any] = {"views": views, "seed": seed, "vertical_flip": vertical_flip}
+        extracted |= {"per_class": per_class, "tolerant": True, "classes": names}
         given = predict or {}
-        gone = {name: folder for name, folder in given.items() if missing == "skip" and not folder.is_dir()}
+        gone = {name: place for name, place in given.items() if missing == "skip" and not _is_there(place)}
         predicted = [
-            FolderImages(root, source, image_size, crop_pct, views, seed, vertical_flip, per_class, tolerant=True)
-            for name in given
+            found(root, source, f"`data.predict.{name}`", **extracted)
+            for name, place in given.items()
             if name not in gone
-            for source, root in find_sources(name, given[name]).items()
+            for source, root in (find_sources(name, Path(place)) if _is_folder(place) else {name: place}).items()
         ]
-        training = FolderImages(train, "train", image_size, crop_pct) if train else None
-        classes = training.classes if training else None
-        validation = FolderImages(val, "val", image_size, crop_pct, classes=classes) if val else None
-        left_out = {name: f"there is no folder '{folder}'" for name, folder in gone.items()}
+        training = found(train, "train", "`data.train`", classes=names) if train else None
+        names = training.classes if training else names
+        validation = found(val, "val", "`data.val`", classes=names) if val else None
+        left_out = {
+            name: f"there is no {'folder' if _is_folder(place) else 'file'} '{place}'" for name, place in gone.items()
+        }
         super().__init__(predicted, batch_size, num_workers, training, validation, left_out)
 
 
@@ -204,3 +234,13 @@ class CorruptedData(ImageData):
             for severity in severities or LEVELS
         ]
         super().__init__(predicted, batch_size or data.batch_size, data.num_workers, left_out=data.left_out)
+
+
+def _is_folder(place: str | Path) -> bool:
+    return not is_parquet(place) and not is_tars(place)
+
+
+def _is_there(place: str | Path) -> bool:
+    if _is_folder(place):
+        return Path(place).is_dir()
+    return is_remote(str(place)) or bool(glob(str(place))) or any(map(os.path.exists, expand(str(place), "`data`")))

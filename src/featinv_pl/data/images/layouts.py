@@ -8,7 +8,8 @@ other, as are corruptions and their severities. Where both readings remain possi
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,11 +113,22 @@ def in_order(classes: Collection[str]) -> list[str]:
     return sorted(classes, key=(lambda name: (int(name), name)) if all(map(str.isdecimal, classes)) else None)
 
 
+def first_of_each(classes: Sequence[str], per_class: int | None) -> Iterator[int]:
+    """The numbers of the first images of each class."""
+    seen: Counter[str] = Counter()
+    for number, name in enumerate(classes):
+        seen[name] += 1
+        if per_class is None or seen[name] <= per_class:
+            yield number
+
+
 def _read(root: Path) -> Folder:
     if not root.is_dir():
         raise UserError(f"`data`: there is no folder '{root}'. Check the path.")
     folder = _folder(root, ())
     if not folder.images and not folder.folders:
+        if any(root.glob("*.tar")):
+            raise UserError(f"`data`: '{root}' holds tars. Give them as '{root}/*.tar', or a range of their numbers.")
         raise UserError(f"`data`: no images in '{root}' or below '{root}/<class>/'. Known suffixes: {READ}.")
     return folder
 

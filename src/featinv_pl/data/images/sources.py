@@ -76,44 +76,35 @@ class ImageBatches(Dataset[ImageBatch]):
         return stacked
 
 
-class FolderImages(ImageSource):
-    """Images of a folder, in a fixed random order; `layouts` says how they are found and what their classes are.
-
-    Any stretch of it is a fair sample. A view is a function of seed, key and number. `FolderData` has more arguments.
+class FileImages(ImageSource):
+    """Images in files of any kind, cropped centrally or in random views. A view is a function of seed, key and number.
 
     Args:
-        root: The folder.
+        listed: Key of each image and name of its class.
         source: Name of the source in batches and scores.
         tolerant: Give a black image, with the reason beside it, in place of one that cannot be read.
-        classes: Names of the classes that number the labels, if not those of the folder itself: a validation folder
+        classes: Names of the classes that number the labels, if not those of the images themselves: a validation set
             may lack some of training's. An image of any other class has the label -1.
-        part: Only one part of the images, and the share that is held out; see `layouts.divided`.
     """
 
     def __init__(
         self,
-        root: Path,
+        listed: Sequence[tuple[str, str]],
         source: str,
         image_size: int,
         crop_pct: float = 1.0,
         views: int = 0,
         seed: int = 0,
         vertical_flip: bool = False,
-        per_class: int | None = None,
         tolerant: bool = False,
         classes: Sequence[str] | None = None,
-        part: tuple[str, float] | None = None,
     ) -> None:
-        images = labelled_images(root, per_class)
-        if part:
-            images = divided(images, held_out=part[1], part=part[0])
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
         # Arrays, because Python's own objects would be copied into every worker as soon as it counts references.
-        self._names, self._class_names = (np.array([os.fsencode(images[n][part]) for n in order]) for part in (0, 1))
-        own = in_order({name for _, name in images} - {NO_CLASS})
+        self._names, self._class_names = (np.array([os.fsencode(one[part]) for one in listed]) for part in (0, 1))
+        own = in_order({name for _, name in listed} - {NO_CLASS})
         self.classes = tuple(own if classes is None else classes)
         self._labels = {name: label for label, name in enumerate(self.classes)}
-        self.root, self.source, self.num_images, self.image_size = root, source, len(images), image_size
+        self.source, self.num_images, self.image_size = source, len(listed), image_size
         self.views, self.seed, self.vertical_flip, self.tolerant = views, seed, vertical_flip, tolerant
         # As `Backbone.crop`, by timm: a classifier gets what its published accuracy was measured on.
         resize = Resize(resized := floor(image_size / crop_pct), InterpolationMode.BICUBIC)
@@ -125,6 +116,14 @@ class FolderImages(ImageSource):
             area = "random crop of 0.08 to 1 of the area, aspect 0.75 to 1.33"
             self.preparation = f"{views} views of seed {seed}: {area}, {image_size} px, bicubic, {flips} flips"
 
+    @abstractmethod
+    def open(self, index: int) -> Image.Image:
+        """Decode an image; raises NoImageError."""
+
+    def named(self, key: str) -> str:
+        """What an error calls an image."""
+        return key
+
     def names(self) -> Iterator[tuple[str, str]]:
         return zip(map(os.fsdecode, self._names), map(os.fsdecode, self._class_names), strict=True)
 
@@ -135,11 +134,12 @@ class FolderImages(ImageSource):
         black = torch.full((3, self.image_size, self.image_size), -1.0)
         sample = ImageSample(black, label, class_name, self.source, key)
         try:
-            image = open_image(self.root / name)
+            image = self.open(index)
         except NoImageError as error:
             if self.tolerant:
                 return sample._replace(unreadable=str(error))
-            raise UserError(f"`data`: '{self.root / name}' cannot be read as an image ({error}). Remove it.") from error
+            named = self.named(name)
+            raise UserError(f"`data`: '{named}' cannot be read as an image ({error}). Remove it.") from error
         if not self.views:
             return sample._replace(images=from_uint8(self._central_crop(image)))
         view, cut = self._random_view(image, name, number)
@@ -159,3 +159,36 @@ class FolderImages(ImageSource):
             image = transforms.vertical_flip(image)
         flips = "h" * horizontal + "v" * (vertical and self.vertical_flip)
         return {"number": number, "crop": crop, "flips": flips}, image
+
+
+class FolderImages(FileImages):
+    """Images of a folder, in a fixed random order; `layouts` says how they are found and what their classes are.
+
+    Any stretch of it is a fair sample. `FileImages` and `FolderData` have more arguments.
+
+    Args:
+        part: Only one part of the images, and the share that is held out; see `layouts.divided`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        image_size: int,
+        crop_pct: float = 1.0,
+        per_class: int | None = None,
+        part: tuple[str, float] | None = None,
+        **options: Any,
+    ) -> None:
+        images = labelled_images(root, per_class)
+        if part:
+            images = divided(images, held_out=part[1], part=part[0])
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(ORDER_SEED)).tolist()
+        super().__init__([images[number] for number in order], source, image_size, crop_pct, **options)
+        self.root = root
+
+    def open(self, index: int) -> Image.Image:
+        return open_image(self.root / os.fsdecode(self._names[index]))
+
+    def named(self, key: str) -> str:
+        return str(self.root / key)

@@ -6,10 +6,11 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from featinv_pl.data.addresses import is_remote
 from featinv_pl.data.order import ResumableData
 from featinv_pl.data.shards.manifest import Manifest, find_sets
 from featinv_pl.data.shards.reader import BatchReader, OnError, ShardSet
-from featinv_pl.data.shards.remote import RemoteSet, is_remote
+from featinv_pl.data.shards.remote import RemoteSet
 from featinv_pl.data.shards.samples import widen
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError

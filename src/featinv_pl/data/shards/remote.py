@@ -3,43 +3,32 @@
 import hashlib
 import io
 import os
-import re
 import shlex
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit, urlunsplit
 
 from filelock import FileLock
 
+from featinv_pl.data.addresses import CHUNK, attempted, below, open_address
 from featinv_pl.data.shards.manifest import MANIFEST, one_line, parse_manifest
 from featinv_pl.errors import UserError
 from featinv_pl.files import LARGEST, atomic, write_bytes
 from featinv_pl.masking import MASK, masked
 
-SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):")
 READABLE = ("http", "https", "s3")
 ALLOW_PIPE = "FEATINV_ALLOW_PIPE"
-WAITS_S = (1.0, 5.0)  # before the second and the third attempt
-SILENCE_S = 30.0  # for which a server may send nothing
-CHUNK = 1 << 20
-
-
-def is_remote(place: str) -> bool:
-    """Whether a place is an address (or a command) rather than a folder."""
-    return SCHEME.match(place) is not None and not Path(place).exists()
 
 
 class RemoteSet:
     """A shard set at an address.
 
-    fsspec opens the address; what it does not do is done here: bounds on what a server may send, digests, several
-    attempts, and processes that wait for each other. The place is `https://...`, `http://...`, `s3://...`, or
-    `pipe:COMMAND`, which prints the file whose name takes the place of `{}`. Commands run only if the environment
-    allows them: a configuration may be anybody's. Errors begin with `option`.
+    What a server may send is bounded, and checked by its digest; processes that want the same file wait for each other.
+    The place is `https://...`, `http://...`, `s3://...`, or `pipe:COMMAND`, which prints the file whose name takes the
+    place of `{}`. Commands run only if the environment allows them: a configuration may be anybody's. Errors begin with
+    `option`.
     """
 
     def __init__(self, place: str, cache: Path, option: str) -> None:
@@ -75,29 +64,29 @@ class RemoteSet:
     def _copy(self, name: str, file: IO[bytes], size: int | None = None) -> str:
         """Copy a file of the set into an open one, in several attempts if need be; its SHA-256."""
         most = LARGEST if size is None else size
-        for wait in (*WAITS_S, None):
+
+        def copy() -> str:
             found = hashlib.sha256()
             file.seek(0)
             file.truncate()
-            try:
-                with self._open(name) as source:
-                    while chunk := source.read(CHUNK):
-                        if file.tell() + len(chunk) > most:
-                            told = "such a file may have" if size is None else "its manifest says"
-                            raise self._error(f"has a '{name}' of more than the {most} bytes that {told}.")
-                        found.update(chunk)
-                        file.write(chunk)
-                if size is not None and file.tell() < size:
-                    raise OSError(f"it ended after {file.tell()} of {size} bytes")
-                return found.hexdigest()
-            except UserError:
-                raise
-            except Exception as error:  # each protocol has errors of its own
-                if wait is None or isinstance(error, FileNotFoundError | PermissionError | ImportError):
-                    reason = f"could not be fetched ({masked(one_line(error))})"
-                    raise self._error(f"has a '{name}' that {reason}. Check address and network.") from error
-                time.sleep(wait)
-        raise AssertionError
+            with self._open(name) as source:
+                while chunk := source.read(CHUNK):
+                    if file.tell() + len(chunk) > most:
+                        told = "such a file may have" if size is None else "its manifest says"
+                        raise self._error(f"has a '{name}' of more than the {most} bytes that {told}.")
+                    found.update(chunk)
+                    file.write(chunk)
+            if size is not None and file.tell() < size:
+                raise OSError(f"it ended after {file.tell()} of {size} bytes")
+            return found.hexdigest()
+
+        try:
+            return attempted(copy)
+        except UserError:
+            raise
+        except Exception as error:  # each protocol has errors of its own
+            reason = f"could not be fetched ({masked(one_line(error))})"
+            raise self._error(f"has a '{name}' that {reason}. Check address and network.") from error
 
     @contextmanager
     def _open(self, name: str) -> Iterator[IO[bytes]]:
@@ -109,20 +98,7 @@ class RemoteSet:
             if process.returncode != 0:
                 raise OSError(f"exit status {process.returncode} of: {command}")
             return
-        import fsspec  # here, because few runs need it and it takes its time
-
-        parts = urlsplit(self.place)
-        address = urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
-        if address.lower().startswith("http"):
-            import aiohttp
-
-            silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_S, sock_read=SILENCE_S)
-            plain = {"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}  # or a little becomes a lot
-            server = fsspec.filesystem("http", client_kwargs={"timeout": silence, **plain})
-            opened = server.open(address, "rb", block_size=0, size=1)  # a stream, whose true size is not asked for
-        else:
-            opened = fsspec.open(address, "rb", cache_type="readahead").open()
-        with opened as file:
+        with open_address(below(self.place, name)) as file:
             yield file
 
     def _error(self, text: str) -> UserError:
