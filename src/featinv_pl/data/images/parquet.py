@@ -59,9 +59,11 @@ class ParquetImages(FileImages):
     def open(self, index: int) -> Image.Image:
         found = self._rows[self._kept[index]][self._column]
         data, path = (found.get("bytes"), found.get("path")) if isinstance(found, dict) else (found, None)
-        if data is None and path is None:
+        if data is not None:
+            return open_image(data)
+        if path is None:
             raise NoImageError("the row has no image")
-        return open_image(data if data is not None else Path(path))
+        return open_image(Path(path))
 
 
 def is_parquet(place: Path | str) -> bool:

@@ -189,7 +189,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[dict[str, Any]]:
         if info.isreg() and not META.match(info.name):
             member = Member(info.name.removeprefix("./"), info.offset_data, info.size)
             yield {"fname": member.name, "data": member, "__url__": ""}
-        tar.members = []  # type: ignore[assignment]  # or it would keep them all
+        tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
 
 
 def _parts(group: dict[str, Any]) -> Iterator[tuple[Member | None, dict[str, Member]]]:
@@ -267,7 +267,7 @@ def _fetched(places: Sequence[str], cache: Path, source: str, option: str) -> li
     if missing:
         log.info("%s: %d tars are fetched into '%s', once.", source, len(missing), cache)
         with ThreadPoolExecutor(FETCHES) as pool:
-            fetching = pool.map(lambda pair: _fetch(*pair, option), missing)
+            fetching = pool.map(lambda pair: _fetch(pair[0], pair[1], option), missing)
             for _ in tqdm(fetching, source, len(missing), unit="tar", disable=None):
                 pass
     return kept
@@ -299,7 +299,7 @@ def _fetch(place: str, path: Path, option: str) -> None:
         if path.is_file():
             return
         try:
-            if is_remote(place):
+            if is_remote(place) and not place.startswith("hf:"):  # whose client makes several attempts itself
                 attempted(copy)
             else:
                 copy()
