@@ -35,11 +35,9 @@ CallbackOnStepEnd = Callable[["FeatInvPipeline", int, Tensor, dict[str, Any]], M
 class FeatInvPipeline:
     """Reconstructs images from a picture's feature map, or from a map.
 
-        pipeline = FeatInvPipeline.from_pretrained("folder-or-hub-name")
-        output = pipeline("cat.jpg", num_samples=4)
-        output.images[0].save("reconstruction.png")
-
-    The `sampler` of its `inverter` may be replaced.
+    pipeline = FeatInvPipeline.from_pretrained("folder-or-hub-name")
+    output = pipeline("cat.jpg", num_samples=4)
+    output.images[0].save("reconstruction.png")
     """
 
     def __init__(self, inverter: Inverter) -> None:
