@@ -73,8 +73,23 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str], *fragments: str
         ("--model.prior=nowhere", "--model.prior: 'nowhere' is neither a folder nor a file"),
         ("--model.backbone=resnett50", "'resnett50' is neither a folder nor a timm model. Did you mean resnet50"),
         ("--model.sampler.steps=0", "--model.sampler.steps cannot be 0"),
-        ("--model.dropuot=0.1", "dropuot"),
-        ("--model.objective.dropout=lots", "dropout"),
+        (
+            "--model.dropuot=0.1",
+            "has no option --model.dropuot. Did you mean --model.objective.dropout?",
+        ),
+        ("--model.objective.dropout=lots", "error: --model.objective.dropout: 'lots' is not a number."),
+        (
+            "--model.sampler.scheduler=euler",
+            "--model.sampler.scheduler: 'euler' is not one of ddim, dpm, unipc.",
+        ),
+        ("--model=FeatureInversoin", "there is no class 'FeatureInversoin'. Did you mean FeatureInversion?"),
+        ("--model.optimizer=torch.optim.AdamWW", "--model.optimizer: there is no class 'AdamWW'. Did you mean AdamW?"),
+        ("--trainer.callbacks+=MovingAvrage", "there is no class 'MovingAvrage'. Did you mean MovingAverage?"),
+        ("--trainer.max_stps=2", "error: there is no option --trainer.max_stps. Did you mean --trainer.max_steps?"),
+        ("--batch_size=2", "error: there is no option --batch_size. Did you mean --data.batch_size?"),
+        ("--data.test=3", "error: --data.test: '3' is not a mapping."),
+        ("--trainer.devices=many", "error: --trainer: "),
+        ("inversion.yaml", "unexpected argument 'inversion.yaml'. Give a file by --config inversion.yaml."),
         ("--model.lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.lr_scheduler: ReduceLROnPlateau"),
         ("--ckpt_path=nowhere.ckpt", "--ckpt_path: there is no file 'nowhere.ckpt'"),
         ("--trainer.default_root_dir=inversion.yaml", "'inversion.yaml' cannot be a folder (File exists)"),
@@ -97,7 +112,32 @@ def test_bad_options_are_refused(
 
 def test_unknown_command_and_missing_yaml_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     refused(["train"], capsys, "no command 'train'")
-    refused(["fit", "--config", "nowhere.yaml"], capsys, "nowhere.yaml")
+    refused(["fit", "--config", "nowhere.yaml"], capsys, "--config: there is no file 'nowhere.yaml'.")
+    refused(["fit", "--model=Classifier"], capsys, "--model: Classifier also needs --model.model, --model.num_classes")
+    refused(["fit", "--trainer.max_steps=2"], capsys, "missing: --model. Give a configuration (--config FILE)")
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("trainer\n  max_steps: 3\n", "--config: 'sub/a.yaml', line 2, is not YAML: "),
+        ("modle: 3\n", "there is no option --modle ('sub/a.yaml', line 1). Did you mean --model?"),
+        ("trainer: {max_steps: many}\n", "--trainer.max_steps: 'many' is not an integer ('sub/a.yaml', line 1)."),
+        ("model:\n  init_args:\n    dropuot: 3\n", "--model.dropuot ('sub/a.yaml', line 3). Did you mean"),
+        ("trainer:\n  callbacks:\n  - class_path: ModelCheckpont\n", "'ModelCheckpont' ('sub/a.yaml', line 3)"),
+        ("base: b.yaml\n", "base: 'sub/b.yaml', line 2, is not YAML"),
+        ("- 3\n", "--config: 'sub/a.yaml' holds no options"),
+        ("data: {init_args: {train: inner}}\n", "relative to the working directory, so give 'sub/inner'."),
+    ],
+)
+def test_mistakes_in_files_are_told_with_file_and_line(
+    text: str, fragment: str, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("sub/inner").mkdir(parents=True)
+    Path("sub/a.yaml").write_text(text)
+    Path("sub/b.yaml").write_text("a: [")
+    config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder))
+    refused(["fit", "--config", config, "--config", "sub/a.yaml"], capsys, fragment)
 
 
 def test_shards_of_another_backbone_are_refused(

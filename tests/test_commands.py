@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import pytest
 from PIL import Image
 
 from featinv_pl.__main__ import main
-from featinv_pl.commands import COMMANDS, add_sampler, changed
+from featinv_pl.commands import COMMANDS
+from featinv_pl.options import Parser, add_sampler, changed
 from featinv_pl.sampling.sampler import AUTHORS, Refinement, Sampler
 
 SAMPLING = ("reconstruct", "steer", "interpolate", "compose", "compare", "app")
@@ -36,6 +36,8 @@ assert "torch" not in sys.modules
     for name, command in COMMANDS.items():
         assert f"  {name:11}  {command.does}\n" in done.stdout
         assert command.run is None or f"usage: featinv-pl {name} " in done.stdout
+        assert command.run is None or f"example:\n  {command.example}\n" in done.stdout
+        assert command.example.startswith(f"featinv-pl {name} ")
 
 
 @pytest.mark.parametrize("name", SAMPLING)
@@ -60,7 +62,7 @@ def test_every_command_that_samples_has_the_options_of_the_sampler(
     ],
 )
 def test_options_replace_fields_of_the_models_own_sampler(line: str, expected: object) -> None:
-    parser = ArgumentParser()
+    parser = Parser("name", "does", "example")
     add_sampler(parser)
     sampler = changed(AUTHORS, parser.parse_args(line.split()))
     if isinstance(expected, dict):
@@ -72,9 +74,10 @@ def test_options_replace_fields_of_the_models_own_sampler(line: str, expected: o
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (["--num_samples", "0"], 2, "argument --num_samples: must be at least 1, and is 0"),
-        (["--seed", "x"], 2, "argument --seed: invalid int value"),
-        (["--sampler.scheduler", "euler"], 2, "argument --sampler.scheduler: invalid choice"),
+        (["--num_samples", "0"], 2, "error: --num_samples: must be at least 1, and is 0"),
+        (["--seed", "x"], 2, "error: --seed: invalid int value"),
+        (["--sampler.scheduler", "euler"], 2, "error: --sampler.scheduler: invalid choice"),
+        (["--sampler.step", "3"], 2, "error: there is no option --sampler.step. Did you mean --sampler.steps?"),
         (["--sampler.steps", "0"], 1, "--sampler.steps cannot be 0. Give at least 1."),
         (["--sampler.refine.steps", "0"], 1, "--sampler.refine.steps cannot be 0. Give 1 to 1000."),
     ],
@@ -82,10 +85,54 @@ def test_options_replace_fields_of_the_models_own_sampler(line: str, expected: o
 def test_refuses_values_before_it_loads_a_model(
     options: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    Path("a.png").touch()
     with pytest.raises(SystemExit) as stop:
         main(["reconstruct", "--model", "nowhere", "a.png", "--out", "out", *options])
     assert stop.value.code == code
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error
+    assert "usage" not in error
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("verfy", "there is no command 'verfy'. Did you mean verify?"),
+        ("help verfy", "there is no command 'verfy'"),
+        ("--config a.yaml fit", "begin with a command: `featinv-pl COMMAND --config`"),
+        ("fit", "fit: give a configuration (YAML), such as `featinv-pl fit --config "),
+        ("verify", "missing: FOLDER. Example: `featinv-pl verify "),
+        ("verify nowhere", "FOLDER: there is no folder 'nowhere'"),
+        ("verify folder", "FOLDER: 'folder' holds no feature shards"),
+        ("export nowhere out", "RUN: there is no 'nowhere'. Give the folder of a run"),
+        (
+            "reconstruct folder --model a --out b",
+            "IMAGE: 'folder' is a folder. Give its pictures",
+        ),
+        ("reconstruct a.png --model a --out b", "IMAGE: there is no file 'a.png'"),
+        ("reconstruct a.png --model a --oot b", "there is no option --oot. Did you mean --out?"),
+    ],
+)
+def test_a_mistake_is_one_line_of_its_reason(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("folder").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"featinv-pl: error: {message}")
+    assert error.count("\n") == 1
+
+
+def test_help_and_version_have_their_usual_names(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-V"])
+    main(["--version"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    with pytest.raises(SystemExit):
+        main(["help", "verify"])
+    assert "usage: featinv-pl verify" in capsys.readouterr().out
+    main(["help"])
+    assert "usage: featinv-pl COMMAND" in capsys.readouterr().out
 
 
 def test_errors_of_compare_name_its_own_option(capsys: pytest.CaptureFixture[str]) -> None:

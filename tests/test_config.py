@@ -56,7 +56,7 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_given(
     assert config["data"]["init_args"]["predict"] == {"a": f"{tmp_path}/p"}
     with pytest.raises(SystemExit):
         main(["verify", "~/shards"])
-    assert f"no folder '{tmp_path}/shards'" in capsys.readouterr().out
+    assert f"no folder '{tmp_path}/shards'" in capsys.readouterr().err
 
 
 def test_values_are_filled_in() -> None:
@@ -77,7 +77,7 @@ def test_values_are_filled_in() -> None:
         ("base: nowhere.yaml", "nowhere.yaml'. The path is relative to the including file"),
         ("base: [[a]]", "there is no file"),
         ("{values: {a: 1, b: 2}, seed_everything: '${c}'}", "'${c}': `values` has no 'c', but a, b."),
-        ("seed_everything: 2020-99-99", "Given value: 2020-99-99"),
+        ("seed_everything: 2020-99-99", "'2020-99-99' is not"),
         ("\xff", "top.yaml' is damaged or of another kind"),
         (None, "top.yaml' is damaged or of another kind (it is not a file). Give a YAML file."),
     ],
@@ -128,14 +128,11 @@ def test_what_has_moved_is_named(option: str, advice: str) -> None:
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("model.execution.compile=maybe", "Got value: maybe"), ("data.train=x", "'train' is not accepted")],
+    [("model.execution.compile=maybe", "'maybe' is not"), ("data.train=x", "DigitsData has no option --data.train")],
 )
-def test_a_wrong_value_is_not_taken_for_an_option_of_an_earlier_version(
-    option: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_value_is_not_taken_for_an_option_of_an_earlier_version(option: str, message: str) -> None:
     config = write(Path("model.yaml"), {"model": MODEL, "data": {"class_path": "DigitsData"}})
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError) as refused:
         parsed("--config", config, f"--{option}")
-    error = capsys.readouterr().err
-    assert message in error
-    assert "earlier version" not in error
+    assert message in str(refused.value)
+    assert "earlier version" not in str(refused.value)

@@ -12,10 +12,11 @@ LAYERS = (
     {"data", "nets"},
     {"runtime", "pages", "inverter"},
     {"tasks", "evaluation", "explore"},
+    {"mistakes"},
     {"trust"},
-    {"config", "publishing"},
-    {"cli"},
+    {"config", "publishing", "options"},
     {"commands"},
+    {"cli"},
     {"__main__"},
 )
 NO_LIGHTNING = ("inverter", "nets", "sampling", "metrics", "types", "errors", "decoding", "files")

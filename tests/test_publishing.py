@@ -133,7 +133,7 @@ def test_export_of_several_checkpoints_wants_one(run: Path, capsys: pytest.Captu
     refused(["export", "twice", "out"], capsys, found)
     assert not Path("out").exists()
     main(["export", "twice/last.ckpt", "out"])
-    assert "Try it: featinv-pl reconstruct --model out" in capsys.readouterr().out
+    assert "Next: featinv-pl reconstruct IMAGE --model out" in capsys.readouterr().out
     refused(["export", "twice/last.ckpt", "out"], capsys, "OUT: 'out' exists, and is left as it is")
 
 
@@ -161,7 +161,7 @@ def remove_a_tensor(home: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "RUN: 'broken' holds no checkpoint"),
+        (shutil.rmtree, "RUN: there is no 'broken'"),
         (lambda home: (home / "fit.yaml").unlink(), "RUN: no fit.yaml beside or above 'broken/inversion.ckpt'"),
         (configure_another_task, "RUN: 'broken/fit.yaml' does not configure a FeatureInversion"),
         (remove_an_option, "does not configure a FeatureInversion as `fit` saves one (KeyError: 'image_size')"),

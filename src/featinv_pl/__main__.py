@@ -14,7 +14,7 @@ from signal import SIGINT, SIGPIPE
 from typing import NoReturn
 
 from featinv_pl.commands import COMMANDS, run_command
-from featinv_pl.errors import UserError, user_error
+from featinv_pl.errors import UsageError, UserError, nearest, user_error
 from featinv_pl.masking import masked
 
 OVERLAY = "FEATINV_CONFIG"
@@ -22,14 +22,15 @@ REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, 
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run one command; what users can put right ends as one line on stderr and exit status 1."""
+    """Run one command; what users can put right ends as one line on stderr and exit status 1, or 2 for its options."""
     try:
         with _log_shown():
             run(sys.argv[1:] if args is None else args)
         sys.stdout.flush()  # here, where a reader that has gone is not an error
     except ValueError as error:
         # Out of a data loader's worker, torch returns the message with the worker's traceback before it.
-        _fail(str(user_error(error)).rpartition(f"{UserError.__name__}: ")[2].strip())
+        found = user_error(error)
+        _fail(str(found).rpartition(f"{UserError.__name__}: ")[2].strip(), found.status)
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain at its end
@@ -44,10 +45,10 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(128 + SIGINT)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, status: int = 1) -> NoReturn:
     """Print a message in one line, whatever a path in it contains, and exit."""
     print("featinv-pl: error:", "\\n".join(masked(message).splitlines()), file=sys.stderr)
-    sys.exit(1)
+    sys.exit(status)
 
 
 def _home() -> Path:
@@ -81,19 +82,25 @@ def _reader_has_gone() -> bool:
 def run(args: list[str]) -> None:
     """Run one command and let its errors pass."""
     args = [re.sub(r"^(--[\w.+-]+=)?~(?=/)", rf"\g<1>{_home()}", arg) for arg in args]  # as shells do not after `=`
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
     name = args[0] if args else "--help"
     if name in ("-h", "--help"):
         print(usage(), end="")
-    elif name == "--version":
+    elif name in ("-V", "--version"):
         print(version("featinv-pl"))
     elif name in COMMANDS and COMMANDS[name].run:
         run_command(name, args[1:])
-    elif name in (*COMMANDS, "-c", "--config"):
+    elif name in COMMANDS:
+        if not args[1:] and OVERLAY not in os.environ:
+            raise UsageError(f"{name}: give a configuration (YAML), such as `{COMMANDS[name].example}`.")
         from featinv_pl.cli import train
 
         train(overlaid(args, os.environ.get(OVERLAY)))
+    elif name.startswith("-"):
+        raise UsageError(f"begin with a command: `featinv-pl COMMAND {name}`. `featinv-pl --help` lists them.")
     else:
-        raise UserError(f"there is no command '{name}'. `featinv-pl --help` lists them.")
+        raise UsageError(f"there is no command '{name}'.{nearest(name, COMMANDS)} `featinv-pl --help` lists all.")
 
 
 def usage() -> str:
@@ -105,7 +112,7 @@ Reconstruct natural images from a classifier's spatial feature map (FeatInv).
 
 {commands}
 
-`featinv-pl COMMAND --help` lists the options of each; `featinv-pl --version` prints the version.
+`featinv-pl help COMMAND` lists the options of each with an example; `featinv-pl -V` prints the version.
 {OVERLAY}=FILE in the environment overrides the configuration files of the first four.
 """
 

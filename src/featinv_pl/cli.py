@@ -26,19 +26,22 @@ import featinv_pl.tasks.extraction
 import featinv_pl.tasks.inversion
 import featinv_pl.tasks.pretraining
 import featinv_pl.tasks.shard_writer  # noqa: F401
+from featinv_pl.commands import COMMANDS
 from featinv_pl.config import MODE, ConfigParser
 from featinv_pl.data.workers import workers_explained
 from featinv_pl.errors import UserError, options_spelled
 from featinv_pl.evaluation.callback import BATCHES
+from featinv_pl.mistakes import paths_explained
 from featinv_pl.nets.weights import read_checkpoint
+from featinv_pl.options import ended
 from featinv_pl.runtime.changes import Changes
 from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
 from featinv_pl.runtime.finite import FiniteGuard
-from featinv_pl.runtime.internals import CommandLine, savers, silence_tips
+from featinv_pl.runtime.internals import CommandLine, drop_deprecated, savers, silence_tips
 from featinv_pl.runtime.progress import Progress, Speed
 from featinv_pl.runtime.ranks import join_ranks, ranks_together
 from featinv_pl.runtime.resuming import RUN_ID, Resume
-from featinv_pl.runtime.saving import SaveConfig, claim, home, refuse_used, written_folders
+from featinv_pl.runtime.saving import MODEL, SaveConfig, claim, home, refuse_used, written_folders
 from featinv_pl.runtime.stopping import SaveLast, Stop
 from featinv_pl.runtime.tracking import check_route, describe, session, sweep_run
 from featinv_pl.trust import allow_imports
@@ -64,7 +67,8 @@ class FeatinvCLI(CommandLine):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with ExitStack() as self.entered:  # what lasts as long as the command, such as claims on folders
-            for explained in (options_spelled(self._options), ranks_together(), workers_explained()):
+            spelled = options_spelled(self._options)
+            for explained in (paths_explained(), spelled, ranks_together(), workers_explained()):
                 self.entered.enter_context(explained)
             try:
                 super().__init__(*args, **kwargs)
@@ -141,7 +145,11 @@ class FeatinvCLI(CommandLine):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make a trainer that cannot lose what it has saved, unless a plugin says how to save."""
         self.config = self.given  # what is saved: in another folder it must not name this one
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # such as for devices that are not a number
+            raise UserError(f"`trainer`: {' '.join(str(error).split())}") from error
+        drop_deprecated(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpoints()
         cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
@@ -159,6 +167,35 @@ class FeatinvCLI(CommandLine):
                 self.entered.enter_context(claim(folder))
         if self.subcommand == "fit" and not settings.trainer.fast_dev_run:  # which saves nothing
             refuse_used(trainer, settings.ckpt_path)
+
+    def outcome(self) -> tuple[str, str] | None:
+        """Where the results of the command are, and the command that follows, for the first process to tell."""
+        settings, trainer, command = self.settings, self.trainer, str(self.subcommand)
+        if not trainer.is_global_zero or settings.dry_run or settings.trainer.fast_dev_run:
+            return None
+        root, kind = home(trainer), type(self.model).__name__
+        made = {type(one).__name__: one for one in cast(Any, trainer).callbacks}
+        if command == "predict" and "ShardWriter" in made:
+            folder = made["ShardWriter"].folder or root
+            return f"{folder}", f"featinv-pl verify {folder}"
+        if command == "test" and "Evaluation" in made:
+            pictured = made["Evaluation"].num_images > 0
+            above = os.path.relpath(root.absolute().parent)
+            return f"{root}", f"featinv-pl report {above}" if pictured else f"featinv-pl export {root} OUT"
+        if command != "fit":
+            return None
+        saved = [path for one in savers(trainer) if (path := one.best_model_path or one.last_model_path)]
+        if kind == "FeatureInversion" and saved:
+            path = os.path.relpath(saved[0])
+            return f"{root} (checkpoint {path})", f"featinv-pl test --config {root}/fit.yaml --ckpt_path {path}"
+        if "SavePretrained" in made:
+            folder = made["SavePretrained"].folder or root / MODEL
+            used = {
+                "Classifier": "predict --config FILE --model.backbone",
+                "NoisePredictor": "fit --config FILE --model.prior",
+            }
+            return f"{folder}", f"featinv-pl {used.get(kind, 'fit --config FILE --model.autoencoder')}={folder}"
+        return f"{root}", f"featinv-pl validate --config {root}/fit.yaml --ckpt_path=last"
 
     def _track(self) -> None:
         """Prepare what W&B needs to know before the run begins."""
@@ -214,6 +251,16 @@ def _checkpoint_places(trainer: Any) -> set[Path]:
     return {home(trainer), *(Path(folder) for folder in folders if folder)}
 
 
+def _described(name: str) -> dict[str, str]:
+    """The help of a command: a line of usage instead of a page, and an example."""
+    command = COMMANDS[name]
+    return {
+        "description": f"{command.does[0].upper()}{command.does[1:]}.",
+        "usage": f"featinv-pl {name} [--config FILE]... [--OPTION=VALUE]...",
+        "epilog": f"--model.help=NAME explains the options of a class. Example: {command.example}",
+    }
+
+
 def train(args: list[str]) -> None:
     """Run one of Lightning's commands, given without the program's name."""
     for message in EXPECTED_WARNINGS:
@@ -223,7 +270,7 @@ def train(args: list[str]) -> None:
     torch.set_float32_matmul_precision("high")
     allow_imports()
     with session():
-        copy_context().run(  # jsonargparse leaves the parser in a context variable, and with it model and trainer
+        cli = copy_context().run(  # jsonargparse leaves the parser in a context variable, and with it model and trainer
             FeatinvCLI,
             args=args,
             subclass_mode_model=True,
@@ -232,5 +279,12 @@ def train(args: list[str]) -> None:
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             parser_class=ConfigParser,
-            parser_kwargs={"parser_mode": MODE},
+            parser_kwargs={
+                "parser_mode": MODE,
+                "prog": "featinv-pl",
+                **{one: _described(one) for one in args[:1] if one in COMMANDS},
+            },
         )
+        found = cli.outcome()
+    if found:
+        ended(*found)

@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UsageError, UserError
 from featinv_pl.files import read_text
+from featinv_pl.mistakes import remember, shown
 from featinv_pl.trust import Parser
 
 MODE = "yaml with base"
@@ -33,7 +34,7 @@ MOVED = {
 class ConfigParser(Parser):
     """A parser of files on bases of others, which are relative to the file that includes them."""
 
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the error, which for an option of an earlier version is one sentence."""
         found = re.findall(r"import path string: ([\w.]+)", message)
         if "FeatureInversion'" in message:  # the parsers within, which cannot tell whose option it is, leave it to this
@@ -43,12 +44,18 @@ class ConfigParser(Parser):
             place = MOVED[old].format(old)
             now = f"is {place} now" if place else "has been removed, since it did not pay: leave it out"
             raise UserError(f"'{old}' of an earlier version {now}.")
-        super().error(message, *args, **kwargs)
+        super().error(message, ex)
 
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a file, wherever jsonargparse changes to in order to read it."""
-        read_text(Path(path), "--config", "Give a YAML file.")  # or what is not one is a traceback, or has no end
-        token = _folder.set(Path(path).parent.absolute())
+        file = Path(path).absolute()
+        text = read_text(
+            Path(path), "--config", "Give a YAML file."
+        )  # or what is not one is a traceback, or has no end
+        remember(file, text)
+        if not isinstance(_settings(text, file, "--config"), dict):
+            raise UsageError(f"--config: '{path}' holds no options. Give lines such as `trainer:` and `model:`.")
+        token = _folder.set(file.parent)
         try:
             return super().parse_path(path, *args, **kwargs)
         finally:
@@ -79,6 +86,17 @@ def _parse(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
+def _settings(text: str, path: Path, option: str) -> Any:
+    """The content of a file; what is not YAML is an error with its line."""
+    try:
+        return _parse(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())[:300]
+        raise UserError(f"{option}: '{shown(path)}'{line}, is not YAML: {problem}.") from error
+
+
 def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
     if not isinstance(settings, dict) or "base" not in settings:
         return settings
@@ -90,11 +108,8 @@ def _on_base(settings: Any, folder: Path, above: tuple[Path, ...]) -> Any:
         if path.resolve() in above:
             raise UserError(f"base: '{path}' is its own base. {advice}")
         text = read_text(path, "base", advice)
-        try:
-            contents = _parse(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"base: '{path}' is not YAML ({' '.join(str(error).split())[:300]}).") from error
-        merged = merge(merged, _on_base(contents, path.parent, (*above, path.resolve())))
+        remember(path, text, base=True)
+        merged = merge(merged, _on_base(_settings(text, path, "base"), path.parent, (*above, path.resolve())))
     return merge(merged, settings)
 
 

@@ -1,5 +1,6 @@
 """The one exception that users are meant to read."""
 
+import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,16 @@ class UserError(ValueError):
     """Something the user can put right.
 
     The message says what is wrong, what was given and what to do. The command prints it without a traceback, and exits
-    with status 1. It names an argument in backticks, with its group if the name is ambiguous: `data.train`.
+    with `status`. It names an argument in backticks, with its group if the name is ambiguous: `data.train`.
     """
+
+    status = 1
+
+
+class UsageError(UserError):
+    """A mistake in the command line itself, such as an option that does not exist."""
+
+    status = 2
 
 
 def user_error(error: BaseException) -> UserError:
@@ -37,7 +46,8 @@ def options_spelled(options: Callable[[], Iterable[str]]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UserError(spelled(str(user_error(error)), options())) from error
+        found = user_error(error)
+        raise type(found)(spelled(str(found), options())) from error
 
 
 @contextmanager
@@ -60,6 +70,22 @@ def spelled(message: str, options: Iterable[str]) -> str:
         return found[0] if len(found) == 1 else name[0]
 
     return NAME.sub(spell, message)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that asks for the known name most like `name`, with a space before it; empty if none is.
+
+    Of names with dots, the last parts are compared first: `--model.lr` may stand for `--model.optimizer.lr`.
+    """
+
+    def last(one: str) -> str:
+        return one.rpartition(".")[2].lstrip("-").lower()
+
+    [*names] = known
+    close = difflib.get_close_matches(last(name), {last(one) for one in names}, n=1)
+    fitting = [one for one in names if last(one) in close]
+    found = difflib.get_close_matches(name, fitting, n=1, cutoff=0)
+    return f" Did you mean {found[0]}?" if found else ""
 
 
 def reason(error: BaseException, longest: int = 300) -> str:

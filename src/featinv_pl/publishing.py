@@ -134,7 +134,7 @@ def _write(
     facts = Facts(recipe, _measured(tested), tested["notes"] if tested else (), license)
     FeatInvPipeline(inverter).save_pretrained(folder, facts)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{folder}: {size / 1e6:.1f} MB. Try it: featinv-pl reconstruct --model {folder} IMAGE --out DIR"
+    return f"{folder} ({size / 1e6:.1f} MB)"
 
 
 def _measured(tested: Document | None) -> list[Measured]:

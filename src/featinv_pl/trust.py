@@ -1,12 +1,14 @@
 """Which classes a configuration may name. A guard against accidents, not a sandbox: a configuration is code."""
 
 import re
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser
 
+from featinv_pl.errors import UsageError
 from featinv_pl.masking import masked
+from featinv_pl.mistakes import sentence
 from featinv_pl.nets.trusted import not_trusted, trusted_imports
 
 IMPORTABLE = (  # of torch not all: it can also load and compile what it is given
@@ -24,14 +26,16 @@ CALLERS = ("lightning.pytorch.cli", "pytorch_lightning.cli")  # their `instantia
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser, which says how to trust a class that is not trusted."""
+    """Lightning's parser, whose errors are one sentence."""
 
-    def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """End with one line where a class may not be imported."""
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with one sentence; for a class that may not be imported, it says how to trust it."""
         # The second is our own message, which the parser around that of a class wraps.
         if (denied := re.search(r"(?:Importing|not trusted:) '([\w.]+)'", message)) is not None:
             raise not_trusted(denied[1])
-        super().error(masked(message), *args, **kwargs)
+        if not self.exit_on_error:  # the parser of a class, whose error another one tells
+            super().error(masked(message), ex)
+        raise UsageError(sentence(masked(message), getattr(ex, "subcommand_parser", self).format_help())) from ex
 
 
 def allow_imports() -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loops.progress import _BatchProgress
 from torch.nn import Parameter
 from torch.optim import AdamW
@@ -43,6 +44,7 @@ NAMES = {
     "average": ("_average_model", "_device", "_swap_models"),
     "cli": ("_parse_ckpt_path", "_add_instantiators", "subcommands"),
     "observer": ("_child_processes",),
+    "wandb": ("_wandb_init",),
 }
 
 
@@ -54,6 +56,7 @@ def objects() -> dict[str, Any]:
     trainer.fit(BoringModel())
     observer = _ChildProcessObserver(main_pid=0, child_processes=[])
     others = {"saver": ModelCheckpoint(), "average": WeightAveraging(), "cli": LightningCLI, "observer": observer}
+    others["wandb"] = WandbLogger(offline=True)
     return {"trainer": trainer, **others}
 
 

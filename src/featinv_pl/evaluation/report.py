@@ -1,6 +1,7 @@
 """One self-contained page from tested inverters: pictures, tables, curves."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,6 +113,7 @@ def report(folder: Path) -> None:
     )
     write_bytes(folder / METRICS, (json.dumps(documents, indent=2) + "\n").encode())
     write_bytes(folder / "report.html", page.encode())
+    return inverters[0].folder
 
 
 def differences(one: Path, other: Path, test_sets: Iterable[str]) -> dict[str, Estimate]:
@@ -135,6 +137,10 @@ def differences(one: Path, other: Path, test_sets: Iterable[str]) -> dict[str, E
 def _inverters(folder: Path) -> list[Tested]:
     """All tested inverters, the most faithful first."""
     paths = list(folder.glob(f"*/{METRICS}"))
+    own = folder / METRICS  # of a run; that of an earlier report has the scores of several
+    if own.is_file() and "provenance" in read_json(own, "report", ADVICE):
+        above = Path(os.path.relpath(folder.absolute().parent))
+        raise UserError(f"report: '{folder}' is a run itself. Give the folder above: `featinv-pl report {above}`.")
     found = [Tested(path.parent.name, path.parent, results.read_document(path, "report")) for path in paths]
     if not found:
         raise UserError(

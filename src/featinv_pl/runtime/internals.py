@@ -33,6 +33,14 @@ def silence_tips() -> None:
     logger.addFilter(lambda record: "Tip:" not in record.getMessage())
 
 
+def drop_deprecated(trainer: Trainer) -> None:
+    """Keep WandbLogger from passing on a setting that W&B warns about, whether or not it has a value."""
+    for logger in trainer.loggers:
+        settings = getattr(logger, "_wandb_init", {})
+        if settings.get("anonymous", "") is None:
+            del settings["anonymous"]
+
+
 def hide_score_tables(trainer: Trainer) -> None:
     """Keep Lightning from printing a line for each score at the end of `validate` and `test`."""
     trainer.validate_loop.verbose = trainer.test_loop.verbose = False

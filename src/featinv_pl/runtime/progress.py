@@ -32,6 +32,12 @@ class Progress(ProgressBar):
         if self.enabled:
             steps = trainer.estimated_stepping_batches
             total = None if steps == float("inf") else int(steps)
+            # `Resume` raises the limit of a training that was finished before, so that its loop starts nevertheless.
+            [limit, *_] = [one.limits[0] for one in cast(Any, trainer).callbacks if getattr(one, "limits", None)] or [
+                -1
+            ]
+            if total is not None and limit >= 0:
+                total = min(total, limit)
             self.bar = tqdm(**_style("fit", "step"), total=total, initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:

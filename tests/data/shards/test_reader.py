@@ -204,6 +204,8 @@ def test_complete_sets(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.Cap
     for name in ("a", "b/1"):
         write_set(tmp_path / name, make_batch(5), shard_size=2)
     expected = "".join(f"{tmp_path / name}: complete: 3 shards, 5 samples\n" for name in ("a", "b/1"))
+    expected += f"Results: nothing is damaged in {tmp_path}\n"
+    expected += "Next: featinv-pl fit --config FILE --data.train=SET --data.val=SET\n"
     assert verify(capsys, tmp_path) == (0, expected)
     (tmp_path / "b/1" / MANIFEST).write_text("{")
     status, printed = verify(capsys, tmp_path / "b", tmp_path / "a", tmp_path / "nowhere")
