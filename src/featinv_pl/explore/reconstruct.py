@@ -56,6 +56,9 @@ def reconstruct(
     mean, same = (sum(column) / len(scored) for column in zip(*scored, strict=True))
     classified = f", {same:.0%} classified as their original" if pipeline.inverter.classifier.classifies else ""
     summary = f"{len(scored)} reconstructions of {len(paths)} pictures: mean cosine {mean:.3f}{classified}."
+    new = {SHEET, *(one["file"] for fact in facts for one in fact["samples"])}
+    if older := sorted({path.name for path in folder.glob("*.png")} - new):
+        summary += f"\n{len(older)} earlier pictures in {folder}, such as {older[0]}, are not on the sheet."
     return f"{summary}\nOpen {folder / SHEET}."
 
 
