@@ -140,7 +140,11 @@ def _write(
 def _measured(tested: Document | None) -> list[Measured]:
     """The scores of a model card, of complete test sets."""
     return [
-        Measured(test_set, score, *(methods.get(one, {}).get(score, {}).get("value") for one in METHODS))
+        Measured(
+            test_set,
+            score,
+            *(methods[one][score]["value"] if score in methods.get(one, {}) else None for one in METHODS),
+        )
         for test_set, methods in sorted(tested["scores"].items() if tested else ())
         for score in SHOWN_SCORES
         if "/" not in test_set and score in methods[INVERSION]

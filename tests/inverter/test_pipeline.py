@@ -67,7 +67,7 @@ def test_pictures_and_samples_share_a_batch(own: FeatInvPipeline, array: NDArray
 
 
 def test_output_measures_what_the_images_are(own: FeatInvPipeline, array: NDArray[np.uint8]) -> None:
-    output = own(array, num_samples=2)
+    output: Any = own(array, num_samples=2)
     seen = own.inverter.classifier.classify(own.crop(output.images))  # of the pictures' very bytes
     target = own.classify(own.crop(array))["features"]
     torch.testing.assert_close(output.maps, seen["features"])
@@ -75,7 +75,8 @@ def test_output_measures_what_the_images_are(own: FeatInvPipeline, array: NDArra
     angle = (seen["features"] * target).sum(1) / seen["features"].norm(dim=1) / target.norm(dim=1)
     torch.testing.assert_close(output.cosine, angle.mean((1, 2)))
     assert output[0] is output.images is output["images"]
-    tensor, numbers = (own(array, num_samples=2, output_type=kind).images for kind in ("pt", "np"))
+    made: list[Any] = [own(array, num_samples=2, output_type=kind).images for kind in ("pt", "np")]
+    tensor, numbers = made
     assert tensor.shape == (2, 3, 32, 32)
     assert numbers.shape == (2, 32, 32, 3)
     for number, picture in enumerate(output.images):
@@ -89,7 +90,14 @@ def test_a_picture_may_have_any_form(own: FeatInvPipeline, array: NDArray[np.uin
     Image.fromarray(array).save("picture.png")
     chw = torch.from_numpy(array).permute(2, 0, 1)
     expected = own.crop(Image.fromarray(array))
-    forms = [tmp_path / "picture.png", "picture.png", array, array / 255, array.astype(np.float32) / 255, chw]
+    forms: list[Any] = [
+        tmp_path / "picture.png",
+        "picture.png",
+        array,
+        array / 255,
+        array.astype(np.float32) / 255,
+        chw,
+    ]
     forms += [chw / 255, chw.double() / 255]
     assert all(torch.equal(own.crop(one), expected) for one in forms)
     assert torch.equal(own.crop(forms), expected.expand(len(forms), -1, -1, -1))

@@ -53,7 +53,7 @@ class Measured(NamedTuple):
 
     test_set: str
     score: str
-    value: float
+    value: float | None
     floor: float | None
     ceiling: float | None
 

@@ -279,7 +279,7 @@ class FeatInvPipeline:
             raise UserError("`num_samples` and `num_images_per_prompt` are two names of the same. Give one of them.")
         [number] = numbers
         sampler = as_sampler(self.inverter.sampler, num_inference_steps, guidance_scale)
-        features = pictures if features is None and is_map(pictures) else features
+        features = cast(Any, pictures) if features is None and is_map(pictures) else features
         if features is None:
             features = self.classify(self.crop(cast(Any, pictures)))["features"]
         maps = as_maps(features, self.inverter.classifier.feature_shape).repeat_interleave(number, 0)

@@ -82,12 +82,12 @@ class Run(NamedTuple):
         with self.as_saved(option):
             encoder, sampler = Encoder(**options.get("encoder", older)), Sampler.from_fields(options["sampler"])
             named = [options[name] for name in ("backbone", "weights", "layer", "input_size")]
-            prior, *others = (options[name] for name in ("prior", "image_size", "conditioning"))
+            prior, size, conditioning = (options[name] for name in ("prior", "image_size", "conditioning"))
         preview = options.get("preview_decoder")
         decoder = LatentAutoencoder.load(preview, option) if preview else None
         with torch.random.fork_rng(devices=[]):
             self.seed()
-            inverter = Inverter(Backbone(*named), Prior(prior), encoder, *others, sampler, decoder)
+            inverter = Inverter(Backbone(*named), Prior(prior), encoder, size, conditioning, sampler, decoder)
         check_checkpoint(state, inverter, what)
         fill_control(inverter, state["state_dict"], what)
         return inverter

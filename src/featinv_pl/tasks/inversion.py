@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -203,7 +203,9 @@ class FeatureInversion(Optimised):
         return fill_control(self.inverter, state_dict, "`ckpt_path`")
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **given: Any) -> Self:
+    def load_from_checkpoint(  # type: ignore[override]  # without options of hyperparameters, of which there are none
+        cls, checkpoint_path: str | Path, map_location: Any = None, **given: Any
+    ) -> Self:
         """Load a trained model, with the arguments of the `fit.yaml` beside the checkpoint and those that are `given`.
 
         A checkpoint of a Trainer in Python has no such file: give `backbone`, `prior` and what else differs from the
@@ -214,8 +216,8 @@ class FeatureInversion(Optimised):
             given = {**_arguments(run), **given}
             with torch.random.fork_rng(devices=[]):
                 run.seed()  # which a classifier with random weights got
-                return cast(Self, super().load_from_checkpoint(checkpoint_path, map_location, **given))
-        return cast(Self, super().load_from_checkpoint(checkpoint_path, map_location, **given))
+                return super().load_from_checkpoint(checkpoint_path, map_location, **given)
+        return super().load_from_checkpoint(checkpoint_path, map_location, **given)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what the control belongs to."""
@@ -242,4 +244,4 @@ def _arguments(run: Run) -> dict[str, Any]:
             made = parser.instantiate_classes(parser.parse_object({"model": options}))
         except ArgumentError as error:
             raise TypeError(str(error)) from error
-    return vars(made.model)
+    return dict(vars(made.model))
