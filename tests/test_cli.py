@@ -140,6 +140,22 @@ def test_mistakes_in_files_are_told_with_file_and_line(
     refused(["fit", "--config", config, "--config", "sub/a.yaml"], capsys, fragment)
 
 
+def test_a_training_ends_with_its_results_and_what_follows(
+    shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write(Path("inversion.yaml"), inversion(classifier_folder, prior_folder, shards))
+    main(["fit", "--config", config, "--trainer.fast_dev_run=true"])
+    assert "Results" not in capsys.readouterr().out
+    main(["fit", "--config", config])
+    results = "Results: run (checkpoint run/inversion.ckpt)\n"
+    follows = "Next: featinv-pl test --config run/fit.yaml --ckpt_path run/inversion.ckpt\n"
+    assert capsys.readouterr().out.endswith(results + follows)
+    main(["fit", "--config", config, "--ckpt_path=last"])  # finished before
+    shown = capsys.readouterr().err
+    assert " 2/2 " in shown
+    assert "/3 " not in shown
+
+
 def test_shards_of_another_backbone_are_refused(
     shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

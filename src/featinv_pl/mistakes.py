@@ -147,7 +147,8 @@ def _own(group: str) -> set[type]:
 
 
 def _descendants(kind: type) -> set[type]:
-    return {one for child in kind.__subclasses__() for one in (child, *_descendants(child)) if one.__name__[0] != "_"}
+    children: list[type] = kind.__subclasses__()
+    return {one for child in children for one in (child, *_descendants(child)) if one.__name__[0] != "_"}
 
 
 def _class(path: str) -> Any:

@@ -82,8 +82,12 @@ class Tested:
         return open_picture(self.folder / PICTURES / test_set / kind / f"{row}.png", "report")
 
 
-def report(folder: Path) -> None:
-    """Write `report.html` and `metrics.json` into a folder that holds a folder per tested inverter."""
+def report(folder: Path) -> Path:
+    """Write `report.html` and `metrics.json` into a folder that holds a folder per tested inverter.
+
+    Returns:
+        The folder of the most faithful one.
+    """
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
     known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
