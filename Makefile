@@ -19,7 +19,7 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-once test coverage lint types format check smoke study study-cifar10 bench bench-data \
-	torture parity full-size wandb-picture viz-digits dist matrix clean
+	torture parity full-size viz-digits dist matrix clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,9 +84,6 @@ parity: install  ## differences from the authors' code, on a small model of thei
 
 full-size: install  ## one step of the full-size model for each backbone of the paper: time and memory
 	PYTHONPATH=experiments:tests $(BIN)/python -m bench.full_size $(BRIEF)
-
-wandb-picture: demo-once  ## what Weights & Biases is sent by runs on digits, drawn as docs/wandb.png
-	PYTHONPATH=tests $(BIN)/python -m wandb_picture docs/wandb.png $(BRIEF)
 
 viz-digits: demo-once  ## whether steering and interpolation do what they claim, on digits
 	PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m bench.viz_digits $(BRIEF)

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
 pytest_plugins = ["trainings"]
 # Modules of tests with some.
-CALLBACKS = "bench,interrupts,test_callback,test_changes,test_cli,test_resuming,test_shard_writer,test_tracking"
+CALLBACKS = "bench,interrupts,test_changes,test_cli,test_tracking,torture"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -73,6 +73,12 @@ def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prior_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_prior(tmp_path_factory.mktemp("frozen"))
+
+
+@pytest.fixture
+def own_prior(prior_folder: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(prior_folder, tmp_path / "prior"))
 
 
 @pytest.fixture(scope="session")

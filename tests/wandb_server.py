@@ -4,7 +4,7 @@ It knows the calls that runs, `wandb sync`, `wandb sweep` and `wandb agent` make
 runs it stops, the test says: how the real server decides that is its own matter, and what it is sent is ours.
 """
 
-# ruff: noqa: N802, N815 (methods are named as the operations that they answer)
+# ruff: noqa: N802 (methods are named as the operations that they answer)
 
 import json
 import re
@@ -40,21 +40,13 @@ class Run:
         return [row[metric] for row in self.history if metric in row]
 
 
-@dataclass
-class Sweep:
-    """A sweep, and the names of its runs."""
-
-    config: dict[str, Any]
-    runs: list[str] = field(default_factory=list)
-
-
 class WandbServer(ThreadingHTTPServer):
     """All that has arrived, and what agents are told.
 
     Attributes:
         runs: By name.
-        sweeps: By name.
-        proposals: The parameters that sweeps try, one run after the other.
+        sweeps: Their configurations, by name.
+        proposals: The parameters that a sweep tries, one run after the other.
         stopped: Names of runs that agents shall stop.
         received: Every body of a request, for tests that look for secrets.
     """
@@ -63,14 +55,13 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.runs: dict[str, Run] = {}
-        self.sweeps: dict[str, Sweep] = {}
+        self.sweeps: dict[str, Any] = {}
         self.proposals: list[dict[str, Any]] = []
         self.stopped: set[str] = set()
         self.received: list[bytes] = []
         self.lock = threading.Lock()
 
     def environment(self) -> dict[str, str]:
-        """The variables by which a client finds this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
 
     def handle_error(self, *_: Any) -> None:
@@ -96,7 +87,7 @@ class WandbServer(ThreadingHTTPServer):
         run.starts.append(variables)
         run.state = "running"
         run.config |= {key: item["value"] for key, item in json.loads(variables.get("config") or "{}").items()}
-        sweep = next((key for key, sweep in self.sweeps.items() if name in sweep.runs), None)
+        sweep = next((key for key in self.sweeps if name.startswith(f"{key}run")), None)
         bucket = {"id": name, "name": name, "displayName": variables.get("displayName") or name, "config": "{}"}
         bucket |= {"sweepName": sweep, "historyLineCount": len(run.history), "project": PROJECT}
         return {"upsertBucket": {"bucket": bucket, "inserted": len(run.starts) == 1}}
@@ -104,19 +95,13 @@ class WandbServer(ThreadingHTTPServer):
     def _RunResumeStatus(self, variables: dict[str, Any]) -> dict[str, Any]:
         run, bucket = self.runs.get(variables["name"]), None
         if run is not None and run.starts:
-            bucket = {
-                "name": variables["name"],
-                "summaryMetrics": json.dumps(run.summary),
-                "displayName": run.starts[0].get("displayName"),
-                "logLineCount": 0,
-                "historyLineCount": len(run.history),
-                "eventsLineCount": 0,
-                "historyTail": json.dumps([json.dumps(row) for row in run.history[-1:]]),
-                "eventsTail": "[]",
-                "config": json.dumps({key: {"value": value} for key, value in run.config.items()}),
-                "tags": run.starts[0].get("tags"),
-                "wandbConfig": '{"t": 1}',  # the client's sign that the run has begun
-            }
+            config = {key: {"value": value} for key, value in run.config.items()}
+            tail = [json.dumps(row) for row in run.history[-1:]]
+            bucket = {"name": variables["name"], "logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]"}
+            bucket |= {"summaryMetrics": json.dumps(run.summary), "config": json.dumps(config)}
+            bucket |= {"historyLineCount": len(run.history), "historyTail": json.dumps(tail)}
+            bucket |= {name: run.starts[0].get(name) for name in ("displayName", "tags")}
+            bucket["wandbConfig"] = '{"t": 1}'  # the client's sign that the run has begun
         return {"model": {"id": ID, "name": PROJECT["name"], "entity": PROJECT["entity"], "bucket": bucket}}
 
     def _CreateRunFiles(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -133,13 +118,13 @@ class WandbServer(ThreadingHTTPServer):
 
     def _UpsertSweep(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = f"sweep{len(self.sweeps)}"
-        self.sweeps[name] = Sweep(yaml.safe_load(variables["config"]))
+        self.sweeps[name] = yaml.safe_load(variables["config"])
         return {"upsertSweep": {"sweep": {"name": name, "project": PROJECT}, "configValidationWarnings": []}}
 
     def _SweepWithRuns(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["sweep"]
         sweep = {"id": name, "name": name, "method": "grid", "state": "RUNNING", "runs": {"edges": []}}
-        sweep |= {"config": yaml.safe_dump(self.sweeps[name].config), "createdAt": "2026-01-01T00:00:00"}
+        sweep |= {"config": yaml.safe_dump(self.sweeps[name]), "createdAt": "2026-01-01T00:00:00"}
         return {"project": {"sweep": sweep}}
 
     def _CreateAgent(self, variables: dict[str, Any]) -> dict[str, Any]:
@@ -149,19 +134,14 @@ class WandbServer(ThreadingHTTPServer):
         name = variables["id"]
         running = [run for run, runs in json.loads(variables["runState"] or "{}").items() if runs]
         commands = [{"type": "stop", "run_id": run} for run in running if run in self.stopped]
-        if not running:
-            commands = [self._next(name)]
+        number = sum(run.startswith(f"{name}run") for run in self.runs)
+        if not running and number == len(self.proposals):
+            commands = [{"type": "exit"}]
+        elif not running:
+            args = {option: {"value": value} for option, value in self.proposals[number].items()}
+            self.runs[f"{name}run{number}"] = Run()
+            commands = [{"type": "run", "run_id": f"{name}run{number}", "program": None, "args": args}]
         return {"agentHeartbeat": {"agent": {"id": name}, "commands": json.dumps(commands)}}
-
-    def _next(self, name: str) -> dict[str, Any]:
-        sweep = self.sweeps[name]
-        if len(sweep.runs) == len(self.proposals):
-            return {"type": "exit"}
-        run, parameters = f"{name}run{len(sweep.runs)}", self.proposals[len(sweep.runs)]
-        sweep.runs.append(run)
-        self.runs[run] = Run()
-        args = {option: {"value": value} for option, value in parameters.items()}
-        return {"type": "run", "run_id": run, "program": sweep.config.get("program"), "args": args}
 
     def stream(self, name: str, contents: dict[str, Any]) -> None:
         """Take in lines of the history and of the summary, and how the run ended."""
@@ -187,8 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._reply({})
-
-    do_HEAD = do_GET
 
     def do_PUT(self) -> None:
         _, _, name, file = self.path.split("/", 3)
@@ -226,18 +204,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        self.wfile.write(data)
 
 
 @contextmanager
 def serve() -> Iterator[WandbServer]:
-    """A server that runs meanwhile."""
     with WandbServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         try:
             yield server
         finally:
             server.shutdown()
-            thread.join()

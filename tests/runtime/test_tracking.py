@@ -264,7 +264,7 @@ def test_a_sweep_by_a_real_agent(settings: dict[str, Any], online: WandbServer) 
     client = [sys.executable, "-m", "wandb"]
     subprocess.run([*client, "sweep", "experiments/sweeps/encoder.yaml"], env=environment, check=True)
     [(name, sweep)] = online.sweeps.items()
-    metric, patience = sweep.config["metric"]["name"], sweep.config["early_terminate"]["min_iter"]
+    metric, patience = sweep["metric"]["name"], sweep["early_terminate"]["min_iter"]
     runs = [f"{name}run{number}" for number in range(2)]
     folders = [Path("runs/featinv-pl", run) for run in runs]
 

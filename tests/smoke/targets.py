@@ -9,10 +9,10 @@ from pathlib import Path
 from featinv_pl.__main__ import main
 
 PROJECT = Path(__file__).parents[2]
-TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "wandb-picture", "viz-digits", "dist", "matrix")
+TARGETS = ("bench", "bench-data", "torture", "parity", "full-size", "viz-digits", "dist", "matrix")
 """Those that run no file of `experiments` by itself; the demo and the studies do."""
 INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # by which an outer make would pass its own FLAGS on
-LINKED = ("Makefile", "pyproject.toml", "constraints.txt", ".venv", "src", "tests", "experiments")
+LINKED = ("Makefile", "pyproject.toml", "constraints.txt", ".venv", "src", "tests", "experiments", "docs")
 
 
 def make(target: str, *, short: bool = True, **variables: str) -> str:
@@ -20,11 +20,6 @@ def make(target: str, *, short: bool = True, **variables: str) -> str:
     for name in LINKED:
         if not Path(name).exists():
             Path(name).symlink_to(PROJECT / name)
-    docs = Path("docs")
-    docs.mkdir(exist_ok=True)
-    for one in (PROJECT / docs).iterdir():
-        if one.name != "wandb.png" and not (docs / one.name).exists():  # which a target replaces
-            (docs / one.name).symlink_to(one)
     command = ["make", "--old-file=.venv/.installed", target, *(["SHORT=1"] if short else [])]
     command += [f"{name}={value}" for name, value in variables.items()]
     outside = {name: value for name, value in os.environ.items() if name not in INHERITED}

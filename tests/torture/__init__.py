@@ -7,7 +7,7 @@ HEAD = "| stage | what was done | times | wrong | beside |\n|---|---|--:|--:|---
 
 @dataclass
 class Figure:
-    """A line of the table: what was done how often, and how often something was lost, repeated or not noticed."""
+    """A line of the table; wrong is what was lost, repeated or not noticed."""
 
     stage: str
     done: str

@@ -45,25 +45,14 @@ INCOMPLETE = (OSError, ValueError, TypeError, KeyError, AttributeError, Recursio
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of input.
-
-    Attributes:
-        name: For the table.
-        command: What reads it, from a folder that holds it as `in/`.
-        cases: File or pattern of files, ways to spoil the first, and the sentence that each must be refused with; None
-            where another valid input may come of it.
-        reseal: Makes the input's checksums agree with what its author has spoilt.
-        checked: Whether every random change of bytes must show.
-    """
+    """A kind of input."""
 
     name: str
-    command: tuple[str, ...]
+    command: tuple[str, ...]  # what reads it, from a folder that holds it as `in/`
+    # A file or pattern, ways to spoil it, and how each must be refused; None where it may be valid.
     cases: tuple[tuple[str, Spoils, str | None], ...]
-    reseal: Callable[[Path], object] = lambda folder: None
-    checked: bool = True
-
-
-# What authors of hostile files write, with the checksums that belong to it
+    reseal: Callable[[Path], object] = lambda folder: None  # makes checksums agree with what the author has spoilt
+    checked: bool = True  # every random change of bytes must show
 
 
 def sha256(path: Path) -> str:
@@ -95,7 +84,6 @@ def described(folder: Path) -> None:
 
 
 def pickled(model: Path, part: str, name: str) -> None:
-    """A pickle alone, as in old folders."""
     next((model / part).glob("*.safetensors")).unlink()
     torch.save({"conv_in.weight": spoils.RUNS}, model / part / name)
 

@@ -27,11 +27,7 @@ def save(how: CheckpointIO, path: Path, step: int) -> None:
 
 
 def kill_while_saving(how: CheckpointIO, path: Path, kills: int) -> tuple[int, int]:
-    """Kill that many processes at moments spread over their first saves.
-
-    Returns:
-        How many left a broken checkpoint under its name, and how many were in the middle of saving.
-    """
+    """Kill processes that save: how many left a broken checkpoint under its name, and how many were within a save."""
     start = time.perf_counter()
     save(how, path, 0)
     duration = time.perf_counter() - start

@@ -33,33 +33,25 @@ def verify(capsys: pytest.CaptureFixture[str], *folders: Path) -> tuple[int, str
 # A set
 
 
-def test_set_gives_every_sample_by_its_index(make_batch: MakeBatch, tmp_path: Path) -> None:
+def test_sets_are_read_by_us_and_by_webdataset(make_batch: MakeBatch, tmp_path: Path) -> None:
     batch = make_batch(8)
     manifest = write_set(tmp_path, batch, shard_size=3)
     shards = ShardSet(tmp_path, "val", OPTION)
     assert [shard["samples"] for shard in manifest["shards"]] == shards.shard_sizes == [3, 3, 2]
-    assert len(shards) == 8
-    together = collate_samples([shards[index] for index in range(8)])
+    together = collate_samples([shards[index] for index in range(len(shards))])
     assert together["key"] == batch["key"]
     assert together["source"] == ["val"] * 8  # by the name that the user gave
-    assert torch.equal(together["images"], batch["images"])
-    assert torch.equal(together["labels"], batch["labels"])
-    for name in ("features", "logits", "moments"):
-        assert torch.equal(together[name], batch[name].half().float())
-
-
-def test_webdataset_reads_them(make_batch: MakeBatch, tmp_path: Path) -> None:
-    batch = make_batch(5)
-    manifest = write_set(tmp_path, batch, shard_size=3)
     urls = [str(tmp_path / shard["name"]) for shard in manifest["shards"]]
     entries = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     assert [entry["json"]["key"] for entry in entries] == batch["key"]
-    assert [entry["__key__"] for entry in entries] == [f"{number:09d}" for number in range(5)]
-    for index, entry in enumerate(entries):
-        assert np.array_equal(entry["features.npy"], batch["features"][index].half().numpy())
-        assert np.array_equal(entry["latent.npy"], batch["moments"][index].half().numpy())
-        pixels = torch.tensor(entry["png"]).permute(2, 0, 1) / 127.5 - 1
-        torch.testing.assert_close(pixels, batch["images"][index])
+    assert [entry["__key__"] for entry in entries] == [f"{number:09d}" for number in range(8)]
+    assert torch.equal(together["images"], batch["images"])
+    assert torch.equal(together["labels"], batch["labels"])
+    pixels = torch.stack([torch.tensor(entry["png"]) for entry in entries]).permute(0, 3, 1, 2) / 127.5 - 1
+    torch.testing.assert_close(pixels, batch["images"])
+    for name, member in {"features": "features.npy", "logits": "logits.npy", "moments": "latent.npy"}.items():
+        assert torch.equal(together[name], batch[name].half().float())
+        assert np.array_equal([entry[member] for entry in entries], batch[name].half().numpy())
 
 
 # Sets that will not do
@@ -91,10 +83,8 @@ def second(folder: Path) -> Path:
         (lambda folder: folder.rename(folder.with_name("elsewhere")), "there is no folder '.*set'"),
         (lambda folder: (folder / MANIFEST).unlink(), f"has no {MANIFEST}, so it is not a finished shard set"),
         (rewritten(lambda text: text[:-20]), "is damaged"),
-        (rewritten(lambda text: "[]"), "is damaged"),
         (rewritten(lambda text: '{"format_version": 2, "shards": [{"name": "a.tar"}]}'), "is damaged"),
         (rewritten(lambda text: text.replace("10", "12")), "is damaged .it has changed since it was written"),
-        (rewritten(lambda text: text + " "), "is damaged .it has changed since it was written"),
         (rewritten(lambda text: '{"format_version": 99}'), "shard format 99, and this version reads 2"),
         (lambda folder: second(folder).unlink(), r"-00001\.tar' is missing"),
         (lambda folder: second(folder).write_bytes(b""), r"-00001\.tar' has 0 of \d+ bytes"),
@@ -102,7 +92,7 @@ def second(folder: Path) -> Path:
         (resealed("clean-00001.tar"), "it names a shard twice"),
         *(
             (resealed(name), r"is damaged .*shards\.0\.name String should match")
-            for name in ("../other.tar", "/etc/passwd", "a/b.tar", "..", ".hidden", "")
+            for name in ("../other.tar", "/etc/passwd", "")
         ),
     ],
 )
@@ -129,20 +119,13 @@ MAP = np.zeros((8, 4, 4), np.float16)
     ("suffix", "data", "message"),
     [
         ("features.npy", None, r"no member 'features\.npy'"),
-        ("logits.npy", None, r"no member 'logits\.npy'"),
-        ("latent.npy", None, r"no member 'latent\.npy'"),
-        ("json", None, "no member 'json'"),
         ("png", None, "no member 'jpg'"),
         ("features.npy", npy(MAP[:, :3]), r"features of shape \[8, 3, 4\] instead of \[8, 4, 4\]"),
         ("logits.npy", npy(np.zeros(9, np.float16)), r"logits of shape \[9\]"),
         ("features.npy", npy(MAP + np.float16("nan")), "not finite"),
-        ("latent.npy", npy(MAP + np.float16("inf")), "not finite"),
         ("features.npy", npy(MAP.astype(np.float32)), "float32 instead of float16"),
         ("features.npy", npy(MAP)[:-2], "cannot reshape|EOF"),
         ("features.npy", npy(np.array([{}], dtype=object)), "pickle"),
-        ("features.npy", b"", "cannot be read"),
-        ("features.npy", npy(MAP).replace(b"}", b" "), "cannot be read"),
-        ("json", b"{", ""),
         ("json", b"{}", "label"),
         ("png", b"no picture", "cannot identify image"),
     ],

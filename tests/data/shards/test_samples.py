@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from conftest import MakeBatch
 from featinv_pl.data.shards import samples as entries
-from featinv_pl.data.shards.samples import ImageFormat, Sample, Storage, collate_samples, decode, prepare, quantise
+from featinv_pl.data.shards.samples import ImageFormat, Sample, Storage, collate_samples, decode, prepare
 from featinv_pl.errors import UserError
 from featinv_pl.types import Batch
 
@@ -27,7 +27,10 @@ def back(members: dict[str, bytes], storage: Storage = "float16", with_images: b
 
 def test_png_entry_comes_back_complete(make_batch: MakeBatch) -> None:
     batch = make_batch(3, source="corrupted/fog/3")
-    sample = back(encode(batch, 1, "png"))
+    batch["view"] = [{"number": 2, "crop": (1, 2, 3, 4), "flips": "h"}] * 3
+    members = encode(batch, 1, "png")
+    assert b'"view": {"number": 2, "crop": [1, 2, 3, 4], "flips": "h"}' in members["json"]
+    sample = back(members)
     assert torch.equal(sample["images"], batch["images"][1])
     for name in ("features", "logits", "moments"):
         assert torch.equal(sample[name], batch[name][1].half())
@@ -79,15 +82,3 @@ def test_int8_costs_at_most_a_thousandth_of_cosine(make_batch: MakeBatch) -> Non
     maps[:, :, 0, 0] = 6e4  # beside which nothing else is more than a step
     with pytest.raises(UserError, match=r"`storage`: int8 would change a feature map by .* Store float16"):
         prepare(batch, "int8")
-
-
-def test_quantised_values_use_the_whole_range() -> None:
-    quantised, steps = quantise(torch.tensor([[[[-1.0, 0.5]], [[0.0, 0.0]], [[1e-5, 5e-6]]]]))
-    assert quantised.tolist() == [[[[-127, 64]], [[0, 0]], [[127, 64]]]]
-    assert steps.dtype == torch.float32
-
-
-def test_a_view_is_recorded(make_batch: MakeBatch) -> None:
-    batch = make_batch(1)
-    batch["view"] = [{"number": 2, "crop": (1, 2, 3, 4), "flips": "h"}]
-    assert b'"view": {"number": 2, "crop": [1, 2, 3, 4], "flips": "h"}' in encode(batch, 0, "png")["json"]

@@ -59,6 +59,10 @@ def test_resumes_after_the_last_complete_shard(done: int, make_batch: MakeBatch,
     write(folder, batch)
     assert files(folder) == files(tmp_path / "whole")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    writer = writer_of(folder, batch)  # to a finished set nothing is added
+    assert (writer.finished, writer.share) == (True, [])
+    writer.begin()
+    assert files(folder) == files(tmp_path / "whole")
 
 
 def test_writes_incomplete_shards_again(make_batch: MakeBatch, tmp_path: Path) -> None:
@@ -102,17 +106,6 @@ def test_refuses_to_go_on_with_other_settings(make_batch: MakeBatch, tmp_path: P
     with pytest.raises(UserError, match="holds tars, and no "):
         writer_of(tmp_path, batch)
     assert {**files(tmp_path), "extraction.json": before["extraction.json"]} == before
-
-
-def test_a_finished_set_is_left_alone(make_batch: MakeBatch, tmp_path: Path) -> None:
-    batch = make_batch(SIZE)
-    write(tmp_path, batch)
-    before = files(tmp_path)
-    writer = writer_of(tmp_path, batch)
-    assert writer.finished
-    assert writer.share == []
-    writer.begin()
-    assert files(tmp_path) == before
 
 
 def test_unreadable_images_are_named_and_counted(make_batch: MakeBatch, tmp_path: Path) -> None:
