@@ -1,6 +1,8 @@
 """Tiny real networks, made once per session, and what is drawn with them."""
 
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,17 +13,19 @@ import huggingface_hub
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from featinv_pl.__main__ import main
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.metrics import weights
+from featinv_pl.metrics import weights as published
 from featinv_pl.types import Batch
-from tiny import extract_digits, extraction, make_classifier, make_inverter, make_prior, write
+from interrupts import Validated, added, weights
+from tiny import extract_digits, extraction, make_classifier, make_inverter, make_prior, short, write
 
 ROOT = Path(__file__).parents[1]
 MakeBatch = Callable[..., Batch]
-pytest_plugins = ["trainings"]
+Pictures = tuple[Image.Image, Image.Image]
 # Modules of tests with some.
 CALLBACKS = "bench,interrupts,test_changes,test_cli,test_tracking,torture"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -45,7 +49,7 @@ def random_inception(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         network = NoTrainInceptionV3("random", ["2048"], str(path))
     torch.save(network.state_dict(), path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    monkeypatch.setattr(weights, "INCEPTION", f"https://published/random-{digest}.pth")
+    monkeypatch.setattr(published, "INCEPTION", f"https://published/random-{digest}.pth")
     return path
 
 
@@ -146,7 +150,7 @@ def copy_of(digit: str, folder: Path) -> Path:
 
 
 @pytest.fixture
-def opened(picture: Path, other_picture: Path) -> tuple[Image.Image, Image.Image]:
+def opened(picture: Path, other_picture: Path) -> Pictures:
     first, second = (Image.open(path).convert("RGB") for path in (picture, other_picture))
     return first, second
 
@@ -158,3 +162,39 @@ def chromium() -> str:
     if found is None:
         pytest.skip("no Chromium on this machine: on Debian, apt-get install chromium")
     return found
+
+
+# Trainings of five steps, of which every second is saved and validated
+
+
+@pytest.fixture
+def settings(shards: Path, classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
+    return short(classifier_folder, prior_folder, shards)
+
+
+@pytest.fixture
+def fit(settings: dict[str, Any]) -> list[str]:
+    return ["fit", "--config", write(Path("fit.yaml"), settings)]
+
+
+@pytest.fixture(scope="session")
+def uninterrupted_run(
+    tmp_path_factory: pytest.TempPathFactory, shards: Path, classifier_folder: Path, prior_folder: Path
+) -> Path:
+    """The folder of a training to which nothing happens, which validated `Validated.keys`."""
+    Validated.keys.clear()
+    torch.set_num_threads(1)  # as in the tests that it is compared with
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEATINV_IMPORTS", "interrupts")
+        config = write(Path("fit.yaml"), short(classifier_folder, prior_folder, shards))
+        main(["fit", "--config", config, "--ckpt_path=last", *added("Validated")])  # which has nothing to resume from
+    (folder / "validated.json").write_text(json.dumps(Validated.keys))
+    return folder / "run"
+
+
+@pytest.fixture
+def uninterrupted(uninterrupted_run: Path) -> tuple[dict[str, Tensor], dict[int, list[str]]]:
+    """Its weights and validated samples."""
+    validated = json.loads((uninterrupted_run.parent / "validated.json").read_text())
+    return weights(uninterrupted_run / "inversion.ckpt"), {int(step): keys for step, keys in validated.items()}

@@ -38,21 +38,15 @@ assert callable(FeatInvPipeline.from_pretrained)
 
 
 def build(folder: Path) -> tuple[Path, Path]:
-    """Build wheel and sdist, and check what they hold.
-
-    Args:
-        folder: Gets both.
-
-    Returns:
-        Their paths.
-    """
+    """Build wheel and sdist into a folder, and check what they hold."""
     _run("uv", "build", "--quiet", "--clear", "--out-dir", str(folder), str(PROJECT))
     [wheel], [sdist] = folder.glob("*.whl"), folder.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as opened:
         held = {name for name in opened.namelist() if ".dist-info/" not in name}
         [metadata] = (name for name in opened.namelist() if name.endswith("/METADATA"))
         said = opened.read(metadata).decode()
-    ours = {path.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("*") if _shipped(path)}
+    files = {path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    ours = {path.relative_to(SOURCE).as_posix() for path in files if ".egg-info/" not in str(path)}
     assert held == ours, f"the wheel lacks {sorted(ours - held)} and holds {sorted(held - ours)}"
     for field in ("Author", "Keywords", "License-Expression", "License-File", "Project-URL", "Requires-Python"):
         assert f"\n{field}: " in said, f"the wheel's metadata lack {field}"
@@ -63,12 +57,7 @@ def build(folder: Path) -> tuple[Path, Path]:
 
 
 def try_out(binaries: Path, folder: Path) -> None:
-    """Run what is installed in an environment as a user does first, in an empty folder.
-
-    Args:
-        binaries: The environment's `bin`.
-        folder: Where commands run.
-    """
+    """Run what is installed in an environment, whose `bin` is given, as a user does first, in an empty folder."""
     environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
     environment |= {"WANDB_MODE": "offline", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
@@ -81,15 +70,7 @@ def try_out(binaries: Path, folder: Path) -> None:
 
 
 def dist(flags: list[str], shared: bool) -> str:
-    """Build into `dist/`, install the wheel into an empty environment, and try it.
-
-    Args:
-        flags: For pip.
-        shared: Borrow the libraries of the running environment, instead of installing them.
-
-    Returns:
-        What came of it.
-    """
+    """Build into `dist/`, install the wheel into an empty environment, or with this one's libraries, and try it."""
     wheel, sdist = build(Path("dist").absolute())
     with tempfile.TemporaryDirectory() as made:
         empty, folder = Path(made) / "environment", Path(made) / "folder"
@@ -98,7 +79,9 @@ def dist(flags: list[str], shared: bool) -> str:
         constraints = ["--constraint", str(PROJECT / "constraints.txt")]
         pip = [str(empty / "bin/python"), "-m", "pip", "install", "--quiet", *flags]
         if shared:
-            _borrow(empty)
+            [packages] = empty.glob("lib/python*/site-packages")
+            found = [path for path in sys.path if path.endswith("site-packages")]
+            (packages / "borrowed.pth").write_text("\n".join([*found, ""]))
             _run(*pip, "--no-deps", str(wheel))
         else:
             _run(*pip, *constraints, str(wheel))
@@ -109,13 +92,7 @@ def dist(flags: list[str], shared: bool) -> str:
 
 
 def matrix(pythons: list[str], resolutions: list[str], resolve_only: bool) -> Iterator[str]:
-    """The rows of a table: what each Python does with the newest and the oldest versions that the bounds allow.
-
-    Args:
-        pythons: Versions.
-        resolutions: uv's, of direct dependencies.
-        resolve_only: Only say which versions those are, and whether each has a wheel.
-    """
+    """The rows of a table: what each Python does with the newest and the oldest versions that the bounds allow."""
     with tempfile.TemporaryDirectory() as made:
         wheel = None if resolve_only else build(Path(made))[0]
         for python, resolution in product(pythons, resolutions):
@@ -148,18 +125,6 @@ def _attempt(wheel: Path, python: str, resolution: str) -> str:
         _run(*install, "--no-deps", str(wheel))
         try_out(empty / "bin", folder)
         return _run(str(empty / "bin/python"), "-c", "import torch; print(torch.__version__)").strip()
-
-
-def _borrow(environment: Path) -> None:
-    """Let an environment find the libraries of the one that runs, after its own."""
-    [packages] = environment.glob("lib/python*/site-packages")
-    found = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "borrowed.pth").write_text("\n".join([*found, ""]))
-
-
-def _shipped(path: Path) -> bool:
-    generated = path.suffix == ".pyc" or any(part.endswith(".egg-info") for part in path.parts)
-    return path.is_file() and not generated
 
 
 def _run(*command: str, **options: Any) -> str:

@@ -35,6 +35,8 @@ HERE = Path(__file__).parent / "golden"
 GOLDEN = json.loads((HERE / "golden.json").read_text())
 CHANNELS = GOLDEN["config"]["hint_channels"]
 BOUND, SAMPLED_BOUND = 1e-5, 1e-4
+State = dict[str, Tensor]
+Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def tensor(name: str, shape: list[int]) -> Tensor:
@@ -107,12 +109,9 @@ def figures(inverter: Inverter) -> dict[str, float]:
     return {name: difference(*pair) for name, pair in pairs.items()}
 
 
-def _untrained(
-    inverter: Inverter, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    context, empty, hint, noisy, timesteps = (
-        inputs[name] for name in ("context", "uncond_context", "hint", "x_t", "timesteps")
-    )
+def _untrained(inverter: Inverter, inputs: State, outputs: State) -> Pairs:
+    names = ("context", "uncond_context", "hint", "x_t", "timesteps")
+    context, empty, hint, noisy, timesteps = (inputs[name] for name in names)
     control, prior, autoencoder = inverter.control, inverter.prior, inverter.prior.autoencoder
     encoded = control.encoder(hint, (32, 32))
     wide = control.encoder(inputs["hint_9"], (32, 32)).mean(dim=(2, 3))
@@ -130,7 +129,7 @@ def _untrained(
         },
         "predicted noise": (prior.predict(noisy, timesteps, context, (down, middle)), outputs["eps"]),
         "predicted noise without control": (prior.predict(noisy, timesteps, context), outputs["eps_no_control"]),
-        "predicted noise, features and prompt dropped": (
+        "predicted noise, both dropped": (
             prior.predict(noisy, timesteps, empty, null),
             outputs["eps_zero_hint_uncond"],
         ),
@@ -140,9 +139,7 @@ def _untrained(
     }
 
 
-def _training(
-    inverter: Inverter, inputs: dict[str, Tensor], outputs: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _training(inverter: Inverter, inputs: State, outputs: State) -> Pairs:
     inverter.control.zero_grad()
     latents, noise, timesteps = inputs["x_start"], inputs["noise"], inputs["train_timesteps"]
     noisy_latents = inverter.prior.schedule.add_noise(latents, noise, timesteps)

@@ -1,5 +1,6 @@
-"""Configurations as people and sweeps write them."""
+"""Configurations as people and sweeps write them: what they may name, and how messages name their options."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import yaml
 
 from configurations import effective_config
 from featinv_pl.__main__ import main
-from featinv_pl.errors import UserError
+from featinv_pl.errors import UserError, spelled
+from featinv_pl.runtime.averaging import MovingAverage
+from interrupts import Capture
+from test_cli import refused
 from tiny import write
 
 MODEL: dict[str, Any] = {"class_path": "FeatureInversion", "init_args": {"backbone": "resnet18", "prior": "prior"}}
@@ -25,7 +29,11 @@ def test_base_lies_beneath() -> None:
     write(Path("root.yaml"), {"trainer": trainer})
     write(Path("below/middle.yaml"), {"base": "../root.yaml", "trainer": {"max_steps": 2}})
     top = {"base": "below/middle.yaml", "trainer": {"callbacks+": [{"class_path": "Evaluation"}]}, "model": MODEL}
-    found = parsed("--config", write(Path("top.yaml"), top))["trainer"]
+    config = write(Path("top.yaml"), top)
+    with pytest.MonkeyPatch.context() as patch:  # jsonargparse will no longer change into the folder of what it reads
+        patch.setattr(os, "chdir", lambda _: None)
+        assert parsed("--config", config)["trainer"]["max_steps"] == 2
+    found = parsed("--config", config)["trainer"]
     assert (found["max_steps"], found["precision"]) == (2, 32)
     names = [callback["class_path"].split(".")[-1] for callback in found["callbacks"]]
     assert names == ["MovingAverage", "Evaluation"]
@@ -40,9 +48,7 @@ def test_null_of_a_sweep_is_null_where_there_is_one(null: str) -> None:
     assert (model["objective"]["min_snr_gamma"], model["input_size"], found["trainer"]["max_time"]) == (None,) * 3
 
 
-def test_the_home_folder_is_expanded_wherever_a_path_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(Path("base.yaml"), {"trainer": {"default_root_dir": "~/run"}})
     write(Path("top.yaml"), {"base": "~/base.yaml", "model": MODEL, "data": {"class_path": "FolderData"}})
@@ -75,16 +81,13 @@ def test_values_are_filled_in() -> None:
     [
         ("base: top.yaml", "top.yaml' is its own base"),
         ("base: nowhere.yaml", "nowhere.yaml'. The path is relative to the including file"),
-        ("base: [[a]]", "there is no file"),
         ("{values: {a: 1, b: 2}, seed_everything: '${c}'}", "'${c}': `values` has no 'c', but a, b."),
         ("seed_everything: 2020-99-99", "'2020-99-99' is not"),
         ("\xff", "top.yaml' is damaged or of another kind"),
         (None, "top.yaml' is damaged or of another kind (it is not a file). Give a YAML file."),
     ],
 )
-def test_a_configuration_that_cannot_be_read(
-    config: str | None, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_that_cannot_be_read(config: str | None, message: str, capsys: Capture) -> None:
     if config is None:
         os.mkfifo("top.yaml")  # as of a shell's `<(...)`, which cannot be read twice
     else:
@@ -94,22 +97,11 @@ def test_a_configuration_that_cannot_be_read(
     assert message in capsys.readouterr().err
 
 
-def test_bases_are_relative_to_their_file_wherever_the_parser_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of jsonargparse's coming versions, which no longer change into the folder of what they read."""
-    Path("far/away").mkdir(parents=True)
-    write(Path("far/root.yaml"), {"trainer": {"max_steps": 5}})
-    write(Path("far/away/top.yaml"), {"base": "../root.yaml", "model": MODEL})
-    for change in (os.chdir, lambda _: None):
-        monkeypatch.setattr(os, "chdir", change)
-        assert parsed("--config", "far/away/top.yaml")["trainer"]["max_steps"] == 5
-
-
 @pytest.mark.parametrize(
     ("option", "advice"),
     [
         ("hidden_channels", "'hidden_channels' of an earlier version is `model.encoder.hidden_channels` now"),
         ("judge", "'judge' of an earlier version is `judge` of the Evaluation callback now"),
-        ("arms.other", "'arms' of an earlier version is `samplers` of the Evaluation callback now"),
         ("sampler.text_scale", "'text_scale' of an earlier version has been removed"),
         ("callbacks", "'PerSource' of an earlier version is part of the Evaluation callback now."),
     ],
@@ -136,3 +128,80 @@ def test_a_wrong_value_is_not_taken_for_an_option_of_an_earlier_version(option: 
         parsed("--config", config, f"--{option}")
     assert message in str(refused.value)
     assert "earlier version" not in str(refused.value)
+
+
+CALL: dict[str, Any] = {"class_path": "lightning.pytorch.cli.instantiate_class"}
+CALL["init_args"] = {"args": "touch ran", "init": {"class_path": "os.system"}}
+CLASSIFIER: dict[str, Any] = {"model": "test_resnet", "num_classes": 10, "image_size": 32}
+SETTINGS: dict[str, Any] = {
+    "trainer": {"accelerator": "cpu", "logger": False},
+    "model": {"class_path": "Classifier", "init_args": CLASSIFIER},
+    "data": {"class_path": "DigitsData"},
+}
+
+
+PLACES = ("trainer.callbacks+", "model.optimizer", "model.lr_scheduler", "model", "data", "trainer.logger")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_untrusted_classes_are_not_imported(
+    place: str, capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("evil.py").write_text("from pathlib import Path\nPath('ran').touch()\nclass Evil:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["fit", "--config", write(Path("fit.yaml"), SETTINGS), f"--{place}=evil.Evil"]
+    refused(args, capsys, "not trusted: 'evil.Evil' would be imported and run", "FEATINV_IMPORTS=evil (")
+    assert not Path("ran").exists()
+
+
+def test_the_module_that_loads_code_is_not_trusted_with_torch(capsys: Capture) -> None:
+    args = ["fit", "--config", write(Path("fit.yaml"), SETTINGS), "--model.optimizer=torch.hub.load"]
+    refused(args, capsys, "not trusted: 'torch.hub.load'", "FEATINV_IMPORTS=torch.hub (")
+
+
+def test_nothing_is_made_where_anything_may_stand(capsys: Capture) -> None:
+    model = {"class_path": "Classifier", "init_args": {**CLASSIFIER, "model_args": {"name": CALL}}}
+    with pytest.raises(ValueError, match="unexpected keyword argument 'name'"):
+        main(["fit", "--config", write(Path("fit.yaml"), {**SETTINGS, "model": model})])
+    assert not Path("ran").exists()
+    refused(["fit", f"--model={json.dumps(CALL)}"], capsys, "not trusted: 'lightning.pytorch.cli.instantiate_class'")
+
+
+def test_trust_is_given_to_modules(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATINV_IMPORTS", "good, os;evil")
+    refused(["fit", "--help"], capsys, "FEATINV_IMPORTS: 'os;evil' is not a package or module. Separate several")
+
+
+OPTIONS = [
+    *("--model.steps", "--model.sampler.steps", "--data.train", "--data.test.imagenet-a"),
+    *("--trainer.a.lr", "--trainer.b.lr", "--seed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("seed", "--seed"),
+        ("train", "--data.train"),
+        ("data.train", "--data.train"),
+        ("steps", "--model.steps"),  # the option on top, rather than one of a group
+        ("sampler.steps", "--model.sampler.steps"),
+        ("lr", "`lr`"),  # of two
+        ("data.test.imagenet-a", "--data.test.imagenet-a"),
+        ("rain", "`rain`"),
+        ("featinv-pl export", "`featinv-pl export`"),
+    ],
+)
+def test_names_in_backticks_become_options(name: str, option: str) -> None:
+    assert spelled(f"`{name}` must be at least 1.", OPTIONS) == f"{option} must be at least 1."
+
+
+def test_the_command_spells_options(capsys: Capture) -> None:
+    with pytest.raises(UserError, match="`decay` must lie between 0 and 1, and is 2"):
+        MovingAverage(2.0)
+    model = ["--model=Classifier", "--model.model=test_resnet", "--model.num_classes=10", "--model.image_size=32"]
+    with pytest.raises(SystemExit):
+        main(["fit", *model, "--data=DigitsData", "--trainer.callbacks+=MovingAverage", "--trainer.callbacks.decay=2"])
+    assert capsys.readouterr().err == (
+        "featinv-pl: error: --trainer.callbacks.decay must lie between 0 and 1, and is 2.0.\n"
+    )

@@ -1,11 +1,12 @@
-"""What the README and `docs/` say can be run, runs or is at least understood."""
+"""What README, `docs/` and the package say of themselves can be run, is understood, and is complete."""
 
 import re
 import shlex
 import subprocess
+import tomllib
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from featinv_pl.__main__ import main
 from featinv_pl.commands import COMMANDS
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.frozen import digest
+from installs import EXTRAS, PROJECT, PYTHONS, SOURCE
+from interrupts import Capture
 from tiny import write
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +42,7 @@ def shell_commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", shell_commands())
-def test_command_is_understood(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_is_understood(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.chdir(ROOT)
     # Checkpoint and configuration of a run are its results, so they need not be there.
     line = re.sub(r" --ckpt_path \S+", "", command)
@@ -66,33 +67,13 @@ def test_pages_show_every_command() -> None:
     assert shown == COMMANDS.keys() - {"validate"}
 
 
-def test_options_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     pays = re.findall(r"`(--(?:model|trainer|data)\.[^`]+=[^`]+)`", BETTER)
     overrides = re.findall(r"`(--(?:model|trainer|data)\.[\w.-]+[= ][^`]+)`", README)
     assert len(pays) >= 12
     assert len(overrides) >= 4
     effective_config(["fit", "--config", SPATIAL, *" ".join(pays).split(), *" ".join(overrides).split()])
-    images = ("--data.crop_pct=0.9", "--data.image_size=224", "--data.vertical_flip=true", "--data.views=4")
-    writer = ("--trainer.callbacks.max_bad_fraction=0.1", "--trainer.callbacks.storage=int8")
-    reading = ("--data.on_error=skip", "--data.cache=here")
-    settings: dict[str, Any] = {
-        "trainer": {"callbacks": [{"class_path": "ShardWriter", "init_args": {"folder": "shards"}}]},
-        "model": {
-            "class_path": "FeatureExtraction",
-            "init_args": {"backbone": "a", "autoencoder": "b", "image_size": 32},
-        },
-    }
-    for data, options in (("FolderData", images + writer), ("FeatureShards", reading)):
-        config = write(tmp_path / "extract.yaml", {**settings, "data": {"class_path": data}})
-        effective_config(["predict", "--config", config, *options])
-        assert all(option.split("=")[0] in DATA for option in options)
-
-
-def test_options_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["fit", "--model.help", "FeatureInversion"])
-    assert "Probability of replacing feature map and prompt together" in " ".join(capsys.readouterr().out.split())
 
 
 def test_python_of_the_readme_is_that_of_the_model_card() -> None:
@@ -145,6 +126,42 @@ def test_the_table_is_that_of_the_plan() -> None:
     assert set(rows) == expected
 
 
-def test_the_walk_through_exports_what_it_tests() -> None:
-    """The scores of the model card are those of the checkpoint that was tested."""
-    assert len(set(re.findall(r"runs/imagenet/convnext/spatial/\S+\.ckpt", IMAGENET))) == 1
+PROJECT_TABLE = tomllib.loads((PROJECT / "pyproject.toml").read_text())
+SAID = PROJECT_TABLE["project"]
+
+
+def test_metadata_is_that_of_the_citation() -> None:
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    assert [author["name"] for author in SAID["authors"]] == [author["name"] for author in citation["authors"]]
+    assert SAID["license"] == citation["license"]
+    assert citation["preferred-citation"]["url"] in SAID["urls"].values()
+    assert len(SAID["keywords"]) >= 5
+    pythons = {one.rpartition(" ")[2] for one in SAID["classifiers"] if re.search(r":: 3\.\d+$", one)}
+    assert pythons == {*PYTHONS}
+
+
+def test_every_file_beside_the_code_is_shipped() -> None:
+    package = SOURCE / "featinv_pl"
+    files = {path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()}
+    others = {name for name in files if not name.endswith((".py", ".pyc"))}
+    patterns = PROJECT_TABLE["tool"]["setuptools"]["package-data"]["featinv_pl"]
+    assert others
+    assert {name for name in others if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
+    assert [pattern for pattern in patterns if not any(fnmatch(name, pattern) for name in others)] == []
+
+
+def test_every_bound_says_why() -> None:
+    """In `pyproject.toml`, on the line of the bound."""
+    text = (PROJECT / "pyproject.toml").read_text()
+    for bound in SAID["dependencies"]:
+        assert re.search(r"[>~=]=", bound), bound
+        assert re.search(re.escape(f'"{bound}",') + r"\s+# \w", text), bound
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "docs/viz.md", "Dockerfile"])
+def test_extras_that_are_named_exist(page: str) -> None:
+    text = (PROJECT / page).read_text()
+    named = {extra for given in re.findall(r"featinv-pl\[([\w,]+)\]", text) for extra in given.split(",")}
+    named |= {extra for given in re.findall(r"EXTRAS=([\w,]+)", text) for extra in given.split(",")}
+    assert named
+    assert named | {*EXTRAS} <= SAID["optional-dependencies"].keys()

@@ -1,9 +1,24 @@
-"""What the workflows of `experiments` share: what runs, what is reused, and what an interruption leaves."""
+"""Workflows of `experiments`, in short: what runs, is reused, and is left by an interruption; and `make smoke`."""
 
+import json
+import re
+import runpy
+import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
-from smoke.targets import PROJECT, make, started
+import pytest
+import yaml
+from PIL import Image
+
+from featinv_pl.__main__ import main
+from interrupts import Capture
+from smoke.__main__ import attempt
+from smoke.files import SHIPPED, TAKEN_ALONG, bases, jobs
+from smoke.parts import make_parts
+from smoke.targets import PROJECT, TARGETS, make, run_here, started
+from tiny import extraction, inversion, write
 
 SNAKEFILE = """
 FOLDER = "runs"
@@ -59,15 +74,7 @@ def test_an_interrupted_step_resumes_and_a_changed_one_starts_over() -> None:
     assert step("two", begin).returncode == 0
     assert Path("runs/model/file").read_text() == "begun\n"
     [moved] = Path("runs/earlier/a name").iterdir()
-    assert (moved / "file").read_text() == "begun\nbegun\n"
-
-
-def test_a_folder_that_no_step_has_made_is_not_deleted() -> None:
-    Path("runs/model").mkdir(parents=True)
-    Path("runs/model/mine").touch()
-    assert step("one", "mkdir runs/model").returncode == 0
-    [moved] = Path("runs/earlier/a name").iterdir()
-    assert (moved / "mine").exists()
+    assert (moved / "file").read_text() == "begun\nbegun\n"  # not deleted
 
 
 def test_starting_over_keeps_what_is_there() -> None:
@@ -79,3 +86,152 @@ def test_starting_over_keeps_what_is_there() -> None:
     assert not any(Path("runs/demo").iterdir())
     [kept] = Path("runs").glob("demo-*")
     assert (kept / "mine").exists()
+
+
+SETS = ("train", "val", "clean", "adversarial")
+
+
+def test_demo() -> None:
+    shutil.copytree(PROJECT / "experiments", "experiments")
+    for name, key in (("extract", "sources"), ("inversion", "test")):  # without those that take most time
+        path = Path(f"experiments/digits/{name}.yaml")
+        settings = yaml.safe_load(path.read_text())
+        given = settings["data"]["init_args"]
+        kept = [one for one in given[key] if one in SETS]
+        given[key] = kept if key == "sources" else {one: given[key][one] for one in kept}
+        path.write_text(yaml.safe_dump(settings))
+    planned = make("demo", FLAGS="--dry-run --printshellcmds")
+    commands = started(planned)
+    assert sorted(command[0] for command in commands) == [*["fit"] * 5, *["predict"] * 2, "report", *["test"] * 2]
+    run_here(planned)
+    make("demo", FLAGS="--until stages")
+    main(["report", "runs/demo"])
+
+    runs = Path("runs/demo")
+    metrics = json.loads((runs / "metrics.json").read_text())
+    assert set(metrics) == {"spatial", "pooled"}
+    for source in ("clean", "adversarial"):
+        spatial, pooled = (metrics[name]["scores"][source] for name in ("spatial", "pooled"))
+        for baseline in ("inversion", "floor", "ceiling", "neighbour"):
+            assert {"cosine", "agreement@1", "agreement@5"} <= spatial[baseline].keys()
+        assert "fd_test_convnext2" in pooled["inversion"]
+    stages = json.loads((runs / "stages.json").read_text())
+    assert len(stages) == 9
+    page = (runs / "report.html").read_text()
+    assert all(stage["command"] in page for stage in stages.values())
+
+    # A step whose result is gone runs again, alone; all else is reused.
+    (runs / "pooled/scores.csv").unlink()
+    again = [command[:3] for command in started(make("demo", FLAGS="--dry-run"))]
+    assert again == [["test", "--config", "experiments/digits/pooled.yaml"], ["report", "runs/demo"]]
+
+
+TABLE = runpy.run_path(str(PROJECT / "experiments/study/table.py"))
+SCORES, Row, markdown = TABLE["SCORES"], TABLE["Row"], TABLE["markdown"]
+
+
+@pytest.fixture
+def plan(classifier_folder: Path, prior_folder: Path) -> dict[str, Any]:
+    extract = extraction(classifier_folder, prior_folder, ["train", "val"])
+    extract["trainer"]["limit_predict_batches"] = 1
+    extract["data"]["init_args"]["batch_size"] = 16
+    inverter = inversion(classifier_folder, prior_folder)
+    saver, evaluation = inverter["trainer"]["callbacks"]
+    del inverter["seed_everything"], inverter["trainer"]["default_root_dir"]
+    evaluation["init_args"] |= {"clean": "val", "judge": str(classifier_folder)}
+    inverter["trainer"]["val_check_interval"] = 1
+    options = {**evaluation["init_args"], "samplers": {"best": {"steps": 2, "best_of": 2}}}
+    several = {"callbacks": [saver, {**evaluation, "init_args": options}]}
+    inverter["data"]["init_args"]["test"] = {"val": "shards/val"}
+    less = {"trainer": {"max_steps": 1}, "model": {"init_args": {"adapt": {"train": "encoder"}}}}
+    return {
+        "folder": "study",
+        "needs": [str(classifier_folder)],
+        "prepare": {
+            "shards": {"command": f"predict --config {write(Path('extract.yaml'), extract)}", "makes": ["shards"]}
+        },
+        "config": write(Path("inverter.yaml"), inverter),
+        "source": "val",
+        "seeds": [3],
+        "runs": {"plain": {"set": {"trainer": several}}, "with less": {"set": less, "adapts": "plain"}},
+    }
+
+
+def study(plan: dict[str, Any], flags: str = "") -> str:
+    """Run a plan by a target that does not begin with the demo."""
+    Path("plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    return make("study-cifar10", short=False, STUDY="plan.yaml", FLAGS=flags)
+
+
+def test_study(plan: dict[str, Any]) -> None:
+    planned = study(plan, "--dry-run --printshellcmds")
+    assert sorted(command[0] for command in started(planned)) == ["export", "fit", "fit", "predict", "test", "test"]
+    run_here(planned)
+    # A change of a run runs it again, and not what it starts from.
+    plan["runs"]["with less"]["set"]["trainer"]["max_steps"] = 2
+    printed = study(plan, "--dry-run")
+    assert [command[0] for command in started(printed)] == ["fit", "test"]
+
+    assert "| plain | best |" in printed
+    rows = json.loads(Path("study/study.json").read_text())
+    assert [(row["run"], row["sampler"]) for row in rows] == [("plain", "own"), ("plain", "best"), ("with less", "own")]
+    for row in rows:
+        for score in SCORES:
+            assert len(row["scores"][score]) in (0, 1), score  # a tiny network's ceiling may lie below its floor
+        assert len(row["scores"]["agreement@1"]) == 1
+    assert Path("study/study.md").read_text() in printed
+    assert Path("study/study.png").read_bytes().startswith(b"\x89PNG")
+    sheet = Image.open("study/pictures.png")
+    assert sheet.height == 4 * 32 + 3 * 3  # originals and three rows
+    first = sheet.crop((sheet.width - 96, 0, sheet.width, 32))
+    assert first.tobytes() == Image.open("study/plain/3/pictures/val/first/original.png").tobytes()
+    settings = yaml.safe_load(Path("study/with less/3/fit.yaml").read_text())
+    assert settings["seed_everything"] == 3
+    assert settings["model"]["init_args"]["adapt"] == {"control": "study/plain/3/model", "train": "encoder"}
+    assert settings["trainer"]["max_steps"] == 1
+
+
+def test_a_failed_run_does_not_stop_the_others(plan: dict[str, Any], capsys: Capture) -> None:
+    """Of commands that take no time."""
+    commands = {"b": "none", "a": "--version"}
+    prepare = {name: {"command": line, "makes": []} for name, line in commands.items()}
+    with pytest.raises(AssertionError, match="Error 1"):
+        study({**plan, "prepare": prepare, "runs": {}})
+    assert "there is no command 'none'" in Path("study/steps/b.log").read_text()
+    assert "error" not in Path("study/steps/a.log").read_text()
+    assert Path("study/study.md").exists()
+    with pytest.raises(AssertionError, match="Error"):
+        study({**plan, "needs": ["nowhere"]})
+    assert "The study needs 'nowhere'. Make it first" in capsys.readouterr().out
+
+
+def test_table_says_mean_interval_and_what_part_of_the_gap_is_closed(tmp_path: Path) -> None:
+    def row(run: str, *calibrated: float) -> Any:
+        return Row(run, "own", dict.fromkeys(SCORES, calibrated))
+
+    rows = [row("authors", 0.8, 0.9, 0.7), row("better", 0.9, 0.9, 0.9), row("one", 0.6), row("none")]
+    _, _, authors, better, one, none = (line.strip("|\n ").split(" | ") for line in markdown(rows).splitlines())
+    # Student's t for two degrees of freedom is 4.303; the standard deviation 0.1.
+    assert authors[2] == f"0.800 ± {4.3027 * 0.1 / 3**0.5:.3f}"
+    assert better[2] == "0.900 ± 0.000"
+    assert one[2] == "0.600"
+    assert [line[-2:] for line in (authors, better, one)] == [["0%", "3"], ["50%", "3"], ["-100%", "1"]]
+    assert set(none[2:-1]) == {""}
+
+
+OTHERS = {"help", "install", "smoke", "test", "coverage", "lint", "types", "format", "check", "clean"}
+
+
+def test_every_file_and_every_target_is_run() -> None:
+    shipped = {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.yaml")}
+    assert {*jobs(), *bases(), *TAKEN_ALONG} == shipped
+    found = set(re.findall(r"^([a-z0-9-]+):.*?## ", (PROJECT / "Makefile").read_text(), re.MULTILINE))
+    assert found - OTHERS == {*TARGETS, "demo", "study", "study-cifar10"}
+
+
+def test_a_file_is_run(tmp_path: Path) -> None:
+    """Others, from pretraining to sweeps, have tests of their own."""
+    make_parts(tmp_path, ["resnet50"])
+    name = "imagenet/extract/resnet50.yaml"
+    good, row = attempt(name, jobs()[name])
+    assert good, row

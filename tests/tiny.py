@@ -54,6 +54,23 @@ def inversion(classifier: Path, prior: Path, shards: Path = Path("shards")) -> d
     }
 
 
+def short(classifier_folder: Path, prior_folder: Path, shards: Path) -> dict[str, Any]:
+    settings = inversion(classifier_folder, prior_folder, shards)
+    saver = {"filename": "inversion", "every_n_train_steps": 2, "enable_version_counter": False}
+    settings["trainer"] |= {
+        "max_steps": 5,
+        "check_val_every_n_epoch": None,
+        "limit_val_batches": 2,
+        "enable_progress_bar": False,
+        "callbacks": [
+            {"class_path": "MovingAverage", "init_args": {"decay": 0.5}},
+            {"class_path": "ModelCheckpoint", "init_args": saver},
+        ],
+    }
+    settings["data"]["init_args"] |= {"batch_size": 16, "test": {}}
+    return settings
+
+
 def joined(document: dict[str, Any]) -> dict[str, float]:
     """The scores of a `metrics.json` under the names that loggers know them by."""
     return {

@@ -1,7 +1,7 @@
 """A server of Weights & Biases for tests: it answers the real client on loopback, and keeps what it is told.
 
-It knows the calls that runs, `wandb sync`, `wandb sweep` and `wandb agent` make. What a sweep tries next, and which
-runs it stops, the test says: how the real server decides that is its own matter, and what it is sent is ours.
+It knows the calls that runs, `wandb sweep` and `wandb agent` make. What a sweep tries next, the test says: how the real
+server decides that is its own matter, and what it is sent is ours.
 """
 
 # ruff: noqa: N802 (methods are named as the operations that they answer)
@@ -47,7 +47,6 @@ class WandbServer(ThreadingHTTPServer):
         runs: By name.
         sweeps: Their configurations, by name.
         proposals: The parameters that a sweep tries, one run after the other.
-        stopped: Names of runs that agents shall stop.
         received: Every body of a request, for tests that look for secrets.
     """
 
@@ -57,7 +56,6 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, Run] = {}
         self.sweeps: dict[str, Any] = {}
         self.proposals: list[dict[str, Any]] = []
-        self.stopped: set[str] = set()
         self.received: list[bytes] = []
         self.lock = threading.Lock()
 
@@ -133,7 +131,7 @@ class WandbServer(ThreadingHTTPServer):
     def _Heartbeat(self, variables: dict[str, Any]) -> dict[str, Any]:
         name = variables["id"]
         running = [run for run, runs in json.loads(variables["runState"] or "{}").items() if runs]
-        commands = [{"type": "stop", "run_id": run} for run in running if run in self.stopped]
+        commands: list[dict[str, Any]] = []
         number = sum(run.startswith(f"{name}run") for run in self.runs)
         if not running and number == len(self.proposals):
             commands = [{"type": "exit"}]

@@ -31,7 +31,7 @@ def brute_force(queries: Tensor, maps: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("memory", "grid"), [(2 * 8 * 12 * SIZE, (4, 3)), (2 * 8 * 9 * SIZE, (3, 3)), (0, (1, 1))])
-def test_all_training_images_are_searched(
+def test_all_images_are_searched(
     memory: int, grid: tuple[int, int], make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly where whole maps fit into memory, or where every image is a candidate."""

@@ -33,6 +33,7 @@ from featinv_pl.evaluation.callback import Evaluation
 from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
+from interrupts import Capture
 from shard_sets import write_set
 from tiny import TRAINER, extraction, inversion, joined, write
 
@@ -75,10 +76,8 @@ def write_sets(shards: Path, folder: Path) -> dict[str, str]:
     """Small sets, also with labels of other classes, of one or some classes, without labels, and with an attack."""
     for name in ("clean", "corrupted/contrast/3", "corrupted/pixelate/5"):
         write_like(shards / name, folder / name, [None] * SIZE)
-    clean, predicted = (
-        shards / "clean",
-        int(ShardSet(shards / "clean", "", "")[0]["logits"].argmax()),
-    )  # for every image
+    clean = shards / "clean"
+    predicted = int(ShardSet(clean, "", "")[0]["logits"].argmax())  # of every image
     chosen = [predicted, *(label for label in range(1, 4) if label != predicted)][:3]
     classes = {str(label): label for label in chosen} | {"unknown": -1}
     write_like(clean, folder / "single", [10])
@@ -223,20 +222,8 @@ def test_notes_on_samples_and_labels(tested: Path) -> None:
     assert scores["alike/label@1"] == np.mean([row["predicted"] == 3 for row in samples_of("alike", tested)])
 
 
-def test_validate_leaves_what_test_wrote(tested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tested)
-    left, after = json.loads(Path("left").read_text()), digests()
-    assert {name: after[name] for name in left} == left
-    assert {Path(name).parts[1] for name in after.keys() - left} == {"validate", "validate.yaml"}
-    scores = joined(document("run/validate"))
-    assert {"val/cosine", "val/cosine.floor", "val/kid", "val/kid.ceiling"} <= set(scores)
-    assert scores["val/fid"] > 0
-    wrong = ("free", "neighbour", "diversity", "fid.floor")
-    assert not [name for name in scores if any(one in name for one in wrong)]
-
-
 @pytest.mark.parametrize(("folder", "command"), [("run", "test"), ("run/validate", "validate")])
-def test_provenance_is_that_of_the_files(folder: str, command: str, tested: Path, prior_folder: Path) -> None:
+def test_provenance_is_that_of_the_files(folder: str, command: str, tested: Path) -> None:
     provenance, sha = document(tested / folder)["provenance"], hashlib.sha256()
     checkpoint = torch.load(tested / "run/inversion.ckpt", weights_only=True)
     for name, value in sorted(checkpoint["state_dict"].items()):
@@ -244,19 +231,27 @@ def test_provenance_is_that_of_the_files(folder: str, command: str, tested: Path
     assert provenance["checkpoint"] == {"path": "run/inversion.ckpt", "step": 2, "digest": sha.hexdigest()}
     assert provenance["command"] == command
     assert abs(datetime.now(UTC) - datetime.fromisoformat(provenance["date"])).days < 1
-    schedule = json.loads((prior_folder / "scheduler/scheduler_config.json").read_text())
-    assert provenance["model"]["schedule"]["beta_end"] == schedule["beta_end"]
     assert provenance["model"] == json.loads(json.dumps(checkpoint["inversion"]))
     how = provenance["sampling"]
     assert (how["precision"], how["seed"], how["samplers"]["inversion"]["steps"]) == ("32-true", 0, 2)
     assert set(how["samplers"]) == {"inversion", *(SAMPLERS if command == "test" else ())}
 
 
+def test_validate_leaves_what_test_wrote(tested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tested)
+    left, after = json.loads(Path("left").read_text()), digests()
+    assert {name: after[name] for name in left} == left
+    assert {Path(name).parts[1] for name in after.keys() - left} == {"validate", "validate.yaml"}
+    scores = joined(document("run/validate"))
+    assert {"val/cosine", "val/cosine.floor", "val/kid", "val/kid.ceiling"} <= set(scores)
+    assert not [name for name in scores if any(one in name for one in ("free", "neighbour", "diversity", "fid.floor"))]
+
+
 def page() -> str:
     return html.unescape(Path("report.html").read_text())
 
 
-def test_a_report_shows_all_that_was_tested(tested: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_shows_all_that_was_tested(tested: Path, capsys: Capture) -> None:
     unwanted = shutil.ignore_patterns("reconstructions", "single", "foreign", "alike", "unlabelled")
     shutil.copytree(tested / "run", "run", ignore=unwanted)
     main(["report", "."])
@@ -293,9 +288,7 @@ def test_a_report_shows_all_that_was_tested(tested: Path, capsys: pytest.Capture
     refused("run/metrics.json", {"provenance": validated}, "are those of `validate`, and a report shows")
 
 
-def test_an_interrupted_test_resumes_in_other_batches_and_processes(
-    tested: Path, settings: Settings, classifier_folder: Path
-) -> None:
+def test_an_interrupted_test_resumes_otherwise(tested: Path, settings: Settings, classifier_folder: Path) -> None:
     shutil.copytree(tested / "run", "run")
     fitted = Path("run/regression.safetensors").stat().st_mtime_ns
     removed: set[str] = set()
@@ -322,7 +315,7 @@ def test_an_interrupted_test_resumes_in_other_batches_and_processes(
     assert Path("run/regression.safetensors").stat().st_mtime_ns == fitted
 
 
-def test_a_dry_run_estimates_and_writes_nothing(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_estimates_and_writes_nothing(settings: Settings, capsys: Capture) -> None:
     config = write(Path("inversion.yaml"), settings)
     before = sorted(Path().rglob("*"))
     main(["test", "--config", config, "--plan"])
@@ -341,19 +334,12 @@ def test_a_dry_run_estimates_and_writes_nothing(settings: Settings, capsys: pyte
     [
         ({"samplers": {"a/b": Sampler()}}, "`samplers`: 'a/b' cannot be part of a score's name"),
         ({"samplers": {"reconstruction": Sampler()}}, "`samplers`: 'reconstruction' is the name of another method"),
-        ({"num_samples": 0}, "`num_samples` must be at least 1, and is 0"),
         ({"judge": "nothing"}, "`judge`: 'nothing' is neither a folder nor a timm model"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Evaluation(**arguments)
-
-
-def test_a_judge_leaves_the_control_as_it_is(classifier_folder: Path) -> None:
-    state = torch.get_rng_state()
-    Evaluation(judge=str(classifier_folder))
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_backbone_without_classes_is_scored_by_its_maps(classifier_folder: Path, prior_folder: Path) -> None:
@@ -368,15 +354,11 @@ def test_a_backbone_without_classes_is_scored_by_its_maps(classifier_folder: Pat
     assert {"cosine", "cosine_pooled", "psnr", "judge_cosine"} <= found["scores"]["clean"]["inversion"].keys()
     assert not [name for name in joined(found) if "agreement" in name or "overlap" in name or "label" in name]
     assert [note for note in found["notes"] if "has no classes" in note]
-    assert not [name for name in samples_of("clean")[0] if "predicted" in name]
-    assert json.loads(Path("run/pictures/clean/first/tiles.json").read_text())["prediction"] == ["none"] * 3
     main(["report", "."])
     assert "<td>autoencoder</td>" in Path("report.html").read_text()
 
 
-def test_what_cannot_be_scored_does_not_stop_the_rest(
-    settings: Settings, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_scored_stops_no_rest(settings: Settings, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "lossy"):
         shutil.copytree(shards / "clean", name)
     manifest = read_manifest(Path("empty"), "")
@@ -401,9 +383,7 @@ def test_what_cannot_be_scored_does_not_stop_the_rest(
         assert any(fragment in note for note in found["notes"])
 
 
-def test_scores_reach_who_calls_the_trainer(
-    shards: Path, classifier_folder: Path, prior_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_reach_the_caller(shards: Path, classifier_folder: Path, prior_folder: Path, capsys: Capture) -> None:
     trainer = Trainer(**TRAINER, default_root_dir="run", callbacks=[Evaluation(baselines=())])
     module = FeatureInversion(str(classifier_folder), str(prior_folder), 32, sampler=Sampler(steps=2))
     [returned] = trainer.test(module, datamodule=FeatureShards(test={"clean": shards / "clean"}))

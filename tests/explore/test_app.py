@@ -4,16 +4,12 @@ import importlib
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from test_pages import ARGUMENTS, PHONE
 
@@ -22,7 +18,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_labels
 from featinv_pl.explore.exploration import read_samples
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import open_picture
+from interrupts import Capture, eventually
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra: pip install 'featinv-pl[app]'")
 PATIENCE = 60_000  # milliseconds: two cores, and other tests
@@ -49,28 +45,21 @@ def address(
         return built[-1]
 
     monkeypatch.setattr(app, "build", remember)
-    port = free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
     # A thread that is not the main one returns from launch, and the server goes on.
     serving = threading.Thread(target=app.serve, args=(pipeline, concepts, "127.0.0.1", port), daemon=True)
     serving.start()
-    deadline = time.monotonic() + 60
-    while not is_open(port):
-        assert time.monotonic() < deadline, "the page did not start"
-        time.sleep(0.1)
+
+    def is_open() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    assert eventually(is_open)
     yield f"http://127.0.0.1:{port}"
     built[0].close()
     assert not list((tmp_path / "uploads").rglob("*.*"))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def open_tab(page: Page, name: str) -> Locator:
@@ -89,8 +78,8 @@ def test_upload_draw_steer_interpolate(address: str, chromium: str, picture: Pat
         browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
         page = browser.new_page(viewport=PHONE)
         page.set_default_timeout(PATIENCE)
-        elsewhere, problems = [], []
-        page.on("request", lambda request: None if is_local(request.url, address) else elsewhere.append(request.url))
+        asked, problems = [], []
+        page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.goto(address)
 
@@ -114,12 +103,8 @@ def test_upload_draw_steer_interpolate(address: str, chromium: str, picture: Pat
         pictures(panel, 7)
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         browser.close()
-    assert not elsewhere
+    assert all(url.startswith((f"{address}/", "data:", "blob:")) for url in asked)
     assert not problems
-
-
-def is_local(url: str, address: str) -> bool:
-    return url.startswith((f"{address}/", "data:", "blob:"))
 
 
 def upload(panel: Locator, number: int, picture: Path) -> None:
@@ -142,18 +127,7 @@ def test_only_its_own_pages_are_answered_and_uploads_are_bounded(address: str, p
     assert status(bytes(51 << 20)) == 413
 
 
-def test_the_page_reads_pictures_as_the_command_does(pipeline: FeatInvPipeline) -> None:
-    from featinv_pl.explore import app
-
-    turned = Image.Exif()
-    turned[274] = 6
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 4), np.uint8)).save("a.png", exif=turned)
-    uploaded = app._upload("Picture").preprocess(gradio.image_utils.ImageData(path="a.png"))
-    shown = app._reconstruct(pipeline, open_picture(Path(uploaded)), 1, 0)[0].picture
-    assert np.array_equal(np.asarray(shown), np.asarray(open_picture(Path("a.png"))))
-
-
-def test_a_port_that_is_taken(inverter_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken(inverter_folder: Path, capsys: Capture) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -161,13 +135,6 @@ def test_a_port_that_is_taken(inverter_folder: Path, capsys: pytest.CaptureFixtu
         with pytest.raises(SystemExit):
             main(["app", "--model", str(inverter_folder), "--port", str(port)])
     assert f"--port: cannot listen at 127.0.0.1:{port}" in capsys.readouterr().err
-
-
-def test_concepts_of_another_backbone(pipeline: FeatInvPipeline, concepts: Concepts) -> None:
-    from featinv_pl.explore.app import build
-
-    with pytest.raises(UserError, match="`concepts` belongs to"):
-        build(pipeline, replace(concepts, origin={**concepts.origin, "layer": "layer3"}))
 
 
 def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:

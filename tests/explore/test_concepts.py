@@ -2,14 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from featinv_pl.__main__ import main
 from featinv_pl.data.shards.manifest import read_manifest, write_manifest
@@ -24,6 +20,8 @@ from featinv_pl.explore.concepts import (
     pairs_of_labels,
 )
 from featinv_pl.explore.exploration import Origin, Samples, read_samples
+from interrupts import Capture
+from test_cli import refused
 
 ORIGIN = Origin(backbone="tiny", backbone_digest="d" * 64, layer="forward_features", feature_shape=[6, 3, 3])
 EVERYWHERE = torch.ones(3, 3)
@@ -93,16 +91,10 @@ def test_difference_goes_from_one_mean_to_the_other() -> None:
     corner = torch.zeros(3, 3)
     corner[0, 0] = 1
     assert found.score(means[1], corner)[0].tolist() == pytest.approx([1, 0], abs=1e-3)
+    pooled = difference_concepts(samples, pairs_of_labels(samples, [(0, 1)]), pooled=True)
+    assert pooled.directions.shape == (1, 6, 1, 1)
+    torch.testing.assert_close(pooled.directions[0, :, 0, 0], shift.mean((1, 2)), atol=0.1, rtol=0)
     assert found.activations(means[1])[0, 0].mean().item() == pytest.approx(1, abs=1e-4)
-
-
-def test_a_pooled_direction_is_the_same_everywhere() -> None:
-    samples, shift = two_groups()
-    found = difference_concepts(samples, pairs_of_labels(samples, [(0, 1)]), pooled=True)
-    assert found.directions.shape == (1, 6, 1, 1)
-    torch.testing.assert_close(found.directions[0, :, 0, 0], shift.mean((1, 2)), atol=0.1, rtol=0)
-    scores = found.score(samples.features.float(), EVERYWHERE)[:, 0]
-    assert scores[samples.labels == 1].mean().item() == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("pooled", [False, True])
@@ -113,29 +105,24 @@ def test_activation_vectors_separate_the_groups(pooled: bool) -> None:
     assert found.scores == {"0-1": 1.0}
     scores = found.score(samples.features.float(), EVERYWHERE)[:, 0]
     assert scores[samples.labels == 0].max() < scores[samples.labels == 1].min()
+    noise = samples_of(torch.randn(60, 6, 3, 3), torch.arange(60) % 2)
+    assert activation_vectors(noise, pairs_of_labels(noise, [(0, 1)]), pooled).scores["0-1"] < 0.75  # near guessing
     # Strength 1 is the way from one mean to the other, along the vector.
     for label in (0, 1):
         assert scores[samples.labels == label].mean().item() == pytest.approx(label, abs=1e-3)
     assert torch.cosine_similarity(found.directions.flatten(), difference.directions.flatten(), dim=0) > 0.9
 
 
-def test_accuracy_of_noise_is_that_of_guessing() -> None:
-    samples = samples_of(torch.randn(60, 6, 3, 3), torch.arange(60) % 2)
-    assert activation_vectors(samples, pairs_of_labels(samples, [(0, 1)]), False).scores["0-1"] < 0.75
-
-
 def test_refuses_groups_without_a_direction() -> None:
-    samples = samples_of(torch.ones(3, 6, 3, 3), torch.tensor([0, 0, 1]))
+    alike, noise = (
+        samples_of(maps, torch.tensor([0, 0, 1])) for maps in (torch.ones(3, 6, 3, 3), torch.randn(3, 6, 3, 3))
+    )
     with pytest.raises(UserError, match="'0-1' have the same mean map"):
-        difference_concepts(samples, pairs_of_labels(samples, [(0, 1)]), pooled=False)
-    samples = samples_of(torch.randn(3, 6, 3, 3), torch.tensor([0, 0, 1]))
+        difference_concepts(alike, pairs_of_labels(alike, [(0, 1)]), pooled=False)
     with pytest.raises(UserError, match="'0-1' has a group of a single image"):
-        activation_vectors(samples, pairs_of_labels(samples, [(0, 1)]), pooled=False)
+        activation_vectors(noise, pairs_of_labels(noise, [(0, 1)]), pooled=False)
     with pytest.raises(UserError, match=r"`num_concepts`: 7 components cannot be found .* from 1 to 6"):
-        nmf_concepts(samples, 7)
-    many = replace(samples, labels=torch.arange(30))
-    with pytest.raises(UserError, match=r"no sample has the label 40\. There are 30 labels from 0 to 29"):
-        pairs_of_labels(many, [(0, 40)])
+        nmf_concepts(noise, 7)
 
 
 # Examples
@@ -189,73 +176,35 @@ def test_command(options: list[str], shape: tuple[int, ...], names: list[str], d
     assert concepts.origin["feature_shape"] == [8, 4, 4]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_refuses_sets(digit_shards: Path, capsys: Capture) -> None:
+    train, other = digit_shards / "train", Path(shutil.copytree(digit_shards / "clean", "other"))
+    manifest, empty = read_manifest(other, "here"), Path(shutil.copytree(other, "empty"))
+    write_manifest(empty, {**manifest, "shards": []})
+    manifest["provenance"]["layer"] = "layer3"
+    write_manifest(other, manifest)
+    for options, message in (
         ([], "SHARDS: without --between, two shard sets are compared, and 1 given"),
         (["--between", "3", "11"], "--between: no sample has the label 11. There are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9."),
         (["nothing"], "there is no folder 'nothing'"),
-    ],
-)
-def test_command_refuses(
-    options: list[str], message: str, digit_shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["concepts", str(digit_shards / "train"), *options, "--out", "found", "--method", "difference"])
-    assert stop.value.code == 1
-    assert message in capsys.readouterr().err
-    assert not Path("found").exists()
-
-
-def test_sets_of_two_backbones_and_empty_sets_are_refused(digit_shards: Path) -> None:
-    other = Path(shutil.copytree(digit_shards / "clean", "other"))
-    manifest = read_manifest(other, "here")
-    manifest["provenance"]["layer"] = "layer3"
-    write_manifest(other, manifest)
-    with pytest.raises(UserError, match=r"SHARDS: .* layer forward_features.* and 'other' those of .* layer layer3"):
-        read_samples([digit_shards / "train", other], 10, "SHARDS")
-    write_manifest(other, {**read_manifest(other, "here"), "shards": []})
-    with pytest.raises(UserError, match="SHARDS: the shard set 'other' has no samples"):
-        read_samples([other], 10, "SHARDS")
+        ([str(other)], "and 'other' those of "),
+        ([str(empty)], "SHARDS: the shard set 'empty' has no samples"),
+    ):
+        refused(["concepts", str(train), *options, "--out", "found", "--method", "difference"], capsys, message)
+        assert not Path("found").exists()
 
 
 # As files
 
 
-@pytest.fixture
-def saved() -> Path:
+def test_what_is_loaded_is_what_was_saved_and_goes_by_number_or_name() -> None:
     samples, _ = two_groups()
     difference_concepts(samples, pairs_of_labels(samples, [(0, 1)]), pooled=False).save(Path("saved"))
-    return Path("saved")
-
-
-def test_what_is_loaded_is_what_was_saved_and_goes_by_number_or_name(saved: Path) -> None:
-    concepts = Concepts.load(saved)
+    concepts = Concepts.load(Path("saved"))
     concepts.save(Path("again"))
     for name in ("concepts.json", "concepts.safetensors"):
-        assert (saved / name).read_bytes() == (Path("again") / name).read_bytes()
+        assert Path("saved", name).read_bytes() == Path("again", name).read_bytes()
     assert (concepts.method, concepts.origin) == ("difference", ORIGIN)
     assert concepts.number("0") == concepts.number("0-1") == 0
     for unknown in ("1", "1-0", "-1"):
         with pytest.raises(UserError, match=rf"`concept`: there is no concept '{unknown}'. Give one of 0 \(0-1\)"):
             concepts.number(unknown)
-
-
-def change_tensors(path: Path) -> None:
-    save_file({name: value + 1 for name, value in load_file(path).items()}, path)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "message"),
-    [
-        ("concepts.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-7]), "damaged"),
-        ("concepts.safetensors", change_tensors, "damaged"),
-        ("concepts.safetensors", Path.unlink, "there is no file"),
-        ("concepts.json", Path.unlink, "there is no file"),
-        ("concepts.json", lambda path: path.write_text("[]"), "damaged"),
-    ],
-)
-def test_refuses_damaged_concepts(name: str, damage: Callable[[Path], Any], message: str, saved: Path) -> None:
-    damage(saved / name)
-    with pytest.raises(UserError, match=f"`concepts`: .*{message}"):
-        Concepts.load(saved)

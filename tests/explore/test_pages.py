@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from conftest import copy_of
+from conftest import ROOT, copy_of
 from featinv_pl.__main__ import main
 from featinv_pl.pages.page import Report, Section, Tile
 
@@ -118,3 +121,25 @@ def test_text_is_not_markup_and_nothing_is_written_of_a_report_that_fails(monkey
     with pytest.raises(ValueError, match="Number of rows"):
         Broken().save(Path("nothing"))
     assert not Path("nothing").exists()
+
+
+def test_notebook_runs_and_has_no_outputs(
+    inverter_folder: Path, digit_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: a kernel of its own would import all libraries again."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    shutil.copytree(inverter_folder, "runs/viz/model")
+    shutil.copytree(digit_shards, "runs/demo/shards")
+    shutil.copytree(ROOT / "docs/digits", "docs/digits")
+    Path("experiments").mkdir()
+    monkeypatch.chdir("experiments")
+    notebook: Any = nbformat.read(ROOT / "experiments/viz.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    shell = InteractiveShell()
+    shown = []
+    for cell in cells:
+        done = shell.run_cell(cell.source)
+        done.raise_error()
+        shown.append(getattr(done.result, "_repr_png_", bytes)()[:4])
+    assert shown.count(b"\x89PNG") == 5

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from featinv_pl.metrics.sample_metric import SampleMetric
-from featinv_pl.metrics.similarity import Diversity, MapSimilarity, PerceptualDistance, PixelSimilarity
+from featinv_pl.metrics.similarity import Diversity, MapSimilarity, PixelSimilarity
 
 Array = NDArray[np.float64]
 
@@ -40,7 +40,7 @@ def cosine(a: Array, b: Array, axis: int) -> Array:
     return product
 
 
-@pytest.mark.parametrize(("size", "half"), [(1, False), (19, False), (20, True), (21, False), (300, False)])
+@pytest.mark.parametrize(("size", "half"), [(1, False), (20, True), (21, False)])
 def test_cosines_equal_plain_numpy(size: int, half: bool) -> None:
     preds, target = (200 * side.half() if half else side for side in maps(size))
     a, b = (side.double().numpy().reshape(size, 6, -1) for side in (preds, target))
@@ -56,14 +56,9 @@ def test_cosines_equal_plain_numpy(size: int, half: bool) -> None:
     quantile = np.quantile(local.mean(1), 0.05, method="inverted_cdf")
     assert found.pop("cosine_q05") == pytest.approx(quantile, abs=0.001)
     assert found == pytest.approx(plain, abs=1e-6)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_cosines_at_the_ends_of_the_scale(sign: int) -> None:
-    _, target = maps(5)
-    found = scores(MapSimilarity(), sign * 3 * target, target)
-    assert found.pop("cosine_q05") == pytest.approx(sign * 0.99975)
-    assert found == pytest.approx(dict.fromkeys(found, sign))
+    opposite = scores(MapSimilarity(), -3 * target, target)
+    assert opposite.pop("cosine_q05") == pytest.approx(-0.99975)
+    assert opposite == pytest.approx(dict.fromkeys(opposite, -1))
 
 
 def test_psnr_equals_that_of_torchmetrics() -> None:
@@ -87,12 +82,6 @@ def test_ssim_is_that_of_its_paper() -> None:
         similarity = (2 * mean_x * mean_y + one) * (2 * covariance + two)
         expected.append((similarity / ((mean_x**2 + mean_y**2 + one) * (variances + two))).mean())
     assert scores(PixelSimilarity(), *images())["ssim"] == pytest.approx(np.mean(expected), rel=1e-4)
-
-
-def test_perceptual_distance_averages_what_the_network_says() -> None:
-    metric = PerceptualDistance(lambda preds, target: (preds - target).abs().amax((1, 2, 3)))
-    preds, target = images()
-    assert scores(metric, preds, target)["lpips"] == pytest.approx((preds - target).abs().amax((1, 2, 3)).mean().item())
 
 
 def test_diversities_are_means_over_pairs() -> None:

@@ -43,7 +43,7 @@ def test_the_word_in_a_configuration_is_no_path() -> None:
         (Path(__file__), "is not the published file: its SHA-256 starts with"),
     ],
 )
-def test_without_the_published_weights_an_error_says_how_to_get_them(
+def test_without_weights_an_error_says_how_to_get_them(
     given: Weights, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def urlopen(url: str, timeout: float) -> None:

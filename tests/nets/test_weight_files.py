@@ -1,21 +1,21 @@
-"""Weights from elsewhere are read without running anything, or refused with one message."""
+"""Weights from elsewhere run nothing, frozen networks stay frozen, and a digest is of what they compute with."""
 
-import shutil
+import copy
 import sys
 import types
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from torch import nn
 
 from conftest import Runs
 from featinv_pl.errors import UserError
+from featinv_pl.nets.frozen import Frozen, digest, keep_products_in
 from featinv_pl.nets.hub import find_folder
-from featinv_pl.nets.weights import fill, read_weights
+from featinv_pl.nets.weights import read_weights
 
 WEIGHTS = {"one.weight": torch.arange(6.0).view(2, 3), "one.bias": torch.ones(2)}
 
@@ -42,46 +42,25 @@ def test_objects_of_lightning_and_numpy_are_left_out(monkeypatch: pytest.MonkeyP
     assert read_weights(Path("weights.ckpt"), "CKPT").keys() == WEIGHTS.keys()
 
 
-class Copies:
-    """A pickle that calls a function which torch itself has no list of."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
-        return shutil.copyfile, (__file__, "ran")
-
-
 @pytest.mark.parametrize(
-    ("code", "called", "legacy"),
+    ("contents", "message"),
     [
-        (Runs(Path("ran")), "posix.system", False),
-        (Runs(Path("ran")), "posix.system", True),
-        (Copies(), "shutil.copyfile", False),
+        (None, "there is no file 'weights.ckpt'"),
+        (b"<html>not found</html>", "'weights.ckpt' is damaged or is not a file of weights"),
+        ({"state_dict": {}}, "'weights.ckpt' holds no tensors"),
+        ([1, 2], "'weights.ckpt' holds no tensors"),
+        ({"state_dict": {**WEIGHTS, "x": Runs(Path("ran"))}}, "'weights.ckpt' would call posix.system when loaded"),
     ],
 )
-def test_never_runs_a_pickle(code: object, called: str, legacy: bool) -> None:
-    torch.save({"state_dict": {**WEIGHTS, "x": code}}, "weights.ckpt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(UserError, match=rf"CKPT: 'weights.ckpt' would call {called} when loaded"):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_refuses_a_file(contents: Any, message: str, legacy: bool) -> None:
+    if isinstance(contents, bytes):
+        Path("weights.ckpt").write_bytes(contents)
+    elif contents is not None:
+        torch.save(contents, "weights.ckpt", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=f"CKPT: {message}"):
         read_weights(Path("weights.ckpt"), "CKPT")
     assert not Path("ran").exists()
-
-
-@pytest.mark.parametrize("change", [lambda data: data[:-200], lambda _: b"", lambda _: b"<html>not found</html>"])
-def test_refuses_a_damaged_file(change: Callable[[bytes], bytes]) -> None:
-    torch.save(WEIGHTS, "weights.ckpt")
-    save_file(WEIGHTS, "weights.safetensors")
-    for file in (Path("weights.ckpt"), Path("weights.safetensors")):
-        file.write_bytes(change(file.read_bytes()))
-        with pytest.raises(UserError, match=f"CKPT: '{file}' is damaged or is not a file of weights"):
-            read_weights(file, "CKPT")
-
-
-def test_refuses_a_file_without_tensors() -> None:
-    with pytest.raises(UserError, match=r"CKPT: there is no file 'weights.ckpt'"):
-        read_weights(Path("weights.ckpt"), "CKPT")
-    contents: Any
-    for contents in ({"epoch": 1}, [1, 2], {"state_dict": {}}):
-        torch.save(contents, "weights.ckpt")
-        with pytest.raises(UserError, match=r"CKPT: 'weights.ckpt' holds no tensors"):
-            read_weights(Path("weights.ckpt"), "CKPT")
 
 
 def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
@@ -96,17 +75,55 @@ def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path: Path) -> None:
             find_folder(name, ["*"], "`prior`")
 
 
-@pytest.mark.parametrize(
-    ("weights", "named"),
-    [
-        ({"weight": torch.zeros(2, 3)}, "bias"),
-        ({"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "other": torch.zeros(1)}, "other"),
-        ({"weight": torch.zeros(3, 2), "bias": torch.zeros(2)}, "weight"),
-    ],
-)
-def test_filling_names_what_does_not_fit(weights: dict[str, torch.Tensor], named: str) -> None:
-    network = torch.nn.Linear(3, 2)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(UserError, match=rf"CKPT: 1 tensors of the head .* \(it has 2\), such as {named}"):
-        fill(network, weights, "head", "CKPT")
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+class Wobbly(Frozen):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        self.freeze()
+
+
+def test_stays_frozen_inside_a_training_parent() -> None:
+    frozen = Wobbly()
+    parent = nn.Sequential(frozen, nn.Dropout(0.5))
+    inputs = torch.randn(8, 4)
+    before = frozen.layers(inputs)
+    parent.train()
+    frozen.train()
+    assert parent[1].training
+    assert not any(module.training for module in frozen.modules())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert torch.equal(frozen.layers(inputs), before)
+    torch.testing.assert_close(frozen.layers[1].running_mean, torch.zeros(4), rtol=0, atol=0)
+    copied = copy.deepcopy(parent)
+    assert copied[0] is frozen
+    assert copied[1] is not parent[1]
+
+
+@pytest.mark.parametrize("changed", [None, "weight", "buffer", "name", "shape"])
+def test_digest_sees_a_change_but_not_mode_and_storage(changed: str | None) -> None:
+    network = nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4)).half()
+    before = digest(network)
+    network = network.float().eval().requires_grad_(False)
+    if changed == "weight":
+        network.get_parameter("0.weight").data[0, 0] += 1e-6
+    elif changed == "buffer":
+        network.get_buffer("1.running_mean")[0] += 1e-6
+    elif changed == "name":
+        network = nn.Sequential(OrderedDict(zip("ab", network.children(), strict=True)))
+    elif changed == "shape":
+        weight = network.get_parameter("0.weight")
+        weight.data = weight.data.view(3, 4)
+    assert (digest(network) == before) is (changed is None)
+    assert len(before) == 64
+
+
+def test_products_keep_the_results_of_mixed_precision() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(), nn.Linear(32, 4))
+    images = torch.randn(2, 3, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = network(images)
+        keep_products_in(network, torch.bfloat16)
+        assert torch.equal(network(images), before)
+    kept = {name: weight.dtype for name, weight in network.named_parameters()}
+    assert kept["0.weight"] == kept["4.bias"] == torch.bfloat16
+    assert kept["1.weight"] == torch.float32

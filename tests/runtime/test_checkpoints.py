@@ -1,19 +1,27 @@
-"""Checkpoints survive kills, full disks and damage, and never run code."""
+"""Checkpoints survive kills, full disks and damage; a run folder is for one process and one training."""
 
+import contextlib
 import os
 import resource
+import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from conftest import Runs
+from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.runtime.checkpoints import ABANDONED, AtomicCheckpoints, find_checkpoint
-from torture.saving import kill_while_saving
+from featinv_pl.runtime.saving import claim
+from interrupts import Capture, checkpoint, eventually
+from test_cli import files, refused
+from tiny import extraction, write
+from torture.kills import kill_while_saving
 
 CHECKPOINT: dict[str, Any] = {
     "state_dict": {"weight": torch.arange(300.0).view(3, 100), "bias": torch.ones(5)},
@@ -28,40 +36,21 @@ def save(path: Path, step: int = 7, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("contents", [[1, 2], {"state_dict": Runs(Path("ran"))}])
-def test_what_is_no_checkpoint_is_refused_and_never_run(contents: Any, tmp_path: Path) -> None:
-    torch.save(contents, tmp_path / "evil.ckpt")
-    with pytest.raises(UserError, match=r"`ckpt_path`: '.*evil.ckpt' is"):
-        AtomicCheckpoints().load_checkpoint(tmp_path / "evil.ckpt", weights_only=False)
-    assert not Path("ran").exists()
-
-
-def test_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = save(tmp_path / "a.ckpt")
-    before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"a\.ckpt' could not be saved: File too large\. What was there before"):
             save(path, 8)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with pytest.raises(AttributeError, match="local object"):  # a mistake is not reported as one of the disk
+        save(path, more=lambda: None)
+    with pytest.raises(UserError, match=r"could not be saved: (File exists|Not a directory)"):
+        save(path / "b.ckpt")
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.ckpt"]
-
-
-def test_a_folder_that_cannot_be_is_reported_and_a_mistake_is_not(tmp_path: Path) -> None:
-    with pytest.raises(AttributeError, match="local object"):
-        save(tmp_path / "a.ckpt", more=lambda: None)
-    assert os.listdir(tmp_path) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"could not be saved: (File exists|Not a directory)"):
-        save(tmp_path / "file/a.ckpt")
-
-
-def test_remote_stores_are_left_to_lightning() -> None:
-    AtomicCheckpoints().save_checkpoint(CHECKPOINT, "memory://folder/a.ckpt")
-    assert not Path("memory:").exists()
 
 
 def test_killed_while_saving(tmp_path: Path) -> None:
@@ -69,17 +58,12 @@ def test_killed_while_saving(tmp_path: Path) -> None:
     broken, interrupted = kill_while_saving(AtomicCheckpoints(), tmp_path / "a.ckpt", 3)
     assert broken == 0
     assert interrupted  # or nothing was tested
+    old, young = tmp_path / "old.ckpt.partial", tmp_path / "young.ckpt.partial"
+    for leftover, age in ((old, ABANDONED + 60), (young, 0.0)):
+        leftover.touch()
+        os.utime(leftover, (time.time() - age,) * 2)
     save(tmp_path / "a.ckpt")
-    assert os.listdir(tmp_path) == ["a.ckpt"]
-
-
-def test_leftovers_are_swept_up(tmp_path: Path) -> None:
-    for name, age in (("old", ABANDONED + 60), ("young", 0.0)):
-        partial = tmp_path / f"{name}.ckpt.partial"
-        partial.touch()
-        os.utime(partial, (time.time() - age,) * 2)
-    save(tmp_path / "a.ckpt")
-    assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "young.ckpt.partial"]
+    assert {*tmp_path.iterdir()} == {tmp_path / "a.ckpt", young}
 
 
 def test_the_newest_complete_one_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -121,3 +105,71 @@ def test_the_best_is_found_wherever_the_run_is_now(tmp_path: Path) -> None:
     assert find_checkpoint("best", folders) == best
     best.write_bytes(b"")
     assert find_checkpoint("best", folders) == last
+
+
+def test_a_run_lies_below_its_folder_alone_and_does_not_lead_others_there(settings: dict[str, Any]) -> None:
+    args = ["--config", write(Path("fit.yaml"), settings), "--trainer.default_root_dir=one"]
+    before = set(Path().iterdir())
+    main(["fit", *args, "--trainer.max_steps=1"])
+    assert set(Path().iterdir()) - before == {Path("one")}
+    assert sorted(path.name for path in Path("one").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+    main(["fit", *args, "--ckpt_path=last", "--trainer.max_steps=2"])
+    assert "ckpt_path" not in yaml.safe_load(Path("one/fit.yaml").read_text())
+    first = files(Path("one"))
+    main(["fit", "--config", "one/fit.yaml", "--trainer.default_root_dir=two", "--trainer.max_steps=1"])
+    assert sorted(path.name for path in Path("two").iterdir()) == ["fit.yaml", "inversion.ckpt"]
+    assert checkpoint("two/inversion.ckpt")["global_step"] == 1  # from its beginning
+    assert files(Path("one")) == first
+
+
+def test_a_folder_with_a_checkpoint_is_refused(fit: list[str], uninterrupted_run: Path, capsys: Capture) -> None:
+    before = files(uninterrupted_run)
+    Path("inversion.ckpt").write_bytes((uninterrupted_run / "inversion.ckpt").read_bytes())
+    message = "inversion.ckpt' is the checkpoint of an earlier training", "Resume that one with --ckpt_path last"
+    for options in ([], ["--ckpt_path=inversion.ckpt"]):  # nor may one that continues another training
+        refused([*fit, f"--trainer.default_root_dir={uninterrupted_run}", *options], capsys, *message)
+        assert files(uninterrupted_run) == before
+
+
+@contextlib.contextmanager
+def claimed_by_another(folder: str) -> Iterator[int]:
+    """Have another process claim a folder, until it is killed."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        with claim(Path(folder)):
+            Path("claimed").touch()
+            os.read(reading, 1)  # nobody writes; it ends with this process
+    assert eventually(Path("claimed").exists)
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(writing)
+
+
+def test_a_folder_in_use_is_refused(fit: list[str], capsys: Capture) -> None:
+    with claimed_by_another("run") as other:
+        refused(fit, capsys, f"'run' is in use: process {other} is writing there")
+        assert sorted(os.listdir("run")) == [".featinv-pl.lock"]
+    with claim(Path("run")), pytest.raises(ValueError, match="in use"), claim(Path("run")):
+        pass  # a lock does not outlive its process, and leaves nothing behind
+    assert os.listdir("run") == []
+    with claim(Path("new")):
+        pass
+    assert not Path("new").exists()
+
+
+def test_extractions_share_a_folder_but_no_set(classifier_folder: Path, prior_folder: Path, capsys: Capture) -> None:
+    def args(*sources: str) -> list[str]:
+        return ["predict", "--config", write(Path("e.yaml"), extraction(classifier_folder, prior_folder, [*sources]))]
+
+    with claimed_by_another("shards/val") as other:
+        refused(args("train", "val"), capsys, f"'shards/val' is in use: process {other} is writing there")
+        main(args("clean"))
+    main(args("train", "val"))
+    for source in ("train", "val", "clean"):  # how each was made is not what the last one was made by
+        assert source in yaml.safe_load(Path(f"shards/{source}.yaml").read_text())["data"]["init_args"]["sources"]
+        assert not Path(f"shards/{source}/.featinv-pl.lock").exists()

@@ -33,7 +33,7 @@ def pretrain(*files: str) -> str:
 
 def train(*files: str, root: str = "") -> str:
     """Train for two steps, and resume for a third."""
-    words = [*configs(*files), *([f"--trainer.default_root_dir={root}"] if root else [])]
+    words = configs(*files, root=root)
     run(["fit", *words])
     assert torch.load(checkpoint_of(root_of("fit", words)), weights_only=True)["global_step"] == 2
     run(["fit", *words, "--ckpt_path=last", "--trainer.max_steps=3"])
@@ -43,7 +43,7 @@ def train(*files: str, root: str = "") -> str:
 def train_and_test(*files: str, root: str = "") -> str:
     """Train as above, and score what is trained."""
     done = train(*files, root=root)
-    words = [*configs(*files), *([f"--trainer.default_root_dir={root}"] if root else [])]
+    words = configs(*files, root=root)
     score(words, root_of("fit", words))
     return f"{done}; test"
 
@@ -58,7 +58,7 @@ def extract(*files: str) -> str:
     """Extract features, and check every shard."""
     words = configs(*files)
     run(["predict", *words])
-    settings = settings_of("predict", words)
+    settings = effective_config(["predict", *words])
     [writer] = [one for one in settings["trainer"]["callbacks"] if one["class_path"].endswith(".ShardWriter")]
     root = Path(writer["init_args"]["folder"] or settings["trainer"]["default_root_dir"])
     names = list(sources_of(settings["data"]["init_args"]))
@@ -71,7 +71,7 @@ def extract(*files: str) -> str:
 
 
 def benchmark(*files: str) -> str:
-    """Two steps of a benchmark, which saves nothing and does not validate."""
+    """Two steps, nothing saved and no validation."""
     run(["fit", *configs(*files)])
     return "fit of 2 steps"
 
@@ -123,16 +123,17 @@ def wandb(words: list[str], environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def configs(*files: str) -> list[str]:
-    """Options for files below `experiments`, or of the parts."""
-    return [f"--config={file if file.startswith('parts/') else EXPERIMENTS / file}" for file in files]
+def configs(*files: str, root: str = "") -> list[str]:
+    """Options for files below `experiments`, or of the parts, and for another folder."""
+    found = [f"--config={file if file.startswith('parts/') else EXPERIMENTS / file}" for file in files]
+    return [*found, *([f"--trainer.default_root_dir={root}"] if root else [])]
 
 
 def score(words: list[str], root: Path) -> None:
     """Test, and look whether every source has scores."""
     run(["test", *words, f"--ckpt_path={checkpoint_of(root)}"])
     scores = json.loads((root / "metrics.json").read_text())["scores"]
-    sources = settings_of("test", words)["data"]["init_args"]["test"]
+    sources = effective_config(["test", *words])["data"]["init_args"]["test"]
     missing = [source for source in sources if not any(f"{name}/".startswith(f"{source}/") for name in scores)]
     assert not missing, f"no scores of {missing}"
 
@@ -143,7 +144,7 @@ def checkpoint_of(root: Path) -> Path:
 
 
 def root_of(command: str, words: list[str]) -> Path:
-    return Path(settings_of(command, words)["trainer"]["default_root_dir"])
+    return Path(effective_config([command, *words])["trainer"]["default_root_dir"])
 
 
 def sources_of(given: dict[str, Any]) -> dict[str, Any]:
@@ -152,8 +153,3 @@ def sources_of(given: dict[str, Any]) -> dict[str, Any]:
         return {f"{name}-corrupted": folder for name, folder in sources_of(given["data"]["init_args"]).items()}
     named = given.get("predict") or given["sources"]
     return named if isinstance(named, dict) else dict.fromkeys(named)
-
-
-def settings_of(command: str, words: list[str]) -> Any:
-    """The configuration that a command line amounts to."""
-    return effective_config([command, *words])

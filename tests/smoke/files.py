@@ -10,8 +10,9 @@ import yaml
 from bench.training import AGAIN, ON_GPU, SAVINGS
 from smoke.acts import benchmark, extract, pretrain, study, sweep, test, train, train_and_test
 from smoke.parts import NETWORKS
+from smoke.targets import PROJECT
 
-SHIPPED = Path(__file__).parents[2] / "experiments"
+SHIPPED = PROJECT / "experiments"
 DEBUG = "debug.yaml"
 PRETRAINED = (
     *(

@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from featinv_pl.tasks.pretraining import Classifier
+from smoke.targets import PROJECT
 from tiny import make_prior
 
 CLASSES = ("n01440764", "n02102040", "n03000684")
@@ -31,8 +32,9 @@ ACCUMULATED = {"12gb": 16, "24gb": 8, "80gb": 1}
 """Batches of a step, by the names of `experiments/imagenet/memory`."""
 
 
-def make_parts(root: Path, networks: Sequence[str]) -> None:
-    """Write networks, images and the overlays that name them below `root`, which is where commands then run."""
+def make_parts(root: Path, networks: Sequence[str] = tuple(NETWORKS)) -> None:
+    """Write networks, images and the overlays that name them below `root`, where each shipped file finds them."""
+    (root / "experiments").symlink_to(PROJECT / "experiments")
     parts = root / "parts"
     make_prior(parts)
     overlays: dict[str, Any] = {}

@@ -32,22 +32,15 @@ from test_cli import files
 from tiny import TRAINER, write
 
 WNIDS = ("n01440764", "n02102040", "n03028079")
+
 AUTOENCODER = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownEncoderBlock2D"] * 2,
-    "up_block_types": ["UpDecoderBlock2D"] * 2,
-    "latent_channels": 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
+    **{"block_out_channels": [8, 8], "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 4},
+    **{"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2},
     "mid_block_add_attention": False,
 }
 UNET = {
-    "block_out_channels": [8, 8],
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-    "layers_per_block": 1,
-    "cross_attention_dim": 8,
-    "norm_num_groups": 4,
+    **{"block_out_channels": [8, 8], "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4},
+    **{"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
 }
 
 

@@ -14,9 +14,7 @@ import torch
 
 from torture import HEAD, Figure
 from torture.hostile import damage_files
-from torture.kills import STAGES, fill_disk, kill_stage, prepare
-from torture.ranks import compare_ranks, end_one_of_two
-from torture.saving import kill_saving
+from torture.kills import STAGES, compare_ranks, end_one_of_two, fill_disk, kill_saving, kill_stage, prepare
 
 
 def torture(root: Path, kills: int, mutations: int, rng: random.Random) -> Iterator[Figure]:

@@ -17,10 +17,11 @@ from featinv_pl.data.shards.manifest import MANIFEST, index_path, read_manifest,
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.errors import UserError
+from interrupts import Capture
 from shard_sets import OPTION, flip, replace_member, write_set
 
 
-def verify(capsys: pytest.CaptureFixture[str], *folders: Path) -> tuple[int, str]:
+def verify(capsys: Capture, *folders: Path) -> tuple[int, str]:
     """The status of the command, and what it prints."""
     status = 0
     try:
@@ -130,7 +131,7 @@ MAP = np.zeros((8, 4, 4), np.float16)
         ("png", b"no picture", "cannot identify image"),
     ],
 )
-def test_names_a_damaged_sample_and_its_shard(
+def test_names_a_damaged_sample(
     suffix: str, data: bytes | None, message: str, make_batch: MakeBatch, tmp_path: Path
 ) -> None:
     write_set(tmp_path, make_batch(3))
@@ -162,8 +163,8 @@ def test_any_flipped_byte_is_noticed(make_batch: MakeBatch, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("traces", [["extraction.json"], ["extraction.json", "a-00000.tar"], ["a-00000.tar"]])
-def test_an_unfinished_set_is_refused_with_the_command_that_finishes_it(
-    traces: list[str], make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_unfinished_set_is_refused(
+    traces: list[str], make_batch: MakeBatch, tmp_path: Path, capsys: Capture
 ) -> None:
     """It used to be left out of the scores of its folder."""
     write_set(tmp_path / "shards/c/fog/3", make_batch(1))
@@ -183,7 +184,7 @@ def test_an_unfinished_set_is_refused_with_the_command_that_finishes_it(
 # `featinv-pl verify`
 
 
-def test_complete_sets(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_sets(make_batch: MakeBatch, tmp_path: Path, capsys: Capture) -> None:
     for name in ("a", "b/1"):
         write_set(tmp_path / name, make_batch(5), shard_size=2)
     expected = "".join(f"{tmp_path / name}: complete: 3 shards, 5 samples\n" for name in ("a", "b/1"))
@@ -195,7 +196,7 @@ def test_complete_sets(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.Cap
     assert (status, printed.count(": damaged"), printed.count(": complete")) == (1, 1, 1)
 
 
-def test_each_damage_is_named(make_batch: MakeBatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_damage_is_named(make_batch: MakeBatch, tmp_path: Path, capsys: Capture) -> None:
     write_set(tmp_path, make_batch(15), shard_size=3)
     flip(tmp_path / "clean-00000.tar", -1)  # behind the last sample
     (tmp_path / "clean-00001.tar").unlink()

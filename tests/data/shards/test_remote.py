@@ -131,7 +131,7 @@ def test_what_was_damaged_on_the_way_is_never_kept(server: Server, tmp_path: Pat
         ("clean-00001.tar", ["dropped"] * 3, r"could not be fetched"),
     ],
 )
-def test_a_bad_server_is_refused_in_bounds(
+def test_a_bad_server_is_refused(
     name: str, faults: list[str], message: str, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "silent" in faults:  # a busy machine may be silent for as long
@@ -166,7 +166,7 @@ def test_credentials_are_used_but_not_told(server: Server, tmp_path: Path) -> No
         shards(masked(place.format("set")))
 
 
-def test_commands_run_only_if_the_environment_allows_them(
+def test_commands_run_if_the_environment_allows_it(
     make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(addresses, "WAITS_S", ())

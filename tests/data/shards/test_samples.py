@@ -56,9 +56,7 @@ def test_the_image_comes_last_and_is_optional(make_batch: MakeBatch) -> None:
 @pytest.mark.parametrize("storage", ["float16", "int8"])
 @pytest.mark.parametrize("name", ["features", "logits", "moments"])
 @pytest.mark.parametrize("value", [70000.0, float("nan")])
-def test_refuses_what_half_precision_cannot_hold(
-    name: str, value: float, storage: Storage, make_batch: MakeBatch
-) -> None:
+def test_refuses_what_half_cannot_hold(name: str, value: float, storage: Storage, make_batch: MakeBatch) -> None:
     batch: Any = make_batch(2)
     prepare(batch, storage)
     batch[name][1].flatten()[3] = value
