@@ -108,9 +108,9 @@ def test_a_module_from_python(prior_folder: Path) -> None:
     again = FeatInvPipeline.from_pretrained("folder", classifier=Backbone.from_module(same))
     features = torch.randn(backbone.feature_shape)
     assert torch.equal(again.reconstruct(features), pipeline.reconstruct(features))
-    with pytest.raises(UserError, match=rf"`model`: the frozen parts .*backbone: {digest(net)[:60]} there"):
+    with pytest.raises(UserError, match=rf"`source`: the frozen parts .*backbone: {digest(net)[:60]} there"):
         FeatInvPipeline.from_pretrained("folder", classifier=Backbone.from_module(Net()))
-    with pytest.raises(UserError, match=r"`model`: the frozen parts .*layer: net there, net\.1 here"):
+    with pytest.raises(UserError, match=r"`source`: the frozen parts .*layer: net there, net\.1 here"):
         FeatInvPipeline.from_pretrained("folder", classifier=Backbone.from_module(same, layer="net.1"))
 
 

@@ -368,8 +368,8 @@ def test_what_cannot_be_scored_stops_no_rest(settings: Settings, shards: Path, m
     settings["data"]["init_args"]["neighbours"] = str(shards / "clean")
     reconstruct = Inverter.reconstruct_from
 
-    def failing(self: Inverter, features: Tensor, noise: Tensor, sampler: Sampler) -> Tensor:
-        images = reconstruct(self, features, noise, sampler)
+    def failing(self: Inverter, features: Tensor, noise: Tensor, *others: Any) -> Tensor:
+        images = reconstruct(self, features, noise, *others)
         images[0, 0, 0, 0] = torch.nan
         return images
 
