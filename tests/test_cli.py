@@ -239,6 +239,7 @@ def test_the_command_is_a_process() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", done.stdout)
     read, written = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "featinv_pl"], stdout=written, stderr=subprocess.PIPE, check=False)
+    command = [sys.executable, "-m", "featinv_pl"]
+    done = subprocess.run(command, stdout=written, stderr=subprocess.PIPE, check=False, text=True)
     os.close(written)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (done.returncode, done.stderr) == (141, "")

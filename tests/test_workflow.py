@@ -57,7 +57,7 @@ def test_steps_run_again_when_what_they_depend_on_has_changed() -> None:
 
 
 def step(digest: str, script: str) -> subprocess.CompletedProcess[str]:
-    command = [PROJECT / "experiments/step.sh", "runs", "a name", digest, "runs/model", "bash", "-c", script]
+    command = [str(PROJECT / "experiments/step.sh"), "runs", "a name", digest, "runs/model", "bash", "-c", script]
     return subprocess.run(["bash", *command], text=True, capture_output=True)
 
 

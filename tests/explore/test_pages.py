@@ -136,7 +136,7 @@ def test_notebook_runs_and_has_no_outputs(
     notebook: Any = nbformat.read(ROOT / "experiments/viz.ipynb", as_version=4)  # type: ignore[no-untyped-call]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells)
-    shell = InteractiveShell()
+    shell: Any = InteractiveShell()  # type: ignore[no-untyped-call]
     shown = []
     for cell in cells:
         done = shell.run_cell(cell.source)

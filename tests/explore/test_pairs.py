@@ -174,12 +174,17 @@ def test_command_samples_as_its_options_say(inverter_folder: Path, pictures: lis
     assert not np.array_equal(more, own)
 
 
-@pytest.mark.parametrize("bad", ["bad.png", "missing.png"])
-def test_command_refuses_a_bad_picture_before_it_writes(bad: str, pictures: list[str], capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [("bad.png", "'bad.png' cannot be read as a picture"), ("missing.png", "there is no file 'missing.png'")],
+)
+def test_command_refuses_a_bad_picture_before_it_writes(
+    bad: str, reason: str, pictures: list[str], capsys: Capture
+) -> None:
     Path("bad.png").write_text("no picture")
     with pytest.raises(SystemExit):
         main(["reconstruct", "--model", "nowhere", *pictures, bad, "--out", "out"])
-    assert f"error: IMAGE: '{bad}' cannot be read as a picture" in capsys.readouterr().err
+    assert f"error: IMAGE: {reason}" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

@@ -76,10 +76,8 @@ def test_a_mask_confines_the_edit(pipeline: FeatInvPipeline, parts: Concepts, op
 
 
 def test_removing_a_part_is_scaling_it_to_0(pipeline: FeatInvPipeline, parts: Concepts, opened: Pictures) -> None:
-    removed, scaled = (
-        steer(pipeline, opened[0], parts, 1, strengths, edit).found["images"][:, 0]
-        for edit, strengths in (("remove", [0.0, 0.5, 1.0]), ("scale", [1.0, 0.5, 0.0]))
-    )
+    removed = steer(pipeline, opened[0], parts, 1, [0.0, 0.5, 1.0], "remove").found["images"][:, 0]
+    scaled = steer(pipeline, opened[0], parts, 1, [1.0, 0.5, 0.0], "scale").found["images"][:, 0]
     assert torch.equal(removed, scaled)
     [features] = pipeline.classify(pipeline.crop([opened[0]]))["features"]
     without = features - parts.part(features[None], 1)[0]

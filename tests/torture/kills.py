@@ -267,7 +267,7 @@ def compare_ranks(root: Path) -> Iterator[Figure]:
         rows = [row for rank in range(ranks) for row in lines(folder / SEEN.format(rank))]
         seen.append(sorted(key for *_, keys in rows for key in keys))
         found.append(joined(json.loads((folder / "run/metrics.json").read_text())))
-    yield compared("test", "scores", *found, SCORES)
+    yield compared("test", "scores", found[0], found[1], SCORES)
     twice = len(seen[1]) - len(set(seen[1]))
     yield Figure("test", "samples, 1 and 2 processes", len(seen[0]), twice + (seen[0] != seen[1]), "each seen once")
 

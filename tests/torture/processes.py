@@ -47,7 +47,7 @@ class Recorder(Callback):
     ) -> None:
         self.on_train_batch_start(trainer, pl_module, batch, 0)
 
-    on_test_batch_end = on_validation_batch_end
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
 
 class Rows(Logger):

@@ -317,7 +317,7 @@ def test_refuses_what_holds_no_images() -> None:
 def test_a_folder_to_extract_that_is_missing_is_skipped_or_refused(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folders = {"gone": Path("nowhere"), "here": root, "away": Path("elsewhere")}
+    folders: dict[str, str | Path] = {"gone": Path("nowhere"), "here": root, "away": Path("elsewhere")}
     data = FolderData(predict=folders, image_size=16)
     corrupted = CorruptedData(data, ["fog"], [3], batch_size=5)
     assert [next(iter(loader))["source"][0] for loader in data.predict_dataloader()] == ["here"]

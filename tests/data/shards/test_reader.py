@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -51,8 +51,9 @@ def test_sets_are_read_by_us_and_by_webdataset(make_batch: MakeBatch, tmp_path: 
     pixels = torch.stack([torch.tensor(entry["png"]) for entry in entries]).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(pixels, batch["images"])
     for name, member in {"features": "features.npy", "logits": "logits.npy", "moments": "latent.npy"}.items():
-        assert torch.equal(together[name], batch[name].half().float())
-        assert np.array_equal([entry[member] for entry in entries], batch[name].half().numpy())
+        wide, half = cast(dict[str, Any], together)[name], cast(dict[str, Any], batch)[name].half()
+        assert torch.equal(wide, half.float())
+        assert np.array_equal([entry[member] for entry in entries], half.numpy())
 
 
 # Sets that will not do
