@@ -11,14 +11,12 @@ INSTALLED := .venv/.installed
 # What is done is reused, and what was interrupted resumes. Digests in the names of files decide what is done.
 WORKFLOW := OMP_NUM_THREADS=1 $(BIN)/snakemake --cores $(JOBS) --nolock --rerun-incomplete --rerun-triggers mtime \
 	--scheduler greedy --quiet host reason $(if $(SHORT),--config overlay=experiments/debug.yaml) --snakefile
-# The tests of a file share what takes long to make, so that one process runs them.
-TESTS = $(BIN)/pytest --numprocesses 2 --dist loadfile
 # The table compares what is done, whatever has failed.
 COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-going $(FLAGS); status=$$?; \
 	$(BIN)/python experiments/study/table.py $(STUDY) && exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-once test coverage lint types format check smoke study study-cifar10 bench bench-data \
+.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 bench bench-data \
 	torture parity full-size viz-digits dist matrix clean
 
 help:  ## list the targets
@@ -43,11 +41,9 @@ demo-once: install # what other targets read; FLAGS are theirs
 smoke: install  ## every YAML and every target in its short form, as one table
 	PYTHONPATH=experiments:tests OMP_NUM_THREADS=1 $(BIN)/python -m smoke $(FLAGS)
 
-test: install  ## the tests; those of pages want a Chromium (Debian: apt-get install chromium)
-	$(TESTS)
-
-coverage: install  ## the tests with coverage of src, for which Python 3.11 traces all calls: twice the time
-	$(TESTS) --cov --cov-report term:skip-covered --cov-fail-under 90
+test: install  ## the tests; COVERAGE=1 measures what of src they run. Those of pages want a Chromium
+	$(BIN)/pytest --numprocesses 2 --dist loadfile \
+		$(if $(COVERAGE),--cov --cov-report term:skip-covered --cov-fail-under 90)
 
 lint: install  ## style and mistakes
 	$(BIN)/ruff check
@@ -60,7 +56,7 @@ format: install  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-check: lint types coverage  ## all that CI runs
+check: lint types test  ## style, types and tests
 
 study: demo-once  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
 	$(COMPARED)
