@@ -176,7 +176,7 @@ class FeatinvCLI(CommandLine):
         root, kind = home(trainer), type(self.model).__name__
         made = {type(one).__name__: one for one in cast(Any, trainer).callbacks}
         if command == "predict" and "ShardWriter" in made:
-            folder = made["ShardWriter"].folder or root
+            folder = made["ShardWriter"].given or root  # in spawned processes alone it has one
             return f"{folder}", f"featinv-pl verify {folder}"
         if command == "test" and "Evaluation" in made:
             pictured = made["Evaluation"].num_images > 0

@@ -107,11 +107,11 @@ def test_command_masks(command: list[str], picture: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--strengths", "-2:2"], "argument --strengths: must be FROM:TO:COUNT or values separated by commas"),
-        (["--strengths", "0:1:0"], "argument --strengths: must be at least 1, and is 0"),
-        (["--strengths", "much"], "argument --strengths: must be .* by commas, and is 'much'"),
-        (["--out", "found/concepts.json"], "argument --out: must be a folder, and 'found/concepts.json' is a file"),
-        (["--box", "1,2,3"], "argument --box: must be TOP,LEFT,HEIGHT,WIDTH in pixels, and is '1,2,3'"),
+        (["--strengths", "-2:2"], "--strengths: must be FROM:TO:COUNT or values separated by commas"),
+        (["--strengths", "0:1:0"], "--strengths: must be at least 1, and is 0"),
+        (["--strengths", "much"], "--strengths: must be .* by commas, and is 'much'"),
+        (["--out", "found/concepts.json"], "--out: must be a folder, and 'found/concepts.json' is a file"),
+        (["--box", "1,2,3"], "--box: must be TOP,LEFT,HEIGHT,WIDTH in pixels, and is '1,2,3'"),
         (["--strengths", "1,1e6"], "--strengths: the edited map reaches .* half precision ends at 65504"),
         (["--box", "0,0,33,2"], "--box: 0,0,33,2 .* is not within the classifier's crop of 32x32 pixels"),
         (["--mask", "small.png"], "--mask: 'small.png' has 3x5 pixels, and '.*' has 32x32"),
@@ -130,8 +130,7 @@ def test_command_refuses(
     Image.new("L", (32, 32)).save("black.png")
     other: Any = {**difference.origin, "layer": "layer3"}
     replace(difference, origin=other).save(Path("other"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         main([*command, *options])
-    assert stop.value.code == (2 if message.startswith("argument") else 1)
-    assert re.search(f"^featinv-pl( steer)?: error: {message}", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(f"^featinv-pl: error: {message}", capsys.readouterr().err, re.MULTILINE)
     assert not Path("out").exists()

@@ -66,7 +66,7 @@ class ParquetImages(FileImages):
         return open_image(Path(path))
 
 
-def is_parquet(place: Path | str) -> bool:
+def is_parquet(place: str | Path) -> bool:
     """Whether a place is that of parquet files, by its suffix."""
     return os.fspath(place).endswith(SUFFIX)
 

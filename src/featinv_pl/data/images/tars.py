@@ -130,7 +130,7 @@ class TarImages(FileImages):
         return open_image(data)
 
 
-def is_tars(place: Path | str) -> bool:
+def is_tars(place: str | Path) -> bool:
     """Whether a place is that of tars, by its suffix; nothing else is read from addresses."""
     return is_remote(str(place)) or TARS.search(_path(str(place))) is not None
 

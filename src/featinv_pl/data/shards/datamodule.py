@@ -42,10 +42,10 @@ class FeatureShards(ResumableData, LightningDataModule):
 
     def __init__(
         self,
-        train: Path | str | None = None,
-        val: Path | str | None = None,
-        test: dict[str, Path | str] | None = None,
-        neighbours: Path | str | None = None,
+        train: str | Path | None = None,
+        val: str | Path | None = None,
+        test: dict[str, str | Path] | None = None,
+        neighbours: str | Path | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -74,11 +74,11 @@ class FeatureShards(ResumableData, LightningDataModule):
                     self.refused.append(error)
         self.skipped: list[str] = []
 
-    def _set(self, place: Path | str, source: str, option: str, with_images: bool = True) -> ShardSet:
+    def _set(self, place: str | Path, source: str, option: str, with_images: bool = True) -> ShardSet:
         remote = RemoteSet(str(place), self.cache, option) if is_remote(str(place)) else None
         return ShardSet(remote.folder if remote else Path(place), source, option, with_images, self.on_error, remote)
 
-    def _test_sets(self, name: str, place: Path | str) -> dict[str, ShardSet]:
+    def _test_sets(self, name: str, place: str | Path) -> dict[str, ShardSet]:
         found = {name: place} if is_remote(str(place)) else find_sets(name, Path(place))
         return {source: self._set(path, source, f"`data.test.{name}`") for source, path in found.items()}
 
