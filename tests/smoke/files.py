@@ -34,7 +34,7 @@ EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-c
 TAKEN_ALONG = {
     "debug.yaml": "over all files of digits/, cifar10/, own/ and study/; make demo SHORT=1",
     "imagenet/extract/sources/hub.yaml": "on a stand-in for the hub in tests/data/images/test_tars.py",
-    "imagenet/extract/sources/hub-train.yaml": "the same files by another name",
+    "imagenet/extract/sources/hub-train.yaml": "there, too",
     "sweeps/run.yaml": "in the command of every sweep",
 }
 Act = Callable[[], str]

@@ -76,7 +76,7 @@ class FeatInvPipeline:
                 f"`revision`: '{source}' is on this disk, and only names on the hub have one. Leave it out."
             )
         if local.exists() and not (local / INDEX).is_file() and is_run(local):
-            pipeline = cls(Run.find(local, SOURCE).inverter(SOURCE))
+            pipeline = cls(Run.find(local, SOURCE).inverter(SOURCE, classifier))
         else:
             folder = find_folder(str(source), ["*"], SOURCE, revision)
             pipeline = cls(read_model(folder, SOURCE, classifier))

@@ -70,8 +70,8 @@ class Run(NamedTuple):
         if type(seed := self.settings.get("seed_everything")) is int:
             torch.manual_seed(seed)
 
-    def inverter(self, option: str) -> Inverter:
-        """Build the inverter, with the weights of the checkpoint.
+    def inverter(self, option: str, classifier: Backbone | None = None) -> Inverter:
+        """Build the inverter, with the weights of the checkpoint; a classifier takes the place of the named one.
 
         Raises:
             UserError: The checkpoint is damaged, or belongs to another configuration.
@@ -87,7 +87,9 @@ class Run(NamedTuple):
         decoder = LatentAutoencoder.load(preview, option) if preview else None
         with torch.random.fork_rng(devices=[]):
             self.seed()
-            inverter = Inverter(Backbone(*named), Prior(prior), encoder, size, conditioning, sampler, decoder)
+            inverter = Inverter(
+                classifier or Backbone(*named), Prior(prior), encoder, size, conditioning, sampler, decoder
+            )
         check_checkpoint(state, inverter, what)
         fill_control(inverter, state["state_dict"], what)
         return inverter

@@ -169,6 +169,7 @@ class FeatureInversion(Optimised):
 
     def setup(self, stage: str) -> None:
         """Refuse shard sets that other frozen parts have made, and hold the prior in the precision of the run."""
+        self.inverter.previews = stage == "fit"
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:  # loaders given by hand answer for themselves
             if not hasattr(data, "manifests"):
@@ -181,12 +182,6 @@ class FeatureInversion(Optimised):
         if self.trainer.precision in MIXED:
             _ = self.inverter.digests  # of the weights before they are converted
             keep_products_in(self.inverter.prior, MIXED[self.trainer.precision])
-
-    def on_fit_start(self) -> None:
-        self.inverter.previews = True
-
-    def on_fit_end(self) -> None:
-        self.inverter.previews = False
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Free gradients once they are used: Lightning would hold them through the next forward pass."""

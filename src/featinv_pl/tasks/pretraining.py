@@ -30,6 +30,7 @@ DROPOUT = 0.1
 """How often the prior trains without its prompt."""
 MEASURED = 1024
 """Images of which the mean and standard deviation of latents are taken."""
+SMALLEST_VARIANCE = 1e-8  # of a channel that is the same in all images, which is then not divided by 0
 
 
 class Pretraining(Optimised, ABC):
@@ -257,15 +258,15 @@ class NoisePredictor(Pretraining):
 
     def _measured(self) -> Tensor:
         loader = cast(Any, self.trainer).datamodule.train_dataloader()
-        count, sums = 0, torch.zeros_like(self.latents, dtype=torch.float64)
+        count, sums = 0, torch.zeros(self.latents.shape, dtype=torch.float64)
         for batch in loader:
-            mean, _ = self.autoencoder.encode(batch["images"].to(self.device)).double().chunk(2, dim=1)
+            mean, _ = self.autoencoder.encode(batch["images"].to(self.device)).cpu().double().chunk(2, dim=1)
             sums += torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3))]) * len(mean)
             count += len(mean)
             if count >= MEASURED:
                 break
-        mean, square = self.trainer.strategy.reduce(sums / count, reduce_op="mean")
-        return torch.stack([mean, (square - mean.square()).sqrt()]).float()
+        mean, square = self.trainer.strategy.reduce((sums / count).to(self.latents), reduce_op="mean")
+        return torch.stack([mean, (square - mean.square()).clamp(min=SMALLEST_VARIANCE).sqrt()])
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         moments = self.autoencoder.encode(batch["images"])

@@ -330,6 +330,19 @@ def test_imagenet_on_the_hub(config: str, hub: Hub, capfd: Capture) -> None:
     assert TOKEN not in "".join(capfd.readouterr())
 
 
+def test_the_training_images_on_the_hub(config: str, hub: Hub) -> None:
+    """All 1024 tars of the shipped file, with an image each, in a random view."""
+    for number in range(1024):
+        name = f"n{number % 4:08d}_{number}"
+        write_tar(f"far/imagenet1k-train-{number:04d}.tar", {f"{name}.jpg": png(0), f"{name}.cls": str(number % 4)})
+    shipped = ROOT / "experiments/imagenet/extract/sources/hub-train.yaml"
+    Path(config).write_text(Path(config).read_text().replace("mine:", "train:"))
+    more = ["--trainer.callbacks.shard_size=512", "--data.batch_size=64"]
+    main(["predict", "--config", config, "--config", str(shipped), *more])
+    manifest = read_manifest(Path("shards/train"), "")
+    assert (manifest["samples"], manifest["unreadable"]) == (1024, [])
+
+
 def test_an_address_is_fetched_once_and_keeps_its_secrets(hub: Hub) -> None:
     tar = Path(write_tar("far/a.tar", {"0.jpg": png(0), "0.cls": "3", "1.jpg": png(1), "1.cls": "1"})).read_bytes()
     Path("far/b.tar.gz").write_bytes(gzip.compress(tar))

@@ -136,6 +136,10 @@ class FolderData(ImageData):
     ) -> None:
         if not 0 < crop_pct <= 1:
             raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
+        if views < 0:
+            raise UserError(f"`views` must be 0 (the central crop) or more, and is {views}.")
+        if per_class is not None and per_class < 1:
+            raise UserError(f"`per_class` must be at least 1, and is {per_class}.")
         names: Sequence[str] | None = classes if isinstance(classes, list) else None
         if isinstance(classes, Path):
             names = read_text(classes, "`classes`", "Give a file with one name a line, or a list.").splitlines()
@@ -227,6 +231,10 @@ class CorruptedData(ImageData):
         severities: list[int] | None = None,
         batch_size: int | None = None,
     ) -> None:
+        if corruptions == [] or severities == []:
+            raise UserError(
+                "`corruptions` and `severities` cannot be empty. Give at least one of each, or leave them out."
+            )
         predicted = [
             CorruptedImages(images, corruption, severity)
             for images in data.predicted
