@@ -121,5 +121,9 @@ def test_a_checkpoint_is_loaded_with_a_module(prior_folder: Path) -> None:
     options: Options = {"prior": str(prior_folder), "image_size": 32, "encoder": Encoder(8)}
     loaded = FeatureInversion.load_from_checkpoint(checkpoint, backbone=Backbone.from_module(net), **options)
     assert loaded.inverter.classifier.model is net
+    pipeline = FeatInvPipeline.from_pretrained(checkpoint, classifier=Backbone.from_module(net))
+    assert pipeline.inverter.classifier.model is net
     with pytest.raises(UserError, match=r"belongs to another model \(backbone: "):
         FeatureInversion.load_from_checkpoint(checkpoint, backbone=Backbone.from_module(Net()), **options)
+    with pytest.raises(UserError, match=r"belongs to another model \(backbone: "):
+        FeatInvPipeline.from_pretrained(checkpoint, classifier=Backbone.from_module(Net()))

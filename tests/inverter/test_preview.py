@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
+from conftest import MakeBatch
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.inverter.inverter import Inverter
@@ -18,7 +21,7 @@ from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.prior import Prior
 from featinv_pl.tasks.inversion import FeatureInversion
 from featinv_pl.tasks.pretraining import TinyAutoencoder
-from tiny import inversion, write
+from tiny import TRAINER, inversion, write
 
 CONFIG: dict[str, Any] = {
     "encoder_block_out_channels": [4] * 4,
@@ -70,6 +73,24 @@ def test_validation_within_fit_decodes_by_it_and_test_does_not(
     assert preview_of_model is not None
     for name, value in AutoencoderTiny.from_pretrained(tiny).state_dict().items():
         assert torch.equal(preview_of_model.vae.state_dict()[name], value)
+
+
+def test_an_interrupted_fit_leaves_no_preview_behind(
+    classifier_folder: Path, prior_folder: Path, tiny: Path, make_batch: MakeBatch
+) -> None:
+    class Interrupted(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            raise RuntimeError("stopped")
+
+    options: dict[str, Any] = {"encoder": Encoder(8), "image_size": 32, "preview_decoder": str(tiny)}
+    model = FeatureInversion(str(classifier_folder), str(prior_folder), **options)
+    batches: DataLoader[Any] = DataLoader([make_batch(2)], batch_size=None)  # type: ignore[arg-type]
+    trainer: dict[str, Any] = {**TRAINER, "max_steps": 1, "enable_checkpointing": False, "enable_progress_bar": False}
+    with pytest.raises(RuntimeError, match="stopped"):
+        Trainer(**trainer, callbacks=[Interrupted()]).fit(model, batches)
+    assert model.inverter.previews
+    Trainer(**trainer).test(model, batches, verbose=False)
+    assert not model.inverter.previews
 
 
 def ceiling(path: Path) -> float:

@@ -332,6 +332,24 @@ def test_a_folder_to_extract_that_is_missing_is_skipped_or_refused(
         FolderData(predict=folders, missing="refuse")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": -1}, r"`views` must be 0 .* and is -1"),
+        ({"per_class": 0}, "`per_class` must be at least 1, and is 0"),
+        ({"crop_pct": 1.5}, r"`crop_pct` is a share .* and is 1.5"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(options: dict[str, Any], message: str, root: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        FolderData(predict={"pets": root}, image_size=16, **options)
+
+
+def test_corruptions_are_not_none(root: Path) -> None:
+    with pytest.raises(UserError, match="`corruptions` and `severities` cannot be empty"):
+        CorruptedData(FolderData(predict={"pets": root}, image_size=16), corruptions=[])
+
+
 def test_one_folder_is_divided_by_class_and_path(root: Path, tmp_path: Path) -> None:
     data = DividedFolder(root, image_size=16, held_out=0.2, batch_size=4)
     parts = {images.source: dict(images.names()) for images in data.predicted}
