@@ -34,7 +34,8 @@ class ShuffledBatches(Batches):
     on large sets. The order of an epoch is a function of seed and epoch alone. Step k takes the k-th stretch of
     `world_size * batch_size` samples, of which each rank has every n-th: two numbers tell how far training has come,
     the epoch to begin with and how many of its batches to skip (`start`). Samples that do not fill the last step are
-    left out, others in each epoch.
+    left out, others in each epoch. A data set that changes its samples from epoch to epoch has them in each
+    `epochs_apart` numbers further.
     """
 
     shard_sizes: list[int]
@@ -44,6 +45,7 @@ class ShuffledBatches(Batches):
     seed: int
     epoch: int = 0
     start: int = 0
+    epochs_apart: int = 0
 
     def __len__(self) -> int:
         """Batches in a complete epoch: Lightning adds those seen before to those that it gets."""
@@ -51,7 +53,7 @@ class ShuffledBatches(Batches):
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         start, self.start = self.start, 0  # the epochs that follow are complete
-        order, step = self.order(self.epoch), self.batch_size * self.world_size
+        order, step = self.order(self.epoch) + self.epoch * self.epochs_apart, self.batch_size * self.world_size
         for number in range(start, len(self)):
             yield order[number * step + self.rank : (number + 1) * step : self.world_size].tolist()
 

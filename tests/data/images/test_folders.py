@@ -2,8 +2,10 @@
 
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from featinv_pl.data.images.datamodule import CorruptedData, DividedFolder, FolderData
 from featinv_pl.data.images.layouts import find_sources, labelled_images
 from featinv_pl.data.images.sources import ORDER_SEED, FolderImages
+from featinv_pl.data.order import Batches
 from featinv_pl.decoding import SUFFIXES
 from featinv_pl.errors import UserError
-from featinv_pl.types import to_uint8
+from featinv_pl.types import ImageBatch, to_uint8
 
 CLASSES = ["Bee", "ant", "owl"]
 
@@ -104,6 +107,64 @@ def test_loaders(root: Path) -> None:
     assert batches[0]["labels"].tolist() == [CLASSES.index(key.split("/")[0]) for key in order[:8]]
     one, two = data.predict_dataloader()
     assert [batch["source"][0] for loader in (one, two) for batch in loader] == ["one"] * 4 + ["two"] * 4
+
+
+def augmented(
+    root: Path, world: tuple[int, int] = (0, 1), seen: int = 0, epochs: int = 2, seed: int = 0, **more: Any
+) -> Iterator[tuple[int, ImageBatch]]:
+    """Batches of training by epoch, the first of which `seen` batches are left out of, as after resuming."""
+    torch.manual_seed(seed)
+    data = FolderData(root, root, image_size=32, batch_size=8 // world[1], augment=True, **more)
+    data.trainer = cast(Any, SimpleNamespace(global_rank=world[0], world_size=world[1]))
+    order = {"samples": 30, "batch_size": 8 // world[1], "processes": world[1], "seed": torch.initial_seed()}
+    data.load_state_dict({"epoch": 0, "batches": seen, "order": order})
+    loader = data.train_dataloader()
+    for epoch in range(epochs):
+        cast(Batches, loader.sampler).set_epoch(epoch)
+        yield from ((epoch, batch) for batch in loader)
+
+
+def test_augmentation_follows_from_seed_epoch_and_key(root: Path, noise: Image.Image) -> None:
+    def images(*args: Any, **more: Any) -> dict[tuple[int, str], bytes]:
+        batches = augmented(root, *args, **more)
+        return {
+            (epoch, key): image.numpy().tobytes()
+            for epoch, batch in batches
+            for key, image in zip(batch["key"], batch["images"], strict=True)
+        }
+
+    found = images()
+    assert len(found) == 48
+    assert len({*found.values()}) > 35  # of the same picture, which has 9 * 9 * 2 of them
+    resumed = images(seen=1, num_workers=2)
+    assert resumed == {name: image for place, (name, image) in enumerate(found.items()) if place >= 8}
+    assert images((0, 2)) | images((1, 2)) == found
+    other = images(seed=1)
+    assert sum(found[name] == other[name] for name in found.keys() & other.keys()) < 4
+    data = FolderData(root, root, image_size=32, augment=True)
+    ((val,),), (plain,) = data.val_dataloader(), FolderData(val=root, image_size=32).val_dataloader()
+    assert torch.equal(val["images"], next(iter(plain))["images"])
+
+
+def test_augmentation_shifts_by_an_eighth_and_flips_half(root: Path) -> None:
+    rows, columns = np.mgrid[10:42, 10:42].astype(np.uint8)
+    for path in root.rglob("*.png"):
+        Image.fromarray(np.stack([rows, columns, rows], axis=2)).save(path)
+    shifts: list[tuple[int, int]] = []
+    flips = []
+    for _, batch in augmented(root, epochs=60):
+        for image in to_uint8(batch["images"]).int():
+            flips.append(bool(image[1, 16, 16] > image[1, 16, 17]))
+            shown = image.flip(2) if flips[-1] else image
+            down, right = 26 - int(shown[0, 16, 16]), 26 - int(shown[1, 16, 16])  # by what the centre shows
+            black = np.pad(np.stack([rows, columns, rows]), [(0, 0), (4, 4), (4, 4)])
+            assert np.array_equal(shown, black[:, 4 - down : 36 - down, 4 - right : 36 - right])
+            shifts.append((down, right))
+    assert np.mean(flips) == pytest.approx(0.5, abs=0.05)
+    for along in zip(*shifts, strict=True):
+        assert {*along} == {*range(-4, 5)}
+        assert [count / len(along) for count in Counter(along).values()] == pytest.approx([1 / 9] * 9, abs=0.03)
+    assert abs(np.corrcoef([*zip(*shifts, strict=True), flips])[np.triu_indices(3, 1)]).max() < 0.1
 
 
 def test_what_is_not_given_or_not_a_share_is_named() -> None:

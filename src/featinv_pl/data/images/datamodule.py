@@ -16,7 +16,7 @@ from featinv_pl.data.images.corruptions import CORRUPTIONS, CorruptedImages
 from featinv_pl.data.images.layouts import PARTS, find_sources
 from featinv_pl.data.images.parquet import ParquetImages, is_parquet
 from featinv_pl.data.images.severities import LEVELS
-from featinv_pl.data.images.sources import FileImages, FolderImages, ImageBatches, ImageSource
+from featinv_pl.data.images.sources import AugmentedImages, FileImages, FolderImages, ImageBatches, ImageSource
 from featinv_pl.data.images.tars import TarImages, expand, is_tars
 from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
@@ -39,6 +39,7 @@ class ImageData(ResumableData, LightningDataModule):
         train: What `fit` trains on; its classes (`classes`) number the labels.
         val: What `fit` validates on.
         left_out: Why other sources cannot be extracted, by name.
+        augment: Whether `fit` trains on `AugmentedImages`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class ImageData(ResumableData, LightningDataModule):
         train: ImageSource | None = None,
         val: ImageSource | None = None,
         left_out: Mapping[str, str] = {},
+        augment: bool = False,
     ) -> None:
         super().__init__(batch_size)
         if num_workers:
@@ -56,7 +58,7 @@ class ImageData(ResumableData, LightningDataModule):
         # A process may have nothing left to extract of a source while others have.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.predicted, self.num_workers, self.train, self.val = predicted, num_workers, train, val
-        self.left_out = dict(left_out)
+        self.left_out, self.augment = dict(left_out), augment
         if left_out and not any((predicted, train, val)):
             told = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
             raise UserError(f"`data.predict`: no folder is there ({told}). Check the paths.")
@@ -79,8 +81,11 @@ class ImageData(ResumableData, LightningDataModule):
         if self.train is None:
             raise UserError("`data.train`: fit needs a folder of training images.")
         self.batch_size = min(self.batch_size, max(len(self.train) // self.rank[1], 1))
-        batches = self.training_batches([len(self.train)], torch.initial_seed())
-        return loader(ImageBatches(self.train), batches, self.num_workers, again=True)
+        images, seed = self.train, torch.initial_seed()
+        batches = self.training_batches([len(images)], seed)
+        if self.augment:
+            images, batches.epochs_apart = AugmentedImages(images, seed), len(images)
+        return loader(ImageBatches(images), batches, self.num_workers, again=True)
 
     def val_dataloader(self) -> list[DataLoader[ImageBatch]]:
         """The validation images in order, if any."""
@@ -114,6 +119,7 @@ class FolderData(ImageData):
             fields of `json`. Of parquet files, a column.
         classes: Names of the classes by number, for labels that are numbers: a list, or a file with one name a line.
         cache: Where tars that are compressed or come from an address are kept, and the rows of parquet files.
+        augment: Train on images shifted by up to an eighth of their side and flipped half of the time, anew each epoch.
     """
 
     def __init__(
@@ -133,6 +139,7 @@ class FolderData(ImageData):
         label: str | None = None,
         classes: list[str] | Path | None = None,
         cache: Path = Path("~/.cache/featinv-pl/images"),
+        augment: bool = False,
     ) -> None:
         if not 0 < crop_pct <= 1:
             raise UserError(f"`crop_pct` is a share of the shorter side, in (0, 1], and is {crop_pct:g}.")
@@ -167,7 +174,7 @@ class FolderData(ImageData):
         left_out = {
             name: f"there is no {'folder' if _is_folder(place) else 'file'} '{place}'" for name, place in gone.items()
         }
-        super().__init__(predicted, batch_size, num_workers, training, validation, left_out)
+        super().__init__(predicted, batch_size, num_workers, training, validation, left_out, augment)
 
 
 class DividedFolder(ImageData):
@@ -183,6 +190,7 @@ class DividedFolder(ImageData):
         crop_pct: Share of the shorter side that the central crop keeps.
         batch_size: Images per batch.
         num_workers: Processes that read images.
+        augment: Train on images shifted by up to an eighth of their side and flipped half of the time, anew each epoch.
     """
 
     def __init__(
@@ -194,6 +202,7 @@ class DividedFolder(ImageData):
         crop_pct: float = 1.0,
         batch_size: int = 32,
         num_workers: int = 0,
+        augment: bool = False,
     ) -> None:
         if not 0 < held_out < 0.5:
             raise UserError(f"`held_out` is a share for each of validation and test, in (0, 0.5), and is {held_out:g}.")
@@ -211,7 +220,8 @@ class DividedFolder(ImageData):
 
         train = images("train")
         predicted = [images(part, train.classes, tolerant=True) for part in predict]
-        super().__init__(predicted, batch_size, num_workers, train, images("val", train.classes))
+        val = images("val", train.classes)
+        super().__init__(predicted, batch_size, num_workers, train, val, augment=augment)
 
 
 class CorruptedData(ImageData):

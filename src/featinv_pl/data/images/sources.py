@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, PILToTensor, Resize
@@ -20,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from featinv_pl.data.images.layouts import NO_CLASS, divided, in_order, labelled_images
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
-from featinv_pl.types import ImageBatch, View, from_uint8
+from featinv_pl.types import ImageBatch, View, from_uint8, key_hash
 
 ORDER_SEED = 0
 SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # torchvision's own, which the paper's authors use
@@ -61,6 +62,31 @@ class ImageSource(Dataset[ImageSample], ABC):
         """SHA-256 of keys and classes: two sources of the same digest hold the same samples in the same order."""
         listing = "".join(f"{key}\0{class_name}\n" for key, class_name in self.names())
         return hashlib.sha256(listing.encode()).hexdigest()
+
+
+class AugmentedImages(ImageSource):
+    """Another source's images, shifted by up to an eighth of their side, over black, and flipped or not, at random.
+
+    So CIFAR-10 is trained on: by up to 4 of 32 pixels (He et al., arXiv 1512.03385, section 4.2). Item
+    `epoch * num_images + n` is image n, changed by seed, epoch and key alone.
+    """
+
+    def __init__(self, images: ImageSource, seed: int) -> None:
+        self.images, self.seed = images, seed
+        self.source, self.num_images, self.preparation = images.source, len(images), images.preparation
+        self.classes = images.classes
+
+    def names(self) -> Iterator[tuple[str, str]]:
+        return self.images.names()
+
+    def __getitem__(self, item: int) -> ImageSample:
+        epoch, number = divmod(item, self.num_images)
+        sample = self.images[number]
+        rng, side = np.random.default_rng((self.seed, epoch, key_hash(sample.key))), sample.images.shape[-1]
+        margin = round(side / 8)
+        top, left, flipped = rng.integers((2 * margin + 1, 2 * margin + 1, 2)).tolist()
+        image = pad(sample.images, [margin] * 4, value=-1)[:, top : top + side, left : left + side]
+        return sample._replace(images=image.flip(2) if flipped else image.clone())
 
 
 class ImageBatches(Dataset[ImageBatch]):
