@@ -1,7 +1,7 @@
 """What training holds on a GPU, counted without one: tensors that have a device and a shape, but no values.
 
-Autocast on CUDA keeps what goes into a norm and what comes out of it in fp32, which it does not on a CPU, so that what
-a step on a CPU keeps says too little.
+Autocast on CUDA keeps what goes into a norm and what comes out of it in fp32, which it does not on a CPU, wherever a
+network leaves that to autocast.
 """
 
 import weakref
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
+from featinv_pl.nets.precision import call_again, call_throughout, spare_factors
 from featinv_pl.tasks.inversion import FeatureInversion
 
 
@@ -98,10 +99,11 @@ def _held(shapes: Shapes, batch_size: int, mixed: bool, again: bool) -> int:
         with autocast() if mixed else nullcontext():
             residuals = control(latents, timesteps, prompts, control.encoder(maps, shapes.latents[1:]))
             down, middle = residuals
-            prediction = unet(
+            prediction = call_throughout(
+                unet,
                 latents,
                 timesteps,
-                encoder_hidden_states=prompts,
+                prompts,
                 down_block_additional_residuals=down,
                 mid_block_additional_residual=middle,
                 return_dict=False,
@@ -116,12 +118,13 @@ def _networks(shapes: Shapes, mixed: bool, again: bool) -> tuple[UNet2DCondition
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(shapes.unet)
         control = FeatureControl(unet, shapes.features[0], Encoder(shapes.hidden_channels))
+    spare_factors(unet)
     unet.requires_grad_(False).eval()
     if mixed:
         keep_products_in(unet, torch.bfloat16)
     if again:
-        unet.enable_gradient_checkpointing()
-        control.controlnet.enable_gradient_checkpointing()
+        unet.enable_gradient_checkpointing(call_again)
+        control.controlnet.enable_gradient_checkpointing(call_again)
     return unet, control
 
 

@@ -14,6 +14,7 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import digest, weights_digest
+from featinv_pl.nets.precision import call_again
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.noise import keyed_noise
 from featinv_pl.sampling.sampler import Sampler
@@ -83,7 +84,7 @@ class Inverter(nn.Module):
         """Change how UNet and ControlNet are executed."""
         for network in (self.prior.unet, self.control.controlnet):
             if execution.activation_checkpointing:
-                network.enable_gradient_checkpointing()
+                network.enable_gradient_checkpointing(call_again)
             if execution.channels_last:
                 network.to(memory_format=torch.channels_last)
             if execution.compile:

@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from featinv_pl.nets.precision import One, call_throughout, spare_factors
 from featinv_pl.nets.weights import fill, read_weights
 from featinv_pl.sampling.sampler import check_option
 
@@ -99,6 +100,7 @@ class FeatureControl(nn.Module):
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
+        spare_factors(self.controlnet)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor, scale: float = 1.0
@@ -112,7 +114,16 @@ class FeatureControl(nn.Module):
             encoded: The output of `encoder` for the feature maps, on the grid of `latents`.
             scale: Multiplies all residuals.
         """
-        down, middle = self.controlnet(latents, timesteps, prompts, encoded, scale, return_dict=False)
+        factor = One() if scale == 1 else scale
+        down, middle = call_throughout(
+            self.controlnet,
+            latents,
+            timesteps,
+            prompts,
+            controlnet_cond=encoded,
+            conditioning_scale=factor,
+            return_dict=False,
+        )
         return down, middle
 
     def save_pretrained(self, folder: Path) -> None:

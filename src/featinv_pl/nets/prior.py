@@ -17,6 +17,7 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import Residuals
 from featinv_pl.nets.frozen import Frozen, weights_digest
 from featinv_pl.nets.hub import find_folder, load_part
+from featinv_pl.nets.precision import call_throughout, spare_factors
 from featinv_pl.nets.supported import SCHEDULE, SCHEDULER, check_prior, read_schedule
 from featinv_pl.nets.weights import check_finite, read_weights
 
@@ -60,6 +61,7 @@ class Prior(Frozen):
             )
         self.register_buffer("prompt", prompt)
         self.register_buffer("empty", empty)
+        spare_factors(self.unet)
         self.freeze()
 
     def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:
@@ -107,10 +109,11 @@ class Prior(Frozen):
             control: Residuals of a ControlNet.
         """
         down, middle = control if control is not None else (None, None)
-        prediction: Tensor = self.unet(
+        prediction: Tensor = call_throughout(
+            self.unet,
             latents,
             timesteps,
-            encoder_hidden_states=prompts,
+            prompts,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
             return_dict=False,
