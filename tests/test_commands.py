@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from conftest import ROOT
 from featinv_pl.__main__ import main
 from featinv_pl.commands import COMMANDS
 from featinv_pl.options import Parser, add_sampler, changed
@@ -38,6 +39,20 @@ assert "torch" not in sys.modules
         assert command.run is None or f"usage: featinv-pl {name} " in done.stdout
         assert command.run is None or f"example:\n  {command.example}\n" in done.stdout
         assert command.example.startswith(f"featinv-pl {name} ")
+
+
+def test_reconstructing_imports_no_more_than_it_needs(inverter_folder: Path) -> None:
+    """Nearly all its time for a picture goes into imports: of torch, timm and diffusers, and of what these import."""
+    words = ["reconstruct", str(ROOT / "docs/digits/4.png"), f"--model={inverter_folder}", "--num_samples=1"]
+    code = f"""
+import sys
+from featinv_pl.__main__ import main
+main({[*words, "--out=out"]})
+for name in ("lightning", "torchmetrics", "jsonargparse", "webdataset", "sklearn", "matplotlib.figure", "gradio"):
+    assert name not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert Path("out/contact_sheet.png").exists()
 
 
 @pytest.mark.parametrize("name", SAMPLING)

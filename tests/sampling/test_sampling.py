@@ -15,7 +15,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, implied_prediction, min_snr_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.sampler import Refinement, Sampler
-from featinv_pl.sampling.solvers import SCHEDULERS, Denoiser, refined, sample, weighted, within
+from featinv_pl.sampling.solvers import SCHEDULERS, Denoiser, Step, refined, sample, weighted, within
 
 SOLVERS: list[Any] = list(get_args(get_type_hints(Sampler)["scheduler"]))
 SHAPE = (2, 4, 4, 4)
@@ -31,7 +31,7 @@ def make_schedule(**options: Any) -> DDIMScheduler:
 def denoiser() -> Denoiser:
     """A network that knows nothing."""
     network = torch.nn.Conv2d(4, 4, 3, padding=1).requires_grad_(False)
-    return lambda latents, timestep: network(latents).tanh() * (1 + timestep / 1000)
+    return lambda latents, step: network(latents).tanh() * (1 + step.timestep / 1000)
 
 
 @pytest.mark.parametrize("spacing", [None, "leading", "trailing", "linspace"])
@@ -39,8 +39,9 @@ def denoiser() -> Denoiser:
 def test_one_call_a_step_at_the_times_of_diffusers(solver: Any, spacing: Any) -> None:
     times: list[int] = []
 
-    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-        times.append(int(timestep))
+    def denoise(latents: Tensor, step: Step) -> Tensor:
+        assert (step.number, step.time) == (len(times), int(step.timestep))
+        times.append(step.time)
         return latents
 
     schedule = make_schedule(timestep_spacing="trailing")  # what the prior's configuration says does not count
@@ -76,6 +77,8 @@ def test_latents_are_finite_repeatable_and_their_own(denoiser: Denoiser) -> None
         (Sampler, "guidance_interval", (0.5, 0.5)),
         (Sampler, "guidance_interval", (0.5, 1.1)),
         (Sampler, "control_scale", -1.0),
+        (Sampler, "guidance_every", 0),
+        (Sampler, "control_every", 0),
         (Refinement, "steps", 0),
         (Refinement, "step_size", 0.0),
         (Refinement, "interval", (0.6, 0.4)),
@@ -95,7 +98,11 @@ def test_refuses_what_it_cannot_be(kind: Any, option: str, value: Any) -> None:
 def test_refuses_more_steps_than_the_schedule_has(solver: Any, steps: int) -> None:
     schedule, noise = make_schedule(), torch.randn(1, 4, 2, 2)
     with pytest.raises(UserError, match="steps"):
-        sample(lambda latents, timestep: latents, noise, schedule, Sampler(solver, steps))
+        sample(lambda latents, _: latents, noise, schedule, Sampler(solver, steps))
+
+
+def at(time: int, number: int = 0) -> Step:
+    return Step(number, time, torch.tensor(time))
 
 
 # Guidance
@@ -109,23 +116,28 @@ def test_refuses_more_steps_than_the_schedule_has(solver: Any, steps: int) -> No
 def test_goes_from_the_unconditional_through_the_conditional(scale: float, expected: float) -> None:
     calls: list[Tensor] = []
 
-    def branches(latents: Tensor, timestep: Tensor) -> Tensor:
-        """A denoiser whose first branch says 2x, and whose second says 10x plus the time."""
+    def branches(latents: Tensor, step: Step) -> Tensor:
+        """A denoiser whose first branch says 2x, and whose second says 10x plus the time; the second one alone."""
         calls.append(latents)
-        unconditional, conditional = latents.chunk(2)
-        return torch.cat([2 * unconditional, 10 * conditional + timestep])
+        conditional = 10 * latents[-2:] + step.timestep
+        return conditional if len(latents) == 2 else torch.cat([2 * latents[:2], conditional])
 
     latents = torch.full((2, 4, 3, 3), 3.0)
-    guided = weighted(branches, scale)(latents, torch.tensor(4))
-    torch.testing.assert_close(guided, torch.full_like(latents, expected))
+    guided = weighted(branches, scale, every=2)
+    torch.testing.assert_close(guided(latents, at(4)), torch.full_like(latents, expected))
     [both] = calls
     assert torch.equal(both, torch.cat([latents, latents]))
+    # Where the unconditional branch is left out, the last difference still acts: that of 34 and 6.
+    torch.testing.assert_close(guided(latents + 1, at(5, 1)), torch.full_like(latents, 45 + (scale - 1) * 28))
+    assert torch.equal(calls[1], latents + 1)
+    guided(latents, at(6, 2))
+    assert len(calls[2]) == 4
 
 
 @pytest.mark.parametrize(("timestep", "guided"), [(99, False), (100, True), (500, True), (800, True), (801, False)])
 def test_guidance_acts_within_its_interval_alone(timestep: int, guided: bool) -> None:
     limited = within(lambda latents, _: latents + 1, lambda latents, _: latents, 100, 800)
-    assert limited(torch.zeros(1), torch.tensor(timestep)).item() == guided
+    assert limited(torch.zeros(1), at(timestep)).item() == guided
 
 
 # Refinement
@@ -141,8 +153,8 @@ def drawn(observe: Any, refinement: Refinement | None, target: Tensor, noise: Te
     """What a prior that knows nothing draws: its estimate of the clean latents is always zero, plus a trifle."""
     schedule = make_schedule(**options)
 
-    def plain(latents: Tensor, timestep: Tensor) -> Tensor:
-        return implied_prediction(schedule, latents, 0.01 * latents, timestep)
+    def plain(latents: Tensor, step: Step) -> Tensor:
+        return implied_prediction(schedule, latents, 0.01 * latents, step.time)
 
     denoiser: Denoiser = refined(plain, schedule, observe, target, refinement) if refinement else plain
     return sample(denoiser, noise, schedule, Sampler("ddim", 10))
@@ -197,7 +209,7 @@ def test_a_perfect_prediction_implies_the_clean_latents(prediction_type: str) ->
     torch.testing.assert_close(clean_estimate(schedule, noisy, target, timesteps), clean, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(implied_prediction(schedule, noisy, clean, timesteps), target, atol=1e-4, rtol=1e-4)
     schedule.set_timesteps(10)
-    timestep = schedule.timesteps[4]
+    timestep = int(schedule.timesteps[4])
     theirs = schedule.step(noise, timestep, noisy).pred_original_sample
     torch.testing.assert_close(clean_estimate(schedule, noisy, noise, timestep), theirs, atol=1e-5, rtol=1e-5)
 

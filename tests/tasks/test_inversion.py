@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from conftest import MakeBatch
@@ -23,12 +24,14 @@ from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.finite import FiniteGuard
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Refinement, Sampler
+from featinv_pl.sampling.solvers import Step
 from featinv_pl.tasks.inversion import Adapt, FeatureInversion
 from featinv_pl.tasks.pretraining import Classifier
 from featinv_pl.types import Batch
 from tiny import TRAINER
 
 SMALL = Encoder(hidden_channels=8)
+ALL_STEPS = {"guidance_every": 1, "control_every": 1}
 
 
 @pytest.fixture
@@ -206,10 +209,10 @@ def test_pooled_conditioning_reads_only_the_mean(make_model: Any, make_batch: Ma
 
 def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch) -> None:
     model = awaken(make_model())
-    features, noise, timestep = make_batch(2)["features"], torch.randn(2, 4, 4, 4), torch.tensor(500)
+    features, noise, step = make_batch(2)["features"], torch.randn(2, 4, 4, 4), Step(0, 500, torch.tensor(500))
 
     def predict(features: Tensor, prompt: Tensor) -> Any:
-        return model.inverter.denoise(noise, timestep.expand(2), prompt.expand(2, -1, -1), features)
+        return model.inverter.denoise(noise, step.timestep.expand(2), prompt.expand(2, -1, -1), features)
 
     prompt, empty, nothing = model.inverter.prior.prompt, model.inverter.prior.empty, torch.zeros_like(features)
     whole = predict(features, prompt)
@@ -217,11 +220,72 @@ def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch) -> 
     for guidance, without in dropped.items():
         sampler = Sampler("ddim", steps=2, guidance_scale=2.0, guidance=guidance)
         with torch.no_grad():
-            guided = model.inverter.denoiser(features, noise, sampler)(noise, timestep)
+            guided = model.inverter.denoiser(features, noise, sampler)(noise, step)
             torch.testing.assert_close(guided, without + 2 * (whole - without), atol=1e-4, rtol=1e-4)
             assert not torch.allclose(guided, whole, atol=1e-3)
             sampler = replace(sampler, guidance_interval=(0.0, 0.4))
-            torch.testing.assert_close(model.inverter.denoiser(features, noise, sampler)(noise, timestep), whole)
+            torch.testing.assert_close(model.inverter.denoiser(features, noise, sampler)(noise, step), whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "latents", "control"),
+    # How many latents of two maps go through the prior and through the control in four steps.
+    [
+        ({}, 4 * 4, 4 * 4),
+        ({"guidance_scale": 1.0}, 4 * 2, 4 * 2),
+        ({"guidance_every": 2}, 2 * 4 + 2 * 2, 2 * 4 + 2 * 2),
+        ({"guidance_every": 2, "control_every": 2}, 2 * 4 + 2 * 2, 2 * 4),
+        ({"guidance_every": 3, "control_every": 2}, 2 * 4 + 2 * 2, 4 + 2 + 4),
+        ({"control_every": 3}, 4 * 4, 2 * 4),
+        ({"guidance_interval": (0.0, 0.5), "control_every": 4}, 2 * 2 + 2 * 4, 2 + 4),
+        ({"control_scale": 0.0, "control_every": 2}, 4 * 4, 0),
+    ],
+)
+def test_branches_and_control_are_computed_as_often_as_is_said(
+    make_model: Any, make_batch: MakeBatch, changes: Any, latents: int, control: int
+) -> None:
+    inverter, counts = awaken(make_model()).inverter, {"unet": 0, "controlnet": 0}
+    features, noise, every = make_batch(2)["features"], torch.randn(2, 4, 4, 4), Sampler("ddim", 4)
+    full = inverter.reconstruct_from(features, noise, replace(every, **{**changes, **ALL_STEPS}))
+    for name, network in (("unet", inverter.prior.unet), ("controlnet", inverter.control.controlnet)):
+
+        def count(_: Any, given: Any, name: str = name) -> None:
+            counts[name] += len(given[0])
+
+        network.register_forward_pre_hook(count)
+    images = inverter.reconstruct_from(features, noise, replace(every, **changes))
+    assert counts == {"unet": latents, "controlnet": control}
+    assert torch.equal(images, full) == ((len(changes) < 2 and not {*ALL_STEPS} & {*changes}) or not control)
+    alone = inverter.reconstruct_from(features[1:], noise[1:], replace(every, **changes))
+    torch.testing.assert_close(alone, images[1:], atol=1e-3, rtol=1e-3)
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between the host and a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            given = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            self.count += given.device != found.device
+        return found
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_no_step_waits_for_a_device(make_model: Any, make_batch: MakeBatch, scheduler: Any) -> None:
+    inverter, counts = make_model().inverter.to("meta"), []  # whose tensors have no values that one could ask for
+    features, noise = make_batch(2)["features"].to("meta"), torch.randn(2, 4, 4, 4, device="meta")
+    inverter.classifier.forward = lambda images: (features * images.mean(), None)  # there is no autocast for `meta`
+    for steps in (2, 4):
+        sampler = Sampler(scheduler, steps, guidance_interval=(0.2, 0.8), refine=Refinement(steps=1))
+        with Copies() as copies:
+            inverter.reconstruct_from(features, noise, sampler)
+        counts.append(copies.count)
+    assert counts == [1, 1]  # the timesteps, all at once
 
 
 def test_without_control_the_bare_prior_draws(make_model: Any, make_batch: MakeBatch) -> None:

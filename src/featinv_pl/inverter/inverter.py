@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
-from featinv_pl.nets.control import Encoder, FeatureControl
+from featinv_pl.nets.control import Encoder, FeatureControl, Residuals
 from featinv_pl.nets.frozen import digest, weights_digest
 from featinv_pl.nets.precision import call_again
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.noise import keyed_noise
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.sampling.solvers import Denoiser, OnStep, refined, sample, weighted, within
+from featinv_pl.sampling.solvers import Denoiser, OnStep, Step, refined, sample, weighted, within
 
 RECOMPILATIONS = 32  # UNet and ControlNet share functions of diffusers, compiled for each batch size and for any
 
@@ -116,23 +116,33 @@ class Inverter(nn.Module):
         features = self.condition(features)
         prompt, empty = (one.expand(len(features), -1, -1) for one in (self.prior.prompt, self.prior.empty))
         encoded = self.control.encoder(features, noise.shape[-2:])
-        denoiser = self._controlled(encoded, prompt, sampler.control_scale)
-        if sampler.guidance_scale != 1:
+        if sampler.guidance_scale == 1:
+            denoiser = self._controlled(encoded, prompt, sampler)
+        else:
             unconditional = encoded
             if sampler.guidance == "features":
                 unconditional = self.control.encoder(torch.zeros_like(features), noise.shape[-2:])
-            both = torch.cat([unconditional, encoded]), torch.cat([empty, prompt])
-            guided = weighted(self._controlled(*both, sampler.control_scale), sampler.guidance_scale)
-            low, high = (fraction * self.prior.num_timesteps for fraction in sampler.guidance_interval)
-            denoiser = within(guided, denoiser, low, high)
+            branches = self._controlled(torch.cat([unconditional, encoded]), torch.cat([empty, prompt]), sampler)
+            denoiser = weighted(branches, sampler.guidance_scale, sampler.guidance_every)
+            if sampler.guidance_interval != (0, 1):
+                low, high = (fraction * self.prior.num_timesteps for fraction in sampler.guidance_interval)
+                denoiser = within(denoiser, branches, low, high)
         if sampler.refine is not None:
             denoiser = refined(denoiser, self.prior.schedule, self.decoded_features, features, sampler.refine)
         return denoiser
 
-    def _controlled(self, encoded: Tensor, prompts: Tensor, scale: float) -> Denoiser:
-        def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            residuals = self.control(latents, timestep, prompts, encoded, scale) if scale else None
-            return self.prior.predict(latents, timestep, prompts, residuals)
+    def _controlled(self, encoded: Tensor, prompts: Tensor, sampler: Sampler) -> Denoiser:
+        """The controlled prior for a batch of encoded maps and prompts, or for latents of its last part alone."""
+        kept: Residuals | None = None
+
+        def denoise(latents: Tensor, step: Step) -> Tensor:
+            nonlocal kept
+            size, scale = len(latents), sampler.control_scale
+            given = step.timestep, prompts[-size:]
+            if scale and (kept is None or len(kept[1]) < size or step.number % sampler.control_every == 0):
+                kept = self.control(latents, *given, encoded[-size:], scale)
+            residuals = kept and ([one[-size:] for one in kept[0]], kept[1][-size:])
+            return self.prior.predict(latents, *given, residuals)
 
         return denoise
 

@@ -23,7 +23,7 @@ from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.frozen import products
 from featinv_pl.nets.hub import INDEX, find_folder, push_folder
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.sampling.solvers import OnStep
+from featinv_pl.sampling.solvers import OnStep, Step
 from featinv_pl.types import Observation
 
 SOURCE = "`source`"
@@ -154,7 +154,8 @@ class FeatInvPipeline:
         """Move all networks, or none if it fails: to a device, a dtype, both, or those of a tensor, as torch's `to`.
 
         With bfloat16 (the default on CUDA) or float16, images are sampled in mixed precision, and the weights of prior
-        and control take half the memory. The classifier stays in single precision.
+        and control take half the memory. The classifier stays in single precision, whose products CUDA then computes
+        in TF32, here and in the rest of the process.
 
         Raises:
             UserError: There is no such device, or the dtype is another.
@@ -164,6 +165,8 @@ class FeatInvPipeline:
         dtype = chosen or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype != torch.float32:
             _ = self.inverter.digests  # of the weights before they are rounded
+        if device.type == "cuda":  # as in the command
+            torch.set_float32_matmul_precision("high")
         halved = {id(one) for part in (self.inverter.prior, self.inverter.control) for one in products(part)}
         tensors = [*self.inverter.parameters(), *self.inverter.buffers()]
         moved = [one.data.to(device, dtype if id(one) in halved else one.dtype) for one in tensors]
@@ -205,30 +208,24 @@ class FeatInvPipeline:
         """
         maps = as_maps(features, self.inverter.classifier.feature_shape).repeat_interleave(num_samples, 0)
         keys = [str(number % num_samples) for number in range(len(maps))]
-        return self._sample(maps, keys, seed, self.inverter.sampler)
+        return self._sample(maps, keys, seed, self.inverter.sampler, None, None)
 
     def _sample(
-        self,
-        maps: Tensor,
-        keys: list[str],
-        seed: int,
-        sampler: Sampler,
-        batch_size: int | None = None,
-        on_step: OnStep | None = None,
+        self, maps: Tensor, keys: list[str], seed: int, sampler: Sampler, size: int | None, on_step: OnStep | None
     ) -> Tensor:
         most = REFINED_PIXELS if sampler.refine else PIXELS
-        size = batch_size or max(1, min(MOST, most // self.inverter.image_size**2))
+        size = size or max(1, min(MOST, most // self.inverter.image_size**2))
         parts = [slice(start, start + size) for start in range(0, len(maps), size)]
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
         images = []
         with self.progress_bar(total=len(parts) * sampler.steps * sampler.best_of) as bar, autocast:
 
-            def step(number: int, timestep: Tensor, latents: Tensor) -> Tensor:
+            def after(step: Step, latents: Tensor) -> Tensor:
                 bar.update()
-                return on_step(number, timestep, latents) if on_step else latents
+                return on_step(step, latents) if on_step else latents
 
             for part in parts:
-                images.append(self.inverter.reconstruct(maps[part].to(self.device), keys[part], seed, sampler, step))
+                images.append(self.inverter.reconstruct(maps[part].to(self.device), keys[part], seed, sampler, after))
         return torch.cat(images)
 
     def __call__(
@@ -285,10 +282,10 @@ class FeatInvPipeline:
         maps = as_maps(features, self.inverter.classifier.feature_shape).repeat_interleave(number, 0)
         drawn, keys = as_noise(seed, generator, number, len(maps))
 
-        def on_step(step: int, timestep: Tensor, latents: Tensor) -> Tensor:
-            given = {"latents": latents}
-            returned = (callback_on_step_end and callback_on_step_end(self, step, timestep, given)) or given
-            return cast(Tensor, returned.get("latents", latents))
+        def on_step(step: Step, latents: Tensor) -> Tensor:
+            ended = callback_on_step_end
+            returned = ended and ended(self, step.number, step.timestep, {"latents": latents})
+            return cast(Tensor, (returned or {}).get("latents", latents))
 
         try:
             size = None if batch_size is None else whole("batch_size", batch_size)

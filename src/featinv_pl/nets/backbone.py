@@ -90,7 +90,7 @@ class Backbone(Frozen):
     ) -> Self:
         """The backbone that a module is, whose weights' digest is its identity.
 
-        The module is frozen and put in evaluation mode and full precision, as it is and not as a copy.
+        The module is frozen and put in evaluation mode and single precision, as it is and not as a copy.
 
         Args:
             model: Returns logits (B, K) of normalised images (B, 3, H, W), or an object with such `logits`.
@@ -109,13 +109,16 @@ class Backbone(Frozen):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Classify images of any size.
 
+        In single precision also within a run of mixed precision, since maps are compared with each other. On a GPU
+        that is TF32 with 10 bits of mantissa: in convolutions by torch's default, and in other products where
+        `torch.set_float32_matmul_precision` allows it, as the command and `FeatInvPipeline.to` do.
+
         Args:
             images: (B, 3, H, W) in [-1, 1].
 
         Returns:
             The feature map (B, C, h, w) and the logits (B, K).
         """
-        # In full precision also within a run of mixed precision: maps are compared with each other.
         with torch.autocast(images.device.type, enabled=False):
             return self._observed(*self._run(self.transform(images.float())), len(images))
 

@@ -9,13 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
@@ -24,7 +21,10 @@ from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
 from featinv_pl.files import write_bytes
 
-HEAT = colormaps["magma"]
+if TYPE_CHECKING:  # pictures need no plots
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 OPACITY = 0.6  # of a heat map at its hottest
 _info = cache(ImageNetInfo)
 
@@ -38,10 +38,10 @@ def open_picture(path: Path, option: str = "IMAGE") -> Image.Image:
         raise UserError(f"{option}: '{path}' cannot be read as a picture ({error}). {advice}") from error
 
 
-def png(shown: Image.Image | Figure) -> bytes:
+def png(shown: "Image.Image | Figure") -> bytes:
     """A picture or a figure as PNG."""
     buffer = io.BytesIO()
-    save = shown.savefig if isinstance(shown, Figure) else shown.save
+    save = shown.save if isinstance(shown, Image.Image) else shown.savefig
     save(buffer, format="png")
     return buffer.getvalue()
 
@@ -78,10 +78,12 @@ def listed_classes(logits: Tensor) -> str:
 
 def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     """Lay a heat map (h, w) in [0, 1] over a picture: the hotter, the more opaque."""
+    from matplotlib import colormaps
+
     grid = Image.fromarray((heat.clamp(0, 1) * 255).byte().cpu().numpy())
     level = np.asarray(grid.resize(picture.size, Image.Resampling.BILINEAR), dtype=np.float32) / 255
     share = OPACITY * level[..., None]
-    mixed = np.asarray(picture) * (1 - share) + HEAT(level)[..., :3] * 255 * share
+    mixed = np.asarray(picture) * (1 - share) + colormaps["magma"](level)[..., :3] * 255 * share
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
@@ -105,7 +107,7 @@ class Section:
     title: str
     text: str = ""
     rows: Sequence[Sequence[Tile]] = ()
-    plot: Callable[[Axes], Any] | None = None
+    plot: "Callable[[Axes], Any] | None" = None
     table: Sequence[Sequence[str]] = ()
 
 
@@ -128,7 +130,9 @@ class Report(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]: ...  # all measurements, for JSON
 
-    def figure(self) -> Figure:
+    def figure(self) -> "Figure":
+        from matplotlib.figure import Figure
+
         shown = [section for section in self.sections() if section.rows or section.plot]
         lines = [sum(max(tile.caption.count("\n") + 1 for tile in row) for row in section.rows) for section in shown]
         heights = [
@@ -164,7 +168,7 @@ class Report(ABC):
             write_bytes(folder / f"{self.name}.{suffix}", data)
 
 
-def plot_probabilities(axes: Axes, x: Sequence[float], lines: Mapping[str, Tensor], xlabel: str) -> None:
+def plot_probabilities(axes: "Axes", x: Sequence[float], lines: Mapping[str, Tensor], xlabel: str) -> None:
     """Plot probabilities of classes, by name."""
     for name, values in lines.items():
         axes.plot(x, values.numpy(), marker=".", label=name)
@@ -188,6 +192,8 @@ def data_uri(data: bytes) -> str:
 
 
 def _plot_uri(section: Section) -> str:
+    from matplotlib.figure import Figure
+
     assert section.plot
     figure = Figure(figsize=(6, PLOT), dpi=150, layout="constrained")
     section.plot(figure.subplots())

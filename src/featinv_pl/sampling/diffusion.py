@@ -4,10 +4,9 @@ With `a` the schedule's cumulative product at a timestep, noisy latents are sqrt
 the velocity is sqrt(a) noise - sqrt(1 - a) clean (Salimans and Ho, arXiv 2202.00512). A schedule says in its
 `prediction_type` which of noise and velocity its prior predicts.
 
-Latents, noise and predictions are (B, channels, h, w); timesteps are (B,), or a scalar except in `min_snr_weights`.
+Latents, noise and predictions are (B, channels, h, w); timesteps are (B,); a single one may also be an integer.
 """
 
-import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
@@ -20,7 +19,9 @@ def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, ti
     return noise
 
 
-def clean_estimate(schedule: DDIMScheduler, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+def clean_estimate(
+    schedule: DDIMScheduler, noisy_latents: Tensor, prediction: Tensor, timesteps: Tensor | int
+) -> Tensor:
     """The clean latents that a prediction implies."""
     signal, noise = _rates(schedule, noisy_latents, timesteps)
     if _predicts_velocity(schedule):
@@ -28,7 +29,9 @@ def clean_estimate(schedule: DDIMScheduler, noisy_latents: Tensor, prediction: T
     return (noisy_latents - noise * prediction) / signal
 
 
-def implied_prediction(schedule: DDIMScheduler, noisy_latents: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+def implied_prediction(
+    schedule: DDIMScheduler, noisy_latents: Tensor, clean: Tensor, timesteps: Tensor | int
+) -> Tensor:
     """The prediction that implies these clean latents. Inverse of `clean_estimate`."""
     signal, noise = _rates(schedule, noisy_latents, timesteps)
     if _predicts_velocity(schedule):
@@ -51,8 +54,10 @@ def _predicts_velocity(schedule: DDIMScheduler) -> bool:
     return bool(schedule.config.prediction_type == "v_prediction")
 
 
-def _rates(schedule: DDIMScheduler, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def _rates(schedule: DDIMScheduler, latents: Tensor, timesteps: Tensor | int) -> tuple[Tensor, Tensor]:
     """How much clean signal and how much noise there is, shaped to multiply latents."""
-    alphas = schedule.alphas_cumprod.to(latents)[torch.as_tensor(timesteps, device=latents.device)]
-    alphas = alphas.reshape(-1, *[1] * (latents.ndim - 1))
+    if isinstance(timesteps, int):  # a scalar on the CPU serves latents on any device
+        alphas = schedule.alphas_cumprod[timesteps]
+    else:
+        alphas = schedule.alphas_cumprod.to(latents)[timesteps].reshape(-1, *[1] * (latents.ndim - 1))
     return alphas.sqrt(), (1 - alphas).sqrt()

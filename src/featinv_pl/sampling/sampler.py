@@ -62,8 +62,11 @@ class Sampler:
         guidance: What the unconditional branch drops: `text` only the prompt, as in the authors' code, `features`
             the feature map too, which is the pair that training uses.
         guidance_interval: Where guidance acts, in fractions of the noise schedule: 0 is the clean end.
+        guidance_every: At which steps the unconditional branch is computed: every one, every second and so on. In
+            between, guidance goes on in its last direction, at half the cost.
         control_scale: Multiplies the control's residuals. 0 is the bare prior: with `refine`, inversion without
             any training.
+        control_every: At which steps the control is computed. In between, its last residuals are used.
         refine: Gradient steps towards the feature map between the denoising steps.
         best_of: Number of candidates, of which the one with the most similar feature map is kept.
     """
@@ -79,6 +82,8 @@ class Sampler:
     refine: Refinement | None = None
     best_of: int = 1
     spacing: Literal["leading", "trailing", "linspace"] | None = None
+    guidance_every: int = 1
+    control_every: int = 1
 
     def __post_init__(self) -> None:
         scale, control, (low, high) = self.guidance_scale, self.control_scale, self.guidance_interval
@@ -86,6 +91,8 @@ class Sampler:
         check_option("sampler.guidance_scale", scale, isfinite(scale), "Give a number; 1 disables guidance.")
         check_option("sampler.guidance_interval", list(self.guidance_interval), 0 <= low < high <= 1, FRACTIONS)
         check_option("sampler.control_scale", control, 0 <= control < inf, "Give at least 0; it was trained for 1.")
+        for name, number in (("guidance_every", self.guidance_every), ("control_every", self.control_every)):
+            check_option(f"sampler.{name}", number, number >= 1, "Give 1 for every step, 2 for every second one.")
         check_option("sampler.best_of", self.best_of, 1 <= self.best_of <= MOST, f"Give 1 to {MOST}.")
 
     @classmethod

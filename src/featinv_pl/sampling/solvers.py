@@ -1,6 +1,7 @@
 """From noise to latents: solvers of any denoiser, and guidance, whose functions wrap a denoiser."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -11,11 +12,26 @@ from featinv_pl.errors import UserError
 from featinv_pl.sampling.diffusion import clean_estimate, implied_prediction
 from featinv_pl.sampling.sampler import Refinement, Sampler
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
-"""(latents (B, channels, h, w), scalar timestep) -> noise or velocity, of the shape of the latents."""
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor]
-"""(number of the step, its timestep, latents after it) -> latents to go on with."""
+class Step(NamedTuple):
+    """A step of a solver. Its timestep is known on both sides, so that no GPU is asked for it while it computes.
+
+    Attributes:
+        number: Counted from 0.
+        time: The timestep.
+        timestep: The same as a scalar on the device.
+    """
+
+    number: int
+    time: int
+    timestep: Tensor
+
+
+Denoiser = Callable[[Tensor, Step], Tensor]
+"""(latents (B, channels, h, w), step) -> noise or velocity, of the shape of the latents."""
+
+OnStep = Callable[[Step, Tensor], Tensor]
+"""(step, latents after it) -> latents to go on with."""
 
 Observer = Callable[[Tensor], Tensor]
 """Clean latents (B, channels, h, w) -> the feature maps (B, C, h', w') of their images, with gradients."""
@@ -38,23 +54,31 @@ def sample(
     # A solver has state, so each call makes its own. Spacing is explicit: the prior's configuration may say anything.
     spacing = sampler.spacing or SPACINGS[sampler.scheduler]
     solver = SCHEDULERS[sampler.scheduler].from_config(schedule.config, timestep_spacing=spacing)
-    solver.set_timesteps(sampler.steps, device=noise.device)
+    solver.set_timesteps(sampler.steps)  # on the CPU: the device is given them once, and not asked for any
     latents: Tensor = noise * solver.init_noise_sigma
-    for number, timestep in enumerate(solver.timesteps):
-        latents = solver.step(denoiser(latents, timestep), timestep, latents, return_dict=False)[0]
-        latents = on_step(number, timestep, latents) if on_step else latents
+    times, timesteps = solver.timesteps.tolist(), solver.timesteps.to(noise.device)
+    for step in map(Step, range(len(times)), times, timesteps):
+        latents = solver.step(denoiser(latents, step), step.time, latents, return_dict=False)[0]
+        latents = on_step(step, latents) if on_step else latents
     return latents
 
 
-def weighted(branches: Denoiser, scale: float) -> Denoiser:
+def weighted(branches: Denoiser, scale: float, every: int = 1) -> Denoiser:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598, in the form of Stable Diffusion).
 
     `branches` takes a batch repeated twice, so that both cost one call: first the unconditional branch, then the
-    conditional one. `scale` is s in (1 - s) unconditional + s conditional; 1 disables guidance.
+    conditional one; or a batch once, for the conditional branch alone. `scale` is s in
+    (1 - s) unconditional + s conditional; 1 disables guidance. Between every `every`-th step, the difference of the
+    branches is that of the last one.
     """
+    difference: Tensor | None = None
 
-    def guided(latents: Tensor, timestep: Tensor) -> Tensor:
-        unconditional, conditional = branches(torch.cat([latents, latents]), timestep).chunk(2)
+    def guided(latents: Tensor, step: Step) -> Tensor:
+        nonlocal difference
+        if difference is not None and step.number % every:
+            return branches(latents, step) + (scale - 1) * difference
+        unconditional, conditional = branches(torch.cat([latents, latents]), step).chunk(2)
+        difference = conditional - unconditional
         return (1 - scale) * unconditional + scale * conditional
 
     return guided
@@ -62,7 +86,7 @@ def weighted(branches: Denoiser, scale: float) -> Denoiser:
 
 def within(guided: Denoiser, plain: Denoiser, low: float, high: float) -> Denoiser:
     """Guidance in a limited interval of timesteps (Kynkäänniemi et al., arXiv 2404.07724): plain outside of it."""
-    return lambda latents, timestep: (guided if low <= timestep <= high else plain)(latents, timestep)
+    return lambda latents, step: (guided if low <= step.time <= high else plain)(latents, step)
 
 
 def refined(
@@ -74,14 +98,14 @@ def refined(
     """
     low, high = (fraction * schedule.config.num_train_timesteps for fraction in refinement.interval)
 
-    def refine(latents: Tensor, timestep: Tensor) -> Tensor:
-        prediction = denoiser(latents, timestep)
-        if not low <= timestep <= high:
+    def refine(latents: Tensor, step: Step) -> Tensor:
+        prediction = denoiser(latents, step)
+        if not low <= step.time <= high:
             return prediction
-        clean = clean_estimate(schedule, latents, prediction, timestep).float()
+        clean = clean_estimate(schedule, latents, prediction, step.time).float()
         for _ in range(refinement.steps):
             clean = clean + _step(clean, observe, target, refinement)
-        return implied_prediction(schedule, latents, clean.to(latents.dtype), timestep)
+        return implied_prediction(schedule, latents, clean.to(latents.dtype), step.time)
 
     return refine
 

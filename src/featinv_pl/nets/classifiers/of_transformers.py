@@ -75,7 +75,7 @@ def open_named(name: str, weights: str, input_size: int | None) -> Network:
 
 
 def _load(name: str, folder: Path, weights: str) -> tuple[Any, Any]:
-    """The network, in full precision, and its image processor."""
+    """The network, in single precision, and its image processor."""
     import transformers  # two seconds, which others need not spend
 
     try:
