@@ -143,7 +143,8 @@ def _training(inverter: Inverter, inputs: State, outputs: State) -> Pairs:
     inverter.control.zero_grad()
     latents, noise, timesteps = inputs["x_start"], inputs["noise"], inputs["train_timesteps"]
     noisy_latents = inverter.prior.schedule.add_noise(latents, noise, timesteps)
-    prediction = inverter.denoise(noisy_latents, timesteps, inputs["context"], inputs["hint"])
+    encoded = inverter.control.encoder(inputs["hint"], noisy_latents.shape[-2:])
+    prediction = inverter.denoise(noisy_latents, timesteps, inputs["context"], encoded)
     loss = mse_loss(prediction, denoising_target(inverter.prior.schedule, latents, noise, timesteps))
     loss.backward()
     parameters = dict(inverter.control.named_parameters())

@@ -43,9 +43,9 @@ def test_base_lies_beneath() -> None:
 def test_null_of_a_sweep_is_null_where_there_is_one(null: str) -> None:
     settings = {"model": {**MODEL, "init_args": {**MODEL["init_args"], "input_size": "None"}}}
     config = write(Path("model.yaml"), settings)
-    found = parsed("--config", config, f"--model.objective.min_snr_gamma={null}", f"--trainer.max_time={null}")
+    found = parsed("--config", config, f"--model.lr_scheduler={null}", f"--trainer.max_time={null}")
     model = found["model"]["init_args"]
-    assert (model["objective"]["min_snr_gamma"], model["input_size"], found["trainer"]["max_time"]) == (None,) * 3
+    assert (model["lr_scheduler"], model["input_size"], found["trainer"]["max_time"]) == (None,) * 3
 
 
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

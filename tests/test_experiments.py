@@ -133,7 +133,7 @@ def test_recipes(name: str, conditioning: str) -> None:
     assert ours["trainer"]["default_root_dir"] != authors["trainer"]["default_root_dir"]
     trained = authors["model"]["init_args"]
     assert (trained["optimizer"]["class_path"], trained["optimizer"]["init_args"]["lr"]) == ("torch.optim.AdamW", 1e-5)
-    assert (trained["objective"]["dropout"], trained["objective"]["min_snr_gamma"]) == (0.15, None)
+    assert (trained["objective"]["dropout"], trained["objective"]["weighting"]) == (0.15, "none")
     assert Sampler.from_fields(trained["sampler"]) == AUTHORS
     assert Sampler.from_fields(ours["model"]["init_args"]["sampler"]) == Sampler()
     assert authors["data"]["init_args"]["batch_size"] == 8

@@ -20,10 +20,11 @@ NAMED = r"\$\{(\w+)\}"
 _folder: ContextVar[Path] = ContextVar("folder", default=Path())
 MOVED = {
     **dict.fromkeys(("hidden_channels", "num_layers"), "`model.encoder.{}`"),
-    **dict.fromkeys(("dropout", "min_snr_gamma", "consistency", "consistency_below"), "`model.objective.{}`"),
+    **dict.fromkeys(("dropout", "consistency", "consistency_below"), "`model.objective.{}`"),
     **dict.fromkeys(("activation_checkpointing", "channels_last", "compile"), "`model.execution.{}`"),
     **dict.fromkeys(("control", "train"), "`model.adapt.{}`"),
     **dict.fromkeys(("judge", "num_samples"), "`{}` of the Evaluation callback"),
+    "min_snr_gamma": "`model.objective.weighting: min-snr`",
     "arms": "`samplers` of the Evaluation callback",
     **dict.fromkeys(("PerSource", "ReconstructionGrid", "DrawnImages"), "part of the Evaluation callback"),
     **dict.fromkeys(("dropout_features", "dropout_prompt", "null_map", "text_scale"), ""),

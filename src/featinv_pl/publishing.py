@@ -118,7 +118,8 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
         "Batch size": str(data.get("init_args", {}).get("batch_size")),
         "Optimizer": optimizer,
         "Dropout of map and prompt": str(objective.get("dropout")),
-        "Min-SNR weights, cut at": str(objective.get("min_snr_gamma")),
+        "Weighting of timesteps": str(objective.get("weighting")),
+        "Auxiliary regression": str(objective.get("regression")),
         "Precision": str(settings["trainer"]["precision"] or "32-true"),
     }
 

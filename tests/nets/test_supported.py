@@ -12,7 +12,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.supported import SCHEDULER, read_schedule
-from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
+from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, timestep_weights
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.sampling.solvers import sample
 
@@ -86,6 +86,6 @@ def test_a_perfect_denoiser_is_sampled_back(described: dict[str, Any], solver: A
             torch.testing.assert_close(sampled, goal, rtol=0, atol=5e-3 + left)
 
     timesteps = torch.tensor([0, schedule.config.num_train_timesteps - 1])
-    assert min_snr_weights(schedule, timesteps, 5.0).isfinite().all()
+    assert timestep_weights(schedule, timesteps, "min-snr").isfinite().all()
     noisy, target = schedule.add_noise(goal, noise, timesteps), denoising_target(schedule, goal, noise, timesteps)
     torch.testing.assert_close(clean_estimate(schedule, noisy, target, timesteps), goal, rtol=0, atol=5e-3)

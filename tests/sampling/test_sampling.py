@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.errors import UserError
-from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, implied_prediction, min_snr_weights
+from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, implied_prediction, timestep_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.sampler import Refinement, Sampler
 from featinv_pl.sampling.solvers import SCHEDULERS, Denoiser, Step, refined, sample, weighted, within
@@ -221,8 +221,21 @@ def test_velocity_and_noise_weights_are_those_of_the_paper() -> None:
     assert ratio[0] > 5 > ratio[2]
     cut = torch.minimum(ratio, torch.tensor(5.0))
     for prediction_type, expected in (("epsilon", cut / ratio), ("v_prediction", cut / (ratio + 1))):
-        weights = min_snr_weights(make_schedule(prediction_type=prediction_type), timesteps, 5.0)
+        weights = timestep_weights(make_schedule(prediction_type=prediction_type), timesteps, "min-snr")
         torch.testing.assert_close(weights, expected)
+
+
+def test_velocity_weights_make_an_error_of_the_noise_that_of_the_velocity() -> None:
+    latents, noise, error = torch.randn(3, 5, 4, 4, 4)
+    timesteps = torch.tensor([0, 10, 300, 700, 999])
+    for_noise, for_velocity = (make_schedule(prediction_type=name) for name in ("epsilon", "v_prediction"))
+    noisy = for_noise.add_noise(latents, noise, timesteps)
+    clean = clean_estimate(for_noise, noisy, noise + error, timesteps)
+    velocity = implied_prediction(for_velocity, noisy, clean, timesteps)
+    expected = (velocity - denoising_target(for_velocity, latents, noise, timesteps)).square().mean((1, 2, 3))
+    weights = timestep_weights(for_noise, timesteps, "velocity")
+    torch.testing.assert_close(weights * error.square().mean((1, 2, 3)), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(timestep_weights(for_velocity, timesteps, "velocity"), torch.ones(5))
 
 
 def test_noise_of_a_key_is_the_same_in_every_batch() -> None:

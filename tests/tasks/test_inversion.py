@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.functional import cosine_similarity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -22,6 +23,7 @@ from featinv_pl.inverter.inverter import Execution
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.finite import FiniteGuard
+from featinv_pl.sampling.noise import generator
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Refinement, Sampler
 from featinv_pl.sampling.solvers import Step
@@ -212,7 +214,8 @@ def test_guidance_drops_what_it_says(make_model: Any, make_batch: MakeBatch) -> 
     features, noise, step = make_batch(2)["features"], torch.randn(2, 4, 4, 4), Step(0, 500, torch.tensor(500))
 
     def predict(features: Tensor, prompt: Tensor) -> Any:
-        return model.inverter.denoise(noise, step.timestep.expand(2), prompt.expand(2, -1, -1), features)
+        encoded = model.inverter.control.encoder(features, noise.shape[-2:])
+        return model.inverter.denoise(noise, step.timestep.expand(2), prompt.expand(2, -1, -1), encoded)
 
     prompt, empty, nothing = model.inverter.prior.prompt, model.inverter.prior.empty, torch.zeros_like(features)
     whole = predict(features, prompt)
@@ -327,17 +330,35 @@ def test_best_of_several_is_the_most_similar_for_each_map(make_model: Any, make_
 
 
 def test_the_objective_weighs_by_timestep_and_drops_maps(make_model: Any, make_batch: MakeBatch) -> None:
-    model, batch = make_model(objective=Objective(min_snr_gamma=None)), make_batch(4)
+    model, batch = make_model(objective=Objective(weighting="none", regression=0.0)), make_batch(4)
     plain = model.training_step(batch, 0)
-    model.objective = Objective(min_snr_gamma=1e9)  # nothing is cut
-    torch.testing.assert_close(model.training_step(batch, 0), plain)
-    model.objective = Objective(min_snr_gamma=1e-3)
-    assert model.training_step(batch, 0) < 0.1 * plain
+    model.objective = Objective(weighting="min-snr", regression=0.0)
+    assert model.training_step(batch, 0) < plain
+    model.objective = Objective(weighting="velocity", regression=0.0)
+    assert model.training_step(batch, 0) > plain
     awaken(model).objective = Objective(dropout=0.999999)
     other = {**batch, "features": torch.randn_like(batch["features"])}
     assert torch.equal(model.training_step(batch, 0), model.training_step(other, 0))
     with pytest.raises(UserError, match=r"`objective\.dropout` cannot be"):
         Objective(dropout=1.0)
+
+
+def test_the_regression_learns_mean_latents_where_there_is_a_map(make_model: Any, make_batch: MakeBatch) -> None:
+    model, batch = awaken(make_model(objective=Objective(dropout=0.0, regression=2.0))), make_batch(4)
+    both, logged = model.training_step(batch, 0), model.logged["train/regression"]
+    encoder, prior = model.inverter.control.encoder, model.inverter.prior
+    upsampled = functional.interpolate(batch["features"], (4, 4), mode="bilinear")
+    read = model.regression(encoder.layers[:-1](upsampled))
+    keys = [generator(torch.initial_seed(), model.current_epoch, key) for key in batch["key"]]
+    noise = torch.stack([torch.randn(2, 4, 4, 4, generator=rng)[0] for rng in keys])
+    torch.testing.assert_close(logged, functional.mse_loss(read, prior.autoencoder.sample(batch["moments"], noise)))
+    model.objective = Objective(dropout=0.0, regression=1.0)
+    alone = 2 * model.training_step(batch, 0) - both  # without it
+    torch.testing.assert_close(both, alone + 2 * logged)
+    model.objective = Objective(dropout=0.999999)
+    model.training_step(batch, 0)
+    assert model.logged["train/regression"] == 0
+    assert {name.split(".")[0] for name in model.state_dict()} == {"control", "regression"}
 
 
 def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, make_batch: MakeBatch) -> None:

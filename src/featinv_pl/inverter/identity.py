@@ -98,6 +98,10 @@ def check_checkpoint(checkpoint: Mapping[str, Any], inverter: Inverter, option: 
 
 
 def fill_control(inverter: Inverter, state_dict: Mapping[str, Any], option: str) -> Any:
-    """Load weights named `control.*`, strictly; the inverter is left as it was if anything is wrong."""
-    weights = {name.removeprefix("control."): value for name, value in state_dict.items()}
+    """Load weights named `control.*`, strictly; the inverter is left as it was if anything is wrong.
+
+    Those of the regression, which only training needs, are left.
+    """
+    kept = {name: value for name, value in state_dict.items() if not name.startswith("regression.")}
+    weights = {name.removeprefix("control."): value for name, value in kept.items()}
     return fill(inverter.control, weights, "control", option)

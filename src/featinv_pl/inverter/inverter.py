@@ -102,12 +102,8 @@ class Inverter(nn.Module):
             return features.mean(dim=(2, 3), keepdim=True).expand_as(features)
         return features
 
-    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, features: Tensor) -> Tensor:
-        """Predict noise or velocity with the controlled prior: see `Prior.predict`.
-
-        Feature maps (B, C, h, w) are as `condition` returns them.
-        """
-        encoded = self.control.encoder(features, noisy_latents.shape[-2:])
+    def denoise(self, noisy_latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor) -> Tensor:
+        """Predict noise or velocity with the controlled prior: see `Prior.predict` and `FeatureControl`."""
         residuals = self.control(noisy_latents, timesteps, prompts, encoded)
         return self.prior.predict(noisy_latents, timesteps, prompts, residuals)
 

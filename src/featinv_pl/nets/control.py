@@ -59,11 +59,20 @@ class FeatureEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def forward(self, features: Tensor, size: tuple[int, int]) -> Tensor:
         """Encode feature maps (B, C, h, w) on the latent grid `size`: (B, out_channels, H / f, W / f)."""
+        return self.write(self.read(features, size))
+
+    def read(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """The last hidden activations (B, hidden_channels, H / f, W / f)."""
         layers: Any = self.layers
-        first, *others = layers
-        encoded: Tensor = _convolved_upsampling(first.weight, first.bias, features, size)
+        first, *others = layers[:-1]
+        hidden: Tensor = _convolved_upsampling(first.weight, first.bias, features, size)
         for layer in others:
-            encoded = layer(encoded)
+            hidden = layer(hidden)
+        return hidden
+
+    def write(self, hidden: Tensor) -> Tensor:
+        """Encode what `read` returns."""
+        encoded: Tensor = self.layers[-1](hidden)
         return encoded
 
 

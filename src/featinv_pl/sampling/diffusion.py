@@ -7,8 +7,15 @@ the velocity is sqrt(a) noise - sqrt(1 - a) clean (Salimans and Ho, arXiv 2202.0
 Latents, noise and predictions are (B, channels, h, w); timesteps are (B,); a single one may also be an integer.
 """
 
+from typing import Literal
+
+import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
+
+Weighting = Literal["none", "velocity", "min-snr"]
+"""How much the errors of timesteps count: see `timestep_weights`."""
+MIN_SNR_GAMMA = 5.0  # the paper's
 
 
 def denoising_target(schedule: DDIMScheduler, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -39,15 +46,20 @@ def implied_prediction(
     return (noisy_latents - signal * clean) / noise
 
 
-def min_snr_weights(schedule: DDIMScheduler, timesteps: Tensor, gamma: float) -> Tensor:
-    """Weights (B,) of a denoiser's squared errors that keep easy timesteps from ruling (Hang et al., arXiv 2303.09556).
+def timestep_weights(schedule: DDIMScheduler, timesteps: Tensor, weighting: Weighting) -> Tensor:
+    """Weights (B,) of a denoiser's squared errors.
 
-    min(SNR, gamma) / SNR where noise is predicted, min(SNR, gamma) / (SNR + 1) where velocity is; the paper's gamma
-    is 5.
+    `none` is 1. `velocity` counts an error as that of the velocity it implies, so that noisy timesteps, where a feature
+    map acts, count most: the velocity's error is the noise's divided by sqrt(a). `min-snr` keeps easy timesteps from
+    ruling (Hang et al., arXiv 2303.09556): min(SNR, 5) / SNR where noise is predicted, and min(SNR, 5) / (SNR + 1)
+    where velocity is.
     """
     alphas: Tensor = schedule.alphas_cumprod.to(timesteps.device)[timesteps]
-    ratio = alphas / (1 - alphas)
-    return ratio.clamp(max=gamma) / (ratio + 1 if _predicts_velocity(schedule) else ratio)
+    velocity = _predicts_velocity(schedule)
+    if weighting == "min-snr":
+        ratio = alphas / (1 - alphas)
+        return ratio.clamp(max=MIN_SNR_GAMMA) / (ratio + 1 if velocity else ratio)
+    return 1 / alphas if weighting == "velocity" and not velocity else torch.ones_like(alphas)
 
 
 def _predicts_velocity(schedule: DDIMScheduler) -> bool:

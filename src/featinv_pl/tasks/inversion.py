@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
@@ -23,7 +23,8 @@ from featinv_pl.nets.control import Encoder
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.trusted import not_trusted, trusted_imports
-from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, min_snr_weights
+from featinv_pl.nets.weights import fill
+from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, timestep_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Sampler
@@ -31,6 +32,7 @@ from featinv_pl.tasks.extraction import say_layer
 from featinv_pl.tasks.optimisation import Optimised
 from featinv_pl.types import Batch, key_hash
 
+REGRESSION = "regression."
 MIXED = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
@@ -107,6 +109,10 @@ class FeatureInversion(Optimised):
             self.inverter.control.controlnet.requires_grad_(not encoder_alone)
         self.inverter.execute(execution)
         self.objective = objective
+        self.regression: nn.Conv2d | None = None
+        if objective.regression:
+            latents = self.inverter.prior.autoencoder.latent_channels
+            self.regression = nn.Conv2d(encoder.hidden_channels, latents, 3, padding=1)
         self.loaded_step = 0  # of the checkpoint
         self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
 
@@ -126,13 +132,18 @@ class FeatureInversion(Optimised):
         prompts = torch.where(dropped.view(-1, 1, 1), prior.empty, prior.prompt)
         given = torch.where(dropped.view(-1, 1, 1, 1), 0, features)
         noisy_latents = prior.schedule.add_noise(latents, noise[1], timesteps)
-        prediction = inverter.denoise(noisy_latents, timesteps, prompts, given)
+        hidden = inverter.control.encoder.read(given, noisy_latents.shape[-2:])
+        encoded = inverter.control.encoder.write(hidden)
+        prediction = inverter.denoise(noisy_latents, timesteps, prompts, encoded)
 
         target = denoising_target(prior.schedule, latents, noise[1], timesteps)
         error = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
-        if objective.min_snr_gamma is not None:
-            error = error * min_snr_weights(prior.schedule, timesteps, objective.min_snr_gamma)
-        loss = error.mean()
+        loss = (error * timestep_weights(prior.schedule, timesteps, objective.weighting)).mean()
+        if self.regression is not None:
+            error = functional.mse_loss(self.regression(hidden), latents, reduction="none").flatten(1).mean(1)
+            regression = (error * ~dropped).mean()
+            self.log("train/regression", regression, sync_dist=True)
+            loss = loss + objective.regression * regression
         if objective.consistency:
             near = (timesteps < objective.consistency_below * prior.num_timesteps) & ~dropped
             estimate = clean_estimate(prior.schedule, noisy_latents, prediction, timesteps)
@@ -159,7 +170,8 @@ class FeatureInversion(Optimised):
         latents = prior.autoencoder.sample(moments, torch.zeros_like(noise))
         noisy_latents = prior.schedule.add_noise(latents, noise, timesteps)
         prompts = prior.prompt.expand(len(moments), -1, -1)
-        prediction = inverter.denoise(noisy_latents, timesteps, prompts, features)
+        encoded = inverter.control.encoder(features, noisy_latents.shape[-2:])
+        prediction = inverter.denoise(noisy_latents, timesteps, prompts, encoded)
         loss = functional.mse_loss(prediction, denoising_target(prior.schedule, latents, noise, timesteps))
         self.val_loss(loss, len(moments))
         self.log("val/loss", self.val_loss, add_dataloader_idx=False)
@@ -189,12 +201,17 @@ class FeatureInversion(Optimised):
         optimizer.zero_grad()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The trained half alone, as `control.*`: frozen parts are named, not stored."""
-        state, own = super().state_dict(*args, **kwargs), "inverter.control."
-        return {name.replace(own, "control."): tensor for name, tensor in state.items() if own in name}
+        """The trained half alone, `control.*` and `regression.*`: frozen parts are named, not stored."""
+        state, trained = super().state_dict(*args, **kwargs), ("inverter.control.", REGRESSION)
+        return {name.removeprefix("inverter."): one for name, one in state.items() if name.startswith(trained)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained half, strictly: a missing or unexpected weight is an error."""
+        if self.regression is not None:
+            own = {
+                name.removeprefix(REGRESSION): one for name, one in state_dict.items() if name.startswith(REGRESSION)
+            }
+            fill(self.regression, own, "regression", "`ckpt_path`")
         return fill_control(self.inverter, state_dict, "`ckpt_path`")
 
     @classmethod

@@ -21,7 +21,7 @@ from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.prior import PROMPTS, write_prompts
 from featinv_pl.nets.supported import SCHEDULE, check_unet
-from featinv_pl.sampling.diffusion import denoising_target
+from featinv_pl.sampling.diffusion import Weighting, denoising_target, timestep_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.tasks.optimisation import Optimised
 from featinv_pl.types import ImageBatch
@@ -60,7 +60,7 @@ class Pretraining(Optimised, ABC):
         """Log the same scalars, with randomness that repeats, so that curves are comparable."""
         for name, value in self.losses(batch, ("val",)).items():
             mean = cast(MeanMetric, self.means[name])
-            mean(value, len(batch["images"]))
+            mean(value, len(batch["key"]))
             self.log(f"val/{name}", mean)
 
 
@@ -144,13 +144,15 @@ class Autoencoder(Pretraining):
     """
 
     scalars = ("loss", "l1", "kl")
-    latent_variance: Tensor
+    latents: Tensor
+    """(2, channels): running means of the latents and of their squares, by which the saved autoencoder normalises."""
 
     def __init__(self, config: dict[str, Any], kl_weight: float = 1e-4, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.vae = AutoencoderKL(**config)
         self.kl_weight = kl_weight
-        self.register_buffer("latent_variance", torch.ones(()))
+        channels = int(self.vae.config.latent_channels)
+        self.register_buffer("latents", torch.stack([torch.zeros(channels), torch.ones(channels)]))
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
         """Absolute error of the image, and the Kullback-Leibler divergence of the latents from N(0, 1)."""
@@ -159,15 +161,27 @@ class Autoencoder(Pretraining):
         noise = keyed_noise(batch["key"], distribution.mean.shape[1:], *identity).to(distribution.mean)
         latents = distribution.mean + distribution.std * noise
         if self.training:
-            self.latent_variance.lerp_(latents.detach().var(), 0.01)
+            self.latents.lerp_(_moments(latents.detach()).to(self.latents), 0.01)
         error = functional.l1_loss(self.vae.decode(latents).sample, images)
         kl = distribution.kl().mean() / latents[0].numel()
         return {"loss": error + self.kl_weight * kl, "l1": error, "kl": kl}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write diffusers' layout, with the factor that scales latents to unit variance."""
-        self.vae.register_to_config(scaling_factor=float(self.latent_variance.rsqrt()))
+        """Write diffusers' layout, with what normalises latents to mean 0 and variance 1, channel by channel."""
+        mean, std = _mean_and_std(self.latents)
+        self.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         self.vae.save_pretrained(folder)
+
+
+def _moments(latents: Tensor) -> Tensor:
+    """(2, channels): means of latents (B, channels, h, w) and of their squares."""
+    return torch.stack([latents.mean((0, 2, 3)), latents.square().mean((0, 2, 3))])
+
+
+def _mean_and_std(moments: Tensor) -> Tensor:
+    """(2, channels): mean and standard deviation, given what `_moments` returns."""
+    mean, square = moments
+    return torch.stack([mean, (square - mean.square()).clamp(min=SMALLEST_VARIANCE).sqrt()])
 
 
 class TinyAutoencoder(Pretraining):
@@ -202,7 +216,7 @@ class TinyAutoencoder(Pretraining):
 
 
 class NoisePredictor(Pretraining):
-    """Trains the UNet of a latent diffusion prior on images alone.
+    """Trains the UNet of a latent diffusion prior on images alone, or on the latents that feature shards hold of them.
 
     There is no text: zeros stand for the empty prompt, and fixed random numbers for one that asks for an image of this
     domain, which a tenth of training drops, as that of Stable Diffusion does.
@@ -214,6 +228,7 @@ class NoisePredictor(Pretraining):
         config: Arguments of diffusers' UNet2DConditionModel.
         prediction_type: The noise, as Stable Diffusion predicts, or the velocity, which weighs the noisy timesteps
             more, where a feature map has most to say.
+        weighting: How much the errors of timesteps count, as for a control.
         kwargs: Optimizer and learning rate schedule, as for `Optimised`.
     """
 
@@ -227,9 +242,11 @@ class NoisePredictor(Pretraining):
         autoencoder: str,
         config: dict[str, Any],
         prediction_type: Literal["epsilon", "v_prediction"] = "epsilon",
+        weighting: Weighting = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.weighting = weighting
         self.autoencoder = LatentAutoencoder.load(autoencoder)
         channels = self.autoencoder.latent_channels
         given = {"in_channels": channels, "out_channels": channels, **config}
@@ -260,16 +277,20 @@ class NoisePredictor(Pretraining):
         loader = cast(Any, self.trainer).datamodule.train_dataloader()
         count, sums = 0, torch.zeros(self.latents.shape, dtype=torch.float64)
         for batch in loader:
-            mean, _ = self.autoencoder.encode(batch["images"].to(self.device)).cpu().double().chunk(2, dim=1)
-            sums += torch.stack([mean.mean((0, 2, 3)), mean.square().mean((0, 2, 3))]) * len(mean)
+            given = {name: batch[name].to(self.device) for name in ("images", "moments") if name in batch}
+            mean, _ = self._encoded(given).cpu().double().chunk(2, dim=1)
+            sums += _moments(mean) * len(mean)
             count += len(mean)
             if count >= MEASURED:
                 break
-        mean, square = self.trainer.strategy.reduce((sums / count).to(self.latents), reduce_op="mean")
-        return torch.stack([mean, (square - mean.square()).clamp(min=SMALLEST_VARIANCE).sqrt()])
+        return _mean_and_std(self.trainer.strategy.reduce((sums / count).to(self.latents), reduce_op="mean"))
+
+    def _encoded(self, batch: Any) -> Tensor:
+        """The moments of a batch: of shards they are stored, of images they are computed."""
+        return batch["moments"] if "moments" in batch else self.autoencoder.encode(batch["images"])
 
     def losses(self, batch: ImageBatch, identity: tuple[int | str, ...]) -> dict[str, Tensor]:
-        moments = self.autoencoder.encode(batch["images"])
+        moments = self._encoded(batch)
         rngs = [generator(*identity, key) for key in batch["key"]]
         shape, steps = (2, *moments.chunk(2, dim=1)[0].shape[1:]), self.schedule.config.num_train_timesteps
         noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
@@ -280,7 +301,8 @@ class NoisePredictor(Pretraining):
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, prompts, return_dict=False)[0]
         target = denoising_target(self.schedule, latents, noise, timesteps)
-        return {"loss": functional.mse_loss(prediction, target)}
+        error = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
+        return {"loss": (error * timestep_weights(self.schedule, timesteps, self.weighting)).mean()}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write a complete prior: `unet/`, `vae/`, `scheduler/` and the stored prompts."""
