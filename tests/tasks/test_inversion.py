@@ -85,7 +85,7 @@ def test_training_changes_the_control_and_nothing_else(make_model: Any, make_bat
 
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"control"}
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"control", "regression"}
     again = make_model()
     fit(again, make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
     for name, value in model.inverter.control.state_dict().items():
@@ -103,7 +103,7 @@ def test_training_changes_the_control_and_nothing_else(make_model: Any, make_bat
     missing, unexpected = model.state_dict(), {**model.state_dict(), "control.more": torch.zeros(1)}
     missing.popitem()
     for state in (missing, unexpected):
-        with pytest.raises(UserError, match=r"`ckpt_path`: 1 tensors of the control are missing, too many"):
+        with pytest.raises(UserError, match=r"`ckpt_path`: 1 tensors of the (control|regression) are missing, too many"):
             model.load_state_dict(state)
 
 
@@ -376,7 +376,7 @@ def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, 
     assert "train/consistency" not in logged
     model.objective = Objective(dropout=0.999999, consistency=1.0, consistency_below=1.0)  # none has a map
     model.training_step(batch, 0)
-    assert set(logged) == {"train/loss"}
+    assert set(logged) == {"train/loss", "train/regression"}
 
 
 def test_encoder_alone_adapts_a_control(
