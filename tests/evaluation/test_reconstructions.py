@@ -68,7 +68,7 @@ CHANGES: dict[str, Any] = {
     "precision": {"precision": "bf16-mixed"},
     "prompts": {"prior": prompts},
     "schedule": {"prior": configured(SCHEDULE, beta_end=0.02)},
-    "scale of the latents": {"prior": configured("vae/config.json", scaling_factor=0.5)},
+    "scale of the latents": {"prior": configured("vae/config.json", latents_mean=[0.0] * 4, latents_std=[2.0] * 4)},
     "attention heads": {"prior": configured("unet/config.json", attention_head_dim=1)},
     "conditioning": {"conditioning": "pooled"},
     "input size": {"input_size": 64},

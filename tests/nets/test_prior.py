@@ -54,7 +54,9 @@ def predict(prior: Prior, control: FeatureControl | None, features: Tensor) -> T
 def autoencoder(own_prior: Path) -> LatentAutoencoder:
     """One whose scaling factor is not 1."""
     config = json.loads((own_prior / "vae/config.json").read_text())
-    (own_prior / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.25}))
+    (own_prior / "vae/config.json").write_text(
+        json.dumps({**config, "scaling_factor": 0.25, "latents_mean": None, "latents_std": None})
+    )
     return LatentAutoencoder.load(str(own_prior / "vae"))
 
 

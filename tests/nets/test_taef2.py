@@ -69,7 +69,7 @@ def test_diffusers_tiny_autoencoder_serves(tmp_path: Path) -> None:
     ("entry", "named"),
     [
         ({"_class_name": "AutoencoderDC"}, "holds a AutoencoderDC"),
-        ({"latents_mean": [0.0] * 4}, "latents_mean is"),
+        ({"latents_mean": [0.0] * 4, "latents_std": None}, "latents_mean is"),
         ({"latents_mean": [0.0] * 4, "latents_std": [0.0] * 4}, "latents_std is"),
         ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "latents_mean is"),
     ],

@@ -103,7 +103,9 @@ def test_training_changes_the_control_and_nothing_else(make_model: Any, make_bat
     missing, unexpected = model.state_dict(), {**model.state_dict(), "control.more": torch.zeros(1)}
     missing.popitem()
     for state in (missing, unexpected):
-        with pytest.raises(UserError, match=r"`ckpt_path`: 1 tensors of the (control|regression) are missing, too many"):
+        with pytest.raises(
+            UserError, match=r"`ckpt_path`: 1 tensors of the (control|regression) are missing, too many"
+        ):
             model.load_state_dict(state)
 
 
