@@ -16,7 +16,7 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 	$(BIN)/python experiments/study/table.py $(STUDY) && exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 bench bench-data \
+.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 study-photos bench bench-data \
 	torture parity full-size viz-digits dist matrix clean
 
 help:  ## list the targets
@@ -63,6 +63,10 @@ study: demo-once  ## what each choice of training and sampling is worth, on digi
 
 study-cifar10: STUDY = experiments/study/cifar10.yaml
 study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/cifar10: about an hour
+	$(COMPARED)
+
+study-photos: STUDY = experiments/study/photos.yaml
+study-photos: install  ## the inverter of a real classifier on 64 px photos, in data/photos: half a day
 	$(COMPARED)
 
 bench: demo-once  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour

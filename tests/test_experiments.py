@@ -40,8 +40,9 @@ OVERLAYS = (
     "digits/trainer.yaml",
     "cifar10/trainer.yaml",
     "own/own.yaml",
+    "photos/trainer.yaml",
 )
-STUDIES = ("study/digits.yaml", "study/cifar10.yaml")
+STUDIES = ("study/digits.yaml", "study/cifar10.yaml", "study/photos.yaml")
 SWEEPS = ("sweeps/backbones.yaml", "sweeps/encoder.yaml", "sweeps/guidance.yaml")
 BACKBONES = {"resnet50": (2048, 7, 7), "convnext": (1024, 9, 9), "swinv2": (1024, 12, 12)}
 FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")}
@@ -50,7 +51,9 @@ FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob(
 @cache
 def settings(*names: str) -> dict[str, Any]:
     """What files amount to, of which later ones override earlier ones."""
-    extracts = "extract" in names[-1] or names[-1].endswith(("adversarial.yaml", "shards.yaml", "corrupted.yaml"))
+    extracts = "extract" in names[-1] or names[-1].endswith(
+        ("adversarial.yaml", "shards.yaml", "corrupted.yaml", "shapes.yaml")
+    )
     return effective_config(["predict" if extracts else "fit", *(f"--config={EXPERIMENTS / name}" for name in names)])
 
 

@@ -226,7 +226,7 @@ def test_every_file_and_every_target_is_run() -> None:
     shipped = {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.yaml")}
     assert {*jobs(), *bases(), *TAKEN_ALONG} == shipped
     found = set(re.findall(r"^([a-z0-9-]+):.*?## ", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-    assert found - OTHERS == {*TARGETS, "demo", "study", "study-cifar10"}
+    assert found - OTHERS == {*TARGETS, "demo", "study", "study-cifar10", "study-photos"}
 
 
 def test_a_file_is_run(tmp_path: Path) -> None:

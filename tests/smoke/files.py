@@ -32,7 +32,7 @@ EXTRACTED = (
 )
 EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-corrupted", "-adversarial")
 TAKEN_ALONG = {
-    "debug.yaml": "over all files of digits/, cifar10/, own/ and study/; make demo SHORT=1",
+    "debug.yaml": "over all files of digits/, cifar10/, own/, photos/ and study/; make demo SHORT=1",
     "imagenet/extract/sources/hub.yaml": "on a stand-in for the hub in tests/data/images/test_tars.py",
     "imagenet/extract/sources/hub-train.yaml": "there, too",
     "sweeps/run.yaml": "in the command of every sweep",
@@ -68,6 +68,11 @@ def _small_images() -> Iterator[tuple[str, Act]]:
     for name in ("digits/spatial", "digits/pooled", "cifar10/authors", "own/inverter"):
         yield _job(f"{name}.yaml", train_and_test, DEBUG)
     yield _job("study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
+    for name in ("extract", "corrupted", "adversarial", "shapes"):
+        yield _job(f"photos/{name}.yaml", extract, DEBUG)
+    yield _job("photos/prior.yaml", pretrain, DEBUG)
+    for name in ("inverter", "pooled"):
+        yield _job(f"photos/{name}.yaml", train_and_test, DEBUG)
 
 
 def _imagenet() -> Iterator[tuple[str, Act]]:
@@ -103,6 +108,7 @@ def _benchmarks() -> Iterator[tuple[str, Act]]:
 def _studies() -> Iterator[tuple[str, Act]]:
     yield _job("study/digits.yaml", study, "study")
     yield _job("study/cifar10.yaml", study, "study-cifar10")
+    yield _job("study/photos.yaml", study, "study-photos")
 
 
 def _job(file: str, act: Callable[..., str], *over: str, **options: str) -> tuple[str, Act]:

@@ -4,14 +4,20 @@ The backbones keep the input sizes and strides of the large ones, so that maps h
 SwinV2 are channels last, as there. Images lie where `experiments/` expects them.
 """
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
+from featinv_pl.nets.taef2 import AutoencoderTAEF2
 from featinv_pl.tasks.pretraining import Classifier
 from smoke.targets import PROJECT
 from tiny import make_prior
@@ -71,6 +77,7 @@ def make_parts(root: Path, networks: Sequence[str] = tuple(NETWORKS)) -> None:
     for name, overlay in overlays.items():
         (parts / f"{name}.yaml").write_text(yaml.safe_dump(overlay))
     make_images(root / "data")
+    make_photos(root)
 
 
 def reading(batch_size: int) -> dict[str, Any]:
@@ -92,6 +99,22 @@ def make_images(data: Path) -> None:
             make_folder(data / f"cifar10/{split}/class{label}", 2, (32, 32), "jpg")
     for label in range(10):
         make_folder(data / f"own/class{label}", 3, (80, 64), "jpg")
+
+
+def make_photos(root: Path) -> None:
+    """The archives and weights of the study of photos, with random ones, unpacked as its head says."""
+    archives = root / "archives"
+    for split, number in (("train", 7), ("val", 3)):
+        for wnid in CLASSES:
+            make_folder(archives / "photos" / split / wnid, number, (64, 64), "JPEG")
+    make_folder(archives / "shapes/bear", 3, (224, 224), "png")
+    for name, folder in (("tiny-imagenet-64px", "photos"), ("cue-conflict-224px", "shapes")):
+        shutil.make_archive(str(archives / name), "zip", archives / folder)
+    networks = {name: timm.create_model(name) for name in ("tf_efficientnet_lite0", "mobilenetv2_100")}
+    for name, network in {**networks, "taef2": AutoencoderTAEF2()}.items():
+        save_file(network.state_dict(), archives / f"{name}.safetensors")
+    unpack = [sys.executable, "experiments/photos/unpack.py", "archives"]
+    subprocess.run(unpack, cwd=root, check=True, stdout=subprocess.DEVNULL)
 
 
 def make_folder(folder: Path, number: int, size: tuple[int, int], suffix: str) -> None:
