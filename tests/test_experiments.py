@@ -41,6 +41,7 @@ OVERLAYS = (
     "cifar10/trainer.yaml",
     "own/own.yaml",
     "photos/trainer.yaml",
+    "photos/features.yaml",
 )
 STUDIES = ("study/digits.yaml", "study/cifar10.yaml", "study/photos.yaml")
 SWEEPS = ("sweeps/backbones.yaml", "sweeps/encoder.yaml", "sweeps/guidance.yaml")
@@ -51,9 +52,8 @@ FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob(
 @cache
 def settings(*names: str) -> dict[str, Any]:
     """What files amount to, of which later ones override earlier ones."""
-    extracts = "extract" in names[-1] or names[-1].endswith(
-        ("adversarial.yaml", "shards.yaml", "corrupted.yaml", "shapes.yaml")
-    )
+    ends = ("adversarial.yaml", "shards.yaml", "corrupted.yaml", "shapes.yaml")
+    extracts = "extract" in names[-1] or names[-1].endswith(ends)
     return effective_config(["predict" if extracts else "fit", *(f"--config={EXPERIMENTS / name}" for name in names)])
 
 
