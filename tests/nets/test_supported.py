@@ -14,7 +14,7 @@ from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.supported import SCHEDULER, read_schedule
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, timestep_weights
 from featinv_pl.sampling.sampler import Sampler
-from featinv_pl.sampling.solvers import sample
+from featinv_pl.sampling.solvers import Step, sample
 
 
 def edit(file: Path, changes: dict[str, Any]) -> None:
@@ -75,8 +75,8 @@ def test_a_perfect_denoiser_is_sampled_back(described: dict[str, Any], solver: A
     goal, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     alphas = schedule.alphas_cumprod.double()
 
-    def perfect(latents: Tensor, timestep: Tensor) -> Tensor:
-        signal = alphas[timestep]
+    def perfect(latents: Tensor, step: Step) -> Tensor:
+        signal = alphas[step.time]
         hidden = (latents.double() - signal.sqrt() * goal) / (1 - signal).sqrt()
         velocity = signal.sqrt() * hidden - (1 - signal).sqrt() * goal
         prediction: Tensor = velocity if "prediction_type" in described else hidden

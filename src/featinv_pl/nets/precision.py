@@ -19,7 +19,7 @@ def call_throughout(network: nn.Module, latents: Tensor, timesteps: Tensor, prom
     each weight by a kernel of its own. Gradients reach the weights in single precision, as with autocast.
     """
     device, weights = latents.device.type, {}
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         latents, prompts, weights = latents.to(dtype), prompts.to(dtype), _copies(network, dtype)
     with torch.autocast(device, enabled=False):
