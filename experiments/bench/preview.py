@@ -18,6 +18,7 @@ from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.sampling.sampler import Refinement, Sampler
+from featinv_pl.types import from_uint8
 
 BATCH = 50
 REFINED = Sampler("dpm", steps=10, guidance_scale=1.0, refine=Refinement())
@@ -38,7 +39,7 @@ def main() -> None:
     inverter = FeatInvPipeline.from_pretrained(options.model).inverter
     judge, preview = Backbone(options.judge), LatentAutoencoder.load(options.preview)
     digits = DigitImages("clean", options.images)
-    originals = torch.stack([digits[index].images for index in range(len(digits))])
+    originals = torch.stack([from_uint8(digits[index].images) for index in range(len(digits))])
     latents = torch.randn(1, *inverter.prior.latent_grid(inverter.image_size))
     for name, autoencoder in (("own", inverter.prior.autoencoder), ("preview", preview)):
         with FlopCounterMode(display=False) as counter:

@@ -91,7 +91,7 @@ def bench_extraction(root: Path, images: int) -> list[str]:
     make_networks(root)
     networks = FeatureExtraction(str(root / "resnet50"), str(root / "vae"), IMAGE_SIZE).eval()
     data = FolderData(predict={"bench": root / "images"}, image_size=IMAGE_SIZE, batch_size=BATCH_SIZE)
-    batches = list(data.predict_dataloader()[0])
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.predict_dataloader()[0]]
     settings = yaml.safe_load(EXTRACTION.format(root=root, size=IMAGE_SIZE, batch=BATCH_SIZE, stopwatch=__name__))
 
     def extract(repeat: int) -> float:

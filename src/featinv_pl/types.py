@@ -34,7 +34,8 @@ class View(TypedDict):
 class ImageBatch(TypedDict):
     """Images before any backbone has seen them."""
 
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    images: Tensor
+    """(B, 3, H, W) in [-1, 1]; loaders hand over bytes, which a data module maps to these on the device."""
     labels: Tensor
     """(B,) places of the classes among those of the data module; -1 where there is none."""
     class_name: list[str]

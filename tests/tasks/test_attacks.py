@@ -25,7 +25,8 @@ from interrupts import Capture
 
 def digits(source: str, number: int) -> tuple[Tensor, Tensor]:
     samples = [DigitImages(source)[index] for index in range(number)]
-    return torch.stack([sample.images for sample in samples]), torch.tensor([sample.labels for sample in samples])
+    images = from_uint8(torch.stack([sample.images for sample in samples]))
+    return images, torch.tensor([sample.labels for sample in samples])
 
 
 @pytest.fixture(scope="module")

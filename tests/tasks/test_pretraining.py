@@ -26,6 +26,7 @@ from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.taef2 import AutoencoderTAEF2
 from featinv_pl.tasks.pretraining import Autoencoder, Classifier, NoisePredictor
+from featinv_pl.types import from_uint8
 from interrupts import Capture
 from test_cli import files
 from tiny import TRAINER, write
@@ -91,7 +92,7 @@ def test_parts_of_ones_own_load_as_backbone_and_prior(images: Path) -> None:
     assert backbone.classes.labels == {name: label for label, name in enumerate(WNIDS)}
     found = FolderImages(images / "val", "val", 16, classes=WNIDS)
     seen = ImageBatches(found)[range(len(found))]
-    assert torch.equal(backbone(seen["images"])[1].argmax(1), seen["labels"])
+    assert torch.equal(backbone(from_uint8(seen["images"]))[1].argmax(1), seen["labels"])
     assert set(seen["labels"].tolist()) == {1, 2}
 
     fit("Autoencoder", images, config=AUTOENCODER)
@@ -193,7 +194,7 @@ def test_a_kill_while_a_model_is_replaced_leaves_one(images: Path, monkeypatch: 
 def test_a_trained_autoencoder_normalises_each_channel_of_its_latents() -> None:
     torch.manual_seed(0)
     model = Autoencoder(AUTOENCODER)
-    images = torch.stack([DigitImages("val")[index].images for index in range(6)])[..., 8:24, 8:24]
+    images = from_uint8(torch.stack([DigitImages("val")[index].images for index in range(6)]))[..., 8:24, 8:24]
     batch: Any = {"images": images, "key": [str(index) for index in range(6)]}
     with torch.no_grad():
         for step in range(350):
@@ -212,7 +213,7 @@ def test_latents_of_taef2_are_measured_once_and_saved_with_the_prior(images: Pat
     settings = {"autoencoder": "taef2.safetensors", "config": UNET}
     saving = ("--trainer.enable_checkpointing=true", "--trainer.default_root_dir=run")
     fit("NoisePredictor", images, 3, saving, **settings)
-    shown = torch.stack([FolderImages(images / "train", "train", 16)[index].images for index in range(24)])
+    shown = from_uint8(torch.stack([FolderImages(images / "train", "train", 16)[index].images for index in range(24)]))
     autoencoder = Prior("noisepredictor").autoencoder
     latents = autoencoder.sample(autoencoder.encode(shown), torch.zeros(24, 32, 2, 2))
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
@@ -226,7 +227,7 @@ def test_latents_of_taef2_are_measured_once_and_saved_with_the_prior(images: Pat
 
 def test_losses_fall() -> None:
     torch.manual_seed(0)
-    images = torch.stack([DigitImages("train")[index].images for index in range(16)])
+    images = from_uint8(torch.stack([DigitImages("train")[index].images for index in range(16)]))
     batch: Any = {"images": images, "labels": torch.arange(16) % 4, "key": [str(index) for index in range(16)]}
     Autoencoder(AUTOENCODER).save_pretrained(Path("vae"))
     for model in (

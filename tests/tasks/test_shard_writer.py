@@ -4,13 +4,18 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
 from PIL import Image
 
 from featinv_pl.__main__ import main
+from featinv_pl.data.images.sources import FolderImages
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import read_manifest
+from featinv_pl.tasks.extraction import FeatureExtraction
 from interrupts import Capture, added, stopped
 from tiny import extraction, write
 
@@ -79,6 +84,29 @@ def test_resumes_byte_for_byte_also_in_three_processes(config: str, capsys: Capt
     assert kept == [f"mine-0000{number}.tar" for number in range(4)]  # two are left: nothing for one of the processes
     extract(config, "--data.views=2", "--trainer.devices=3", "--trainer.strategy=ddp_fork", "--data.num_workers=1")
     assert files("shards") == files("whole")
+
+
+def test_the_autoencoder_in_bfloat16_where_it_is_asked_for_or_exact_enough(config: str, capsys: Capture) -> None:
+    extract(config)
+    assert "autoencoder_dtype" not in read_manifest(Path("shards/mine"), "")["settings"]
+    assert "autoencoder_dtype: None there, bfloat16" in refused(capsys, config, "--model.autoencoder_dtype=bfloat16")
+    extract(config, "--model.autoencoder_dtype=bfloat16", "--trainer.callbacks.folder=fast")
+    assert read_manifest(Path("fast/mine"), "")["settings"]["autoencoder_dtype"] == "bfloat16"
+    exact, fast = (
+        next(iter(FeatureShards(val=Path(folder, "mine"), batch_size=SIZE).val_dataloader()[0]))
+        for folder in ("shards", "fast")
+    )
+    assert torch.equal(exact["features"], fast["features"])
+    error = (exact["moments"].float() - fast["moments"].float()).std() / exact["moments"].float().std()
+    assert 1e-4 < error < 0.03
+
+    settings = yaml.safe_load(Path(config).read_text())["model"]["init_args"]
+    extraction, images = FeatureExtraction(**settings), FolderImages(Path("images"), "mine", 32)
+    head: Any = extraction.autoencoder.vae.quant_conv
+    for log_variance, chosen in ((0.0, "bfloat16"), (-20.0, "float32")):  # spreads of 1 and of 5e-5
+        head.weight.data[4:], head.bias.data[4:] = 0, log_variance
+        assert extraction.measured_dtype(images, torch.device("cpu")) == chosen
+    assert extraction.choose_dtype(images, torch.device("cpu")) == "float32"  # where it is not measured
 
 
 def test_unreadable_images_are_named_or_too_many(config: str, capsys: Capture) -> None:

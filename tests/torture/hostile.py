@@ -266,6 +266,7 @@ def trial(root: Path, kind: Kind, file: str, spoil: Spoil, sentence: str | None,
             kind.reseal(Path("in"))
         before = listing(yard)
         reader._read_index.cache_clear()
+        reader._open.cache_clear()
         ended, said = run(kind.command)
         changed = {name for name, _ in before ^ listing(yard)} - {"place"}
     if (yard / "ran").exists():

@@ -1,5 +1,6 @@
 """The prior's autoencoder: between images and the latents that diffusion works on."""
 
+import copy
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -95,6 +96,17 @@ class LatentAutoencoder(Frozen):
         if isinstance(self.vae, AutoencoderKL):
             return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
         return torch.cat([encoded.latents, torch.full_like(encoded.latents, CERTAIN)], dim=1)
+
+    def rounding(self, images: Tensor) -> float:
+        """How far off bfloat16 encodes images, in standard deviations of what latents are sampled from.
+
+        A root mean square; infinite where nothing is sampled.
+        """
+        if not isinstance(self.vae, AutoencoderKL):
+            return float("inf")
+        mean, log_variance = self.encode(images).chunk(2, dim=1)
+        rounded = LatentAutoencoder(copy.deepcopy(self.vae).bfloat16()).encode(images.bfloat16()).chunk(2, dim=1)[0]
+        return float(((rounded.float() - mean) * torch.exp(-log_variance / 2)).square().mean().sqrt())
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Sample latents from `encode`'s moments, normalised as a UNet expects them.

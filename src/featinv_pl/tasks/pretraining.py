@@ -24,7 +24,7 @@ from featinv_pl.nets.supported import SCHEDULE, check_unet
 from featinv_pl.sampling.diffusion import Weighting, denoising_target, timestep_weights
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.tasks.optimisation import Optimised
-from featinv_pl.types import ImageBatch
+from featinv_pl.types import ImageBatch, from_uint8
 
 DROPOUT = 0.1
 """How often the prior trains without its prompt."""
@@ -278,6 +278,8 @@ class NoisePredictor(Pretraining):
         count, sums = 0, torch.zeros(self.latents.shape, dtype=torch.float64)
         for batch in loader:
             given = {name: batch[name].to(self.device) for name in ("images", "moments") if name in batch}
+            if "images" in given:
+                given["images"] = from_uint8(given["images"])
             mean, _ = self._encoded(given).cpu().double().chunk(2, dim=1)
             sums += _moments(mean) * len(mean)
             count += len(mean)

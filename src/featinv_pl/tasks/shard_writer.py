@@ -78,9 +78,12 @@ class ShardWriter(Callback):
             )
         self.folder = self.given or Path(trainer.default_root_dir)
         ranks, provenance = (trainer.global_rank, trainer.world_size), model.provenance
+        dtype = model.choose_dtype(data.predicted[0], trainer.strategy.root_device)
         for images in data.predicted:
             classes = {name: model.backbone.classes.label(name) for name in images.classes}  # -1 for unknown ones
             settings = self._settings(images, classes, data.batch_size, trainer.limit_predict_batches)
+            if dtype != "float32":
+                settings["autoencoder_dtype"] = dtype
             self.writers[images.source] = ShardSetWriter(
                 self.folder / images.source, images.source, settings, provenance, *ranks, self.max_bad_fraction
             )

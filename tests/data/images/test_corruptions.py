@@ -17,7 +17,7 @@ from featinv_pl.data.images.corruptions import CORRUPTIONS, CorruptedImages, cor
 from featinv_pl.data.images.datamodule import CorruptedData
 from featinv_pl.data.images.digits import DigitImages, DigitsData, digit_images
 from featinv_pl.errors import UserError
-from featinv_pl.types import key_hash, to_uint8
+from featinv_pl.types import key_hash
 
 SHARED = ROOT.parent / "shared"
 PUBLISHED = SHARED / "golden/corruptions.json"
@@ -171,9 +171,9 @@ def test_images_are_corrupted_by_their_keys() -> None:
     assert (corrupted.source, len(corrupted)) == ("clean-corrupted/shot_noise/4", len(images))
     sample, original = corrupted[3], images[3]
     assert sample[1:] == (*original[1:3], corrupted.source, *original[4:])
-    pixels = to_uint8(original.images).permute(1, 2, 0).numpy()
+    pixels = original.images.permute(1, 2, 0).numpy()
     expected = corrupt(pixels, "shot_noise", 4, seed=key_hash(original.key))
-    np.testing.assert_array_equal(to_uint8(sample.images).permute(1, 2, 0).numpy(), expected)
+    np.testing.assert_array_equal(sample.images.permute(1, 2, 0).numpy(), expected)
 
 
 def test_every_corruption_of_every_source() -> None:

@@ -11,7 +11,6 @@ from featinv_pl.data.images.corruptions import corrupt
 from featinv_pl.data.images.digits import DigitImages, DigitsData, digit_images, digits, split_indices
 from featinv_pl.data.order import Batches
 from featinv_pl.errors import UserError
-from featinv_pl.types import to_uint8
 
 SIZES = {"train": 1337, "val": 100, "clean": 360, "hard": 60}
 
@@ -43,8 +42,8 @@ def test_sample_shows_its_digit_with_its_label() -> None:
         sample, index = images[item], split_indices()["val"][item]
         assert sample[1:5] == (digits().target[index], str(digits().target[index]), "val", f"{index:04d}")
         assert sample.images.shape == (3, 32, 32)
-        assert sample.images.min() == -1
-        small = sample.images.mean(0).view(8, 4, 8, 4).mean((1, 3)).numpy()
+        assert sample.images.min() == 0
+        small = sample.images.float().mean(0).view(8, 4, 8, 4).mean((1, 3)).numpy()
         assert np.corrcoef(small.ravel(), digits().images[index].ravel())[0, 1] > 0.98
 
 
@@ -53,7 +52,7 @@ def test_corrupted_is_the_clean_set_with_noise_of_each_image_alone() -> None:
     for item in (0, 5):
         index = int(clean[item].key)
         assert noisy[item].key == clean[item].key
-        pixels = to_uint8(noisy[item].images).permute(1, 2, 0).numpy()
+        pixels = noisy[item].images.permute(1, 2, 0).numpy()
         assert np.array_equal(pixels, corrupt(digit_images()[index], "gaussian_noise", 3, seed=index))
 
 

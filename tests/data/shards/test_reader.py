@@ -1,7 +1,9 @@
 """A set of shards, what happens to damaged ones, and `featinv-pl verify`, which names every kind of damage."""
 
 import io
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,7 @@ import webdataset
 
 from conftest import MakeBatch
 from featinv_pl.__main__ import main
+from featinv_pl.data.shards import reader
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import MANIFEST, index_path, read_manifest, write_manifest
 from featinv_pl.data.shards.reader import ShardSet
@@ -54,6 +57,33 @@ def test_sets_are_read_by_us_and_by_webdataset(make_batch: MakeBatch, tmp_path: 
         wide, half = cast(dict[str, Any], together)[name], cast(dict[str, Any], batch)[name].half()
         assert torch.equal(wide, half.float())
         assert np.array_equal([entry[member] for entry in entries], half.numpy())
+
+
+def test_shards_stay_open_and_few_of_them(
+    make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    class Counted(reader.OpenShard):
+        def __init__(self, path: Path) -> None:
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(reader, "OpenShard", Counted)
+    write_set(tmp_path, make_batch(40), shard_size=1)
+    shards = ShardSet(tmp_path, "val", OPTION)
+    keys = [shards[number]["key"] for _ in range(3) for number in range(10)]
+    assert len(opened) == len({*opened}) == 10
+    assert keys[:10] == keys[10:20]
+    for number in range(40):
+        shards[number]
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert sum(link.startswith(str(tmp_path)) for link in links) <= reader.RECENT < 40
+    with ThreadPoolExecutor(4) as pool:  # who share the files
+        numbers = [*range(20, 40)] * 2
+        assert [sample["key"] for sample in pool.map(shards.__getitem__, numbers)] == [
+            shards[number]["key"] for number in numbers
+        ]
 
 
 # Sets that will not do

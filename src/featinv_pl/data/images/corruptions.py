@@ -26,7 +26,7 @@ from scipy import ndimage
 from featinv_pl.data.images.severities import LEVELS, SEVERITIES
 from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
-from featinv_pl.types import from_uint8, key_hash, to_uint8
+from featinv_pl.types import key_hash
 
 Pixels = NDArray[np.float64]  # (H, W, 3) in [0, 1]
 Bytes = NDArray[np.uint8]
@@ -219,9 +219,9 @@ class CorruptedImages(ImageSource):
 
     def __getitem__(self, item: int) -> ImageSample:
         sample = self.images[item]
-        pixels = to_uint8(sample.images).permute(1, 2, 0).numpy()
+        pixels = sample.images.permute(1, 2, 0).numpy()
         corrupted = corrupt(pixels, self.corruption, self.severity, seed=key_hash(sample.key))
-        return sample._replace(images=from_uint8(torch.from_numpy(corrupted).permute(2, 0, 1)), source=self.source)
+        return sample._replace(images=torch.from_numpy(corrupted).permute(2, 0, 1), source=self.source)
 
 
 def _trail(pixels: Pixels, reach: int, sigma: float, angle: float) -> Pixels:

@@ -22,7 +22,7 @@ from featinv_pl.data.order import Batches, ResumableData, cut
 from featinv_pl.data.workers import loader, start_server
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_text
-from featinv_pl.types import ImageBatch, Missing
+from featinv_pl.types import ImageBatch, Missing, from_uint8
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,10 @@ class ImageData(ResumableData, LightningDataModule):
             return []
         batches = self.evaluation_batches(len(self.val), self.val.source)
         return [loader(ImageBatches(self.val), batches, self.num_workers, again=True)]
+
+    def on_after_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Map bytes, of which workers hand over a quarter of the size, to [-1, 1]."""
+        return {**batch, "images": from_uint8(batch["images"])}
 
 
 class FolderData(ImageData):

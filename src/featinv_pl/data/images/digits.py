@@ -13,7 +13,6 @@ from featinv_pl.data.images.corruptions import check_corruption, corrupt
 from featinv_pl.data.images.datamodule import ImageData
 from featinv_pl.data.images.sources import ImageSample, ImageSource
 from featinv_pl.errors import UserError
-from featinv_pl.types import from_uint8
 
 IMAGE_SIZE = 32
 TEST_SIZE, VAL_SIZE, HARD_SIZE = 360, 100, 60
@@ -52,7 +51,7 @@ class DigitImages(ImageSource):
         image, label = digit_images()[index], int(digits().target[index])
         if self.corruption is not None:
             image = corrupt(image, *self.corruption, seed=index)
-        pixels = from_uint8(torch.tensor(image).permute(2, 0, 1))
+        pixels = torch.tensor(image).permute(2, 0, 1)
         return ImageSample(pixels, label, str(label), self.source, f"{index:04d}")
 
 

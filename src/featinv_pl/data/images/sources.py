@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from featinv_pl.data.images.layouts import NO_CLASS, divided, in_order, labelled_images
 from featinv_pl.decoding import NoImageError, open_image
 from featinv_pl.errors import UserError
-from featinv_pl.types import ImageBatch, View, from_uint8, key_hash
+from featinv_pl.types import ImageBatch, View, key_hash
 
 ORDER_SEED = 0
 SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # torchvision's own, which the paper's authors use
@@ -30,7 +30,7 @@ SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]  # torchvision's own, which the paper
 class ImageSample(NamedTuple):
     """One entry of an `ImageBatch`."""
 
-    images: Tensor
+    images: Tensor  # (3, H, W), bytes
     labels: int
     class_name: str
     source: str
@@ -85,12 +85,12 @@ class AugmentedImages(ImageSource):
         rng, side = np.random.default_rng((self.seed, epoch, key_hash(sample.key))), sample.images.shape[-1]
         margin = round(side / 8)
         top, left, flipped = rng.integers((2 * margin + 1, 2 * margin + 1, 2)).tolist()
-        image = pad(sample.images, [margin] * 4, value=-1)[:, top : top + side, left : left + side]
+        image = pad(sample.images, [margin] * 4)[:, top : top + side, left : left + side]
         return sample._replace(images=image.flip(2) if flipped else image.clone())
 
 
 class ImageBatches(Dataset[ImageBatch]):
-    """A source read a batch at a time: its index is the list of samples in a batch."""
+    """A source read a batch at a time, its images in bytes: its index is the list of samples in a batch."""
 
     def __init__(self, images: ImageSource) -> None:
         self.images = images
@@ -157,7 +157,7 @@ class FileImages(ImageSource):
         number, index = divmod(item, self.num_images)
         name, class_name = os.fsdecode(self._names[index]), os.fsdecode(self._class_names[index])
         label, key = self._labels.get(class_name, -1), f"{name}#{number}" if self.views else name
-        black = torch.full((3, self.image_size, self.image_size), -1.0)
+        black = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         sample = ImageSample(black, label, class_name, self.source, key)
         try:
             image = self.open(index)
@@ -167,9 +167,9 @@ class FileImages(ImageSource):
             named = self.named(name)
             raise UserError(f"`data`: '{named}' cannot be read as an image ({error}). Remove it.") from error
         if not self.views:
-            return sample._replace(images=from_uint8(self._central_crop(image)))
+            return sample._replace(images=self._central_crop(image))
         view, cut = self._random_view(image, name, number)
-        return sample._replace(images=from_uint8(transforms.pil_to_tensor(cut)), view=view)
+        return sample._replace(images=transforms.pil_to_tensor(cut), view=view)
 
     def _random_view(self, image: Image.Image, key: str, number: int) -> tuple[View, Image.Image]:
         # Of the key alone, so that a view does not depend on the process that makes it.

@@ -56,6 +56,7 @@ class Settings(TypedDict):
     batch_size: int
     image_format: ImageFormat
     storage: Storage
+    autoencoder_dtype: NotRequired[str]  # that it computed in, if not float32
 
 
 class Manifest(TypedDict):

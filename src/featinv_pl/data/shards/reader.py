@@ -10,6 +10,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from io import FileIO
 from itertools import accumulate
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -26,7 +27,7 @@ from featinv_pl.files import read_bytes
 from featinv_pl.types import Batch
 
 OnError = Literal["raise", "skip"]
-INDICES = 24  # kept in memory: more than training shuffles at once; one of 1000 entries takes 2 MB
+RECENT = 24  # shards that stay open, more than training shuffles at once; the index of 1000 entries takes 2 MB
 # Of a damaged or hostile entry, the standard library's and Pillow's readers raise any of these.
 DAMAGE = (OSError, ValueError, KeyError, TypeError, IndexError, ArithmeticError, RuntimeError, SyntaxError)
 
@@ -89,7 +90,7 @@ class ShardSet(Dataset[Sample]):
         entries = _read_index(path, shard["index_sha256"], shard["samples"])
         entry = entries[number - (self._ends[position] - shard["samples"])]
         try:
-            members = _read(path, shard["bytes"], entry, self.with_images)
+            members = _read(path, shard, entry, self.with_images)
             image_size = made_by["image_size"] if self.with_images else None
             sample = decode(members, self.manifest["settings"]["storage"], image_size)
             self._latent_shape = self._latent_shape or sample["moments"].shape
@@ -174,7 +175,7 @@ def verify(folder: Path) -> bool:
     return intact
 
 
-@lru_cache(maxsize=INDICES)
+@lru_cache(maxsize=RECENT)
 def _read_index(shard: Path, sha256: str, samples: int) -> list[Entry]:
     path = index_path(shard)
     data = read_bytes(path, "index", AGAIN)
@@ -189,18 +190,33 @@ def _read_index(shard: Path, sha256: str, samples: int) -> list[Entry]:
         raise DamagedError(f"The index '{path}' is damaged: {one_line(error)}. {AGAIN}") from error
 
 
-def _read(path: Path, length: int, entry: Entry, with_images: bool) -> dict[str, memoryview]:
+class OpenShard(FileIO):
+    """A file that closes when nobody refers to it any more."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@lru_cache(maxsize=RECENT)
+def _open(path: Path, sha256: str) -> OpenShard:
+    """A shard, which stays open while it is among the last that were read: on a network file system, opening waits.
+
+    `sha256` tells it from another that took its place. It is read by position, so forks of this process may share it.
+    """
+    return OpenShard(path)
+
+
+def _read(path: Path, shard: Shard, entry: Entry, with_images: bool) -> dict[str, memoryview]:
     spans = {}
     for suffix, member in entry["members"].items():
         if with_images or suffix not in IMAGES:
             spans[suffix] = member["offset"], member["offset"] + BLOCKSIZE * (1 - -member["size"] // BLOCKSIZE)
     start, end = min(first for first, _ in spans.values()), max(last for _, last in spans.values())
-    if not 0 <= start < end <= length:
+    if not 0 <= start < end <= shard["bytes"]:
         raise ValueError("it would lie outside the shard")
     data = np.empty(end - start, np.uint8).data
-    with open(path, "rb", buffering=0) as file:
-        if os.preadv(file.fileno(), [data], start) != len(data):
-            raise ValueError("the shard ends before it")
+    if os.preadv(_open(path, shard["sha256"]).fileno(), [data], start) != len(data):
+        raise ValueError("the shard ends before it")
     contents = {}
     for suffix, (first, last) in spans.items():
         member, block = entry["members"][suffix], data[first - start : last - start]

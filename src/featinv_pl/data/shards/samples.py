@@ -28,6 +28,8 @@ HALF_INFINITY = 0x7C00  # a half's exponent bits, all set in infinities and NaN 
 MEMBERS = {"features": "features.npy", "logits": "logits.npy", "moments": "latent.npy"}
 STEPS = "steps.npy"
 IMAGES = ("png", "jpg")
+JPEG = {"format": "JPEG", "quality": 95}
+PNG = {"format": "PNG", "compress_level": 1}  # Pillow's 6 takes three times as long, for 5 % less
 
 
 class Sample(TypedDict):
@@ -87,7 +89,7 @@ def encode(entry: dict[str, Any]) -> dict[str, bytes]:
         if suffix == "json":
             buffer.write(json.dumps(value).encode())
         elif suffix in IMAGES:
-            options = {"format": "JPEG", "quality": 95} if suffix == "jpg" else {"format": "PNG"}
+            options = JPEG if suffix == "jpg" else PNG
             Image.fromarray(value).save(buffer, **options)
         else:
             np.save(buffer, value, allow_pickle=False)
