@@ -86,7 +86,10 @@ def test_a_reconstruction_is_found_by_the_same_model_only(
         inverter = make(prior, **options)
         torch.manual_seed(seed)
         cache = ImageCache(Path("cache"), {**inverter.identity(), **sampling(inverter, precision)})
-        return cache.names(inverter.sampler, batch["key"], batch["features"])
+        once = cache.names(inverter.sampler, batch["key"], batch["features"])
+        assert {*once}.isdisjoint(cache.names(inverter.sampler, batch["key"], batch["features"] + 0.1))
+        assert cache.names(inverter.sampler, batch["key"], batch["features"].clone()) == once
+        return once
 
     for number, (change, values) in enumerate(CHANGES.items()):
         other = Path(shutil.copytree(prior_folder, f"prior-{number}"))  # a copy is the same prior

@@ -1,6 +1,7 @@
 """The Fréchet and the kernel distance, against their definitions and torchmetrics."""
 
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,6 +52,22 @@ def test_frechet_equals_torchmetrics_where_covariances_are_singular() -> None:
     assert frechet(preds, target) == pytest.approx(theirs.item(), rel=1e-4)  # they take roots of rounded zeros
     vectors = frechet(preds.mean((2, 3)), target.mean((2, 3)))
     assert vectors == pytest.approx(frechet(preds, target), rel=1e-6)
+
+
+def test_methods_share_the_root_of_their_originals(monkeypatch: pytest.MonkeyPatch) -> None:
+    roots, eigh = [], torch.linalg.eigh
+
+    def counted(covariance: Tensor) -> Any:
+        roots.append(covariance)
+        return eigh(covariance)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    (first, target), (second, other) = maps(40), maps(41)
+    found = [frechet(preds, target) for preds in (first, second[:40], target.flip(0))]
+    assert len(roots) == 1
+    assert found[2] == pytest.approx(0, abs=1e-6) != found[0]
+    assert frechet(first, other[:40]) != found[0]
+    assert len(roots) == 2
 
 
 def sets(size: int) -> tuple[Tensor, Tensor, list[str]]:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import isfinite
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 from featinv_pl.data.order import Batches, ShuffledBatches, cut
 from featinv_pl.data.shards.manifest import seal
 from featinv_pl.data.shards.reader import BatchReader, DamagedError, ShardSet
-from featinv_pl.data.shards.samples import Sample, collate_samples
+from featinv_pl.data.shards.samples import Sample, collate_samples, widen
 from featinv_pl.data.workers import loader
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.reconstructions import Baseline, Reconstruction
@@ -36,6 +37,7 @@ FILE, IDENTITY = "regression.safetensors", "identity"
 MEMORY = 4 << 30  # bytes, in which the maps of 25,000 images of ConvNeXt at 288 pixels fit unabridged
 CANDIDATES = 32
 READ, COMPARED = 64, 1 << 26  # images read at a time, and numbers that are compared at a time
+READERS = 4  # threads, each of which decodes a picture
 TENSORS = ("images", "features", "logits")
 
 
@@ -126,6 +128,7 @@ class Neighbours:
     def __init__(self, trainer: Trainer, training: ShardSet, num_workers: int, device: torch.device) -> None:
         self.maps, self.pictures, self.device = copy.copy(training), copy.copy(training), device
         self.maps.with_images, self.pictures.with_images = False, True
+        self.readers = ThreadPoolExecutor(READERS)
         channels, *size = training.manifest["provenance"]["feature_shape"]
         places = MEMORY // (2 * channels * max(len(training), 1))
         grids = [(min(side, size[0]), min(side, size[1])) for side in range(max(size), 0, -1)]
@@ -141,9 +144,11 @@ class Neighbours:
 
     def __call__(self, batch: Batch) -> Reconstruction:
         queries, device = batch["features"].to(self.device), batch["features"].device
-        with torch.autocast(self.device.type, enabled=False):  # which would compare in half precision
-            found = [self._nearest(query, rows) for query, rows in zip(queries, self._candidates(queries), strict=True)]
-        samples: Any = collate_samples(found)
+        with torch.autocast(self.device.type, enabled=False):  # which would compare in halves, and knows no bytes
+            candidates = self._candidates(queries)
+            if not self.exact:
+                candidates = [self._in_order(query, rows) for query, rows in zip(queries, candidates, strict=True)]
+            samples: Any = widen(collate_samples([*self.readers.map(self._picture, candidates)]))
         return cast(Reconstruction, {name: samples[name].to(device) for name in TENSORS})
 
     def _candidates(self, queries: Tensor) -> list[list[int]]:
@@ -158,16 +163,19 @@ class Neighbours:
         best = values.topk(min(CANDIDATES, values.shape[1]), dim=1).indices
         return self.numbers[rows.gather(1, best)].tolist()
 
-    def _nearest(self, query: Tensor, numbers: list[int]) -> Sample:
-        """The nearest candidate of a map (C, h, w) whose picture can be read."""
-        if not self.exact:
-            maps = torch.stack([self.maps.stored(number)["features"] for number in numbers]).to(self.device)
-            size = (query.shape[1], query.shape[2])
-            similarity = summarise(maps, size) @ summarise(query.unsqueeze(0), size)[0]
-            numbers = [numbers[place] for place in similarity.argsort(descending=True).tolist()]
+    def _in_order(self, query: Tensor, numbers: list[int]) -> list[int]:
+        """The candidates of a map (C, h, w), most similar first by their complete maps."""
+        samples = self.readers.map(self.maps.stored, numbers)
+        maps = torch.stack([sample["features"] for sample in samples]).to(self.device)
+        size = (query.shape[1], query.shape[2])
+        similarity = summarise(maps, size) @ summarise(query.unsqueeze(0), size)[0]
+        return [numbers[place] for place in similarity.argsort(descending=True).tolist()]
+
+    def _picture(self, numbers: list[int]) -> Sample:
+        """The nearest candidate whose picture can be read."""
         while True:
             try:
-                return self.pictures[numbers[0]]
+                return self.pictures.stored(numbers[0])
             except DamagedError:
                 if self.pictures.on_error == "raise" or not (numbers := numbers[1:]):
                     raise

@@ -43,6 +43,7 @@ class ImageCache:
     def __init__(self, root: Path, model: Mapping[str, Any]) -> None:
         self.folder, self.model = root / CACHE, model
         self.files: dict[str, Path] = {}
+        self._hashed: tuple[Tensor, list[str]] | None = None
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
@@ -51,10 +52,13 @@ class ImageCache:
                 logger.warning("'%s' cannot be read; its images are reconstructed again.", path)
 
     def names(self, sampler: Sampler, keys: Sequence[str], features: Tensor) -> list[str]:
-        model, maps = hashed({**self.model, "sampler": asdict(sampler)}), features.cpu().contiguous().numpy()
+        model = hashed({**self.model, "sampler": asdict(sampler)})
+        if self._hashed is None or self._hashed[0] is not features:  # once for all samplers
+            maps = features.half().cpu().contiguous().numpy()  # as they are stored
+            self._hashed = features, [hashlib.blake2b(one.tobytes(), digest_size=16).hexdigest() for one in maps]
         return [
-            hashlib.blake2b(f"{model} {key}".encode() + one.tobytes(), digest_size=16).hexdigest()
-            for key, one in zip(keys, maps, strict=True)
+            hashlib.blake2b(f"{model} {key} {one}".encode(), digest_size=16).hexdigest()
+            for key, one in zip(keys, self._hashed[1], strict=True)
         ]
 
     def read(self, names: Sequence[str]) -> dict[int, Tensor]:

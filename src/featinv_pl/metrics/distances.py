@@ -1,5 +1,6 @@
 """Distances between the features of reconstructions and of originals, as two sets."""
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -8,6 +9,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from featinv_pl.types import key_hash
+
+_roots: deque[tuple[Tensor, Tensor]] = deque(maxlen=2)
+"""Covariances and their roots: of the classifier's features, and of Inception's."""
 
 
 class Distance(Metric):
@@ -49,7 +53,7 @@ class FrechetDistance(Distance):
             return {self.name: self.sums.new_tensor(torch.nan)}
         means = self.sums / self.count
         covariances = (self.outers - self.count * means.unsqueeze(2) * means.unsqueeze(1)) / (self.count - 1)
-        return {self.name: frechet_distance(means[0], covariances[0], means[1], covariances[1])}
+        return {self.name: frechet_distance(means[1], covariances[1], means[0], covariances[0])}
 
 
 class KernelDistance(Distance):
@@ -89,12 +93,23 @@ def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covar
 
     The trace of the root of the product of covariances is taken from a symmetric matrix with the same
     eigenvalues, sqrt(A) B sqrt(A), which is faster and stays real where a set has few samples. All are float64.
+    The root of A is kept: all methods are compared with the same originals.
     """
-    values, vectors = torch.linalg.eigh(covariance_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    root = _root(covariance_a)
     cross = torch.linalg.eigvalsh(root @ covariance_b @ root).clamp(min=0).sqrt().sum()
     distance: Tensor = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * cross
     return distance.clamp(min=0)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """The square root of a covariance (D, D), computed once as long as it is among the last few."""
+    for known, root in _roots:
+        if known.device == covariance.device and torch.equal(known, covariance):
+            return root
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    _roots.append((covariance, root))
+    return root
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> Tensor:

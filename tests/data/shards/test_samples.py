@@ -12,7 +12,7 @@ from conftest import MakeBatch
 from featinv_pl.data.shards import samples as entries
 from featinv_pl.data.shards.samples import ImageFormat, Sample, Storage, collate_samples, decode, prepare
 from featinv_pl.errors import UserError
-from featinv_pl.types import Batch
+from featinv_pl.types import Batch, from_uint8, to_uint8
 
 
 def encode(batch: Batch, index: int, image_format: ImageFormat, storage: Storage = "float16") -> dict[str, bytes]:
@@ -31,7 +31,7 @@ def test_png_entry_comes_back_complete(make_batch: MakeBatch) -> None:
     members = encode(batch, 1, "png")
     assert b'"view": {"number": 2, "crop": [1, 2, 3, 4], "flips": "h"}' in members["json"]
     sample = back(members)
-    assert torch.equal(sample["images"], batch["images"][1])
+    assert torch.equal(sample["images"], to_uint8(batch["images"][1]))
     for name in ("features", "logits", "moments"):
         assert torch.equal(sample[name], batch[name][1].half())
     assert (sample["labels"], sample["source"], sample["key"]) == (int(batch["labels"][1]), "corrupted/fog/3", "0-1")
@@ -42,7 +42,7 @@ def test_jpg_entry_looks_the_same(make_batch: MakeBatch) -> None:
     batch["images"] = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
     members = encode(batch, 0, "jpg")
     assert Image.open(io.BytesIO(members["jpg"])).format == "JPEG"
-    torch.testing.assert_close(back(members)["images"], batch["images"][0], rtol=0, atol=0.05)
+    torch.testing.assert_close(from_uint8(back(members)["images"]), batch["images"][0], rtol=0, atol=0.05)
 
 
 def test_the_image_comes_last_and_is_optional(make_batch: MakeBatch) -> None:

@@ -78,7 +78,7 @@ class ShardSet(Dataset[Sample]):
         return widen(self.stored(number))
 
     def stored(self, number: int) -> Sample:
-        """Read one sample, in half precision, or raise DamagedError if it is not as it was written."""
+        """Read one sample, in half precision and bytes, or raise DamagedError if it is not as it was written."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         position = bisect_right(self._ends, number)
@@ -135,7 +135,7 @@ class ShardSet(Dataset[Sample]):
 
 
 class BatchReader(Dataset[Batch]):
-    """Batches in half precision by the list of their samples; a set that skips says which it leaves out (`skipped`)."""
+    """Batches as they are stored, by the list of their samples; one that skips some says which (`skipped`)."""
 
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards

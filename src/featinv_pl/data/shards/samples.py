@@ -98,9 +98,10 @@ def encode(entry: dict[str, Any]) -> dict[str, bytes]:
 
 
 def decode(members: dict[str, memoryview], storage: Storage = "float16", image_size: int | None = None) -> Sample:
-    """Turn the members of a tar, by suffix, into a sample in half precision, without its image if that has no size.
+    """Turn the members of a tar, by suffix, into a sample as it is stored, without its image if that has no size.
 
-    Of a damaged entry this raises any of `reader.DAMAGE`.
+    Arrays come in half precision and images in bytes, without an operation of torch: threads of a forked process read
+    too. Of a damaged entry this raises any of `reader.DAMAGE`.
     """
     meta = json.loads(bytes(members["json"][:MOST_META]))
     if not -1 <= int(meta["label"]) < 1 << 31:
@@ -108,8 +109,8 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
     dtypes = {"features": np.int8 if storage == "int8" else np.float16, "logits": np.float16, "moments": np.float16}
     tensors = {name: _decode_array(members[MEMBERS[name]], dtype) for name, dtype in dtypes.items()}
     if storage == "int8":
-        steps = _decode_array(members[STEPS], np.float32)
-        tensors["features"] = (tensors["features"] * steps[:, None, None]).half()
+        steps = _decode_array(members[STEPS], np.float32).numpy()
+        tensors["features"] = torch.from_numpy((tensors["features"].numpy() * steps[:, None, None]).astype(np.float16))
     sample: Any = {**tensors, "labels": int(meta["label"]), "source": str(meta["source"]), "key": str(meta["key"])}
     if "fooled" in meta:
         sample["fooled"] = meta["fooled"] is True
@@ -117,7 +118,7 @@ def decode(members: dict[str, memoryview], storage: Storage = "float16", image_s
         image = Image.open(io.BytesIO(members["png"] if "png" in members else members["jpg"]), formats=("PNG", "JPEG"))
         if image.size != (image_size, image_size):  # before it is unpacked: a few bytes can claim any size
             raise ValueError(f"an image of {image.width} x {image.height} pixels instead of {image_size}")
-        sample["images"] = from_uint8(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
+        sample["images"] = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     return cast(Sample, sample)
 
 
@@ -137,7 +138,7 @@ def quantise(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def collate_samples(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch, in half precision."""
+    """Stack samples to a batch, as they are stored."""
     listed: Any = {name: [cast(Any, sample)[name] for sample in samples] for name in samples[0] if name != "fooled"}
     # torch's own function stacks right into the memory that a worker shares with its parent.
     batch: Any = listed | {name: default_collate(listed[name]) for name in {*MEMBERS, "images"} & listed.keys()}
@@ -148,9 +149,11 @@ def collate_samples(samples: list[Sample]) -> Batch:
 
 
 def widen(stored: Stored) -> Stored:
-    """Bring a sample or a batch to single precision, which takes twice the bytes: best where it is computed with."""
+    """Bring a sample or a batch to single precision, which takes more bytes: best where it is computed with."""
     values: Any = stored
     values |= {name: values[name].float() for name in MEMBERS}
+    if "images" in values:
+        values["images"] = from_uint8(values["images"])
     return stored
 
 
