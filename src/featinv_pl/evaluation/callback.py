@@ -160,7 +160,7 @@ class Evaluation(Callback):
         if self.sizes is not None:
             return
         self.scores.finish(self.replicates)
-        self.pictures.show()
+        self.pictures.finish()
         found = self.results.scores
         logged = {str(name): score["value"] for name, score in found.items()}
         if hands_back_little(trainer):

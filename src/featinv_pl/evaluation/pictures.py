@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Pictures:
     `pictures/<test set>/first/` gets one strip of tiles per method with the first images, which are the same for every
     inverter, and `tiles.json` with their facts and the digest of the weights (`checkpoint`). `extremes/` gets the best,
     the median and the worst images by cosine among the first 128; test sets are stored in random order, so these are a
-    fair sample. Loggers get the strips as one picture.
+    fair sample. Loggers get the strips as one picture. A thread writes and logs, while the next test set is scored.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Pictures:
         self.num_images, self.folder, self.checkpoint = num_images, root / PICTURES, checkpoint
         self.rows = {method: label(method) for method in (ORIGINAL, CEILING, INVERSION, *samplers)}
         self.loggers, self.step = loggers, step
+        self.thread, self.pending = ThreadPoolExecutor(1), list[Future[None]]()
         self._begin(None)
 
     def _begin(self, test_set: str | None) -> None:
@@ -89,17 +91,29 @@ class Pictures:
             return
         first = list(range(len(self.facts["cosine"])))[: self.num_images]
         for name, chosen in ((FIRST, first), ("extremes", self._extremes())):
-            folder = self.folder / self.test_set / name
-            strips = {}
-            for row, tiles in self.tiles.items():
-                strips[row] = torch.cat([tiles[index] for index in chosen], dim=2).permute(1, 2, 0).numpy()
-                write_bytes(folder / f"{row}.png", png(Image.fromarray(strips[row])))
+            strips = {
+                row: torch.cat([tiles[index] for index in chosen], dim=2).permute(1, 2, 0).numpy()
+                for row, tiles in self.tiles.items()
+            }
             facts = {fact: [values[index] for index in chosen] for fact, values in self.facts.items()}
-            write_bytes(folder / FACTS_FILE, json.dumps({"checkpoint": self.checkpoint, **facts}).encode())
-            picture = np.concatenate(list(strips.values()))
-            caption = f"{self.test_set}, {name}, from top to bottom: {', '.join(strips)}"
-            log_picture(self.loggers, f"reconstructions/{self.test_set}/{name}", picture, caption, self.step)
+            self.pending.append(self.thread.submit(self._write, f"{self.test_set}/{name}", strips, facts))
         self._begin(None)
+
+    def finish(self) -> None:
+        """Show the last test set, and wait until all is written and logged."""
+        self.show()
+        for written in self.pending:
+            written.result()
+        self.thread.shutdown()
+
+    def _write(self, name: str, strips: Mapping[str, NDArray[np.uint8]], facts: Mapping[str, list[Any]]) -> None:
+        for row, strip in strips.items():
+            write_bytes(self.folder / name / f"{row}.png", png(Image.fromarray(strip)))
+        write_bytes(self.folder / name / FACTS_FILE, json.dumps({"checkpoint": self.checkpoint, **facts}).encode())
+        test_set, _, chosen = name.rpartition("/")
+        caption = f"{test_set}, {chosen}, from top to bottom: {', '.join(strips)}"
+        picture = np.concatenate(list(strips.values()))
+        log_picture(self.loggers, f"reconstructions/{name}", picture, caption, self.step)
 
     def _extremes(self) -> list[int]:
         """A third each of the best, the median and the worst; if they are few, all from best to worst."""
