@@ -18,12 +18,13 @@ def call_throughout(network: nn.Module, latents: Tensor, timesteps: Tensor, prom
     On a GPU, autocast itself would run norms in single precision, with a conversion before and after each, and convert
     each weight by a kernel of its own. Gradients reach the weights in single precision, as with autocast.
     """
-    device, weights = latents.device.type, {}
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        latents, prompts, weights = latents.to(dtype), prompts.to(dtype), _copies(network, dtype)
+    device = latents.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return network(latents, timesteps, prompts, **given)
+    dtype = torch.get_autocast_dtype(device)
+    weights, inputs = _copies(network, dtype), (latents.to(dtype), timesteps, prompts.to(dtype))
     with torch.autocast(device, enabled=False):
-        return functional_call(network, weights, (latents, timesteps, prompts), given, tie_weights=False)
+        return functional_call(network, weights, inputs, given, tie_weights=False)
 
 
 def call_again(module: nn.Module, *given: Any) -> Any:
