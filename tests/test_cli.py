@@ -154,6 +154,13 @@ def test_a_training_ends_with_its_results_and_what_follows(
     shown = capsys.readouterr().err
     assert " 2/2 " in shown
     assert "/3 " not in shown
+    epochs = [*["fit", "--config", config], "--trainer.max_epochs=1", "--trainer.max_steps=-1"]
+    epochs += ["--trainer.val_check_interval=1.0", "--trainer.default_root_dir=epochs"]
+    totals = []
+    for resumed in ([], ["--ckpt_path=last"]):
+        main([*epochs, *resumed])
+        totals.append(set(re.findall(r" \d+/(\d+) ", capsys.readouterr().err)))
+    assert totals[0] == totals[1]
 
 
 def test_shards_of_another_backbone_are_refused(

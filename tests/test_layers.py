@@ -17,6 +17,7 @@ LAYERS = (
     {"config", "publishing", "options"},
     {"commands"},
     {"cli"},
+    {"completion"},
     {"__main__"},
 )
 NO_LIGHTNING = ("inverter", "nets", "sampling", "metrics", "types", "errors", "decoding", "files")

@@ -72,7 +72,9 @@ def test_the_section_runs_from_classifier_to_report(experiments: Path, capsys: p
     [note] = [note for note in found["notes"] if note.startswith("test-corrupted")]
     assert note.startswith("test-corrupted: left out, for there is no folder 'runs/own/shards/test-corrupted'")
     assert note in capsys.readouterr().err
-    assert "test-corrupted: left out" in Path("runs/own/report.html").read_text()
+    page = Path("runs/own/report.html").read_text()
+    assert "test-corrupted: left out" in page
+    assert "Set <code>inception</code> to <code>download</code>" in page
     counts = {path.parent.name: json.loads(path.read_text())["samples"] for path in Path("runs").rglob("manifest.json")}
     assert counts == {"train": 16, "val": 3, "test": 3}  # of 24, of which debug.yaml takes two batches of 8
     [words] = left_out

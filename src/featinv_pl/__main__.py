@@ -89,6 +89,10 @@ def run(args: list[str]) -> None:
         print(usage(), end="")
     elif name in ("-V", "--version"):
         print(version("featinv-pl"))
+    elif name == "completion":
+        from featinv_pl.completion import script
+
+        print(script())
     elif name in COMMANDS and COMMANDS[name].run:
         run_command(name, args[1:])
     elif name in COMMANDS:
@@ -112,7 +116,8 @@ Reconstruct natural images from a classifier's spatial feature map (FeatInv).
 
 {commands}
 
-`featinv-pl help COMMAND` lists the options of each with an example; `featinv-pl -V` prints the version.
+`featinv-pl help COMMAND` lists the options of each with an example; `featinv-pl -V` prints the version,
+`featinv-pl completion` a script for bash that completes commands, options and names of classes by TAB.
 {OVERLAY}=FILE in the environment overrides the configuration files of the first four.
 """
 

@@ -158,11 +158,18 @@ def _export(parser: Parser, args: list[str]) -> None:
 def _import(parser: Parser, args: list[str]) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="their ControlLDM, .ckpt or .safetensors")
     parser.add_argument("out", metavar="OUT", type=Path, help="a new folder")
-    parser.add_argument("--model.backbone", dest="backbone", default="convnext_base.fb_in22k_ft_in1k")
-    parser.add_argument("--model.weights", dest="weights", default="pretrained", help="of the backbone; or a file")
-    parser.add_argument("--model.input_size", dest="input_size", type=int, help="of the backbone (their ConvNeXt: 288)")
-    parser.add_argument("--model.prior", dest="prior", default="lambdalabs/miniSD-diffusers")
-    parser.add_argument("--model.image_size", dest="image_size", type=int, default=256)
+    parser.add_argument(
+        "--model.backbone",
+        dest="backbone",
+        help="their classifier (%(default)s)",
+        default="convnext_base.fb_in22k_ft_in1k",
+    )
+    parser.add_argument(
+        "--model.weights", dest="weights", default="pretrained", help="of the backbone: `%(default)s`, or a file"
+    )
+    parser.add_argument("--model.input_size", dest="input_size", type=int, help="of the backbone, in pixels (288)")
+    parser.add_argument("--model.prior", dest="prior", help="(%(default)s)", default="lambdalabs/miniSD-diffusers")
+    parser.add_argument("--model.image_size", dest="image_size", type=int, default=256, help="in pixels (%(default)s)")
     options = vars(parser.parse_args(args))
     if options["backbone"] == parser.get_default("backbone") and options["input_size"] is None:
         options["input_size"] = 288

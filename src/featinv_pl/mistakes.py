@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -106,9 +106,9 @@ def _no_option(name: str, leaf: str, path: str, owner: str, parser_help: str) ->
         return "--config comes after the command: `featinv-pl COMMAND --config FILE`."
     full = f"{path}.{name}".lstrip(".")
     whose = f"{owner.rpartition('.')[2]} has no option" if owner else "there is no option"
-    known = [f"--{path}.{one}" for one in _arguments(_class(owner))] if owner else OPTION.findall(parser_help)
+    known = [f"--{path}.{one}" for one in arguments(_class(owner))] if owner else OPTION.findall(parser_help)
     if not owner:
-        known += [f"--{group}.{one}" for group in ("model", "data") for kind in _own(group) for one in _arguments(kind)]
+        known += [f"--{group}.{one}" for group in ("model", "data") for kind in own(group) for one in arguments(kind)]
     close = nearest(f"--{full}", known)
     if owner and not close:
         close = f" It has {', '.join(one for one in known if one.count('.') == known[0].count('.'))}."
@@ -122,8 +122,8 @@ def _no_class(path: str, name: str) -> str:
     )
     close = nearest(name, (kind.__name__ for kind in kinds))
     if not close:
-        own = sorted(kind.__name__ for kind in _own(group)) or ["a class path, such as torch.optim.AdamW"]
-        close = f" Give {', '.join(own)}, or the path of a class of your own (package.module.Class)."
+        names = sorted(kind.__name__ for kind in own(group)) or ["a class path, such as torch.optim.AdamW"]
+        close = f" Give {', '.join(names)}, or the path of a class of your own (package.module.Class)."
     return f"--{path}: there is no class '{name}'{place(path, name)}.{close}"
 
 
@@ -140,7 +140,7 @@ def _kinds(wanted: list[str]) -> str:
     return " or ".join(dict.fromkeys([*listed, *kinds]))
 
 
-def _own(group: str) -> set[type]:
+def own(group: str) -> set[type]:
     """Our classes of a family that a configuration can name."""
     found = _descendants(FAMILIES.get(group, type(None)))
     return {one for one in found if one.__module__.startswith("featinv_pl.") and not inspect.isabstract(one)}
@@ -156,15 +156,22 @@ def _class(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _arguments(kind: Any) -> Iterator[str]:
-    """The arguments of a class, and those of arguments that are dataclasses."""
+def classes(family: type) -> list[str]:
+    """The names of the classes of a family that have been imported."""
+    return sorted({one.__name__ for one in _descendants(family)})
+
+
+def arguments(kind: Any) -> dict[str, Any]:
+    """The arguments of a class, and those of arguments that are dataclasses, with their types."""
     hints: dict[str, Any] = {}
     with suppress(Exception):  # such as names that are imported for type checkers alone
-        hints = get_type_hints(kind.__init__)
+        hints = get_type_hints(kind if is_dataclass(kind) else kind.__init__)
+    found: dict[str, Any] = {}
     for name in inspect.signature(kind).parameters:
-        yield name
-        if is_dataclass(hints.get(name)):
-            yield from (f"{name}.{field.name}" for field in fields(hints[name]))
+        found[name] = hint = hints.get(name)
+        if is_dataclass(hint):
+            found |= {f"{name}.{field}": one for field, one in arguments(hint).items()}
+    return found
 
 
 def place(option: str, value: str | None = None) -> str:

@@ -65,7 +65,7 @@ def parse_pictures(
     parser: Parser, args: list[str], count: int | str, num_samples: int | None = None, model: bool = True
 ) -> Namespace:
     """Add the options of commands that reconstruct `count` pictures, and parse; `paths` are opened as `pictures`."""
-    parser.add_argument("paths", metavar="IMAGE", type=Path, nargs=count)
+    parser.add_argument("paths", metavar="IMAGE", type=Path, nargs=count, help="files of pictures, of any size")
     if model:
         parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--out", required=True, type=folder, help=OUT)

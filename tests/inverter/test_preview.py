@@ -18,7 +18,9 @@ from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import Encoder
+from featinv_pl.nets.frozen import products
 from featinv_pl.nets.prior import Prior
+from featinv_pl.sampling.sampler import Refinement
 from featinv_pl.tasks.inversion import FeatureInversion
 from featinv_pl.tasks.pretraining import TinyAutoencoder
 from tiny import TRAINER, inversion, write
@@ -69,10 +71,14 @@ def test_validation_within_fit_decodes_by_it_and_test_does_not(
     assert fitted != validated
     assert validated == plain
     main(["export", "run", "model"])
-    preview_of_model = FeatInvPipeline.from_pretrained("model").inverter.preview
+    pipeline = FeatInvPipeline.from_pretrained("model")
+    preview_of_model = pipeline.inverter.preview
     assert preview_of_model is not None
     for name, value in AutoencoderTiny.from_pretrained(tiny).state_dict().items():
         assert torch.equal(preview_of_model.vae.state_dict()[name], value)
+    pipeline.to(torch.bfloat16).with_sampler(steps=2, refine=Refinement(1))
+    assert {one.dtype for one in products(preview_of_model)} == {torch.bfloat16}
+    assert pipeline.reconstruct(torch.rand(pipeline.inverter.classifier.feature_shape)).isfinite().all()
 
 
 def test_an_interrupted_fit_leaves_no_preview_behind(

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 from typing import Any
 from urllib.error import URLError
 
@@ -20,6 +21,7 @@ from torchvision import models
 from torchvision.transforms import Compose, RandomCrop, Resize, ToTensor, v2
 
 from classifiers import TINY, TOWER, Net, saved
+from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.nets import hub
 from featinv_pl.nets.backbone import Backbone
@@ -419,6 +421,38 @@ def test_an_absent_hub_is_asked_once(name: str, server: list[str], monkeypatch: 
         Backbone(name)
     assert not server
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # it may be back
+
+
+def test_the_command_asks_a_hub_that_hangs_up_once_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And would have waited at most ten seconds, had it said nothing."""
+    asked: list[Any] = []
+
+    class Closing(TCPServer):
+        def process_request(self, request: Any, client_address: Any) -> None:
+            asked.append(client_address)
+            self.shutdown_request(request)
+
+    with Closing(("127.0.0.1", 0), BaseRequestHandler) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{listening.server_address[1]}")
+        with pytest.raises(SystemExit):
+            main(
+                [
+                    "predict",
+                    "--model=FeatureExtraction",
+                    "--model.backbone=hf/org/name",
+                    "--model.autoencoder=x",
+                    "--data=DigitsData",
+                ]
+            )
+        listening.shutdown()
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: --model.backbone: 'org/name' is neither" in error
+    assert "does not answer" in error
+    assert len(asked) * hub.PATIENCE <= 10
 
 
 def test_a_server_that_says_nothing_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,9 @@ def open_address(address: str) -> Iterator[IO[bytes]]:
     elif address.lower().startswith("hf"):
         opened = fsspec.filesystem("hf", skip_instance_cache=True).open(address, "rb", block_size=0)
     else:
-        opened = fsspec.open(address, "rb", cache_type="readahead").open()
+        try:
+            opened = fsspec.open(address, "rb", cache_type="readahead").open()
+        except ImportError as error:
+            raise ImportError("s3:// needs an extra: pip install 'featinv-pl[s3]'") from error
     with opened as file:
         yield file

@@ -38,6 +38,9 @@ class FeatInvPipeline:
     pipeline = FeatInvPipeline.from_pretrained("folder-or-hub-name")
     output = pipeline("cat.jpg", num_samples=4)
     output.images[0].save("reconstruction.png")
+
+    Args:
+        inverter: The model, with the sampler that is used where a call does not name another.
     """
 
     def __init__(self, inverter: Inverter) -> None:
@@ -153,9 +156,8 @@ class FeatInvPipeline:
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move all networks, or none if it fails: to a device, a dtype, both, or those of a tensor, as torch's `to`.
 
-        With bfloat16 (the default on CUDA) or float16, images are sampled in mixed precision, and the weights of prior
-        and control take half the memory. The classifier stays in single precision, whose products CUDA then computes
-        in TF32, here and in the rest of the process.
+        With bfloat16 (the default on CUDA) or float16, images are sampled in mixed precision, and the weights of prior,
+        control and preview decoder take half the memory. The classifier stays fp32; CUDA then computes fp32 as TF32.
 
         Raises:
             UserError: There is no such device, or the dtype is another.
@@ -167,7 +169,8 @@ class FeatInvPipeline:
             _ = self.inverter.digests  # of the weights before they are rounded
         if device.type == "cuda":  # as in the command
             torch.set_float32_matmul_precision("high")
-        halved = {id(one) for part in (self.inverter.prior, self.inverter.control) for one in products(part)}
+        parts = self.inverter.prior, self.inverter.control, self.inverter.preview
+        halved = {id(one) for part in parts if part is not None for one in products(part)}
         tensors = [*self.inverter.parameters(), *self.inverter.buffers()]
         moved = [one.data.to(device, dtype if id(one) in halved else one.dtype) for one in tensors]
         for old, new in zip(tensors, moved, strict=True):

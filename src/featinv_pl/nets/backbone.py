@@ -40,12 +40,12 @@ class Backbone(Frozen):
         layer: The module whose output is the map, by its name in the model (`layer3`, `stages.2`, `blocks.5`).
             `forward_features` is the penultimate layer: of timm, the function of that name, whose output is what the
             classifier's head reads; else the module that returns the last spatial map before the logits.
-        input_size: Side of the images that the classifier reads, if not that of its configuration.
+        input_size: Side in pixels of the images that the classifier reads, if not that of its configuration.
 
     Attributes:
         feature_shape: (C, h, w) of the map at the input size, whatever the layout in the model.
         layer: The layer; of other libraries than timm always a module by its name.
-        input_size: (H, W) that the classifier wants.
+        input_size: (H, W) that the classifier wants, in pixels.
         num_classes: Number of logits; 0 for a backbone whose output is an embedding, such as DINOv2 and CLIP's towers.
         classifies: Whether there are classes.
         classes: What they are called.

@@ -27,7 +27,7 @@ class Encoder:
     """Size of a feature encoder; the defaults are the authors'.
 
     Args:
-        hidden_channels: Its width.
+        hidden_channels: Its width in channels.
         num_layers: Its number of convolutions.
     """
 

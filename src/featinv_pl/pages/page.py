@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor
@@ -182,8 +184,13 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"picture_uri": lambda one: data_uri(png(one)), "plot_uri": _plot_uri}
+    environment.filters |= {"code": _code, "picture_uri": lambda one: data_uri(png(one)), "plot_uri": _plot_uri}
     return environment.get_template(template).render(**values)
+
+
+def _code(text: str) -> Markup:
+    """A text in which what stands in backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def data_uri(data: bytes) -> str:

@@ -18,7 +18,7 @@ class MovingAverage(WeightAveraging):
     `state_dict` is the average; training resumes from `current_model_state`.
 
     Args:
-        decay: Share of the old average that each step keeps.
+        decay: Share (0 to 1) of the old average that each step keeps.
     """
 
     def __init__(self, decay: float = 0.999) -> None:

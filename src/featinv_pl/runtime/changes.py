@@ -24,7 +24,10 @@ class Changes(Callback):
 
     The state of optimizers and schedules holds what they were made with, so Lightning would restore the old settings
     while `fit.yaml` names the new ones. Here moments and weights are restored, and rates are what the new settings
-    give at this step: a schedule is run through from its beginning. The seed is that of the run, or false.
+    give at this step: a schedule is run through from its beginning.
+
+    Args:
+        seed: Of the run, or false.
     """
 
     def __init__(self, seed: int | bool | None) -> None:

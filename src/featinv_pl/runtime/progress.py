@@ -1,5 +1,6 @@
 """One progress line for all of a command, with its rate and the time left; how fast training is, for loggers."""
 
+import math
 import sys
 import time
 from collections.abc import Iterable
@@ -30,15 +31,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
-            steps = trainer.estimated_stepping_batches
-            total = None if steps == float("inf") else int(steps)
-            # `Resume` raises the limit of a training that was finished before, so that its loop starts nevertheless.
-            [limit, *_] = [one.limits[0] for one in cast(Any, trainer).callbacks if getattr(one, "limits", None)] or [
-                -1
-            ]
-            if total is not None and limit >= 0:
-                total = min(total, limit)
-            self.bar = tqdm(**_style("fit", "step"), total=total, initial=trainer.global_step)
+            self.bar = tqdm(**_style("fit", "step"), total=_planned(trainer), initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.bar is not None:
@@ -68,6 +61,18 @@ class Progress(ProgressBar):
     on_validation_start = on_test_start = on_predict_start = _open
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _advance
     on_train_end = on_test_end = on_predict_end = on_exception = _close
+
+
+def _planned(trainer: Trainer) -> int | None:
+    """The steps of training, without what `Resume` adds so that one that was finished before may start."""
+    steps = trainer.estimated_stepping_batches
+    found = (getattr(one, "limits", None) for one in cast(Any, trainer).callbacks)
+    max_steps, epochs = next(filter(None, found), (-1, None))
+    if max_steps >= 0:
+        steps = min(steps, max_steps)
+    if epochs is not None and epochs >= 0:
+        steps = min(steps, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * epochs)
+    return None if steps == float("inf") else int(steps)
 
 
 def progress(trainer: Trainer, name: str, unit: str, items: Iterable[Item]) -> Iterable[Item]:

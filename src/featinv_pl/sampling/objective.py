@@ -11,7 +11,7 @@ class Objective:
     """The training objective of a control: the error of the predicted noise or velocity, and what changes it.
 
     Args:
-        dropout: Probability of replacing feature map and prompt together, by zeros and the empty prompt, which
+        dropout: Probability (0 to 1) of replacing feature map and prompt together, by zeros and the empty prompt, which
             trains the unconditional branch of guidance.
         weighting: How much the errors of timesteps count: `velocity` counts them as those of the velocity, most where
             there is most noise; `min-snr` cuts the weight of easy ones (arXiv 2303.09556); `none` leaves the errors of

@@ -54,7 +54,7 @@ class Sampler:
 
     Args:
         scheduler: `ddim`, `dpm` (DPM-Solver++) or `unipc`, all from diffusers.
-        steps: Number of denoising steps.
+        steps: Number of denoising steps, from 1.
         spacing: How the steps are placed in the noise schedule (Lin et al., arXiv 2305.08891, table 2): `leading`
             never visits its noisiest end, `trailing` starts there, `linspace` visits both ends. None is `leading`
             for `ddim` and `linspace` for the others.

@@ -34,10 +34,10 @@ class FeatureExtraction(LightningModule):
     Args:
         backbone: The classifier, as for `FeatureInversion`.
         autoencoder: The prior's autoencoder: a folder in diffusers' layout, or whatever names a prior.
-        image_size: Side of the images that are stored and encoded: the prior's resolution.
+        image_size: Side of the images that are stored and encoded, in pixels: the prior's resolution.
         weights: The classifier's weights: `pretrained`, `random`, or a file.
         layer: The classifier's layer whose output is the feature map.
-        input_size: Side of the images that the classifier gets, if not that of its configuration.
+        input_size: Side in pixels of the images that the classifier gets, if not that of its configuration.
         autoencoder_dtype: What the autoencoder computes in. By default that is `float32`, and on a GPU `bfloat16` if
             its error, measured on the first images, is below a fifth of the spread of what latents are sampled from.
     """

@@ -65,7 +65,7 @@ class FeatureInversion(Optimised):
         image_size: Side of the reconstructions in pixels: the prior's resolution.
         weights: The classifier's weights: `pretrained`, `random`, or a file.
         layer: The classifier's layer whose output is inverted.
-        input_size: Side of the images that the classifier reads, if not that of its configuration.
+        input_size: Side in pixels of the images that the classifier reads, if not that of its configuration.
         conditioning: `spatial` gives the control the whole feature map; `pooled` its mean, copied to every
             location, which is the paper's comparison.
         encoder: Size of the feature encoder.

@@ -70,7 +70,7 @@ class Classifier(Pretraining):
     Args:
         model: A timm model name.
         num_classes: Number of classes, which must be that of the training images.
-        image_size: Side of the (square) images it is trained on.
+        image_size: Side of the (square) images it is trained on, in pixels.
         model_args: Further arguments of the timm model, such as `output_stride: 8` for a finer map.
         kwargs: Optimizer and learning rate schedule, as for `Optimised`.
     """

@@ -38,7 +38,7 @@ class ShardWriter(Callback):
         image_format: `png` keeps every bit; `jpg`, of quality 95, suits training sets of large photographs, whose
             images are not scored.
         storage: Of feature maps: `float16`, or `int8` with a step for each channel, in half the space.
-        max_bad_fraction: Give up when more than this share of a source's images cannot be read; those
+        max_bad_fraction: Give up when more than this share (0 to 1) of a source's images cannot be read; those
             that cannot are named in the manifest.
         dry_run: After a short trial print samples, shards, bytes and hours, and write nothing.
     """

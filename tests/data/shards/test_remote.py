@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -187,3 +188,9 @@ def test_commands_run_if_the_environment_allows_it(
 def test_other_addresses_are_refused(place: str) -> None:
     with pytest.raises(UserError, match=r"`data\.val`: .*(only http, https, s3 are read|runs a command)"):
         shards(place)
+
+
+def test_s3_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3://bucket/set' has a .*pip install 'featinv-pl\[s3\]'"):
+        FeatureShards("s3://bucket/set", "s3://bucket/set", cache=tmp_path)

@@ -111,8 +111,8 @@ class FolderData(ImageData):
         val: What to validate on, which may lack some of those classes.
         predict: What to extract, by name of source. A folder of several, such as ImageNet-C, gives `<name>/<path>`.
         missing: `skip` what is not there of `predict`, with a warning, or `refuse` to go on without it.
-        image_size: Side of the square crop.
-        crop_pct: Share of the shorter side that the central crop keeps; 1 for images that were cropped before.
+        image_size: Side of the square crop in pixels.
+        crop_pct: Share (0 to 1) of the shorter side that the central crop keeps; 1 for images that were cropped before.
         views: Extract so many random views of each image (crop, horizontal flip) instead of the central crop.
         vertical_flip: Flip half of the views upside down, as the paper's authors did.
         seed: Seed of the views.
@@ -188,10 +188,10 @@ class DividedFolder(ImageData):
 
     Args:
         folder: The folder.
-        image_size: Side of the square crop.
-        held_out: Share of the images of each class for validation, and as many for testing.
+        image_size: Side of the square crop in pixels.
+        held_out: Share (0 to 1) of the images of each class for validation, and as many for testing.
         predict: The parts to extract.
-        crop_pct: Share of the shorter side that the central crop keeps.
+        crop_pct: Share (0 to 1) of the shorter side that the central crop keeps.
         batch_size: Images per batch.
         num_workers: Processes that read images.
         augment: Train on images shifted by up to an eighth of their side and flipped half of the time, anew each epoch.

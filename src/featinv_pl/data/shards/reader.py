@@ -39,9 +39,17 @@ class DamagedError(UserError):
 class ShardSet(Dataset[Sample]):
     """A shard set, by sample number.
 
-    The source is its name in batches and scores. Errors begin with the option that named the folder; at damage, the set
-    raises, or skips the shard or sample. `remote` is where shards are fetched from that are not in the folder. Those in
-    `shards` can be read, and `skipped` says why others cannot, one line for each of their samples.
+    Args:
+        folder: With a manifest.
+        source: Its name in batches and scores.
+        option: What named the folder, which errors begin with.
+        with_images: Whether samples have their images, which take most of the time.
+        on_error: At damage, raise, or skip the shard or sample.
+        remote: Where shards are fetched from that are not in the folder.
+
+    Attributes:
+        shards: Those that can be read.
+        skipped: Why others cannot, one line for each of their samples.
     """
 
     def __init__(
