@@ -412,6 +412,38 @@ def test_encoder_alone_adapts_a_control(
         make_model(adapt=Adapt(tmp_path / "other"))
 
 
+def test_guidance_is_distilled_into_the_control(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    FeatInvPipeline(awaken(make_model()).inverter).save_pretrained(tmp_path / "model")
+    objective = Objective(dropout=0.0, weighting="none", regression=0.0, distilled_guidance=3.0)
+    model, batch, seen = make_model(adapt=Adapt(tmp_path / "model"), objective=objective), make_batch(4), []
+    inverter, features, denoise = model.inverter, batch["features"], model.inverter.denoise
+
+    def watched(*given: Any) -> Any:
+        seen.append((*given[:2], denoise(*given)))
+        return seen[-1][-1]
+
+    inverter.denoise = watched
+    loss = model.training_step(batch, 0)
+    [(noisy, timesteps, prediction)] = seen
+    for number, timestep in enumerate(timesteps.tolist()):
+        one = slice(number, number + 1)
+        guide = inverter.denoiser(features[one], noisy[one], Sampler("ddim", 2, guidance_scale=3.0))
+        guided = guide(noisy[one], Step(0, timestep, timesteps[number]))
+        loss = loss - (prediction[one] - guided).square().mean() / 4
+    assert loss.abs() < 1e-3
+    assert not any(name.startswith("teacher") for name in model.state_dict())
+
+    before = {name: one.clone() for name, one in model.teacher.control.state_dict().items()}
+    fit(model, batch, tmp_path)
+    assert any(not torch.equal(one, before[name]) for name, one in inverter.control.state_dict().items())
+    assert all(torch.equal(one, before[name]) for name, one in model.teacher.control.state_dict().items())
+    for adapt in (None, Adapt(tmp_path / "model", "encoder")):
+        with pytest.raises(UserError, match=r"`objective\.distilled_guidance` needs a trained control"):
+            make_model(adapt=adapt, objective=objective)
+    with pytest.raises(UserError, match=r"`objective\.distilled_guidance` cannot be 1\.0. Give a scale above 1"):
+        Objective(distilled_guidance=1.0)
+
+
 @pytest.mark.parametrize(("algorithm", "guards"), [("norm", []), ("norm", [FiniteGuard()]), ("value", [])])
 def test_fused_gradients_are_clipped_in_bf16(
     make_model: Any, make_batch: MakeBatch, tmp_path: Path, algorithm: str, guards: list[Callback]

@@ -28,6 +28,7 @@ from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, time
 from featinv_pl.sampling.noise import generator, keyed_noise
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.tasks.distillation import Teacher
 from featinv_pl.tasks.extraction import say_layer
 from featinv_pl.tasks.optimisation import Optimised
 from featinv_pl.types import Batch, key_hash
@@ -107,6 +108,11 @@ class FeatureInversion(Optimised):
             encoder_alone = adapt.train == "encoder"
             self.inverter.control.load_pretrained(adapt.control, "`adapt.control`", adapt=encoder_alone)
             self.inverter.control.controlnet.requires_grad_(not encoder_alone)
+        self.teacher: Teacher | None = None
+        if objective.distilled_guidance is not None:
+            if adapt is None or encoder_alone:
+                raise UserError("`objective.distilled_guidance` needs a trained control. Give `adapt.control` alone.")
+            self.teacher = Teacher(self.inverter, objective.distilled_guidance)
         self.inverter.execute(execution)
         self.objective = objective
         self.regression: nn.Conv2d | None = None
@@ -137,6 +143,9 @@ class FeatureInversion(Optimised):
         prediction = inverter.denoise(noisy_latents, timesteps, prompts, encoded)
 
         target = denoising_target(prior.schedule, latents, noise[1], timesteps)
+        if self.teacher is not None:
+            guided = self.teacher.predict(prior, noisy_latents, timesteps, features)
+            target = torch.where(dropped.view(-1, 1, 1, 1), target, guided)
         error = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
         loss = (error * timestep_weights(prior.schedule, timesteps, objective.weighting)).mean()
         if self.regression is not None:
@@ -193,7 +202,8 @@ class FeatureInversion(Optimised):
         say_layer(self.inverter.classifier)
         if self.trainer.precision in MIXED:
             _ = self.inverter.digests  # of the weights before they are converted
-            keep_products_in(self.inverter.prior, MIXED[self.trainer.precision])
+            for frozen in (self.inverter.prior, *([self.teacher] if self.teacher else [])):
+                keep_products_in(frozen, MIXED[self.trainer.precision])
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Free gradients once they are used: Lightning would hold them through the next forward pass."""
