@@ -4,6 +4,7 @@ Shapes use B for the batch, C for feature channels, h and w for the feature map,
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import Literal, NotRequired
 
 import torch
@@ -60,6 +61,11 @@ class Batch(Observation):
     fooled: NotRequired[Tensor]
     """(B,), of adversarial images: 1 where the attack succeeded, 0 where it did not, NaN where the classifier was wrong
     before it."""
+    noise: NotRequired[Tensor]
+    """(2, B, channels, H / f, W / f): drawn by a loader, with `timesteps` and `chances` (B,); see `Draws`."""
+    timesteps: NotRequired[Tensor]
+    chances: NotRequired[Tensor]
+    drawn: NotRequired[Sequence[int]]  # the seed, epoch and number of timesteps that these three depend on
     skipped: NotRequired[list[str]]
     """Why samples that belong here were left out: they are damaged."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from featinv_pl.__main__ import main
+from featinv_pl.runtime import stopping
 from featinv_pl.runtime.ranks import FIRST
 from interrupts import Capture, Sent, Validated, added, assert_same, checkpoint, eventually, stopped, weights
 from test_cli import refused
@@ -154,6 +155,20 @@ def test_all_ranks_stop_when_one_is_asked_to(fit: list[str], monkeypatch: pytest
     assert os.waitstatus_to_exitcode(status) == 143, said
     assert said.count("featinv-pl: stopped by SIGTERM; step 3 is saved.") == 1
     assert checkpoint()["global_step"] == 3
+
+
+def test_ranks_on_gpus_ask_each_other_about_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [stopping.pause(gpu, seconds) for seconds in (0.01, 0.16, 3)] == [100, 6, 1]
+    assert stopping.pause(cpu, 0.01) == 1
+    monkeypatch.setattr(stopping, "pause", lambda *_: 3)
+    stop = stopping.Stop()
+    asked = []
+    for batch in range(9):
+        if batch == 4:
+            stop.signal = TERM
+        asked.append(stop._asked(cpu))
+    assert asked == [0, 0, 0, 0, 0, 0, TERM, TERM, TERM]  # after it, at every batch
 
 
 def test_a_run_can_be_sent_to_processes_that_are_spawned(fit: list[str]) -> None:

@@ -24,7 +24,10 @@ from featinv_pl.inverter.inverter import Execution
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.nets.control import Encoder
 from featinv_pl.runtime.finite import FiniteGuard
-from featinv_pl.sampling.noise import generator
+from featinv_pl.runtime.progress import Progress, Speed
+from featinv_pl.runtime.resuming import Resume
+from featinv_pl.runtime.stopping import Stop
+from featinv_pl.sampling.noise import Draws, generator
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Refinement, Sampler
 from featinv_pl.sampling.solvers import Step
@@ -143,6 +146,18 @@ def test_each_sample_draws_its_own_noise_wherever_it_is(make_model: Any, make_ba
     same = {**batch, "features": batch["features"][[0] * 4], "moments": batch["moments"][[0] * 4]}
     first, second = (model.training_step({**same, "key": [key] * 4}, 0) for key in ("a", "b"))
     assert first != second
+
+
+def test_a_step_takes_what_a_loader_has_drawn(make_model: Any, make_batch: MakeBatch) -> None:
+    model, batch, seed = make_model(), make_batch(4), torch.initial_seed()
+    whole = model.training_step(batch, 0).item()
+    names, drawn = ("noise", "timesteps", "chances"), Draws(seed, 0, 1000)(batch["key"], (4, 4, 4))
+    batch |= dict(zip(names, drawn, strict=True)) | {"drawn": [seed, 0, 1000]}  # as a loader hands it over
+    assert model.training_step(batch, 0).item() == whole
+    batch["noise"] = torch.zeros_like(batch["noise"])
+    assert model.training_step(batch, 0).item() != whole
+    batch["drawn"] = [seed + 1, 0, 1000]  # before a training was resumed that has another seed
+    assert model.training_step(batch, 0).item() == whole
 
 
 @pytest.mark.parametrize("option", ["activation_checkpointing", "channels_last"])
@@ -376,13 +391,43 @@ def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, 
     assert 0 < logged["train/consistency"] < 2
     logged["train/consistency"].backward()
     assert model.inverter.control.controlnet.controlnet_mid_block.weight.grad.abs().max() > 0
-    logged.clear()
-    model.objective = Objective(dropout=0.0, consistency=1.0, consistency_below=1e-9)
-    model.training_step(batch, 0)
-    assert "train/consistency" not in logged
+    timesteps, parts = sorted(Draws(torch.initial_seed(), 0, 1000)(batch["key"], (4, 4, 4))[1].tolist()), []
+    for below in (1e-9, timesteps[2] / 1000, 1.0):  # those with more noise count as 0, however many there are
+        model.objective = Objective(dropout=0.0, consistency=1.0, consistency_below=below)
+        model.training_step(batch, 0)
+        parts.append(logged["train/consistency"].item())
+    assert 0 == parts[0] < parts[1] < parts[2]
     model.objective = Objective(dropout=0.999999, consistency=1.0, consistency_below=1.0)  # none has a map
-    model.training_step(batch, 0)
-    assert set(logged) == {"train/loss", "train/regression"}
+    assert model.training_step(batch, 0).isfinite()
+    assert logged["train/consistency"] == 0
+
+
+class Reads(Callback, TorchDispatchMode):
+    """Counts what is read from the device in a second and third step, which a GPU would be waited for."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        boolean = "index" in func._schema.name and any(one is not None and one.dtype == torch.bool for one in args[1])
+        self.found += boolean or func._schema.name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            self.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if args[-1] == 2:
+            self.__exit__(None, None, None)
+
+
+def test_a_step_waits_for_nothing(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
+    """Unless its loss is logged or shown."""
+    model = make_model(objective=Objective(consistency=1.0), optimizer=partial(torch.optim.AdamW, fused=True))
+    del model.log  # Lightning's own
+    reads, others = Reads(), [Progress(), Speed(), Resume(), FiniteGuard(), Stop()]
+    fit(model, make_batch(4), tmp_path, 4, callbacks=[*others, reads], enable_progress_bar=True, gradient_clip_val=1.0)
+    assert reads.found == 0
 
 
 def test_encoder_alone_adapts_a_control(

@@ -56,6 +56,11 @@ def position(trainer: Trainer) -> tuple[int, int]:
     return (epoch.processed + 1, 0) if batch.is_last_batch else (epoch.processed, batch.current.processed)
 
 
+def logs_step(trainer: Trainer) -> bool:
+    """Whether what the training step at hand logs goes to loggers."""
+    return trainer._logger_connector.should_update_logs
+
+
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:
     """The ModelCheckpoint callbacks of a trainer."""
     return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
+SHOWN = 50  # steps after which the loss in the progress line is another, if nothing is logged
 
 
 class Progress(ProgressBar):
@@ -35,8 +36,10 @@ class Progress(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.bar is not None:
-            scalars = {name: f"{float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()}
-            self.bar.set_postfix(scalars, refresh=False)
+            every = cast(Any, trainer).log_every_n_steps or SHOWN
+            if trainer.global_step % every == 0 or not self.bar.postfix:  # to read the loss is to wait for the device
+                shown = {name: one for name, one in trainer.callback_metrics.items() if name == "train/loss"}
+                self.bar.set_postfix({name: f"{float(one):.4g}" for name, one in shown.items()}, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
     def _open(self, *args: Any, **kwargs: Any) -> None:

@@ -86,6 +86,15 @@ def of_all_ranks(item: Any) -> list[Any]:
     return gathered
 
 
+def mean_of_ranks(values: Tensor) -> Tensor:
+    """The mean over ranks, on all of them, of values that there are on all of them. It does not wait for the device."""
+    if distributed.is_initialized():
+        values = values.clone()
+        distributed.all_reduce(values)
+        values /= distributed.get_world_size()
+    return values
+
+
 def rows_of_all_ranks(rows: Tensor) -> Tensor:
     """The rows (n, ...) of all ranks, each of which may have another n: those of the first rank come first."""
     return torch.cat(gather_all_tensors(rows)) if distributed.is_initialized() else rows

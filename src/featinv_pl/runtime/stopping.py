@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,7 +18,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.data.workers import SIGNALS
 from featinv_pl.runtime.internals import save_now, savers
-from featinv_pl.runtime.ranks import first_rank, forget_children, say
+from featinv_pl.runtime.ranks import first_rank, forget_children, mean_of_ranks, say
+
+PAUSE = 1.0  # seconds of training on GPUs in which a signal to one of several ranks stays with that
 
 
 class Stopped(SIGTERMException):
@@ -51,6 +55,8 @@ class Stop(Callback):
         self.signal = self.requeue = 0
         self.saved = False
         self.launcher: Any = None
+        self.batches = self.last = self.due = 0  # those trained on, when ranks asked each other, and will again
+        self.since = time.perf_counter()
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
         self.hint = "the same command resumes what is not done yet."
 
@@ -86,14 +92,23 @@ class Stop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save if asked; the end comes when what this step has logged is logged."""
-        asked = trainer.strategy.reduce_boolean_decision(self.signal != 0, all=False)
+        asked = self.signal if trainer.world_size == 1 else self._asked(pl_module.device)
         if asked and not trainer.fit_loop._should_accumulate():  # gradients that wait for further batches are not saved
-            if trainer.strategy.reduce_boolean_decision(self.signal == self.requeue != 0, all=False):
-                self.signal = self.requeue
-            self.signal = self.signal or signal.SIGTERM
+            self.signal = asked
             self._save(trainer)
         elif trainer.global_step == trainer.max_steps and (saver := _saver(trainer)) is not None:
             save_now(trainer, saver)
+
+    def _asked(self, device: torch.device) -> int:
+        """The signal that any of several ranks has got: they ask each other after batches of the same number."""
+        self.batches += 1
+        if self.batches < self.due:
+            return 0
+        now = time.perf_counter()
+        said = [self.signal != 0, self.signal == self.requeue != 0, (now - self.since) / (self.batches - self.last)]
+        stop, requeue, seconds = mean_of_ranks(torch.tensor(said, device=device)).tolist()
+        self.since, self.last, self.due = now, self.batches, self.batches + (1 if stop else pause(device, seconds))
+        return self.requeue if requeue else (self.signal or signal.SIGTERM) if stop else 0
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._end(self.saved)
@@ -127,6 +142,11 @@ class Stop(Callback):
             self.hint = f"step {trainer.global_step} is saved. Resume: the same command with {where}"
         if requeued and trainer.is_global_zero:
             self.hint += _requeue()
+
+
+def pause(device: torch.device, seconds: float) -> int:
+    """After how many batches of so many seconds ranks ask each other again, for which a GPU has to be waited for."""
+    return max(1, int(PAUSE / seconds)) if device.type == "cuda" else 1
 
 
 def _requeue() -> str:

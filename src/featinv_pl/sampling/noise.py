@@ -1,6 +1,7 @@
 """Random numbers that depend on their purpose, not on the order of calls."""
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -14,6 +15,28 @@ def generator(*identity: int | str) -> Generator:
     """
     digest = hashlib.blake2b("/".join(map(str, identity)).encode(), digest_size=8).digest()
     return Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a training step draws, as a function of what it depends on besides a sample's key.
+
+    Args:
+        seed: Of the training.
+        epoch: Of the training.
+        num_timesteps: Length T of the noise schedule.
+    """
+
+    seed: int
+    epoch: int
+    num_timesteps: int
+
+    def __call__(self, keys: list[str], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Standard normal noise (2, B, *shape), timesteps (B,) below T, and chances (B,), uniform in [0, 1)."""
+        rngs = [generator(self.seed, self.epoch, key) for key in keys]
+        noise = torch.stack([torch.randn((2, *shape), generator=rng) for rng in rngs], dim=1)
+        timesteps = torch.cat([torch.randint(self.num_timesteps, (1,), generator=rng) for rng in rngs])
+        return noise, timesteps, torch.cat([torch.rand(1, generator=rng) for rng in rngs])
 
 
 def keyed_noise(keys: list[str], shape: tuple[int, ...], *identity: int | str) -> Tensor:

@@ -25,7 +25,7 @@ from featinv_pl.nets.prior import Prior
 from featinv_pl.nets.trusted import not_trusted, trusted_imports
 from featinv_pl.nets.weights import fill
 from featinv_pl.sampling.diffusion import clean_estimate, denoising_target, timestep_weights
-from featinv_pl.sampling.noise import generator, keyed_noise
+from featinv_pl.sampling.noise import Draws, keyed_noise
 from featinv_pl.sampling.objective import Objective
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.distillation import Teacher
@@ -125,14 +125,9 @@ class FeatureInversion(Optimised):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of denoising, as in the paper: the loss is the error of the predicted noise."""
         inverter, prior, objective = self.inverter, self.inverter.prior, self.objective
-        # Each sample has random numbers of its own, whichever rank it is on.
-        rngs = [generator(torch.initial_seed(), self.current_epoch, key) for key in batch["key"]]
         moments, features = batch["moments"], inverter.condition(batch["features"])
-        size, shape = len(moments), (2, *prior.latent_shape(moments))
-
-        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs], dim=1).to(moments)
-        timesteps = torch.cat([torch.randint(prior.num_timesteps, (1,), generator=rng) for rng in rngs]).to(self.device)
-        dropped = torch.cat([torch.rand(1, generator=rng) for rng in rngs]).to(self.device) < objective.dropout
+        noise, timesteps, chances = self._draws(batch)
+        dropped = chances < objective.dropout
 
         latents = prior.autoencoder.sample(moments, noise[0])
         prompts = torch.where(dropped.view(-1, 1, 1), prior.empty, prior.prompt)
@@ -147,27 +142,37 @@ class FeatureInversion(Optimised):
             guided = self.teacher.predict(prior, noisy_latents, timesteps, features)
             target = torch.where(dropped.view(-1, 1, 1, 1), target, guided)
         error = functional.mse_loss(prediction, target, reduction="none").flatten(1).mean(1)
-        loss = (error * timestep_weights(prior.schedule, timesteps, objective.weighting)).mean()
+        loss, figures = (error * timestep_weights(prior.schedule, timesteps, objective.weighting)).mean(), {}
         if self.regression is not None:
             error = functional.mse_loss(self.regression(hidden), latents, reduction="none").flatten(1).mean(1)
-            regression = (error * ~dropped).mean()
-            self.log("train/regression", regression, sync_dist=True)
-            loss = loss + objective.regression * regression
+            figures["regression"] = (error * ~dropped).mean()
+            loss = loss + objective.regression * figures["regression"]
         if objective.consistency:
             near = (timesteps < objective.consistency_below * prior.num_timesteps) & ~dropped
             estimate = clean_estimate(prior.schedule, noisy_latents, prediction, timesteps)
-            loss = loss + objective.consistency * self._inconsistency(estimate[near], features[near]) / size
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+            # A mask: how many there are is not known here without waiting for the device.
+            maps = inverter.decoded_features(torch.where(near.view(-1, 1, 1, 1), estimate, 0))
+            distances = 1 - functional.cosine_similarity(maps, features).mean((1, 2))
+            figures["consistency"] = (distances * near).mean()
+            loss = loss + objective.consistency * figures["consistency"]
+        self.log_step({"loss": loss, **figures})
         return loss
 
-    def _inconsistency(self, estimate: Tensor, features: Tensor) -> Tensor:
-        """The sum over samples, which may be none, of 1 - cosine between maps: of estimated latents, and given."""
-        if len(estimate) == 0:
-            return estimate.sum()
-        maps = self.inverter.decoded_features(estimate)
-        distances = 1 - functional.cosine_similarity(maps, features).mean((1, 2))
-        self.log("train/consistency", distances.mean())
-        return distances.sum()
+    @property
+    def num_timesteps(self) -> int:
+        """Length T of the prior's noise schedule, which a loader of training batches draws from."""
+        return self.inverter.prior.num_timesteps
+
+    def _draws(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise, timesteps and chances of dropout: each sample has its own in an epoch, whichever rank it is on.
+
+        `FeatureShards` has drawn them where it reads, and they came to the device with the rest of the batch.
+        """
+        now, moments = (torch.initial_seed(), self.current_epoch, self.num_timesteps), batch["moments"]
+        if tuple(batch.get("drawn", ())) == now:  # a loader makes a list of it
+            return batch["noise"].to(moments), batch["timesteps"], batch["chances"]
+        noise, timesteps, chances = Draws(*now)(batch["key"], self.inverter.prior.latent_shape(moments))
+        return noise.to(moments), timesteps.to(self.device), chances.to(self.device)
 
     @torch.no_grad()
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:

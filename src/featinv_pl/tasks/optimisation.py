@@ -3,16 +3,19 @@
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, FSDPPrecision
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from featinv_pl.errors import UserError
 from featinv_pl.runtime.finite import scales_gradients, total_norm, trained
+from featinv_pl.runtime.internals import logs_step
+from featinv_pl.runtime.ranks import mean_of_ranks
 
 
 class Optimised(LightningModule):
@@ -44,6 +47,17 @@ class Optimised(LightningModule):
                 "Use another, such as torch.optim.lr_scheduler.OneCycleLR, and EarlyStopping for the end."
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def log_step(self, figures: dict[str, Tensor]) -> None:
+        """Log figures of a training step, in loggers as means over ranks, each of which has as many samples.
+
+        One collective at the steps that loggers see. A progress bar of Lightning's would wait for every step.
+        """
+        if distributed.is_initialized() and logs_step(self.trainer):
+            means = mean_of_ranks(torch.stack([one.detach().float() for one in figures.values()]))
+            figures = dict(zip(figures, means, strict=True))
+        for name, value in figures.items():
+            self.log(f"train/{name}", value)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

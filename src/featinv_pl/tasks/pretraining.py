@@ -53,7 +53,7 @@ class Pretraining(Optimised, ABC):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         losses = self.losses(batch, (torch.initial_seed(), self.current_epoch))
-        self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True, sync_dist=True)
+        self.log_step(losses)
         return losses["loss"]
 
     def validation_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -15,6 +15,7 @@ from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.manifest import MANIFEST
 from featinv_pl.data.shards.reader import BatchReader
 from featinv_pl.errors import UserError
+from featinv_pl.sampling.noise import generator
 from shard_sets import flip, write_set
 
 SIZE = 21
@@ -58,6 +59,25 @@ def test_training_order_follows_from_seed_epoch_and_rank(folder: Path) -> None:
     ranks = [epoch(one.train_dataloader(), 1) for one in data]
     assert {len(rank) for rank in ranks} == {SIZE // 4}
     assert len({key for rank in ranks for key in rank}) == SIZE - SIZE % 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loaders_draw_what_a_step_needs(folder: Path, num_workers: int) -> None:
+    """As the step itself would: from a generator for each sample and epoch."""
+    torch.manual_seed(5)
+    data = on_rank(FeatureShards(train=folder, batch_size=4, num_workers=num_workers), 0, 1)
+    cast(Any, data.trainer).lightning_module = SimpleNamespace(num_timesteps=77)
+    loader = data.train_dataloader()
+    cast(ShuffledBatches, loader.sampler).set_epoch(2)
+    batch = next(iter(loader))
+    assert tuple(batch["drawn"]) == (5, 2, 77)
+    assert batch["key"] == epoch(FeatureShards(train=folder, batch_size=4).train_dataloader(), 2)[:4]
+    for number, key in enumerate(batch["key"]):
+        rng = generator(5, 2, key)
+        assert torch.equal(batch["noise"][:, number], torch.randn((2, 4, 4, 4), generator=rng))
+        assert batch["timesteps"][number] == torch.randint(77, (), generator=rng)
+        assert batch["chances"][number] == torch.rand((), generator=rng)
+    assert "noise" not in next(iter(FeatureShards(train=folder, batch_size=4).train_dataloader()))
 
 
 def test_training_reads_a_few_shards_at_a_time() -> None:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -117,7 +118,10 @@ class FeatureShards(ResumableData, LightningDataModule):
         if self.train is None:
             raise UserError("`data.train`: fit needs a shard set to train on.")
         batches = self.training_batches(self.train.shard_sizes, self.seed)
-        return loader(BatchReader(self.train), batches, self.num_workers, again=True)
+        timesteps = getattr(getattr(self.trainer, "lightning_module", None), "num_timesteps", None)
+        draws = (torch.initial_seed(), timesteps) if timesteps else None
+        batches.epochs_apart = len(self.train)
+        return loader(BatchReader(self.train, draws), batches, self.num_workers, again=True)
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         return [] if self.val is None else [self._evaluation_loader(self.val, again=True)]

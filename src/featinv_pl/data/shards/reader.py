@@ -24,6 +24,7 @@ from featinv_pl.data.shards.remote import RemoteSet
 from featinv_pl.data.shards.samples import IMAGES, Sample, collate_samples, decode, widen
 from featinv_pl.errors import UserError
 from featinv_pl.files import read_bytes
+from featinv_pl.sampling.noise import Draws
 from featinv_pl.types import Batch
 
 OnError = Literal["raise", "skip"]
@@ -143,16 +144,20 @@ class ShardSet(Dataset[Sample]):
 
 
 class BatchReader(Dataset[Batch]):
-    """Batches as they are stored, by the list of their samples; one that skips some says which (`skipped`)."""
+    """Batches as they are stored, by the list of their samples; one that skips some says which (`skipped`).
 
-    def __init__(self, shards: ShardSet) -> None:
-        self.shards = shards
+    With a seed and a number of timesteps, batches hold what a training step draws; number `epoch * len(shards) + n` is
+    sample n in that epoch.
+    """
+
+    def __init__(self, shards: ShardSet, draws: tuple[int, int] | None = None) -> None:
+        self.shards, self.draws = shards, draws
 
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
         samples, skipped = [], []
         for number in numbers:
             try:
-                samples.append(self.shards.stored(number))
+                samples.append(self.shards.stored(number % len(self.shards)))
             except DamagedError as error:
                 if self.shards.on_error == "raise":
                     raise
@@ -162,6 +167,11 @@ class BatchReader(Dataset[Batch]):
         batch = collate_samples(samples)
         if skipped:
             batch["skipped"] = skipped
+        if self.draws is not None:
+            drawn = self.draws[0], numbers[0] // len(self.shards), self.draws[1]
+            channels, *grid = batch["moments"].shape[1:]
+            batch["noise"], batch["timesteps"], batch["chances"] = Draws(*drawn)(batch["key"], (channels // 2, *grid))
+            batch["drawn"] = drawn
         return batch
 
 
