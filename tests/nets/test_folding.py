@@ -19,8 +19,8 @@ class Small(nn.Module):
         self.reads_both, self.twice, self.flat = reads_both, twice, flat
 
     def forward(self, images: Tensor) -> Tensor:
-        made = self.conv(images)
-        normed = self.norm(made)
+        made: Tensor = self.conv(images)
+        normed: Tensor = self.norm(made)
         if self.twice:
             normed = normed + self.conv(images.flip(3))
         if self.flat:
@@ -31,6 +31,7 @@ class Small(nn.Module):
 def randomised(model: Any) -> Any:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
+            values: Any
             for values in (module.running_mean, module.running_var, module.weight, module.bias):
                 nn.init.uniform_(values, 0.5, 2)
     return model.eval().requires_grad_(False)

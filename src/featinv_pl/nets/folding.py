@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -30,7 +31,7 @@ def fold_norms(model: nn.Module, run: Callable[[], Sequence[Tensor]]) -> int:
     expected, names = run(), {module: name for name, module in model.named_modules()}
     before = [(conv, conv.weight, conv.bias) for conv, _ in pairs]
     for conv, norm in pairs:
-        statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
         conv.requires_grad_(False)
         rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
