@@ -16,8 +16,8 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 	$(BIN)/python experiments/study/table.py $(STUDY) && exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 study-photos bench bench-data \
-	torture parity full-size viz-digits dist matrix clean
+.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 study-photos bench gpu \
+	bench-data torture parity full-size viz-digits dist matrix clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ study-photos: install  ## the inverter of a real classifier on 64 px photos, in 
 
 bench: demo-once  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour
 	PYTHONPATH=experiments:tests OMP_NUM_THREADS=1 $(BIN)/python -m bench $(BRIEF) $(FLAGS)
+
+gpu: install  ## what a CUDA machine makes of it, in ten minutes: tests, recipes, speed, memory; SHORT=1 on any machine
+	PYTHONPATH=experiments:tests $(BIN)/python -m bench.gpu $(BRIEF) $(FLAGS)
 
 bench-data: install  ## how fast shards are written and read on this machine, as ratios
 	PYTHONPATH=experiments:tests OMP_NUM_THREADS=1 $(BIN)/python -m bench.shards $(BRIEF) $(FLAGS)

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine, training
+from bench import counted, gpu, machine, training
 from bench.__main__ import main, tiny_options
 from bench.training import AGAIN, SAVINGS
+from featinv_pl.sampling.sampler import Sampler
 from interrupts import Capture
+
+SYNCHRONISATIONS, COLLECTIVES, LOOP_SYNCHRONISATIONS = 2, 1, 0  # two: of Lightning, which asks for SIGTERM on rank 0
+KERNELS, TRAFFIC = 3000, 3.0  # GB a sample
 
 
 @pytest.fixture
@@ -46,6 +50,38 @@ def test_savings_and_ways_have_their_figures(tiny: list[str], monkeypatch: pytes
     differences = [float(row[3]) for row in rows if row[3][0].isdigit()]
     assert len(differences) == len(found["sampling"]["ratios"])
     assert max(differences[:3]) < 1e-5 < differences[3] < 0.1  # what is saved changes nothing, but for half precision
+
+
+def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Counted with a small UNet: neither by a training step that logs nothing, nor in the denoising loop."""
+    small = {"block_out_channels": [32, 32], "layers_per_block": 1, "cross_attention_dim": counted.WIDTH}
+    small |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
+    small |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    monkeypatch.setattr(counted, "UNET", {"sample_size": 32, **small})
+    _, logs_nothing, *_ = counted.training_steps(counted.full_size(tmp_path), 2)[1:]
+    assert logs_nothing.kernels.total() > 200
+    assert logs_nothing.synchronisations.total() <= SYNCHRONISATIONS
+    assert logs_nothing.collectives.total() <= COLLECTIVES
+    loop = counted.sampling_loop(counted.full_size(tmp_path), 2, Sampler(steps=3))
+    assert loop.kernels.total() > 100
+    assert loop.synchronisations.total() <= LOOP_SYNCHRONISATIONS
+
+
+@pytest.mark.slow
+def test_the_full_size_model_is_counted() -> None:
+    training, denoising = counted.measure().values()
+    assert training["kernels"] < KERNELS
+    assert training["GB a sample"] < TRAFFIC
+    assert 600 < training["GFLOP a sample"] < 800
+    assert denoising["kernels"] < training["kernels"]
+
+
+def test_what_a_gpu_is_tried_with_runs_on_a_cpu(capsys: Capture) -> None:
+    gpu.main(["--short"])
+    found = json.loads(Path("runs/bench/gpu.json").read_text())
+    assert found["the same images as on the CPU"]["4 steps, fp32"]["difference"] < 1e-4
+    assert {title for title in found["training, by batch and execution"] if "memory" in title}
+    assert "one step of every recipe" in capsys.readouterr().out
 
 
 def test_full_size_wants_memory(monkeypatch: pytest.MonkeyPatch) -> None:

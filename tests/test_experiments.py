@@ -26,6 +26,7 @@ EXPERIMENTS = ROOT / "experiments"
 OVER = {
     "bench": "bench/authors.yaml",
     "imagenet/memory": "imagenet/train/convnext-spatial.yaml",
+    "imagenet/gpus": "imagenet/train/resnet50-spatial.yaml",
     "imagenet/extract/crops": "imagenet/extract/crops/resnet50.yaml",
     "imagenet/backbones": "imagenet/train/resnet50-spatial.yaml",
     "imagenet/extract/sources": "imagenet/extract/crops/resnet50.yaml",

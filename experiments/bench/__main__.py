@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from bench import digits, machine, sampling, startup, training
+from bench import counted, digits, loops, machine, sampling, startup, training
 from bench.full_size import write_prior
 from configurations import effective_config
 from featinv_pl.nets.control import Encoder
 from featinv_pl.trust import allow_imports
 from tiny import make_classifier, make_prior
 
-PARTS = ("startup", "digits", "training", "sampling")
+PARTS = ("counted", "startup", "digits", "loops", "training", "sampling")
 NEEDED = 19.0  # GiB
 OUT = Path("runs/bench")
 
@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.short:
         options.rounds, options.steps, options.long, options.digits_steps = 1, 2, (3, 2), 2
         options.option += tiny_options(make_classifier(OUT), make_prior(OUT))
-    heavy = {"training", "sampling"} & set(options.parts)
+    heavy = {"loops", "training", "sampling"} & set(options.parts)
     if heavy and not options.option and machine.total_memory() < NEEDED:
         sys.exit(
             f"bench: the model at full size wants {NEEDED:.0f} GiB, and there are {machine.total_memory():.0f}. "
@@ -59,7 +59,13 @@ def main(args: Sequence[str] | None = None) -> None:
     if found.is_file() and (before := json.loads(found.read_text()))["machine"] == results["machine"]:
         results = before  # other parts, measured on the same day and machine
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
-    measures = {"startup": _startup, "digits": _digits, "training": _training, "sampling": _sampling}
+    measures = {
+        "counted": _counted,
+        "startup": _startup,
+        "digits": _digits,
+        "training": _training,
+        "sampling": _sampling,
+    }
     for part in options.parts:
         results[part] = measures[part](options)
         found.write_text(json.dumps(results, indent=2) + "\n")
@@ -74,10 +80,28 @@ def tiny_options(classifier: Path, prior: Path) -> list[str]:
     return [*options, "--data.feature_shape=[8,4,4]", "--data.image_size=32"]
 
 
+def _counted(options: Any) -> dict[str, Any]:
+    rows = counted.measure()
+    heads = tuple(next(iter(rows.values())))
+    table = [
+        (name, *(f"{row[head]:.3g}" if row[head] < 1000 else f"{row[head]:.0f}" for head in heads))
+        for name, row in rows.items()
+    ]
+    print_table("counted on tensors without values, as on a GPU in bf16", ("what", *heads), table)
+    return rows
+
+
+def _loops(options: Any) -> dict[str, Any]:
+    found = loops.measure(options.rounds, {"tiny": loops.TINY} if options.short else loops.SIZES)
+    rows = [(name, *(f"{figure:.3g}" for figure in row.values())) for name, row in found.items()]
+    print_table("a training step", ("size and precision", "diffusers, s", "ours, s", "ratio"), rows)
+    return found
+
+
 def _startup(options: Any) -> dict[str, float]:
     seconds = startup.measure(options.rounds, OUT)
     base = next(iter(seconds.values()))
-    _print(
+    print_table(
         "start-up", ("command", "seconds", "ratio"), [(n, f"{s:.2f}", f"{s / base:.2f}") for n, s in seconds.items()]
     )
     return seconds
@@ -93,7 +117,7 @@ def _digits(options: Any) -> dict[str, Any]:
     digits.plot(losses, OUT / "losses.png")
     rows = [("share of forward, backward and optimizer", f"{share:.1%}")]
     rows += [(f"loss of the last third: {name}", f"{value:.5f}") for name, value in compared.items()]
-    _print(f"digits: the demo's inverter, curves in {OUT / 'losses.png'}", ("what", "value"), rows)
+    print_table(f"digits: the demo's inverter, curves in {OUT / 'losses.png'}", ("what", "value"), rows)
     return {"share": share, **compared, "losses": {name: curve.tolist() for name, curve in losses.items()}}
 
 
@@ -108,11 +132,11 @@ def _training(options: Any) -> dict[str, Any]:
         rows.append((training.NAMES[one.name], *row, f"{one.flops / 1e12:.2f}", f"{share:.0%}"))
         figures.append({**vars(one), "rate": one.rate, "share": share})
     heads = ("each line adds to those above", "samples/s", "ratio", "peak GiB", "ratio", "TFLOP/sample", "of a product")
-    _print(f"training at full size, batches of {first.batch_size}", heads, rows)
+    print_table(f"training at full size, batches of {first.batch_size}", heads, rows)
     print(f"a plain product: {rates['float32'] / 1e9:.0f} GFLOP/s in fp32, {rates['bfloat16'] / 1e9:.0f} in bf16")
     memory = training.recipe_memory(found)
     recipes = [(name, f"{gib:.3f}") for name, gib in memory.items()]
-    _print(
+    print_table(
         "memory of a GPU, computed",
         ("activations, and recipes of ImageNet", "GiB"),
         recipes,
@@ -138,7 +162,7 @@ def _sampling(options: Any) -> dict[str, Any]:
         share = f"{way.flops / seconds / rates[dtype]:.0%}" if way.flops else ""
         rows.append((way.name, f"{seconds:.2f}", f"{base / seconds:.2f}", f"{way.difference:.1e}", share))
     heads = (f"{options.steps} steps of DDIM", "s/image", "ratio", "difference", "of a product")
-    _print("sampling at full size, guided, with decoding", heads, rows)
+    print_table("sampling at full size, guided, with decoding", heads, rows)
     long, short = options.long
     ratio = sampling.final(ways, noise, long, short)
     print(f"ours with {short} steps of DPM-Solver++ against theirs with {long} of DDIM: {ratio:.1f} times faster")
@@ -147,7 +171,7 @@ def _sampling(options: Any) -> dict[str, Any]:
     return {"product": rates, "seconds": seconds_of, "ratios": ratios, f"{short} against {long} steps": ratio}
 
 
-def _print(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table in Markdown."""
     print(f"\n{title}\n")
     for row in (heads, ["---"] * len(heads), *rows):

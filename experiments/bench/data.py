@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from featinv_pl.sampling.noise import Draws
+
 
 class RandomSamples(Dataset[dict[str, Any]]):
     """As many samples as anybody could want."""
@@ -47,4 +49,12 @@ class RandomData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """All of them."""
-        return DataLoader(self.samples, self.batch_size, collate_fn=default_collate)
+        return DataLoader(self.samples, self.batch_size, collate_fn=self._collate)
+
+    def _collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """With what a training step draws, as FeatureShards has it."""
+        batch: dict[str, Any] = default_collate(samples)
+        drawn = torch.initial_seed(), 0, 1000
+        channels, *grid = batch["moments"].shape[1:]
+        batch["noise"], batch["timesteps"], batch["chances"] = Draws(*drawn)(batch["key"], (channels // 2, *grid))
+        return {**batch, "drawn": drawn}

@@ -5,20 +5,20 @@ network leaves that to autocast.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 from unittest.mock import patch
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.pretended import autocast, flash, to_gpu
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
 from featinv_pl.nets.precision import call_again, call_throughout, spare_factors
@@ -87,11 +87,11 @@ def activations(shapes: Shapes, mixed: bool, again: bool) -> int:
 
 def _held(shapes: Shapes, batch_size: int, mixed: bool, again: bool) -> int:
     unet, control = _networks(shapes, mixed, again)
-    fused = patch.object(functional, "scaled_dot_product_attention", _flash)  # which no GPU does in parts
+    fused = patch.object(functional, "scaled_dot_product_attention", flash)  # which no GPU does in parts
     live = Live()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), live, fused:
         for network in (unet, control):
-            _to_gpu(network)
+            to_gpu(network)
         latents, prompts, maps = (
             torch.randn(batch_size, *shape) for shape in (shapes.latents, shapes.prompt, shapes.features)
         )
@@ -126,31 +126,3 @@ def _networks(shapes: Shapes, mixed: bool, again: bool) -> tuple[UNet2DCondition
         unet.enable_gradient_checkpointing(call_again)
         control.controlnet.enable_gradient_checkpointing(call_again)
     return unet, control
-
-
-def _to_gpu(network: nn.Module) -> None:
-    """Replace weights that have no device by those of a GPU: `to` cannot, of tensors without values."""
-    for module in network.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            made = torch.empty(weight.shape, dtype=weight.dtype)
-            setattr(module, name, nn.Parameter(made, weight.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-
-
-@contextmanager
-def autocast() -> Iterator[None]:
-    """As Lightning's bf16-mixed; torch.autocast itself would ask for a GPU."""
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    torch.set_autocast_cache_enabled(False)
-    torch.set_autocast_enabled("cuda", True)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_cache_enabled(True)
-
-
-def _flash(queries: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Tensor:
-    attended: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values)[0]
-    return attended

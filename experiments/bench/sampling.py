@@ -51,7 +51,7 @@ def measure(
     Returns:
         The ways with their times, the noise that all began with, and the rates of plain products in between.
     """
-    full, fast = (_model(options) for _ in range(2))
+    full, fast = (steered(options).to(machine.DEVICE) for _ in range(2))
     keep_products_in(fast, torch.bfloat16)
     features = torch.randn(batch_size, *full.inverter.classifier.feature_shape, device=machine.DEVICE)
     noise = torch.randn(batch_size, *full.inverter.prior.latent_grid(full.inverter.image_size), device=machine.DEVICE)
@@ -141,11 +141,11 @@ def per_image(way: Way) -> float:
     return median(way.seconds)
 
 
-def _model(options: dict[str, Any]) -> FeatureInversion:
+def steered(options: dict[str, Any]) -> FeatureInversion:
     """An inverter whose control steers, though it is not trained: zeros would hide mistakes."""
     torch.manual_seed(0)
     model = FeatureInversion(**options).eval()
     for parameter in model.inverter.control.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    return model.to(machine.DEVICE)
+    return model

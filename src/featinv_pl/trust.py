@@ -18,6 +18,7 @@ IMPORTABLE = (  # of torch not all: it can also load and compile what it is give
     "timm.optim",
     "timm.scheduler",
     "torch.Tensor",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
     "torch.nn",
     "torch.optim",
     "torchmetrics",

@@ -88,6 +88,8 @@ def _imagenet() -> Iterator[tuple[str, Act]]:
     for name in ("12gb", "24gb", "80gb"):
         file = f"imagenet/memory/{name}.yaml"
         yield file, partial(train, *beneath, file, f"parts/{name}.yaml", root=f"runs/imagenet/{name}")
+    for name in ("several", "slow-links"):
+        yield f"imagenet/gpus/{name}.yaml", partial(train, *beneath, f"imagenet/gpus/{name}.yaml", root=f"runs/{name}")
 
 
 def _sweeps() -> Iterator[tuple[str, Act]]:
@@ -102,6 +104,8 @@ def _benchmarks() -> Iterator[tuple[str, Act]]:
     for name in (*SAVINGS, *AGAIN, *ON_GPU):
         chain += [f"bench/{name}.yaml"]
         yield f"bench/{name}.yaml", partial(benchmark, *chain, "parts/bench.yaml")
+    beneath = ("imagenet/train/resnet50-spatial.yaml", "parts/train-resnet50.yaml")
+    yield "bench/gpu.yaml", partial(benchmark, *beneath, "bench/gpu.yaml", "parts/bench.yaml")
     yield "bench/profile.yaml", partial(benchmark, "digits/spatial.yaml", "bench/profile.yaml", DEBUG)
 
 
