@@ -14,7 +14,7 @@ from featinv_pl.commands import COMMANDS
 from featinv_pl.options import Parser, add_sampler, changed
 from featinv_pl.sampling.sampler import AUTHORS, Refinement, Sampler
 
-SAMPLING = ("reconstruct", "steer", "interpolate", "compose", "compare", "app")
+SAMPLING = ("reconstruct", "steer", "interpolate", "compose", "compare", "audit", "app")
 FIELDS = [f"sampler.{field.name}" for field in fields(Sampler) if field.name != "refine"]
 FIELDS += [f"sampler.refine.{field.name}" for field in fields(Refinement)]
 

@@ -129,6 +129,29 @@ def _compare(parser: Parser, args: list[str]) -> None:
     _finish(found, options.out)
 
 
+def _audit(parser: Parser, args: list[str]) -> None:
+    parser.add_argument(
+        "--methods", nargs="+", choices=("inverter", "refined", "training-free"), default=["inverter"],
+        help="each makes num_samples: the inverter as it is, with gradient steps, or these without control (inverter)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--fidelity", type=float, metavar="COSINE",
+        help="of an accepted sample's map with the picture's, at least (that of the autoencoder's reconstruction)",
+    )  # fmt: skip
+    parser.add_argument("--others", metavar="BACKBONE", nargs="+", default=[], help="classifiers to ask besides")
+    options = parse_pictures(parser, args, "+", num_samples=64)
+    from featinv_pl.explore.audit import audit
+    from featinv_pl.nets.backbone import Backbone
+    from featinv_pl.pages.page import unique_names
+
+    pipeline = load_pipeline(options.model, options)
+    with renamed("backbone", "others"):
+        others = {name: Backbone(name).to(pipeline.device) for name in options.others}
+    names = unique_names([path.stem for path in options.paths])
+    sampled = options.num_samples, options.methods, options.fidelity
+    _finish(audit(pipeline, names, options.pictures, *sampled, others, options.seed), options.out)
+
+
 def _app(parser: Parser, args: list[str]) -> None:
     parser.add_argument("--model", required=True, help=MODEL)
     parser.add_argument("--concepts", type=Path, help=f"{CONCEPTS}, to steer along")
@@ -255,6 +278,10 @@ COMMANDS = {
     "compare": Command(
         "show pictures beside several inverters' reconstructions", _compare,
         "featinv-pl compare cat.jpg dog.jpg --models runs/one runs/other --out runs/compared",
+    ),
+    "audit": Command(
+        "find what a classifier ignores: what varies at fixed features", _audit,
+        "featinv-pl audit cat.jpg dog.jpg --model runs/inverter --out runs/audited",
     ),
     "app": Command(
         "serve a page to reconstruct, steer and interpolate", _app,

@@ -48,6 +48,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, inverter_folder: Path, dig
             "interpolation": ["interpolate", *model, *two, "--steps", "4", "--mode", "slerp", "--real", train],
             "composition": ["compose", *model, *two, "--box", "0,0,16,32", "--num_samples", "2"],
             "comparison": ["compare", *two, "big.png", "--models", model[1], model[1]],
+            "audit": ["audit", *model, *two, "--num_samples", "4", "--methods", "inverter", "refined"],
         }.items():
             main([*command, "--out", name])
     return folder
@@ -73,10 +74,12 @@ def test_facts_are_of_what_was_asked_for(outputs: Path) -> None:
     comparison = facts("comparison")
     assert list(comparison) == ["digit-4", "digit-7", "big"]
     assert list(comparison["big"]) == ["0-model", "1-model"]
+    audit = facts("audit")
+    assert (list(audit["acceptance"]), list(audit["images"])) == (["inverter", "refined"], ["digit-4", "digit-7"])
     assert (outputs / "comparison/comparison.html").read_text().count("→") == 2 * 6  # in captions and alternatives
 
 
-@pytest.mark.parametrize("name", ["examples", "steering", "interpolation", "composition", "comparison"])
+@pytest.mark.parametrize("name", ["examples", "steering", "interpolation", "composition", "comparison", "audit"])
 def test_page_on_a_phone(name: str, outputs: Path, browser: Browser) -> None:
     problems: list[str] = []
     page = browser.new_page(viewport=PHONE)

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
 from featinv_pl.data.shards.reader import ShardSet
@@ -19,7 +20,8 @@ from featinv_pl.errors import UserError
 from featinv_pl.inverter.outputs import as_picture
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.pages.page import Report, Tile, open_picture, prediction
-from featinv_pl.types import Observation, predicted
+from featinv_pl.sampling.sampler import Sampler
+from featinv_pl.types import Observation, from_uint8, predicted, to_uint8
 
 Line = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{0,500}$")]  # for it is printed
 
@@ -124,14 +126,30 @@ def classify(pipeline: FeatInvPipeline, pictures: Sequence[Image.Image]) -> Obse
     return _on_cpu(pipeline.classify(pipeline.crop(pictures)))
 
 
+def autoencode(pipeline: FeatInvPipeline, images: Tensor) -> Observation:
+    """Encode and decode images (P, 3, H, W) by the prior's autoencoder, and classify them: the ceiling of fidelity."""
+    inverter, side = pipeline.inverter, pipeline.inverter.image_size
+    sized = resize(images.to(pipeline.device), [side, side], InterpolationMode.BICUBIC)
+    with torch.no_grad(), torch.autocast(pipeline.device.type, pipeline.dtype, pipeline.dtype != torch.float32):
+        moments = inverter.prior.autoencoder.encode(from_uint8(to_uint8(sized)))
+        mean, _ = moments.chunk(2, dim=1)
+        decoded = inverter.decode(inverter.prior.autoencoder.sample(moments, torch.zeros_like(mean)))
+    return _on_cpu(pipeline.classify(decoded))
+
+
 def reconstruct_maps(
-    pipeline: FeatInvPipeline, maps: Tensor | Sequence[Tensor], num_samples: int = 1, seed: int = 0
+    pipeline: FeatInvPipeline,
+    maps: Tensor | Sequence[Tensor],
+    num_samples: int = 1,
+    seed: int = 0,
+    sampler: Sampler | None = None,
 ) -> Observation:
     """Reconstruct each of S maps (C, h, w) n times, all from the same noise, and classify the images as bytes.
 
+    A `sampler` replaces the pipeline's own.
     On the CPU come images (S, n, 3, H, W) in [-1, 1], features (S, n, C, h, w) and logits (S, n, K).
     """
-    found = pipeline.classify(pipeline.reconstruct(torch.stack([*maps]), num_samples, seed))
+    found = pipeline.classify(pipeline.reconstruct(torch.stack([*maps]), num_samples, seed, sampler))
     images, features, logits = (
         one.unflatten(0, (-1, num_samples)) for one in (found["images"], found["features"], found["logits"])
     )

@@ -203,32 +203,32 @@ class FeatInvPipeline:
         images, features, logits = (torch.cat([part[name] for part in parts]) for name in names)
         return {"images": images, "features": features, "logits": logits}
 
-    def reconstruct(self, features: Tensor, num_samples: int = 1, seed: int = 0) -> Tensor:
+    def reconstruct(
+        self, features: Tensor, num_samples: int = 1, seed: int = 0, sampler: Sampler | None = None
+    ) -> Tensor:
         """Reconstruct images (B * num_samples, 3, H, W), about [-1, 1], from one map (C, h, w) or B maps (B, C, h, w).
 
         All samples of the first map come first. Noise depends on the seed and on the sample's number alone, so equal
-        numbers of two maps start from equal noise, and their differences are due to the maps.
+        numbers of two maps differ by the maps alone. A `sampler` replaces the inverter's own.
         """
         maps = as_maps(features, self.inverter.classifier.feature_shape).repeat_interleave(num_samples, 0)
         keys = [str(number % num_samples) for number in range(len(maps))]
-        return self._sample(maps, keys, seed, self.inverter.sampler, None, None)
+        return self._sample(maps, keys, seed, sampler or self.inverter.sampler, None, None)
 
     def _sample(
         self, maps: Tensor, keys: list[str], seed: int, sampler: Sampler, size: int | None, on_step: OnStep | None
     ) -> Tensor:
-        most = REFINED_PIXELS if sampler.refine else PIXELS
-        size = size or max(1, min(MOST, most // self.inverter.image_size**2))
+        size = size or max(1, min(MOST, (REFINED_PIXELS if sampler.refine else PIXELS) // self.inverter.image_size**2))
         parts = [slice(start, start + size) for start in range(0, len(maps), size)]
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        images = []
         with self.progress_bar(total=len(parts) * sampler.steps * sampler.best_of) as bar, autocast:
 
             def after(step: Step, latents: Tensor) -> Tensor:
                 bar.update()
                 return on_step(step, latents) if on_step else latents
 
-            for part in parts:
-                images.append(self.inverter.reconstruct(maps[part].to(self.device), keys[part], seed, sampler, after))
+            reconstruct = self.inverter.reconstruct
+            images = [reconstruct(maps[part].to(self.device), keys[part], seed, sampler, after) for part in parts]
         return torch.cat(images)
 
     def __call__(
