@@ -35,9 +35,9 @@ from featinv_pl.mistakes import paths_explained
 from featinv_pl.nets.weights import read_checkpoint
 from featinv_pl.options import ended
 from featinv_pl.runtime.changes import Changes
-from featinv_pl.runtime.checkpoints import AtomicCheckpoints, find_checkpoint
+from featinv_pl.runtime.checkpoints import AtomicCheckpoints, BackgroundCheckpoints, find_checkpoint
 from featinv_pl.runtime.finite import FiniteGuard
-from featinv_pl.runtime.internals import CommandLine, drop_deprecated, savers, silence_tips
+from featinv_pl.runtime.internals import CommandLine, drop_deprecated, savers, silence_tips, uploads
 from featinv_pl.runtime.progress import Progress, Speed
 from featinv_pl.runtime.ranks import join_ranks, ranks_together
 from featinv_pl.runtime.resuming import RUN_ID, Resume
@@ -151,7 +151,7 @@ class FeatinvCLI(CommandLine):
             raise UserError(f"`trainer`: {' '.join(str(error).split())}") from error
         drop_deprecated(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpoints()
+            trainer.strategy.checkpoint_io = AtomicCheckpoints() if uploads(trainer) else BackgroundCheckpoints()
         cast(Any, trainer).callbacks.insert(0, SaveLast())  # first: before MovingAverage replaces the weights
         for saver in savers(trainer):
             if saver.dirpath is None:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +17,8 @@ import yaml
 
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
-from featinv_pl.runtime.checkpoints import ABANDONED, AtomicCheckpoints, find_checkpoint
+from featinv_pl.runtime import checkpoints
+from featinv_pl.runtime.checkpoints import ABANDONED, AtomicCheckpoints, BackgroundCheckpoints, find_checkpoint
 from featinv_pl.runtime.saving import claim
 from interrupts import Capture, checkpoint, eventually
 from test_cli import files, refused
@@ -36,6 +38,44 @@ def save(path: Path, step: int = 7, **more: Any) -> Path:
     return path
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, begun, check = threading.Event(), threading.Event(), checkpoints.check_archive
+
+    def wait(path: Path) -> None:
+        begun.set()
+        assert go.wait(60)
+        check(path)
+
+    monkeypatch.setattr(checkpoints, "check_archive", wait)
+    io, weight, old, new = BackgroundCheckpoints(), torch.zeros(3), tmp_path / "old.ckpt", tmp_path / "new.ckpt"
+    old.touch()
+    state = {"state_dict": {"weight": weight, "same": weight}, "best": {"k": [1]}, "global_step": 8}
+    io.save_checkpoint(state, new)
+    io.remove_checkpoint(old)
+    assert begun.wait(60)
+    weight += 1  # the next step
+    state["best"]["k"].append(2)  # type: ignore[index]
+    io.settle(wait=False)
+    assert old.exists()
+    assert not new.exists()
+    go.set()
+    io.settle()
+    found = torch.load(new, weights_only=True)
+    assert found["state_dict"]["weight"].tolist() == [0, 0, 0]
+    assert found["state_dict"]["weight"].data_ptr() == found["state_dict"]["same"].data_ptr()
+    assert found["best"] == {"k": [1]}
+    assert os.listdir(tmp_path) == ["new.ckpt"]
+
+    io.save_checkpoint({"global_step": 9}, new / "impossible.ckpt")
+    io.remove_checkpoint(new)
+    with pytest.raises(UserError, match=r"could not be saved: (File exists|Not a directory)"):
+        io.save_checkpoint({"global_step": 10}, new)
+    assert torch.load(new, weights_only=True)["global_step"] == 8  # of a failure nothing is removed
+    io.save_checkpoint({"global_step": 11}, new)
+    io.teardown()
+    assert io.load_checkpoint(new)["global_step"] == 11
+
+
 def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = save(tmp_path / "a.ckpt")
     before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -53,9 +93,23 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.ckpt"]
 
 
-def test_killed_while_saving(tmp_path: Path) -> None:
+class InBackground(AtomicCheckpoints):
+    """Saves by threads of each process."""
+
+    own: tuple[int, BackgroundCheckpoints] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if first := self.own is None or self.own[0] != os.getpid():
+            self.own = os.getpid(), BackgroundCheckpoints()
+        self.own[1].save_checkpoint(checkpoint, path, storage_options)  # type: ignore[index]
+        if first:
+            self.own[1].settle()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("how", [AtomicCheckpoints(), InBackground()])
+def test_killed_while_saving(how: AtomicCheckpoints, tmp_path: Path) -> None:
     """Processes are killed at moments spread over the saving of 40 MB: no checkpoint is ever broken."""
-    broken, interrupted = kill_while_saving(AtomicCheckpoints(), tmp_path / "a.ckpt", 3)
+    broken, interrupted = kill_while_saving(how, tmp_path / "a.ckpt", 3)
     assert broken == 0
     assert interrupted  # or nothing was tested
     old, young = tmp_path / "old.ckpt.partial", tmp_path / "young.ckpt.partial"

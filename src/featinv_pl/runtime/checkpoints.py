@@ -1,14 +1,18 @@
-"""Atomic checkpoint writes, and the choice of the checkpoint to resume from."""
+"""Atomic checkpoint writes, in the background, and the choice of the checkpoint to resume from."""
 
 import math
 import time
 from collections.abc import Callable, Iterable
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from featinv_pl.errors import UserError, spelled
 from featinv_pl.files import PARTIAL, atomic
@@ -52,6 +56,89 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path), OPTION)  # whatever was asked for: nothing in a checkpoint may run code
+
+
+class BackgroundCheckpoints(AtomicCheckpoints):
+    """Writes a checkpoint in a thread, from a copy of the state, while training goes on.
+
+    There is one at a time, and none is removed before the one that replaces it is complete. An error is raised where
+    training next looks (`settle`), which it does after each batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread: ThreadPoolExecutor | None = None
+        self.jobs: list[Future[None]] = []
+        self.error: BaseException | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.settle()
+        self._later(super().save_checkpoint, copied(checkpoint), path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._later(super().remove_checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.settle()
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def settle(self, wait: bool = True) -> None:
+        """Raise the error of what was to be written or removed; by default, wait until all of it is done."""
+        if wait or all(job.done() for job in self.jobs):
+            futures.wait(self.jobs)
+            self.jobs, error, self.error = [], self.error, None
+            if error is not None:
+                raise error
+
+    def teardown(self) -> None:
+        try:
+            self.settle()
+        finally:
+            if self.thread is not None:
+                self.thread.shutdown()
+                self.thread = None
+
+    def _later(self, work: Callable[..., None], *given: Any) -> None:
+        def run() -> None:
+            if self.error is None:  # or what is there is all that there is
+                try:
+                    work(*given)
+                except BaseException as error:
+                    self.error = error
+
+        self.thread = self.thread or ThreadPoolExecutor(1)  # not before, so that a run can be sent to other processes
+        self.jobs.append(self.thread.submit(run))
+
+
+def settle(trainer: Trainer, wait: bool = True) -> None:
+    """See `BackgroundCheckpoints.settle`, if the trainer has such."""
+    if isinstance(writer := trainer.strategy.checkpoint_io, BackgroundCheckpoints):
+        writer.settle(wait)
+
+
+def copied(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with copies in memory of all its tensors: of a GPU's, in pages that it writes to by itself."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(one: Tensor) -> Tensor:
+        same = one.data_ptr(), one.shape, one.stride(), one.dtype, one.device
+        if same not in copies:
+            pinned = one.device.type == "cuda"
+            there = torch.empty_like(one, device="cpu", pin_memory=pinned, requires_grad=False)
+            copies[same] = there.copy_(one.detach(), non_blocking=pinned)
+        return copies[same]
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return copy(value)
+        if isinstance(value, dict):
+            return {name: walk(one) for name, one in value.items()}
+        return type(value)(map(walk, value)) if type(value) in (list, tuple) else value
+
+    made: dict[str, Any] = walk(checkpoint)
+    if any(device.type == "cuda" for *_, device in copies):
+        torch.cuda.synchronize()
+    return made
 
 
 def find_checkpoint(given: str, run_folders: Callable[[], Iterable[Path]]) -> Path | None:

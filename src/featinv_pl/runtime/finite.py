@@ -88,7 +88,8 @@ class FiniteGuard(Callback):
         """Refuse weights that are not finite: an optimizer can make some of finite gradients."""
         for part in ("state_dict", "current_model_state"):
             weights = {name: one for name, one in checkpoint.get(part, {}).items() if isinstance(one, Tensor)}
-            spoilt = [name for name, one in weights.items() if not one.isfinite().all()]
+            good = torch.stack([one.isfinite().all() for one in weights.values()]).tolist() if weights else []
+            spoilt = [name for name, fine in zip(weights, good, strict=True) if not fine]
             if spoilt:
                 raise UserError(
                     f"step {trainer.global_step}: {len(spoilt)} weights are not finite, such as {spoilt[0]}, so they "

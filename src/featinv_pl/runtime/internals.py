@@ -61,6 +61,11 @@ def logs_step(trainer: Trainer) -> bool:
     return trainer._logger_connector.should_update_logs
 
 
+def uploads(trainer: Trainer) -> bool:
+    """Whether a logger sends checkpoints elsewhere as soon as they are saved."""
+    return any(getattr(logger, "_log_model", False) for logger in trainer.loggers)
+
+
 def savers(trainer: Trainer) -> list[ModelCheckpoint]:
     """The ModelCheckpoint callbacks of a trainer."""
     return [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.data.workers import SIGNALS
+from featinv_pl.runtime.checkpoints import settle
 from featinv_pl.runtime.internals import save_now, savers
 from featinv_pl.runtime.ranks import first_rank, forget_children, mean_of_ranks, say
 
@@ -92,6 +93,7 @@ class Stop(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Save if asked; the end comes when what this step has logged is logged."""
+        settle(trainer, wait=False)
         asked = self.signal if trainer.world_size == 1 else self._asked(pl_module.device)
         if asked and not trainer.fit_loop._should_accumulate():  # gradients that wait for further batches are not saved
             self.signal = asked
@@ -139,6 +141,7 @@ class Stop(Callback):
         self.saved, requeued = True, self.signal == self.requeue
         if trainer.state.fn == "fit" and (path := _save_at(trainer, requeued)):
             where = f"--ckpt_path {os.path.relpath(path)}"
+            settle(trainer)
             self.hint = f"step {trainer.global_step} is saved. Resume: the same command with {where}"
         if requeued and trainer.is_global_zero:
             self.hint += _requeue()
