@@ -99,6 +99,18 @@ def test_a_reconstruction_is_found_by_the_same_model_only(
     assert len({name for names in found.values() for name in names}) == 3 * len(CHANGES)
 
 
+def test_ceilings_are_decoded_once(make: Make, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the validations of a training, whose decoder does not change."""
+    inverter, batch, kept = make(), make_batch(4), {}
+    plain = Reconstructions(inverter, {})._ceiling(batch)
+    first = Reconstructions(inverter, {}, ceilings=kept)._ceiling(batch)
+    monkeypatch.setattr(inverter, "decode", None)
+    again = Reconstructions(inverter, {}, ceilings=kept)._ceiling(rows(batch, [2, 0]))
+    assert torch.equal(plain["images"], first["images"])
+    assert torch.equal(first["images"][[2, 0]], again["images"])
+    torch.testing.assert_close(first["features"][[2, 0]], again["features"])
+
+
 def test_reconstructions_do_not_depend_on_batch_or_cache(
     make: Make, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
+from torch import Tensor
 
 from featinv_pl.errors import UserError, renamed
 from featinv_pl.evaluation.baselines import from_training_shards
@@ -88,8 +89,10 @@ class Evaluation(Callback):
             self.judge = Backbone(judge) if judge else None
         self.sizes: dict[str, int] | None = None
         self.timed: list[tuple[float, int]] = []
+        self.ceilings: dict[str, Tensor] = {}  # of one fit
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.ceilings.clear()
         if self.dry_run and stage == "test":
             self.sizes = trainer.datamodule.test_first_set_only()
 
@@ -117,7 +120,8 @@ class Evaluation(Callback):
             cache = ImageCache(self.root, {**inverter.identity(), **how})
         if self.writes:
             self.results.provenance = _provenance(trainer, pl_module, samplers, how)
-        self.reconstructions = Reconstructions(inverter, samplers, num_samples, baselines, cache)
+        ceilings = self.ceilings if self.training else None
+        self.reconstructions = Reconstructions(inverter, samplers, num_samples, baselines, cache, ceilings)
         scorers = self._scorers(inverter, num_samples > 1)
         lossy = [name for name, one in test_sets.items() if one.manifest["settings"]["image_format"] == "jpg"]
         if lossy:
