@@ -71,7 +71,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=r"could not be saved: (File exists|Not a directory)"):
         io.save_checkpoint({"global_step": 10}, new)
     assert torch.load(new, weights_only=True)["global_step"] == 8  # of a failure nothing is removed
-    io.save_checkpoint({"global_step": 11}, new)
+    io.save_checkpoint({**CHECKPOINT, "global_step": 11}, new)
     io.teardown()
     assert io.load_checkpoint(new)["global_step"] == 11
 

@@ -57,7 +57,7 @@ def test_average_is_validated_and_kept(
         torch.testing.assert_close(saved["state_dict"][f"control.{name}"], value)
         torch.testing.assert_close(model.inverter.control.state_dict()[name], value)
         assert torch.equal(saved["current_model_state"][f"control.{name}"], history.weights[-1][name])
-    assert {name.split(".")[0] for name in saved["state_dict"]} == {"control"}
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {"control", "regression"}
     del model.inverter.digests
     assert model.inverter.digests == frozen
     assert any(not torch.equal(value, history.weights[-1][name]) for name, value in expected.items())
