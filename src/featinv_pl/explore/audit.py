@@ -103,8 +103,8 @@ def _audited(
     if number:
         opinions[MODEL] = _opinion(picture, decoded, accepted, far)
         for other, classifier in others.items():
-            views = (_seen_by(classifier, seen["images"]) for seen in (picture, decoded, accepted))
-            opinions[other] = _opinion(*views, far)
+            one, two, three = (_seen_by(classifier, seen["images"]) for seen in (picture, decoded, accepted))
+            opinions[other] = _opinion(one, two, three, far)
     shown = picture["images"]
     if shown.shape != decoded["images"].shape:
         shown = interpolate(shown, decoded["images"].shape[-2:], mode="bicubic", antialias=True).clamp(-1, 1)

@@ -107,7 +107,7 @@ def regions(picture: NDArray[np.uint8], variances: Tensor) -> tuple[NDArray[np.i
 def _radius(height: int, width: int) -> Tensor:
     """The frequency (H, W) of each coefficient, in cycles per image."""
     rows, columns = (torch.fft.fftfreq(side, dtype=torch.float64) * side for side in (height, width))
-    return (rows[:, None].square() + columns.square()).sqrt()
+    return torch.hypot(*torch.meshgrid(rows, columns, indexing="ij"))
 
 
 def _octaves(height: int, width: int) -> tuple[Tensor, list[str]]:
