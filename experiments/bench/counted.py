@@ -39,7 +39,8 @@ class Steps(Callback):
     """Takes the counts of each step, from the start of one to the start of the next."""
 
     def __init__(self, counted: Counted) -> None:
-        self.counted, self.steps, self.base = counted, [], 0
+        self.counted, self.base = counted, 0
+        self.steps: list[Any] = []
         counted.counts = Counts()
 
     def on_train_batch_start(self, *args: Any) -> None:

@@ -103,9 +103,9 @@ class Counted(TorchDispatchMode):
             return bool(value) if packet is aten.is_nonzero else value
         if packet is aten.nonzero:
             with unset_fake_temporarily(), _disable_current_modes():
-                value = value_of(given[0]).nonzero()
-            found = torch.empty(value.shape, dtype=value.dtype, device=given[0].device)
-            VALUES[found] = value
+                places = value_of(given[0]).nonzero()
+            found = torch.empty(places.shape, dtype=places.dtype, device=given[0].device)
+            VALUES[found] = places
             return found
         if packet is aten.index and on_gpu and _masks(given):
             return args[0].flatten(0, given[1].ndim - 1).clone()  # as if all were meant
@@ -181,7 +181,8 @@ def value_of(tensor: Tensor) -> Tensor:
     if tensor not in VALUES:
         with unset_fake_temporarily(), _disable_current_modes():
             VALUES[tensor] = torch.ones(tensor.shape, dtype=tensor.dtype)
-    return VALUES[tensor]
+    value: Tensor = VALUES[tensor]
+    return value
 
 
 def _remember(func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:

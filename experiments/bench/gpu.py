@@ -58,7 +58,8 @@ def main(args: Sequence[str] | None = None) -> None:
         small = tiny_options(make_classifier(OUT), make_prior(OUT))
     elif not (OUT / "prior").is_dir():
         write_prior(OUT / "prior")
-    end, found = time.monotonic() + 60 * options.minutes, {"machine": machine.describe()}
+    end = time.monotonic() + 60 * options.minutes
+    found: dict[str, Any] = {"machine": machine.describe()}
     print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
     allow_imports()
     parts: dict[str, Callable[[list[str]], Iterator[tuple[str, dict[str, Any]]]]] = {
@@ -107,7 +108,7 @@ def speeds(small: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     rate = machine.product_rates()["bfloat16"]
     sizes = (1, 2, 3) if small else (8, 64, 128)
     middle = sizes[1]
-    rows = {f"batches of {size}": (size, []) for size in sizes}
+    rows: dict[str, tuple[int, list[str]]] = {f"batches of {size}": (size, []) for size in sizes}
     rows |= {
         f"batches of {middle}, channels_last off": (middle, [f"{CHANNELS_LAST}=false"]),
         f"batches of {sizes[0]}, compiled": (sizes[0], [f"{COMPILE}=true"]),

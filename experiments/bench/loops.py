@@ -69,7 +69,7 @@ def _ways(unet: dict[str, Any], batch_size: int, mixed: bool, shared: bool) -> d
     prior.prompt, prior.empty = torch.randn(2, TOKENS, WIDTH)
     inverter.control = FeatureControl(prior.unet, FEATURES[0], Encoder())
     # At full size there is memory for one set of networks; without factors of 1, theirs is a little faster, too.
-    theirs = [prior.unet, inverter.control] if shared else [deepcopy(prior.unet), deepcopy(inverter.control)]
+    theirs: Any = [prior.unet, inverter.control] if shared else [deepcopy(prior.unet), deepcopy(inverter.control)]
     if mixed:
         keep_products_in(prior.unet, torch.bfloat16)
         theirs[0].to(torch.bfloat16)
@@ -81,7 +81,9 @@ def _ways(unet: dict[str, Any], batch_size: int, mixed: bool, shared: bool) -> d
         key=[str(number) for number in range(batch_size)],
     )  # type: ignore[typeddict-item]
     return {
-        "diffusers": partial(_theirs, *theirs, AdamW(theirs[1].parameters(), lr=1e-4), model, batch, mixed),
+        "diffusers": partial(
+            _theirs, theirs[0], theirs[1], AdamW(theirs[1].parameters(), lr=1e-4), model, batch, mixed
+        ),
         "ours": partial(_ours, model, AdamW(inverter.control.parameters(), lr=1e-4, fused=True), batch, mixed),
     }
 
@@ -93,7 +95,7 @@ def _autocast(mixed: bool) -> Any:
 def _ours(model: FeatureInversion, optimizer: AdamW, batch: Batch, mixed: bool) -> None:
     with _autocast(mixed):
         loss = model.training_step(batch, 0)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     model.gradient_norm = total_norm(optimizer)
     nn.utils.clip_grads_with_norm_(model.inverter.control.parameters(), 1.0, model.gradient_norm)
     optimizer.step()
@@ -121,7 +123,7 @@ def _theirs(
         mid_block_additional_residual=middle.to(dtype),
         return_dict=False,
     )[0]
-    functional.mse_loss(prediction.float(), noise).backward()  # type: ignore[no-untyped-call]
+    functional.mse_loss(prediction.float(), noise).backward()
     nn.utils.clip_grad_norm_(control.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

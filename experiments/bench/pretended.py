@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -36,15 +36,15 @@ def backward(loss: Tensor) -> None:
             seen.add(node)
             stack += [(node, True), *((one, False) for one, _ in node.next_functions)]
     waiting: dict[Any, dict[int, Tensor]] = defaultdict(dict)
-    gradient = torch.ones_like(loss)
+    gradient: Any = torch.ones_like(loss)
     for hook in (loss._backward_hooks or {}).values():
         gradient = hook(gradient)
     waiting[loss.grad_fn][0] = gradient
     with torch.no_grad():
         for node in reversed(order):
             arrived = waiting.pop(node, {})
-            metadata = node._input_metadata
-            gradients = [arrived.get(number) for number in range(len(metadata))]
+            metadata = cast(Any, node)._input_metadata
+            gradients: list[Any] = [arrived.get(number) for number in range(len(metadata))]
             for number, (one, wanted) in enumerate(zip(gradients, metadata, strict=True)):
                 if one is not None:
                     gradients[number] = one.sum_to_size(wanted.shape).to(wanted.dtype)

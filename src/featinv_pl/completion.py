@@ -29,7 +29,7 @@ complete -o default -F _featinv_pl featinv-pl"""
 class _Options(Parser):
     """A parser that collects options, and ends the command that adds them before it does anything."""
 
-    def parse_args(self, *_: Any) -> NoReturn:
+    def parse_args(self, *_: Any) -> NoReturn:  # type: ignore[override]  # it only stops
         raise StopIteration
 
 

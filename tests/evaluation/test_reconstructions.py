@@ -101,7 +101,8 @@ def test_a_reconstruction_is_found_by_the_same_model_only(
 
 def test_ceilings_are_decoded_once(make: Make, make_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the validations of a training, whose decoder does not change."""
-    inverter, batch, kept = make(), make_batch(4), {}
+    inverter, batch = make(), make_batch(4)
+    kept: dict[Any, Any] = {}
     plain = Reconstructions(inverter, {})._ceiling(batch)
     first = Reconstructions(inverter, {}, ceilings=kept)._ceiling(batch)
     monkeypatch.setattr(inverter, "decode", None)

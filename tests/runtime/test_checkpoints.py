@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def save(path: Path, step: int = 7, **more: Any) -> Path:
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, begun, check = threading.Event(), threading.Event(), checkpoints.check_archive
+    go, begun, check = threading.Event(), threading.Event(), cast(Any, checkpoints).check_archive
 
     def wait(path: Path) -> None:
         begun.set()
@@ -49,12 +49,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     monkeypatch.setattr(checkpoints, "check_archive", wait)
     io, weight, old, new = BackgroundCheckpoints(), torch.zeros(3), tmp_path / "old.ckpt", tmp_path / "new.ckpt"
     old.touch()
-    state = {"state_dict": {"weight": weight, "same": weight}, "best": {"k": [1]}, "global_step": 8}
+    state: Any = {"state_dict": {"weight": weight, "same": weight}, "best": {"k": [1]}, "global_step": 8}
     io.save_checkpoint(state, new)
     io.remove_checkpoint(old)
     assert begun.wait(60)
     weight += 1  # the next step
-    state["best"]["k"].append(2)  # type: ignore[index]
+    state["best"]["k"].append(2)
     io.settle(wait=False)
     assert old.exists()
     assert not new.exists()
@@ -101,9 +101,9 @@ class InBackground(AtomicCheckpoints):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         if first := self.own is None or self.own[0] != os.getpid():
             self.own = os.getpid(), BackgroundCheckpoints()
-        self.own[1].save_checkpoint(checkpoint, path, storage_options)  # type: ignore[index]
+        self.own[1].save_checkpoint(checkpoint, path, storage_options)
         if first:
-            self.own[1].settle()  # type: ignore[index]
+            self.own[1].settle()
 
 
 @pytest.mark.parametrize("how", [AtomicCheckpoints(), InBackground()])

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -152,7 +152,8 @@ def test_a_step_takes_what_a_loader_has_drawn(make_model: Any, make_batch: MakeB
     model, batch, seed = make_model(), make_batch(4), torch.initial_seed()
     whole = model.training_step(batch, 0).item()
     names, drawn = ("noise", "timesteps", "chances"), Draws(seed, 0, 1000)(batch["key"], (4, 4, 4))
-    batch |= dict(zip(names, drawn, strict=True)) | {"drawn": [seed, 0, 1000]}  # as a loader hands it over
+    given: Any = dict(zip(names, drawn, strict=True)) | {"drawn": [seed, 0, 1000]}
+    batch |= given  # as a loader hands it over
     assert model.training_step(batch, 0).item() == whole
     batch["noise"] = torch.zeros_like(batch["noise"])
     assert model.training_step(batch, 0).item() != whole
@@ -285,7 +286,7 @@ class Copies(TorchDispatchMode):
     """Counts copies between the host and a device."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -414,18 +415,19 @@ class Reads(Callback, TorchDispatchMode):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:
-            self.__enter__()
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if args[-1] == 2:
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
 def test_a_step_waits_for_nothing(make_model: Any, make_batch: MakeBatch, tmp_path: Path) -> None:
     """Unless its loss is logged or shown."""
     model = make_model(objective=Objective(consistency=1.0), optimizer=partial(torch.optim.AdamW, fused=True))
     del model.log  # Lightning's own
-    reads, others = Reads(), [Progress(), Speed(), Resume(), FiniteGuard(), Stop()]
+    reads: Any = cast(Any, Reads)()
+    others = [Progress(), Speed(), Resume(), FiniteGuard(), Stop()]
     fit(model, make_batch(4), tmp_path, 4, callbacks=[*others, reads], enable_progress_bar=True, gradient_clip_val=1.0)
     assert reads.found == 0
 

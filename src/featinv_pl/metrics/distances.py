@@ -107,9 +107,9 @@ def _root(covariance: Tensor) -> Tensor:
         if known.device == covariance.device and torch.equal(known, covariance):
             return root
     values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    _roots.append((covariance, root))
-    return root
+    made: Tensor = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    _roots.append((covariance, made))
+    return made
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def encode(entry: dict[str, Any]) -> dict[str, bytes]:
         if suffix == "json":
             buffer.write(json.dumps(value).encode())
         elif suffix in IMAGES:
-            options = JPEG if suffix == "jpg" else PNG
+            options: dict[str, Any] = JPEG if suffix == "jpg" else PNG
             Image.fromarray(value).save(buffer, **options)
         else:
             np.save(buffer, value, allow_pickle=False)
