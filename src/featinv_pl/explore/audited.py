@@ -65,7 +65,7 @@ class Audited:
             heat = overlay(picture, torch.from_numpy(density / density.max().clip(min=1e-12))[labels])
             scale = max(1, SMALLEST // heat.width)  # for thin lines
             large = np.asarray(heat).repeat(scale, 0).repeat(scale, 1)
-            outlined = mark_boundaries(large, labels.repeat(scale, 0).repeat(scale, 1), color=(1, 1, 1))  # type: ignore[no-untyped-call]
+            outlined = mark_boundaries(large, labels.repeat(scale, 0).repeat(scale, 1), color=(1, 1, 1))
             varied, pixels = shares[density.argmax()]
             yield Tile(Image.fromarray((outlined * 255).astype(np.uint8)), f"by region\n{varied:.0%} on {pixels:.0%}")
         classes = self.opinions.get(MODEL, {}).get("extremes", [])
