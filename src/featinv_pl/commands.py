@@ -11,8 +11,10 @@ from featinv_pl.options import (
     MODEL,
     OUT,
     Parser,
+    add_device,
     add_sampler,
     box,
+    device_of,
     ended,
     folder,
     load_pipeline,
@@ -230,6 +232,17 @@ def _report(parser: Parser, args: list[str]) -> None:
     ended(f"{options.folder / 'report.html'} (open it in a browser)", f"featinv-pl export {best} OUT")
 
 
+def _errors(parser: Parser, args: list[str]) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, as `test` has left it")
+    parser.add_argument("--out", required=True, type=folder, help=OUT)
+    parser.add_argument("--num_images", type=positive, default=8, help="shown of each kind of error (%(default)s)")
+    add_device(parser)
+    options = parser.parse_args(args)
+    from featinv_pl.evaluation.failures import find_errors
+
+    _finish(find_errors(options.run, options.num_images, device_of(options)), options.out)
+
+
 class Command(NamedTuple):
     """A command: its line in `--help` and in the README, what parses its options and does the work, and an example."""
 
@@ -302,6 +315,10 @@ COMMANDS = {
     "report": Command(
         "write a page of scored inverters: pictures, tables, curves", _report,
         "featinv-pl report runs/demo",
+    ),
+    "errors": Command(
+        "show why a classifier errs, from the maps of its errors", _errors,
+        "featinv-pl errors runs/demo/spatial --out runs/errors",
     ),
 }  # fmt: skip
 

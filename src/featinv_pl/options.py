@@ -87,11 +87,23 @@ def parse_pictures(
     return options
 
 
+def add_device(parser: Parser) -> None:
+    """The option that names the device; see `device_of`."""
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (a GPU, if there is one)")
+
+
+def device_of(options: Namespace) -> str:
+    """The device that options name, else a GPU if there is one."""
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def add_sampler(parser: Parser) -> None:
     """An option for each field of `Sampler`, for the device and for the precision."""
     from featinv_pl.sampling.sampler import Sampler
 
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (a GPU, if there is one)")
+    add_device(parser)
     parser.add_argument(
         "--precision",
         choices=("32", "bf16", "16"),
@@ -144,9 +156,10 @@ def load_pipeline(model: str, options: Namespace) -> "FeatInvPipeline":
     from featinv_pl.inverter.pipeline import FeatInvPipeline
 
     dtypes = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16, None: None}
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with renamed("source", "model"):
-        pipeline = FeatInvPipeline.from_pretrained(model, torch_dtype=dtypes[options.precision], device=device)
+        pipeline = FeatInvPipeline.from_pretrained(
+            model, torch_dtype=dtypes[options.precision], device=device_of(options)
+        )
     pipeline.inverter.sampler = changed(pipeline.inverter.sampler, options)
     return pipeline
 

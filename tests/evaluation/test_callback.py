@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 import timm
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from pyarrow import parquet
 from safetensors.torch import load_file
@@ -31,6 +33,7 @@ from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.callback import Evaluation
 from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.metrics.estimates import wilson
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
 from interrupts import Capture
@@ -390,3 +393,95 @@ def test_scores_reach_the_caller(shards: Path, classifier_folder: Path, prior_fo
     assert returned == pytest.approx(joined(document()), rel=1e-6)
     assert {name: value.item() for name, value in trainer.callback_metrics.items()} == returned
     assert "Test metric" not in capsys.readouterr().out  # a line for each of them
+
+
+# Errors of the classifier, with tables in place of those of `test`, so that the shares are known
+
+
+def rewrite_samples(test_set: str, seen: list[int], drawn: list[int], neighbours: list[int]) -> None:
+    """Replace what classifiers say of a test set: of originals, drawings and neighbours, alike by both."""
+    path = Path(f"run/samples/{test_set}.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = samples_of("clean") if not path.exists() else samples_of(test_set)
+    given = {"predicted.original": seen, "predicted": drawn, "predicted.neighbour": neighbours}
+    columns = {name: [row[name] for row in rows] for name in ("key", "label")} | given
+    columns |= {"judge_predicted": drawn, "judge_predicted.original": [row["label"] for row in rows]}
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+@pytest.fixture
+def attacked(tested: Path) -> list[int]:
+    """A copy of the run with an adversarial set beside `clean`; the labels of both."""
+    shutil.copytree(tested / "run", "run")
+    write_like(tested / "sets/clean", Path("adversarial"), [None] * SIZE)
+    manifest = read_manifest(Path("adversarial"), "")
+    made_by: Any = {**manifest["provenance"], "attack": "Attack(epsilon=16, step=1.0, steps=2)"}
+    write_manifest(Path("adversarial"), {**manifest, "provenance": made_by})
+    settings = yaml.safe_load(Path("run/test.yaml").read_text())
+    settings["data"]["init_args"]["test"] = {"clean": str(tested / "sets/clean"), "adversarial": "adversarial"}
+    Path("run/test.yaml").write_text(yaml.safe_dump(settings))
+    found = document()
+    found["samples"]["adversarial"] = SIZE
+    Path("run/metrics.json").write_text(json.dumps(found))
+    labels = [row["label"] for row in samples_of("clean")]
+    wrong = [(label + 1) % 10 for label in labels]
+    drawn = [wrong[0], *labels[1:]]  # the first is an error that the drawing keeps; all others are right
+    rewrite_samples("clean", drawn, drawn, labels)
+    # Fourteen of the fifteen that were right are fooled; nine drawings and three neighbours show the wrong class.
+    rewrite_samples("adversarial", [*wrong[:15], labels[15]], wrong[:10] + labels[10:], wrong[:4] + labels[4:])
+    return labels
+
+
+def test_errors_are_shown_beside_their_control(attacked: list[int], capsys: Capture) -> None:
+    stored = sorted(path.name for path in Path("run/reconstructions").iterdir())
+    main(["errors", "run", "--out", "out", "--num_images", "3"])
+    assert sorted(path.name for path in Path("run/reconstructions").iterdir()) == stored  # nothing is drawn again
+    assert "Adversarial: 0.643 [" in capsys.readouterr().out
+    facts = json.loads(Path("out/errors.json").read_text())
+    shares, minus = facts["kinds"]["adversarial"]["shares"], facts["kinds"]["adversarial"]["minus"]
+    for name in ("inversion", "held-out"):
+        assert shares[name]["value"] == pytest.approx(9 / 14)
+        assert (shares[name]["low"], shares[name]["high"]) == pytest.approx(wilson(9 / 14, 14))
+    assert shares["held-out original"]["value"] == shares["control"]["value"] == 0
+    assert shares["inversion right"] == pytest.approx({"value": 1, "low": 0.2065, "high": 1, "n": 1}, abs=1e-4)
+    assert facts["kinds"]["adversarial"]["difference"]["value"] == pytest.approx(9 / 14)
+    assert minus["neighbour"]["value"] == pytest.approx(6 / 14)
+    kept = {row[1]: (int(row[2]), row[3]) for row in facts["confusions"][1:] if row[0] == "adversarial"}
+    for label in set(attacked):
+        rows = [row for row in range(1, 15) if attacked[row] == label]
+        if name := f"{label} → {(label + 1) % 10}" if rows else "":
+            count, share = kept[name]
+            assert count == len(rows)
+            assert share.startswith(f"{np.mean([row < 10 for row in rows]):.3f}")
+    assert facts["test_sets"][-1][1] == "adversarial (epsilon 16)"
+    own = facts["kinds"]["misclassified"]["shares"]
+    alike = [row for row in range(1, SIZE) if attacked[row] == attacked[0]]
+    assert own["inversion"]["value"] == 1
+    assert not alike or own["control"]["value"] == 0
+    for name, count in (("misclassified", 1), ("adversarial", 3)):
+        gallery = [one["wrong_class"] for one in facts["gallery"][name]]
+        assert gallery == sorted(gallery, reverse=True)
+        assert len(gallery) == count
+    assert [note.split(":")[0] for note in facts["notes"]] == ["There are no corrupted images"]
+    shown = Path("out/errors.html").read_text()
+    assert shown.count("data:image/png;base64,") == 4 * 1 + 6 * 3
+    assert not re.search(r'(src|href)="(?!data:)', shown)
+
+
+def test_runs_whose_errors_cannot_be_shown_are_refused(attacked: list[int], capsys: Capture) -> None:
+    def refused(fragment: str, run: str = "run") -> None:
+        with pytest.raises(SystemExit):
+            main(["errors", run, "--out", "out"])
+        assert fragment in capsys.readouterr().err
+        assert not Path("out").exists()
+
+    refused("are those of `validate`. Run `featinv-pl test`", "run/validate")
+    rewrite_samples("clean", attacked, attacked, attacked)
+    rewrite_samples("adversarial", attacked, attacked, attacked)
+    refused("there is no error to show among the images of adversarial, clean")
+    state = torch.load("run/inversion.ckpt", weights_only=True)
+    next(value for name, value in state["state_dict"].items() if name.startswith("control.")).add_(1)
+    torch.save(state, "run/inversion.ckpt")
+    refused("'run/inversion.ckpt' has changed since 'run' was tested")
+    Path("run/metrics.json").unlink()
+    refused("'run' has not been tested: there is no metrics.json. Run `featinv-pl test --config run/fit.yaml")

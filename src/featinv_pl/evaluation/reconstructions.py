@@ -104,19 +104,19 @@ class Reconstructions:
             INVERSION: self._samples(batch),
             CEILING: self._ceiling(batch),
             ORIGINAL: cast(Reconstruction, batch),
-            **{name: self._sample(batch, sampler) for name, sampler in self.samplers.items()},
+            **{name: self.sample(batch, sampler) for name, sampler in self.samplers.items()},
         }
         return made | {name: cast(Reconstruction, baseline(batch)) for name, baseline in baselines.items()}
 
     def _samples(self, batch: Batch) -> Reconstruction:
         suffixes = ["", *(f" sample {number}" for number in range(1, self.num_samples))]
-        made = [self._sample(batch, self.inverter.sampler, suffix) for suffix in suffixes]
+        made = [self.sample(batch, self.inverter.sampler, suffix) for suffix in suffixes]
         if len(made) > 1:
             made[0]["sample_images"] = torch.stack([one["images"] for one in made], dim=1)
             made[0]["sample_features"] = torch.stack([one["features"] for one in made], dim=1)
         return made[0]
 
-    def _sample(self, batch: Batch, sampler: Sampler, suffix: str = "") -> Reconstruction:
+    def sample(self, batch: Batch, sampler: Sampler, suffix: str = "") -> Reconstruction:
         features, keys = batch["features"], [key + suffix for key in batch["key"]]
         names = keys if self.cache is None else self.cache.names(sampler, keys, features)
         stored = {} if self.cache is None else self.cache.read(names)

@@ -14,7 +14,7 @@ from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.baselines import PARTNERS, Floor
 from featinv_pl.evaluation.reconstructions import Reconstruction
-from featinv_pl.evaluation.results import FLOOR, INVERSION, Name, Results, column, write_samples
+from featinv_pl.evaluation.results import FLOOR, INVERSION, ORIGINAL, Name, Results, column, write_samples
 from featinv_pl.evaluation.scorers import Classes, Scored, Scorer
 from featinv_pl.metrics.distances import Distance, FrechetDistance
 from featinv_pl.metrics.estimates import Estimate, ImageSums, ratios
@@ -54,6 +54,8 @@ class Tally:
         columns: dict[str, list[Any]] = {"key": batch["key"], "label": batch["labels"].tolist()}
         for number, scorer in enumerate(self.scorers):
             target: Any = {**given, **scorer.observe(batch["images"])} if scorer.observe else given
+            if scorer.classifies:
+                columns[column(f"{scorer.prefix}predicted", ORIGINAL)] = target["logits"].argmax(1).tolist()
             for method, reconstruction in made.items():
                 if not (metrics := self.metrics.get((number, method))):
                     continue
