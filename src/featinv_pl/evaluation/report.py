@@ -29,6 +29,7 @@ from featinv_pl.evaluation.results import (
     read_samples,
 )
 from featinv_pl.files import read_json, write_bytes
+from featinv_pl.inverter.identity import control_weights
 from featinv_pl.metrics.agreement import ConditionalAgreement
 from featinv_pl.metrics.estimates import Estimate, ImageSums, estimates
 from featinv_pl.nets.frozen import weights_digest
@@ -199,7 +200,6 @@ def _origin(document: Document) -> str:
     note = f"tested on {date}: step {checkpoint['step']} of '{path}' (weights {digest[:8]})"
     if path.is_file():
         state = read_checkpoint(path, "report")
-        weights = {name.removeprefix("control."): value for name, value in state["state_dict"].items()}
-        if weights_digest(weights) != digest:
+        if weights_digest(control_weights(state["state_dict"])) != digest:
             note += f", which has changed since: it holds step {state['global_step']} now. Test again."
     return note

@@ -98,10 +98,11 @@ def check_checkpoint(checkpoint: Mapping[str, Any], inverter: Inverter, option: 
 
 
 def fill_control(inverter: Inverter, state_dict: Mapping[str, Any], option: str) -> Any:
-    """Load weights named `control.*`, strictly; the inverter is left as it was if anything is wrong.
+    """Load the weights of a control, strictly; the inverter is left as it was if anything is wrong."""
+    return fill(inverter.control, control_weights(state_dict), "control", option)
 
-    Those of the regression, which only training needs, are left.
-    """
+
+def control_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The weights of a checkpoint by their names in the control, without the regression that only training needs."""
     kept = {name: value for name, value in state_dict.items() if not name.startswith("regression.")}
-    weights = {name.removeprefix("control."): value for name, value in kept.items()}
-    return fill(inverter.control, weights, "control", option)
+    return {name.removeprefix("control."): value for name, value in kept.items()}
