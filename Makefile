@@ -66,7 +66,7 @@ study-cifar10: install  ## the same on CIFAR-10, as folders of images in data/ci
 	$(COMPARED)
 
 study-photos: STUDY = experiments/study/photos.yaml
-study-photos: install  ## the inverter of a real classifier on 64 px photos, in data/photos: half a day
+study-photos: install  ## the inverter of a real classifier on 64 px photos, in data/photos: many hours
 	$(COMPARED)
 
 bench: demo-once  ## what training, sampling and starting cost, side by side with the authors' way: three quarters of an hour

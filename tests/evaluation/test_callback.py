@@ -296,7 +296,7 @@ def test_an_interrupted_test_resumes_otherwise(tested: Path, settings: Settings,
     shutil.copytree(tested / "run", "run")
     fitted = Path("run/regression.safetensors").stat().st_mtime_ns
     removed: set[str] = set()
-    # Of each test set, half of what is stored: names of files are digests, in no order.
+    # Half of what is stored of each test set, by time, since files are named by digests.
     for path in sorted(Path("run/reconstructions").iterdir(), key=lambda path: path.stat().st_mtime_ns)[::2]:
         removed |= load_file(path).keys()
         path.unlink()

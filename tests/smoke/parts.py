@@ -104,7 +104,7 @@ def make_images(data: Path) -> None:
 def make_photos(root: Path) -> None:
     """The archives and weights of the study of photos, with random ones, unpacked as its head says."""
     archives = root / "archives"
-    for split, number in (("train", 7), ("val", 3)):
+    for split, number in (("train", 13), ("val", 3)):
         for wnid in CLASSES:
             make_folder(archives / "photos" / split / wnid, number, (64, 64), "JPEG")
     make_folder(archives / "shapes/bear", 3, (224, 224), "png")

@@ -104,6 +104,15 @@ def test_training_changes_the_control_and_nothing_else(make_model: Any, make_bat
         with pytest.raises(UserError, match=re.escape(f"another model ({change}")):
             fit(other, make_batch(4), tmp_path, ckpt_path=tmp_path / "a.ckpt")
 
+    trained = [name for name in checkpoint["state_dict"] if name.startswith("regression.")]
+    older = {**checkpoint, "state_dict": {k: v for k, v in checkpoint["state_dict"].items() if k not in trained}}
+    torch.save(older, tmp_path / "older.ckpt")  # tested, but not trained further
+    Trainer(**TRAINER, enable_checkpointing=False).test(
+        make_model(), cast(Any, DataLoader)([make_batch(4)], batch_size=None), tmp_path / "older.ckpt", verbose=False
+    )
+    with pytest.raises(UserError, match=r"2 tensors of the regression are missing"):
+        fit(make_model(), make_batch(4), tmp_path, ckpt_path=tmp_path / "older.ckpt")
+
     missing, unexpected = model.state_dict(), {**model.state_dict(), "control.more": torch.zeros(1)}
     missing.popitem()
     for state in (missing, unexpected):

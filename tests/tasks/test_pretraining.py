@@ -225,6 +225,37 @@ def test_latents_of_taef2_are_measured_once_and_saved_with_the_prior(images: Pat
     assert Path("noisepredictor/vae/config.json").read_bytes() == first
 
 
+def test_a_prior_is_trained_on_the_latents_of_shards(shards: Path, prior_folder: Path) -> None:
+    """With the loss of the images that they were encoded from, but for half precision."""
+    model = NoisePredictor(str(prior_folder / "vae"), UNET)
+    stored: Any = next(iter(FeatureShards(val=shards / "val").val_dataloader()[0]))
+    stored = FeatureShards().on_after_batch_transfer(stored, 0)
+    with torch.no_grad():
+        from_shards = model.losses(stored, (0,))["loss"]
+        alone: Any = {"images": stored["images"], "key": stored["key"]}
+        from_images = model.losses(alone, (0,))["loss"]
+    torch.testing.assert_close(from_shards, from_images, rtol=2e-3, atol=0)
+
+    data = {"train": str(shards / "train"), "val": str(shards / "val"), "batch_size": 4}
+    saving = {"class_path": "SavePretrained", "init_args": {"folder": "prior"}}
+    settings: dict[str, Any] = {
+        "trainer": {**TRAINER, "max_steps": 2, "enable_checkpointing": False, "callbacks": [saving]},
+        "model": {
+            "class_path": "NoisePredictor",
+            "init_args": {"autoencoder": str(prior_folder / "vae"), "config": UNET},
+        },
+        "data": {"class_path": "FeatureShards", "init_args": data},
+    }
+    main(["fit", "--config", write(Path("prior.yaml"), settings)])
+    assert Prior("prior").autoencoder.normalisation == LatentAutoencoder.load(str(prior_folder)).normalisation
+
+    torch.manual_seed(1)
+    Autoencoder(AUTOENCODER).save_pretrained(Path("other"))
+    settings["model"]["init_args"]["autoencoder"] = "other"
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", write(Path("other.yaml"), settings)])
+
+
 def test_losses_fall() -> None:
     torch.manual_seed(0)
     images = from_uint8(torch.stack([DigitImages("train")[index].images for index in range(16)]))

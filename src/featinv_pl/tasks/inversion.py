@@ -119,7 +119,7 @@ class FeatureInversion(Optimised):
         if objective.regression:
             latents = self.inverter.prior.autoencoder.latent_channels
             self.regression = nn.Conv2d(encoder.hidden_channels, latents, 3, padding=1)
-        self.loaded_step = 0  # of the checkpoint
+        self.loaded_step, self.fits = 0, False  # step of the checkpoint; whether the stage at hand is training
         self.val_loss = MeanMetric()  # exact where ranks have unlike numbers of samples, as Lightning's mean is not
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -195,7 +195,7 @@ class FeatureInversion(Optimised):
 
     def setup(self, stage: str) -> None:
         """Refuse shard sets that other frozen parts have made, and hold the prior in the precision of the run."""
-        self.inverter.previews = stage == "fit"
+        self.fits = self.inverter.previews = stage == "fit"
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:  # loaders given by hand answer for themselves
             if not hasattr(data, "manifests"):
@@ -222,10 +222,9 @@ class FeatureInversion(Optimised):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained half, strictly: a missing or unexpected weight is an error."""
-        if self.regression is not None:
-            own = {
-                name.removeprefix(REGRESSION): one for name, one in state_dict.items() if name.startswith(REGRESSION)
-            }
+        own = {name.removeprefix(REGRESSION): one for name, one in state_dict.items() if name.startswith(REGRESSION)}
+        # A control that was trained without one can be tested all the same, and is not trained further.
+        if self.regression is not None and (own or self.fits):
             fill(self.regression, own, "regression", "`ckpt_path`")
         return fill_control(self.inverter, state_dict, "`ckpt_path`")
 

@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 
 from featinv_pl.errors import UserError
 from featinv_pl.nets.autoencoder import LatentAutoencoder
+from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.prior import PROMPTS, write_prompts
 from featinv_pl.nets.supported import SCHEDULE, check_unet
 from featinv_pl.sampling.diffusion import Weighting, denoising_target, timestep_weights
@@ -258,6 +259,17 @@ class NoisePredictor(Pretraining):
             self.register_buffer("latents", torch.full((2, channels), torch.nan))
         # Stable Diffusion's schedule, so that priors made here and MiniSD are sampled alike.
         self.schedule = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
+
+    def setup(self, stage: str) -> None:
+        """Refuse the latents of another autoencoder, if there are stored ones."""
+        manifests = getattr(getattr(self.trainer, "datamodule", None), "manifests", {})
+        for folder, manifest in manifests.items():
+            theirs, ours = manifest["provenance"]["autoencoder_digest"], digest(self.autoencoder)
+            if theirs != ours:
+                raise UserError(
+                    f"`autoencoder`: the latents in the shard set '{folder}' are those of another autoencoder "
+                    f"({theirs[:8]}, and this one is {ours[:8]}). Give the one that made them, or extract with this."
+                )
 
     def on_fit_start(self) -> None:
         self._normalise()
