@@ -88,6 +88,7 @@ def test_a_lost_terminal_saves_and_ends(fit: list[str]) -> None:
     child, terminal = pty.fork()
     if not child:
         code: Any = 1
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         try:
             sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))  # not pytest's
             main(args)
