@@ -40,6 +40,7 @@ OVERLAYS = (
     "digits/inversion.yaml",
     "digits/trainer.yaml",
     "cifar10/trainer.yaml",
+    "cifar10/features.yaml",
     "own/own.yaml",
     "photos/trainer.yaml",
     "photos/features.yaml",
@@ -54,7 +55,7 @@ FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob(
 def settings(*names: str) -> dict[str, Any]:
     """What files amount to, of which later ones override earlier ones."""
     ends = ("adversarial.yaml", "shards.yaml", "corrupted.yaml", "shapes.yaml")
-    extracts = "extract" in names[-1] or names[-1].endswith(ends)
+    extracts = "extract" in names[-1] or names[-1].endswith(ends) or "adversarial" in names[-1]
     return effective_config(["predict" if extracts else "fit", *(f"--config={EXPERIMENTS / name}" for name in names)])
 
 

@@ -23,11 +23,11 @@ PRETRAINED = (
         "study/digits/prior",
         "study/digits/judge",
     ),
-    *("cifar10/classifier", "cifar10/judge", "cifar10/autoencoder", "cifar10/prior"),
+    *("cifar10/classifier", "cifar10/judge", "cifar10/autoencoder"),
     *("own/classifier", "own/autoencoder", "own/prior"),
 )
 EXTRACTED = (
-    *("digits/extract", "digits/adversarial", "study/digits/judge-shards", "cifar10/extract"),
+    *("digits/extract", "digits/adversarial", "study/digits/judge-shards"),
     *("own/extract", "own/corrupted"),
 )
 EXTRACTIONS = ("-train", "-train-authors", "", "-robustness", "-imagenet-c", "-corrupted", "-adversarial")
@@ -65,8 +65,13 @@ def _small_images() -> Iterator[tuple[str, Act]]:
         yield _job(f"{name}.yaml", pretrain, DEBUG)
     for name in EXTRACTED:
         yield _job(f"{name}.yaml", extract, DEBUG)
-    for name in ("digits/spatial", "digits/pooled", "cifar10/authors", "own/inverter"):
+    for name in ("digits/spatial", "digits/pooled", "own/inverter"):
         yield _job(f"{name}.yaml", train_and_test, DEBUG)
+    for name in ("extract", "corrupted", "adversarial-1", "adversarial-2", "adversarial-4"):
+        yield _job(f"cifar10/{name}.yaml", extract, DEBUG)
+    yield _job("cifar10/prior.yaml", pretrain, DEBUG)
+    for name in ("inverter", "pooled", "choices"):
+        yield _job(f"cifar10/{name}.yaml", train_and_test, DEBUG)
     yield _job("study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
     for name in ("extract", "corrupted", "adversarial", "shapes"):
         yield _job(f"photos/{name}.yaml", extract, DEBUG)

@@ -94,7 +94,7 @@ def make_images(data: Path) -> None:
     for folder, number in folders.items():
         size = (224, 224) if "imagenet-c" in folder else (330, 300)
         make_folder(data / folder, number, size, "JPEG")
-    for split in ("train", "test"):
+    for split in ("train", "val", "test"):
         for label in range(10):
             make_folder(data / f"cifar10/{split}/class{label}", 2, (32, 32), "jpg")
     for label in range(10):
