@@ -74,7 +74,7 @@ def test_a_difference_is_that_of_the_same_images(plan: dict[str, Any]) -> None:
     assert found["worse: spatial"]["cosine"]["value"] == pytest.approx(np.mean(by_image))
 
     text = Path("study/evidence.md").read_text()
-    assert text.count("| another image (floor) |") == 2  # of the first run alone, in two tables
+    assert text.count("| another image (floor) |") == 2  # of one run alone, in two tables
     assert f"| spatial - pooled | test | map cosine | {difference['value']:.3f} [{difference['low']:.3f}, " in text
 
 

@@ -73,12 +73,12 @@ class Study:
         return self.folder / run / str(seed)
 
     def methods(self, run: str, test_set: str) -> list[str]:
-        """The samplers of a run that have scores, its own first, and of the first run the baselines."""
+        """The samplers of a run that have scores, its own first, and its baselines."""
         if not self.seeds[run]:
             return []
         found = json.loads((self._path(run, self.seeds[run][0]) / METRICS).read_text())["scores"].get(test_set, {})
         samplers = [name for name in found if name not in (INVERSION, *BASELINES, "original")]
-        baselines = [name for name in BASELINES if name in found and run == self.runs[0]]
+        baselines = [name for name in BASELINES if name in found]
         return [name for name in (INVERSION, *samplers, *baselines) if name in found]
 
     def by_image(self, method: str, test_set: str, score: str) -> list[dict[str, float]]:
@@ -132,9 +132,12 @@ def tables(study: Study, plan: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     data: dict[str, Any] = {}
     parts = []
     for test_set in plan["test_sets"]:
-        rows = []
+        rows, shown = [], set[str]()  # the baselines of one run
         for run in study.runs:
             for method in study.methods(run, test_set):
+                if method in shown:
+                    continue
+                shown |= {method} & BASELINES.keys()
                 name = run if method == INVERSION else f"{run}.{method}"
                 found = {score: study.score(name, test_set, score) for score in study.scores}
                 data[f"{test_set}: {name}"] = {score: asdict(one) for score, one in found.items() if one}

@@ -1,5 +1,7 @@
 """A regression learns what maps say of latents, on grids of any ratio."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,3 +31,15 @@ def test_latents_are_learned(size: tuple[int, int], grid: tuple[int, int]) -> No
         assert mse_loss(network(maps), latents) == pytest.approx(error, rel=0.5)
         assert mse_loss(network(maps), latents) < 0.3 * latents.square().mean()
     assert not fit(network, [(maps, latents * torch.nan)], 2) < torch.inf  # an error that is not finite shows
+
+
+def test_latents_are_learned_in_half_precision() -> None:
+    """Weights that a context casts are cast anew at each step."""
+    size, grid = (3, 2), (6, 4)
+    network = LatentRegression((6, *size), (4, *grid))
+    halves = partial(torch.autocast, "cpu", torch.bfloat16)
+    error = fit(network, (data(size, grid, 16, step) for step in range(STEPS)), STEPS, halves)
+    maps, latents = data(size, grid, 100, STEPS)
+    with torch.no_grad():
+        assert mse_loss(network(maps), latents) == pytest.approx(error, rel=0.5)
+        assert mse_loss(network(maps), latents) < 0.3 * latents.square().mean()

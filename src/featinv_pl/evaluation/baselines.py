@@ -67,9 +67,9 @@ class Floor:
 class Regression:
     """Decodes the latents that a regression predicts from a feature map.
 
-    The regression is fitted to the training shards, in an order that the seed determines, and kept in
-    `<default_root_dir>/regression.safetensors` for further tests with the same shards and seed. Each rank fits it,
-    so that none waits for another for long, and takes the weights of the first.
+    The regression is fitted to the training shards in the run's precision, in an order that the seed determines, and
+    kept in `<default_root_dir>/regression.safetensors` for further tests with the same shards and seed. Each rank fits
+    it, so that none waits for another for long, and takes the weights of the first.
     """
 
     def __init__(self, trainer: Trainer, inverter: Any, training: ShardSet, num_workers: int) -> None:
@@ -82,6 +82,7 @@ class Regression:
         self.order = ShuffledBatches(training.shard_sizes, min(BATCH_SIZE, len(training)), 0, 1, seed)
         self.steps = min(STEPS, EPOCHS * len(self.order))
         settings = f"{seal(training.manifest)} {self.network} seed {seed}, {self.steps} steps of {BATCH_SIZE}"
+        settings += f" in {trainer.precision}"
         identity = hashlib.sha256(settings.encode()).hexdigest()
         weights = _read(path, identity)
         if not all(of_all_ranks(weights is not None)):
@@ -98,7 +99,7 @@ class Regression:
 
     def _fit(self) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            error = fit(self.network, self._batches(), self.steps)
+            error = fit(self.network, self._batches(), self.steps, self.trainer.precision_plugin.forward_context)
         if not isfinite(error):
             raise UserError(f"its error after {self.steps} steps is {error}")
         return {name: value.cpu() for name, value in self.network.state_dict().items()}

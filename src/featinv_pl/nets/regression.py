@@ -1,7 +1,9 @@
 """A regression of latents on feature maps: what inverting by the mean gives, without any diffusion."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,16 +39,23 @@ class LatentRegression(nn.Module):
         return latents
 
 
-def fit(network: LatentRegression, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
+def fit(
+    network: LatentRegression,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    steps: int,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
     """Minimise the mean squared error of `steps` pairs of maps and latents, and return that of the last.
 
-    The network is left in eval mode.
+    `precision` makes the context of each forward pass, such as that of a mixed precision. The network is left in eval
+    mode.
     """
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     error = torch.tensor(torch.nan)
     for features, latents in batches:
-        error = functional.mse_loss(network(features), latents)
+        with precision():
+            error = functional.mse_loss(network(features), latents)
         optimizer.zero_grad()
         error.backward()
         nn.utils.clip_grad_norm_(network.parameters(), LONGEST_GRADIENT)
