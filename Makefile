@@ -16,7 +16,7 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 	$(BIN)/python experiments/study/table.py $(STUDY) && $(BIN)/python experiments/study/evidence.py $(STUDY) && exit $$status
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-once test lint types format check smoke study study-cifar10 study-photos bench gpu \
+.PHONY: help install demo demo-once test lint types docs format check smoke study study-cifar10 study-photos bench gpu \
 	bench-data torture parity full-size viz-digits dist matrix clean
 
 help:  ## list the targets
@@ -52,11 +52,16 @@ lint: install  ## style and mistakes
 types: install  ## static types
 	$(BIN)/mypy
 
+docs: install  ## check the prose of README and docs, and build the site into runs/docs
+	$(BIN)/codespell
+	PYTHONPATH=tests $(BIN)/python -m prose
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: install  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-check: lint types test  ## style, types and tests
+check: lint types docs test  ## style, types, docs and tests
 
 study: demo-once  ## what each choice of training and sampling is worth, on digits: at most 90 minutes
 	$(COMPARED)

@@ -5,16 +5,23 @@ import shlex
 import subprocess
 import tomllib
 from fnmatch import fnmatch
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
 
+import featinv_pl
+import featinv_pl.cli
+import prose
 from configurations import effective_config
 from featinv_pl.__main__ import main
 from featinv_pl.commands import COMMANDS
+from featinv_pl.mistakes import own
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.frozen import digest
 from installs import EXTRAS, PROJECT, PYTHONS, SOURCE
@@ -22,23 +29,24 @@ from interrupts import Capture
 from tiny import write
 
 ROOT = Path(__file__).parents[1]
-README, IMAGENET = ((ROOT / name).read_text() for name in ("README.md", "experiments/imagenet/README.md"))
-VIZ, DATA, BETTER, RELIABILITY, INPUTS = (
-    (ROOT / f"docs/{name}.md").read_text() for name in ("viz", "data", "better", "reliability", "inputs")
-)
+README = (ROOT / "README.md").read_text()
+PAGES = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
 SPATIAL = "experiments/digits/spatial.yaml"
-PLACEHOLDERS = r"\b(FILE|FOLDER|RUN|CKPT|DIR|MODEL|IMAGE|SHARDS)\b|\["
+PLACEHOLDERS = r"\b(FILE|FOLDER|COPY|RUN|CKPT|DIR|MODEL|IMAGE|SHARDS)\b|\["
 
 
 def shell_commands() -> list[str]:
     """Every `featinv-pl` command of the pages that is complete, in text or in a block."""
     found = set()
-    for page in (README, VIZ, DATA, RELIABILITY, INPUTS, IMAGENET):
-        found |= set(re.findall(r"`(featinv-pl (?:fit|predict|test) --config [^`]+)`", page))
-        for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL):
-            lines = re.findall(r"^(featinv-pl .*?) *(?:#.*)?$", block.replace("\\\n", " "), re.MULTILINE)
-            found |= {" ".join(line.split()) for line in lines}
-    return sorted(command for command in found if not re.search(PLACEHOLDERS, command))
+    for page in (README, *PAGES.values()):
+        found |= set(re.findall(r"`(featinv-pl (?:fit|predict|test) --config\s[^`]+)`", page))
+        blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL) + re.findall(r"(?:^    .*\n)+", page, re.MULTILINE)
+        for block in blocks:
+            lines = re.findall(r"^ *(featinv-pl .*?) *(?:#.*)?$", block.replace("\\\n", " "), re.MULTILINE)
+            found |= set(lines)
+    found = {" ".join(command.split()) for command in found}
+    meant = {command for command in found if not re.search(PLACEHOLDERS, command) and "wrong.yaml" not in command}
+    return sorted(command for command in meant if command.split()[1] in COMMANDS)
 
 
 @pytest.mark.parametrize("command", shell_commands())
@@ -60,8 +68,7 @@ def test_command_is_understood(command: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_pages_show_every_command() -> None:
-    section = README.partition("## Commands")[2].partition("\n## ")[0]
-    listed = re.findall(r"^featinv-pl (\S+) .* # (.*)$", section, re.MULTILINE)
+    listed = re.findall(r"^featinv-pl (\S+) .* # (.*)$", PAGES["commands"], re.MULTILINE)
     assert listed == [(name, command.does) for name, command in COMMANDS.items()]
     shown = {command.split()[1] for command in shell_commands()}
     assert shown == COMMANDS.keys() - {"validate"}
@@ -69,10 +76,12 @@ def test_pages_show_every_command() -> None:
 
 def test_options_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    pays = re.findall(r"`(--(?:model|trainer|data)\.[^`]+=[^`]+)`", BETTER)
-    overrides = re.findall(r"`(--(?:model|trainer|data)\.[\w.-]+[= ][^`]+)`", README)
+    pays = re.findall(r"`(--(?:model|trainer|data)\.[^`]+=[^`]+)`", PAGES["better"])
+    pages = "\n".join(PAGES[name] for name in ("start", "commands", "own", "wandb", "resuming"))
+    overrides = re.findall(r"`(--(?:model|trainer)\.[\w.-]+[= ][^`]+)`", pages)
+    overrides += re.findall(r"`(--data\.test[\w.-]+=[^`]+)`", pages)
     assert len(pays) >= 12
-    assert len(overrides) >= 4
+    assert len(overrides) >= 6
     effective_config(["fit", "--config", SPATIAL, *" ".join(pays).split(), *" ".join(overrides).split()])
 
 
@@ -83,7 +92,7 @@ def test_python_of_the_readme_is_that_of_the_model_card() -> None:
 
 
 def test_python_of_the_inputs_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    described, used = re.findall(r"```python\n(.*?)```", INPUTS, re.DOTALL)
+    described, used = re.findall(r"```python\n(.*?)```", PAGES["inputs"], re.DOTALL)
     Path("my_models.py").write_text(described)
     monkeypatch.syspath_prepend(".")
     monkeypatch.setenv("FEATINV_IMPORTS", "my_models")
@@ -98,19 +107,103 @@ def test_python_of_the_inputs_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_make_targets_exist() -> None:
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    named = {name for page in (README, VIZ, BETTER) for name in re.findall(r"(?:^|`)make ([\w-]+)", page, re.MULTILINE)}
+    pages = "\n".join((README, *PAGES.values()))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", pages, re.MULTILINE))
     assert named >= {"demo", "test", "install", "help", "parity", "full-size"}
     for target in (*named, "lint", "types", "format", "check", "bench", "clean"):
         assert re.search(rf"^  {target} ", listed, re.MULTILINE), target
 
 
 def test_files_exist() -> None:
-    names = re.findall(r"`((?:src|experiments)/[\w/.]+)`", README) + re.findall(r"\]\((docs/[^)]+)\)", README)
-    names += [f"docs/{name}" for name in re.findall(r"\]\(([\w./-]+)\)", BETTER)]
-    assert not [name for name in names if not (ROOT / name).exists()]
-    pictures = re.findall(r"\]\((viz/[^)]+)\)", VIZ)
-    assert len(pictures) >= 8
-    assert all(0 < (ROOT / "docs" / name).stat().st_size < 150_000 for name in pictures)
+    pages = {ROOT / "README.md": README, **{ROOT / f"docs/{name}.md": page for name, page in PAGES.items()}}
+    named = {name for page in pages.values() for name in re.findall(r"`((?:src|experiments|tests)/[\w/.-]+)`", page)}
+    assert len(named) >= 15
+    assert not [name for name in named if not (ROOT / name).exists() and "NAME" not in name]
+    linked = {
+        path.parent / link for path, page in pages.items() for link in re.findall(r"\]\((?!\w+:)([^)#\s]+)", page)
+    }
+    assert not [path for path in linked if not path.exists()]
+    pictures = [path for path in linked if path.suffix in (".png", ".jpg", ".svg")]
+    assert len(pictures) >= 20
+    assert not [path for path in pictures if path.stat().st_size > 150_000]
+
+
+def test_readme_can_be_read_in_a_minute() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    tables = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
+    assert tables
+    assert max(table.count("\n") - 2 for table in tables) <= 6
+
+
+def test_figures_of_the_readme_are_those_of_the_pages() -> None:
+    """Which say with what they were measured, and when."""
+    figures = set(re.findall(r"\d\.\d+\s\[\d\.\d+, \d\.\d+\]", README))
+    assert len(figures) >= 6
+    measured = " ".join(f"{PAGES['photos']} {PAGES['start']}".split())
+    assert {" ".join(figure.split()) for figure in figures if " ".join(figure.split()) not in measured} == set()
+    assert "6.7e-7" in PAGES["parity"]
+
+
+def test_readme_cites_the_paper_of_the_citation() -> None:
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    [entry] = re.findall(r"```bibtex\n(.*?)```", README, re.DOTALL)
+    fields = dict(re.findall(r"(\w+) += \{(.*)\}", entry))
+    people = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert fields == {
+        "title": paper["title"],
+        "author": " and ".join(people),
+        "journal": paper["journal"],
+        "year": str(paper["year"]),
+    }
+
+
+def test_questions_quote_messages() -> None:
+    quoted = re.findall(r"^### `(.*)`$", PAGES["faq"], re.MULTILINE)
+    source = "\n".join(path.read_text() for path in [ROOT / "Makefile", *(ROOT / "src").rglob("*.py")])
+    assert len(quoted) >= 7
+    assert [message for message in quoted if message not in source] == []
+
+
+def test_the_api_has_every_public_class() -> None:
+    shown = set(re.findall(r"^::: [\w.]+\.(\w+)$", PAGES["api"], re.MULTILINE))
+    public = {one.__name__ for one in map(partial(getattr, featinv_pl), featinv_pl.__all__) if isinstance(one, type)}
+    shipped = "\n".join(path.read_text() for path in (ROOT / "experiments").rglob("*.yaml"))
+    in_yaml = set(re.findall(r"class_path: (?:featinv_pl\.[\w.]+\.)?(\w+)", shipped))
+    ours = {one.__name__ for group in ("model", "data", "callbacks") for one in own(group)}
+    assert public - {"str"} | in_yaml & ours <= shown
+
+
+def test_prose() -> None:
+    assert [fault for page in prose.PAGES for fault in prose.faults(page)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("The eye sees it.", "say classifier"),
+        ("A run goes on\nagain.", "say continue, or resume"),
+        ("The lock is no barrier.", "say is not a"),
+        ("The calibrated cosine rises.", "'calibrated' is not explained"),
+        ("A very unique map.", "uncomparables"),
+    ],
+)
+def test_prose_that_is_to_mend(text: str, said: str) -> None:
+    Path("page.md").write_text(f"# An `arm`\n\nThe *floor*, explained. The floor.\n\n{text}\n")
+    faults = prose.faults(Path("page.md").resolve())
+    assert any(said in fault for fault in faults)
+
+
+def test_the_site_is_complete_and_fetches_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Every warning is an error: links, anchors, pages outside the navigation, names of the API, addresses."""
+    site = Path("site").resolve()
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(site)))
+    assert {path.stem for path in site.glob("*.html")} == {*PAGES, "index", "contributing", "changelog", "404"}
+    home = (site / "index.html").read_text()
+    assert 'src="photos/readme.jpg"' in home
+    assert 'href="contributing.html"' in home
+    assert (site / "experiments/viz.ipynb").exists()
+    assert "Reconstruct" in (site / "api.html").read_text()
 
 
 def test_the_table_is_that_of_the_plan() -> None:
@@ -122,7 +215,7 @@ def test_the_table_is_that_of_the_plan() -> None:
         for callback in [{}, *run["set"].get("trainer", {}).get("callbacks", [])]
         for sampler in ("own", *callback.get("init_args", {}).get("samplers", {}))
     }
-    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d\.\d+ ± .* 3 \|$", BETTER, re.MULTILINE)
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| \d\.\d+ ± .* 3 \|$", PAGES["better"], re.MULTILINE)
     assert set(rows) == expected
 
 
@@ -158,7 +251,7 @@ def test_every_bound_says_why() -> None:
         assert re.search(re.escape(f'"{bound}",') + r"\s+# \w", text), bound
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/install.md", "docs/viz.md", "Dockerfile"])
+@pytest.mark.parametrize("page", ["docs/install.md", "docs/viz.md", "Dockerfile"])
 def test_extras_that_are_named_exist(page: str) -> None:
     text = (PROJECT / page).read_text()
     named = {extra for given in re.findall(r"featinv-pl\[([\w,]+)\]", text) for extra in given.split(",")}

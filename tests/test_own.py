@@ -1,4 +1,4 @@
-"""Images of one's own: the section of the README, as a user follows it."""
+"""Images of one's own: the page of the docs, as a user follows it."""
 
 import json
 import re
@@ -12,9 +12,9 @@ from PIL import Image
 from featinv_pl.__main__ import main
 
 PROJECT = Path(__file__).parents[1]
-SECTION = (PROJECT / "README.md").read_text().partition("## Your own images")[2].partition("\n## ")[0]
-[VALUES] = re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL)
-[COMMANDS] = re.findall(r"```sh\n(.*?)```", SECTION, re.DOTALL)
+PAGE = (PROJECT / "docs/own.md").read_text()
+[VALUES] = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+[COMMANDS] = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 OURS = {"folder": "photos", "image_size": "16", "classes": "3"}
 # What makes it short, beyond `debug.yaml`, by the file of the line.
 LESS = {"inverter": "--model.sampler.steps=2", "corrupted": "--data.severities=[3]"}
@@ -45,7 +45,7 @@ def experiments() -> Path:
     for name, value in OURS.items():
         [shown] = re.findall(rf"^  {name}: (\S+)", VALUES, re.MULTILINE)
         text, count = re.subn(rf"^  {name}: {shown}\b", f"  {name}: {value}", text, flags=re.MULTILINE)
-        assert count == 1, f"own.yaml and the README differ in {name}"
+        assert count == 1, f"own.yaml and the page differ in {name}"
     own.write_text(text)
     for name in ("ant", "bee", "owl"):
         for number in range(10):
@@ -55,12 +55,12 @@ def experiments() -> Path:
     return folder
 
 
-def test_every_file_is_in_the_section(experiments: Path) -> None:
+def test_every_file_is_on_the_page(experiments: Path) -> None:
     files = {path.stem for path in (experiments / "own").iterdir()}
     assert files == {"own", *re.findall(r"--config experiments/own/(\w+)\.yaml", COMMANDS)}
 
 
-def test_the_section_runs_from_classifier_to_report(experiments: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_runs_from_classifier_to_report(experiments: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the test set that may be left out, which then is a note."""
     left_out = [words for words in lines() if "corrupted" in " ".join(words)]
     for words in lines():

@@ -219,7 +219,7 @@ def test_table_says_mean_interval_and_what_part_of_the_gap_is_closed(tmp_path: P
     assert set(none[2:-1]) == {""}
 
 
-OTHERS = {"help", "install", "smoke", "test", "coverage", "lint", "types", "format", "check", "clean"}
+OTHERS = {"help", "install", "smoke", "test", "coverage", "lint", "types", "docs", "format", "check", "clean"}
 
 
 def test_every_file_and_every_target_is_run() -> None:

@@ -244,7 +244,7 @@ def _errors(parser: Parser, args: list[str]) -> None:
 
 
 class Command(NamedTuple):
-    """A command: its line in `--help` and in the README, what parses its options and does the work, and an example."""
+    """A command: its line in `--help` and docs/commands.md, what parses options and does the work, an example."""
 
     does: str
     run: Callable[[Parser, list[str]], None] | None  # None of the commands of Lightning
