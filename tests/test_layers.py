@@ -8,7 +8,7 @@ import featinv_pl
 ROOT = Path(featinv_pl.__file__).parent
 LAYERS = (
     {"types", "errors"},
-    {"files", "decoding", "masking", "metrics", "sampling"},
+    {"bars", "files", "decoding", "masking", "metrics", "sampling"},
     {"data", "nets"},
     {"runtime", "pages", "inverter"},
     {"tasks", "evaluation", "explore"},
@@ -20,7 +20,7 @@ LAYERS = (
     {"completion"},
     {"__main__"},
 )
-NO_LIGHTNING = ("inverter", "nets", "sampling", "metrics", "types", "errors", "decoding", "files")
+NO_LIGHTNING = ("inverter", "nets", "sampling", "metrics", "types", "errors", "bars", "decoding", "files")
 
 
 def imports(path: Path) -> set[str]:

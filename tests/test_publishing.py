@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 from featinv_pl.__main__ import main
 from featinv_pl.inverter.pipeline import FeatInvPipeline
@@ -75,11 +76,22 @@ def test_folder_is_complete_safe_and_described(run: Path, exported: Path, classi
     for words in ("`test_resnet` at 32 pixels", "a map of 8x4x4", "Steps | 2", "lr 0.005", "| clean |", "0.15"):
         assert words in card
     assert "Weighting of timesteps | velocity" in card
-    scores = json.loads((run / "metrics.json").read_text())["scores"]["clean"]
-    values = [scores[method]["cosine"]["value"] for method in ("floor", "inversion", "ceiling")]
-    assert f"| clean | cosine | {' | '.join(f'{value:.4f}' for value in values)} |\n" in card
-    head = yaml.safe_load(card.split("---\n")[1])
-    assert (head["pipeline_tag"], head["license"], "base_model" in head) == ("image-to-image", "other", False)
+    document = json.loads((run / "metrics.json").read_text())
+    scores = document["scores"]["clean"]
+    floor, ours, ceiling = (scores[method]["cosine"] for method in ("floor", "inversion", "ceiling"))
+    value = f"{ours['value']:.4f} [{ours['low']:.3f}, {ours['high']:.3f}]"
+    row = (
+        f"| clean | {document['samples']['clean']} | cosine | {floor['value']:.4f} | {value} | {ceiling['value']:.4f} |"
+    )
+    assert f"{row}\n" in card
+    assert card.count(f"`{document['provenance']['checkpoint']['digest'][:16]}`") == 2
+    for heading in ("Use", "Training", "Scores", "Limits", "Licence"):
+        assert f"\n## {heading}\n" in card
+    head: Any = ModelCard(card).data  # as the hub reads it: refused if it is not valid
+    assert (head.library_name, head.pipeline_tag, head.license) == ("featinv-pl", "image-to-image", "unknown")
+    assert (head.base_model, "feature-inversion" in head.tags) == (None, True)
+    [cosine] = [one for one in head.eval_results if (one.dataset_name, one.metric_type) == ("clean", "cosine")]
+    assert cosine.metric_value == round(ours["value"], 4)
     assert "* no fid and kid: 'weights-inception" in card
     assert str(classifier_folder) not in card + json.dumps(index)
 
@@ -100,7 +112,7 @@ def test_scores_of_other_weights_are_left_out(run: Path, capsys: Capture) -> Non
         main([*shlex.split(command), "--trainer.limit_test_batches=1"])
     main(["export", str(home), "again"])
     scores = json.loads((home / "metrics.json").read_text())["scores"]
-    assert f"| {scores['clean']['inversion']['cosine']['value']:.4f} |" in Path("again/README.md").read_text()
+    assert f"| {scores['clean']['inversion']['cosine']['value']:.4f} " in Path("again/README.md").read_text()
     assert "no scores" not in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from signal import SIGINT, SIGPIPE
 from typing import NoReturn
 
+from featinv_pl.bars import told
 from featinv_pl.commands import COMMANDS, run_command
 from featinv_pl.errors import UsageError, UserError, nearest, user_error
 from featinv_pl.masking import masked
@@ -98,6 +99,8 @@ def run(args: list[str]) -> None:
     elif name in COMMANDS:
         if not args[1:] and OVERLAY not in os.environ:
             raise UsageError(f"{name}: give a configuration (YAML), such as `{COMMANDS[name].example}`.")
+        if not {"--help", "-h", "--print_config"} & {*args}:
+            told(f"featinv-pl {name}", "loading")
         from featinv_pl.cli import train
 
         train(overlaid(args, os.environ.get(OVERLAY)))

@@ -182,6 +182,9 @@ class FeatinvCLI(CommandLine):
             pictured = made["Evaluation"].num_images > 0
             above = os.path.relpath(root.absolute().parent)
             return f"{root}", f"featinv-pl report {above}" if pictured else f"featinv-pl export {root} OUT"
+        if command == "validate" and "Evaluation" in made:
+            test = f"featinv-pl test --config {root}/fit.yaml --ckpt_path {settings.ckpt_path or 'last'}"
+            return f"{made['Evaluation'].root}", test
         if command != "fit":
             return None
         saved = [path for one in savers(trainer) if (path := one.best_model_path or one.last_model_path)]

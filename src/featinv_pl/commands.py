@@ -2,10 +2,12 @@
 
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from featinv_pl.bars import told
 from featinv_pl.errors import UsageError, options_spelled, renamed
 from featinv_pl.options import (
     MODEL,
@@ -21,6 +23,7 @@ from featinv_pl.options import (
     parse_pictures,
     positive,
     strengths,
+    summed_up,
 )
 
 if TYPE_CHECKING:
@@ -29,6 +32,13 @@ if TYPE_CHECKING:
 NUM_IMAGES = 2000
 BOX = "TOP,LEFT,HEIGHT,WIDTH"
 TRY = "featinv-pl reconstruct IMAGE --model {} --out DIR"
+NEXT = {  # commands, by the page that was written
+    "examples": "featinv-pl steer IMAGE --model MODEL --concepts {out} --out DIR",
+    "steering": "featinv-pl app --model {model} --concepts {concepts}",
+    "comparison": "featinv-pl app --model {models[0]}",
+    "errors": "featinv-pl audit IMAGE --model {run} --out DIR",
+    **dict.fromkeys(("interpolation", "composition", "audit"), "featinv-pl app --model {model}"),
+}
 CONCEPTS = "a folder that `featinv-pl concepts` wrote"
 
 
@@ -37,7 +47,8 @@ def _reconstruct(parser: Parser, args: list[str]) -> None:
     from featinv_pl.explore.reconstruct import reconstruct
 
     pictures = load_pipeline(options.model, options), options.paths, options.pictures
-    print(reconstruct(*pictures, options.out, options.num_samples, options.seed))
+    summed_up(reconstruct(*pictures, options.out, options.num_samples, options.seed))
+    ended(f"{options.out}", f"featinv-pl audit IMAGE --model {options.model} --out DIR")
 
 
 def _concepts(parser: Parser, args: list[str]) -> None:
@@ -58,13 +69,14 @@ def _concepts(parser: Parser, args: list[str]) -> None:
 
     samples = read_samples(options.shards, options.num_images, "SHARDS")
     if options.method == "nmf":
+        told(parser.prog, f"factorising {len(samples.keys)} maps")
         found = concepts.nmf_concepts(samples, options.num_concepts, options.seed)
     else:
         find = concepts.difference_concepts if options.method == "difference" else concepts.activation_vectors
         pairs = concepts.pairs_of_labels(samples, options.between) or concepts.pair_of_sets(samples)
         found = find(samples, pairs, options.pooled)
     found.save(options.out)
-    _finish(concepts.gallery(found, samples), options.out)
+    _finish(concepts.gallery(found, samples), options)
 
 
 def _steer(parser: Parser, args: list[str]) -> None:
@@ -92,7 +104,7 @@ def _steer(parser: Parser, args: list[str]) -> None:
     if options.box:
         mask = box_mask(options.box, pipeline.inverter.classifier.input_size)
     moved = options.pictures[0], concepts, concept, options.strengths, options.edit, mask, options.classes
-    _finish(steer(pipeline, *moved, options.num_samples, options.seed), options.out)
+    _finish(steer(pipeline, *moved, options.num_samples, options.seed), options)
 
 
 def _interpolate(parser: Parser, args: list[str]) -> None:
@@ -106,7 +118,7 @@ def _interpolate(parser: Parser, args: list[str]) -> None:
 
     real = read_samples([options.real], options.num_images, "`real`") if options.real else None
     pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
-    _finish(interpolate(pipeline, first, second, options.steps, options.mode, real, options.seed), options.out)
+    _finish(interpolate(pipeline, first, second, options.steps, options.mode, real, options.seed), options)
 
 
 def _compose(parser: Parser, args: list[str]) -> None:
@@ -115,7 +127,7 @@ def _compose(parser: Parser, args: list[str]) -> None:
     from featinv_pl.explore.pairs import compose
 
     pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
-    _finish(compose(pipeline, first, second, options.box, options.num_samples, options.seed), options.out)
+    _finish(compose(pipeline, first, second, options.box, options.num_samples, options.seed), options)
 
 
 def _compare(parser: Parser, args: list[str]) -> None:
@@ -128,7 +140,7 @@ def _compare(parser: Parser, args: list[str]) -> None:
     pipelines = ((name, load_pipeline(model, options)) for name, model in models)
     with renamed("model", "models"):
         found = compare(pipelines, unique_names([path.stem for path in options.paths]), options.pictures, options.seed)
-    _finish(found, options.out)
+    _finish(found, options)
 
 
 def _audit(parser: Parser, args: list[str]) -> None:
@@ -151,7 +163,7 @@ def _audit(parser: Parser, args: list[str]) -> None:
         others = {name: Backbone(name).to(pipeline.device) for name in options.others}
     names = unique_names([path.stem for path in options.paths])
     sampled = options.num_samples, options.methods, options.fidelity
-    _finish(audit(pipeline, names, options.pictures, *sampled, others, options.seed), options.out)
+    _finish(audit(pipeline, names, options.pictures, *sampled, others, options.seed), options)
 
 
 def _app(parser: Parser, args: list[str]) -> None:
@@ -161,11 +173,12 @@ def _app(parser: Parser, args: list[str]) -> None:
     parser.add_argument("--port", type=int, default=7860, help="(%(default)s)")
     add_sampler(parser)
     options = parser.parse_args(args)
+    print(f"Loading {options.model}, then serving it at http://{options.host}:{options.port} ...", flush=True)
     from featinv_pl.explore.app import serve
     from featinv_pl.explore.concepts import Concepts
 
     concepts = Concepts.load(options.concepts) if options.concepts else None
-    serve(load_pipeline(options.model, options), concepts, options.host, options.port)
+    serve(load_pipeline(options.model, options), options.model, concepts, options.host, options.port)
 
 
 def _export(parser: Parser, args: list[str]) -> None:
@@ -240,7 +253,7 @@ def _errors(parser: Parser, args: list[str]) -> None:
     options = parser.parse_args(args)
     from featinv_pl.evaluation.failures import find_errors
 
-    _finish(find_errors(options.run, options.num_images, device_of(options)), options.out)
+    _finish(find_errors(options.run, options.num_images, device_of(options)), options)
 
 
 class Command(NamedTuple):
@@ -297,7 +310,7 @@ COMMANDS = {
         "featinv-pl audit cat.jpg dog.jpg --model runs/inverter --out runs/audited",
     ),
     "app": Command(
-        "serve a page to reconstruct, steer and interpolate", _app,
+        "serve a page to reconstruct, steer, compose and audit", _app,
         "featinv-pl app --model runs/inverter --port 8000",
     ),
     "export": Command(
@@ -334,6 +347,9 @@ def run_command(name: str, args: list[str]) -> None:
         run(parser, args)
 
 
-def _finish(result: "Report", folder: Path) -> None:
+def _finish(result: "Report", options: Namespace) -> None:
+    folder = options.out
     result.save(folder)
-    print(f"{result.lead}\nOpen {folder / f'{result.name}.html'}.")
+    summed_up(result.lead)
+    page = folder / f"{result.name}.html"
+    ended(f"{page} (open it in a browser; .png and .json beside it)", NEXT[result.name].format(**vars(options)))

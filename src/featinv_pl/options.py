@@ -1,13 +1,17 @@
 """Options that our own commands share, and what parses them: a mistake is one sentence, not a page of usage."""
 
 import re
+import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from featinv_pl.bars import style, told
 from featinv_pl.errors import UsageError, nearest, renamed
 
 if TYPE_CHECKING:
@@ -47,13 +51,21 @@ class Parser(ArgumentParser):
         for name in (arg.partition("=")[0] for arg in args):
             if re.fullmatch(r"--\w[\w.-]*", name) and name not in self.options:
                 self.error(f"there is no option {name}.{nearest(name, self.options)}")
-        return super().parse_args(args)
+        options = super().parse_args(args)
+        told(self.prog, "loading")
+        return options
 
     def error(self, message: str) -> NoReturn:
         """End with the reason, and an example where something is missing."""
         message = re.sub("^argument ", "", message).replace("the following arguments are required", "missing")
         example = f" Example: `{self.example}`" if message.startswith("missing") else ""
         raise UsageError(f"{message}{'' if message[-1] in '.?' else '.'}{example} (See `{self.prog} --help`.)")
+
+
+def summed_up(text: str) -> None:
+    """Print what a command has found; a terminal gets lines of its width."""
+    width = get_terminal_size().columns if sys.stdout.isatty() else 0
+    print("\n".join(fill(line, width) if width else line for line in text.splitlines()))
 
 
 def ended(results: object, command: str) -> None:
@@ -160,6 +172,7 @@ def load_pipeline(model: str, options: Namespace) -> "FeatInvPipeline":
         pipeline = FeatInvPipeline.from_pretrained(
             model, torch_dtype=dtypes[options.precision], device=device_of(options)
         )
+    pipeline.set_progress_bar_config(**style("sample", "step"), leave=False)
     pipeline.inverter.sampler = changed(pipeline.inverter.sampler, options)
     return pipeline
 

@@ -3,6 +3,7 @@
 import logging
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from featinv_pl.nets.weights import read_checkpoint, read_weights
 from featinv_pl.sampling.sampler import AUTHORS
 
 HALF_PRECISION = 1e-3  # relative; what storing weights in fp16 or bf16 costs
-METHODS = (INVERSION, FLOOR, CEILING)
 SHOWN_SCORES = ("cosine", "agreement@1", "agreement@5", "fid")
 logger = logging.getLogger("featinv_pl")
 
@@ -106,7 +106,7 @@ def _tested(home: Path, checkpoint: Path, weights: str) -> Document | None:
 
 def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
     """The training, for the model card."""
-    model, data = settings["model"]["init_args"], settings.get("data") or {}
+    model, data = settings["model"]["init_args"], (settings.get("data") or {}).get("init_args", {})
     objective = model.get("objective", model)  # older runs have its options among the model's
     optimizer = model["optimizer"]
     if isinstance(optimizer, dict):
@@ -114,8 +114,10 @@ def _recipe(settings: dict[str, Any], steps: int) -> dict[str, str]:
         shown = [f"{name} {options[name]}" for name in ("lr", "betas", "weight_decay") if name in options]
         optimizer = ", ".join([optimizer["class_path"], *shown])
     return {
+        "Shard set": "/".join(Path(str(data.get("train"))).parts[-2:]),  # without the folders of a disk
         "Steps": str(steps),
-        "Batch size": str(data.get("init_args", {}).get("batch_size")),
+        "Batch size": str(data.get("batch_size")),
+        "Seed": str(settings.get("seed_everything")),
         "Optimizer": optimizer,
         "Dropout of map and prompt": str(objective.get("dropout")),
         "Weighting of timesteps": str(objective.get("weighting")),
@@ -132,21 +134,27 @@ def _write(
     license: str | None = None,
 ) -> str:
     """Write the folder atomically, and return a summary."""
-    facts = Facts(recipe, _measured(tested), tested["notes"] if tested else (), license)
+    facts = Facts(recipe, license=license)
+    if tested:
+        date = tested["provenance"]["date"].partition("T")[0]
+        facts = Facts(recipe, _measured(tested), date, tested["notes"], license)
     FeatInvPipeline(inverter).save_pretrained(folder, facts)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return f"{folder} ({size / 1e6:.1f} MB)"
 
 
-def _measured(tested: Document | None) -> list[Measured]:
+def _measured(tested: Document) -> list[Measured]:
     """The scores of a model card, of complete test sets."""
-    return [
-        Measured(
-            test_set,
-            score,
-            *(methods[one][score]["value"] if score in methods.get(one, {}) else None for one in METHODS),
-        )
-        for test_set, methods in sorted(tested["scores"].items() if tested else ())
-        for score in SHOWN_SCORES
-        if "/" not in test_set and score in methods[INVERSION]
-    ]
+
+    def of(test_set: str, method: str, score: str) -> Mapping[str, Any]:
+        return tested["scores"][test_set].get(method, {}).get(score) or {}
+
+    found = []
+    for test_set in sorted(name for name in tested["scores"] if "/" not in name):
+        for score in SHOWN_SCORES:
+            if ours := of(test_set, INVERSION, score):
+                interval = (ours["low"], ours["high"]) if "low" in ours else None
+                floor, ceiling = (of(test_set, method, score).get("value") for method in (FLOOR, CEILING))
+                images = tested["samples"][test_set]
+                found.append(Measured(test_set, images, score, ours["value"], interval, floor, ceiling))
+    return found

@@ -49,6 +49,11 @@ def test_every_method_is_calibrated_and_in_the_table() -> None:
     lines = aligned(found.table()).splitlines()
     assert lines[0].split() == ["test", "set", "n", "method", "cosine", "cosine_calibrated", "fd_tiny"]
     assert "0.800 [" in lines[2]
+    narrow = aligned(found.table(), 60).splitlines()  # without intervals, which need half of the width
+    assert narrow[0].split()[-2:] == ["cosine", "cosine_calibrated"]
+    assert narrow[2].split()[:4] == ["clean", "50", "reconstruction", "0.800"]
+    assert narrow[-1] == "The window is too narrow for: fd_tiny."
+    assert max(map(len, narrow)) <= 60
     order = [("clean", method) for method in ("reconstruction", "autoencoder", "neighbour", "floor", "refined")]
     order += [("c", method) for method in ("reconstruction", "autoencoder", "floor")]  # complete data sets only
     assert [tuple(line.split()[:3:2]) for line in lines[2:]] == order

@@ -3,11 +3,13 @@
 import io
 import logging
 import re
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -183,7 +185,8 @@ class Evaluation(Callback):
                 print(f"val/loss {trainer.callback_metrics['val/loss']:.4f}")
             for name, data in self.results.files().items():
                 write_bytes(self.root / name, data)
-            print("\n" + aligned(self.results.table()))
+            columns = get_terminal_size().columns if sys.stdout.isatty() else None
+            print("\n" + aligned(self.results.table(), columns))
             for note in self.results.notes:
                 log.warning("Note: %s", note)
             self._plot(trainer)

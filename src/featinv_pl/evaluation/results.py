@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -189,11 +190,24 @@ def cell(score: Score | None) -> str:
     return f"{score['value']:.{digits}f}{interval}"
 
 
-def aligned(table: list[list[str]]) -> str:
-    """A table for the terminal: the first row is its head."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+def aligned(table: list[list[str]], columns: int | None = None) -> str:
+    """A table for the terminal: the first row is its head.
+
+    One that is wider than so many columns goes without intervals, and, if need be, without its last scores.
+    """
+    hidden: list[str] = []
+    while True:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        if columns is None or sum(widths) + 2 * (len(widths) - 1) <= columns or len(widths) == 1:
+            break
+        plain = [[re.sub(r" \[.*\]$", "", one) for one in row] for row in table]
+        if plain == table:
+            hidden.insert(0, table[0][-1])
+            plain = [row[:-1] for row in table]
+        table = plain
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    more = [f"The window is too narrow for: {', '.join(hidden)}."] if hidden else []
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *more])
 
 
 def validated(kind: TypeAdapter[Any], path: Path, option: str, advice: str) -> Any:

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from featinv_pl.bars import style
 from featinv_pl.data.shards.datamodule import FeatureShards
 from featinv_pl.data.shards.reader import DamagedError, ShardSet
 from featinv_pl.data.shards.samples import Sample
@@ -218,7 +220,7 @@ class ScoredRun:
         places = [(self.sets[one], number) for one in keys for number in _places(self.sets[one], keys[one], most)]
         classes = dict(zip(zip(kind.images["set"], kind.images["key"], strict=True), kind.images["seen"], strict=True))
         ranked: list[tuple[float, int]] = []
-        for start in range(0, len(places), AT_ONCE):
+        for start in tqdm(range(0, len(places), AT_ONCE), **style(f"{name} images", "batch")):
             part = [_maps(shards).stored(number) for shards, number in places[start : start + AT_ONCE]]
             drawn = self._drawn(part)
             logits = drawn["logits"] if self.judge is None else self.judge.classify(drawn["images"])["logits"]

@@ -1,22 +1,30 @@
-"""A page on this machine: reconstruct a picture, steer it along a concept, interpolate between two."""
+"""A page on this machine: reconstruct, steer, interpolate, compose and audit pictures, without a command line."""
 
-from collections.abc import Callable, Sequence
+import csv
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from socket import gethostname
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
+from zipfile import ZipFile
 
+from markupsafe import escape
 from PIL import Image
 
 from featinv_pl.errors import UserError
+from featinv_pl.explore.audit import audit
 from featinv_pl.explore.concepts import Concepts
-from featinv_pl.explore.exploration import classify, reconstruct_maps, refuse_other_backbone, tile
-from featinv_pl.explore.pairs import Mode, interpolate
+from featinv_pl.explore.exploration import refuse_other_backbone
+from featinv_pl.explore.pairs import compose, interpolate
+from featinv_pl.explore.reconstructions import reconstructions
 from featinv_pl.explore.steering import steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Tile, open_picture
+from featinv_pl.pages.page import Report, open_picture, png, render
 
 try:
     import gradio as gr
@@ -31,6 +39,15 @@ except ImportError as error:
 
 LARGEST = "50mb"  # of a picture; how many pixels it may have is checked when it is opened
 KEPT_S = 3600  # for which uploads and reconstructions stay; nothing stays when the server ends
+PURPOSE = "See what a classifier's features keep of a picture: images are drawn from its feature map alone."
+EXAMPLES = Path(__file__).with_name("examples")
+CREDIT = '<a href="{page}">{author}</a> (<a href="{license}">CC BY</a>)'
+CSS = """
+.image-frame img { width: 100%; height: 100%; object-fit: contain; }
+iframe { width: 100%; height: 85vh; border: 0; background: white; }
+"""
+Compute = Callable[..., Report]
+"""Of pictures, of what the form's fields say, and of the seed."""
 
 
 class OwnPages:
@@ -62,80 +79,168 @@ class OwnPages:
             return name in self.names
 
 
-def serve(pipeline: FeatInvPipeline, concepts: Concepts | None, host: str, port: int) -> None:
-    """Serve the page until the process is interrupted."""
-    page = build(pipeline, concepts)
-    print(f"Open http://{host}:{port}. Ctrl+C ends it.")
+def serve(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None, host: str, port: int) -> None:
+    """Serve the page of a model, which has a name, until the process is interrupted."""
+    page = build(pipeline, name, concepts)
+    print(f"Open http://{host}:{port}. Ctrl+C ends it.", flush=True)
     # Fonts of the system: gradio's own theme would fetch its from the network.
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     own: Any = {"middleware": [Middleware(OwnPages, host=host)]}
-    look: Any = {"theme": theme, "footer_links": [], "quiet": True, "ssr_mode": False, "share": False}
+    look: Any = {"theme": theme, "css": CSS, "footer_links": [], "quiet": True, "ssr_mode": False, "share": False}
     try:
         page.launch(server_name=host, server_port=port, max_file_size=LARGEST, app_kwargs=own, **look)
     except OSError as error:
         raise UserError(f"`port`: cannot listen at {host}:{port} ({error}). Give another `port` or `host`.") from error
 
 
-def build(pipeline: FeatInvPipeline, concepts: Concepts | None) -> Any:
+def build(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None) -> Any:
     """The page, as gradio's `Blocks`; see `serve`."""
     if concepts is not None:
         refuse_other_backbone(concepts.origin, pipeline, "`concepts`")
-    with gr.Blocks(title="featinv-pl", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
+    gr.set_static_paths([EXAMPLES])  # served as they are; gradio would leave copies of them
+    classifier, size = pipeline.inverter.classifier, pipeline.inverter.image_size
+    height, width = classifier.input_size
+    shape = "x".join(map(str, classifier.feature_shape))
+    with gr.Blocks(title=f"featinv-pl: {name}", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
+        gr.Markdown(f"# featinv-pl\n{PURPOSE}")
+        # Not as Markdown, which would read names.
+        gr.HTML(
+            f"Model <b>{escape(name)}</b>: classifier {escape(classifier.title)}, maps of {shape}; images of "
+            f"{size}x{size} pixels, sampled on {pipeline.device}."
+        )
         with gr.Tab("Reconstruct"):
-            samples, seed = gr.Slider(1, 16, 4, step=1, label="Samples"), gr.Number(0, precision=0, label="Seed")
-            _form("Reconstruct", partial(_reconstruct, pipeline), ["Picture"], [samples, seed])
-        if concepts is not None:
-            with gr.Tab("Steer"):
-                concept = gr.Dropdown(concepts.names, value=concepts.names[0], label="Concept")
-                strength = gr.Slider(-3, 3, 1, step=0.1, label="Strength")
-                _form("Steer", partial(_steer, pipeline, concepts), ["Picture"], [concept, strength])
+            what = "Images that have the picture's feature map: what they share was kept, what differs was not."
+            with _form("Reconstruct", what, partial(reconstructions, pipeline), ["Picture"]) as fields:
+                fields.append(_slider("Samples", 1, 16, 4))
+        with gr.Tab("Steer"):
+            if concepts is None:
+                gr.Markdown(
+                    "Steering moves a picture's feature map along a concept. Find concepts with `featinv-pl concepts`, "
+                    "and start this page with `--concepts FOLDER`."
+                )
+            else:
+                what = "The picture's feature map, moved along a concept in steps up to the strength."
+                with _form("Steer", what, partial(_steer, pipeline, concepts), ["Picture"]) as fields:
+                    fields.append(gr.Dropdown(concepts.names, value=concepts.names[0], label="Concept", min_width=140))
+                    fields.append(_slider("Strength", -3, 3, 1, 0.1))
         with gr.Tab("Interpolate"):
-            steps = gr.Slider(2, 21, 7, step=1, label="Steps")
-            mode = gr.Radio(["linear", "slerp"], value="linear", label="Mode")
-            _form("Interpolate", partial(_interpolate, pipeline), ["First picture", "Second picture"], [steps, mode])
+            what = "Images of the feature maps between those of two pictures."
+            two = ["First picture", "Second picture"]
+            with _form("Interpolate", what, partial(interpolate, pipeline), two) as fields:
+                fields.append(_slider("Steps", 2, 21, 7))
+                fields.append(gr.Radio(["linear", "slerp"], value="linear", label="Mode"))
+        with gr.Tab("Compose"):
+            what = f"A box of the second picture's map, pasted into the first one's: in pixels, of {height}x{width}."
+            with _form("Compose", what, partial(_compose, pipeline), two) as fields:
+                for label, low, high, value in (
+                    *(("Top", 0, height - 1, height // 2), ("Left", 0, width - 1, 0)),
+                    *(("Height", 1, height, height - height // 2), ("Width", 1, width, width)),
+                ):
+                    fields.append(_slider(label, low, high, value))
+        with gr.Tab("Audit"):
+            what = "What stays open in images whose feature map is as close to the picture's as asked for."
+            with _form("Audit", what, partial(_audit, pipeline), ["Picture"]) as fields:
+                fields.append(_slider("Samples", 4, 64, 16))
+                fields.append(
+                    gr.CheckboxGroup(["inverter", "refined", "training-free"], value=["inverter"], label="Methods")
+                )
+                fields.append(_slider("Least cosine (0: the autoencoder's)", 0, 1, 0, 0.01))
     return page
 
 
-def _form(label: str, compute: Callable[..., Sequence[Tile]], pictures: list[str], inputs: list[Any]) -> None:
-    """Fields for pictures, a button, and the gallery that it fills with what `compute` makes of pictures and inputs."""
+@contextmanager
+def _form(label: str, what: str, compute: Compute, pictures: list[str]) -> Iterator[list[Any]]:
+    """Pictures, the fields that the caller makes and a button; beside them the page of what `compute` returns."""
+    fields: list[Any] = []
 
-    def answer(*values: Any) -> list[tuple[Image.Image, str]]:
+    def answer(progress: Any = gr.Progress(track_tqdm=True), *values: Any) -> Iterator[tuple[str, Any]]:  # noqa: B008
         if any(value is None for value in values):
-            raise gr.Error("Upload a picture first, and leave no field empty.", print_exception=False)
+            raise gr.Error("Choose a picture first, and leave no field empty.", print_exception=False)
         try:
             opened = [open_picture(Path(path)) for path in values[: len(pictures)]]
-            return [(one.picture, one.caption) for one in compute(*opened, *values[len(pictures) :])]
+            *asked, seed = values[len(pictures) :]
+            report = compute(*opened, *asked, seed=seed)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
+        with TemporaryDirectory() as folder:  # gradio copies the file before it goes on
+            yield _shown(report), gr.DownloadButton(value=_packed(report, Path(folder)), visible=True)
 
     with gr.Row():
-        uploads = [_upload(name) for name in pictures]
-    button = gr.Button(label, variant="primary")
-    gallery = gr.Gallery(label="Reconstructions", columns=2)
+        with gr.Column(scale=2, min_width=300):
+            with gr.Row():
+                uploads = [_upload(name) for name in pictures]
+            with gr.Row():
+                yield fields
+                fields.append(gr.Number(0, precision=0, minimum=0, label="Seed", min_width=140))
+            button = gr.Button(label, variant="primary")
+            _examples(uploads)
+        with gr.Column(scale=5, min_width=300):
+            packed = gr.DownloadButton("Download the page, its pictures and JSON", visible=False)
+            shown = gr.HTML(f"<p>{what}</p>", min_height=300)
     # One at a time, whatever was asked for: they share a model.
-    button.click(answer, [*uploads, *inputs], gallery, concurrency_id="model", concurrency_limit=1)
+    button.click(
+        answer,
+        [*uploads, *fields],
+        [shown, packed],
+        show_progress_on=shown,
+        concurrency_id="model",
+        concurrency_limit=1,
+    )
+
+
+def _slider(label: str, low: float, high: float, value: float, step: float = 1) -> Any:
+    return gr.Slider(low, high, value, step=step, label=label, min_width=140)
 
 
 def _upload(label: str) -> Any:
     # Of no mode, so that gradio hands over the file as it is, and pictures are read as everywhere.
-    return gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label)
+    sources: Any = ["upload", "webcam", "clipboard"]
+    return gr.Image(type="filepath", image_mode=None, sources=sources, label=label, height=220)
 
 
-def _reconstruct(pipeline: FeatInvPipeline, picture: Image.Image, samples: int, seed: int) -> list[Tile]:
-    original = classify(pipeline, [picture])
-    found = reconstruct_maps(pipeline, original["features"], samples, seed)
-    reconstructions = zip(found["images"][0], found["logits"][0], strict=True)
-    return [tile(original["images"][0], original["logits"][0], "the picture"), *(tile(*one) for one in reconstructions)]
+def _examples(uploads: list[Any]) -> None:
+    """Pictures to begin with, and whose they are."""
+    credited = list(csv.DictReader(io.StringIO((EXAMPLES / "credits.csv").read_text())))
+    names = [str(EXAMPLES / one["file"]) for one in credited]
+    rows = [names[start : start + len(uploads)] for start in range(0, len(names), len(uploads))]
+    gr.Examples(rows, uploads, label="Examples", api_visibility="undocumented")
+    people = dict.fromkeys(CREDIT.format(**{key: escape(value) for key, value in one.items()}) for one in credited)
+    gr.HTML(f"<small>By {', '.join(people)}; photos are cropped.</small>")
+
+
+def _shown(report: Report) -> str:
+    """The page of a report within another."""
+    page = render("page.html", title=report.title, lead=report.lead, sections=report.sections())
+    return f'<iframe title="Results" srcdoc="{escape(page)}"></iframe>'
+
+
+def _packed(report: Report, folder: Path) -> str:
+    """An archive of a report's files and of each of its pictures."""
+    report.save(folder)
+    found = sorted(folder.iterdir())
+    tiles = [one for section in report.sections() for row in section.rows for one in row]
+    with ZipFile(folder / f"{report.name}.zip", "w") as archive:
+        for path in found:
+            archive.write(path, path.name)
+        for number, one in enumerate(tiles):
+            archive.writestr(f"pictures/{number:02}.png", png(one.picture))
+    return str(folder / f"{report.name}.zip")
 
 
 def _steer(
-    pipeline: FeatInvPipeline, concepts: Concepts, picture: Image.Image, concept: str, strength: float
-) -> Sequence[Tile]:
-    # Strength 0 beside it: what steering changed is what differs between the two.
-    return steer(pipeline, picture, concepts, concepts.number(concept), [0, strength]).sections()[0].rows[0]
+    pipeline: FeatInvPipeline, concepts: Concepts, picture: Image.Image, concept: str, strength: float, seed: int
+) -> Report:
+    # From strength 0 on: what steering changes is what differs from that.
+    strengths = [strength * step / 4 for step in range(5)]
+    return steer(pipeline, picture, concepts, concepts.number(concept), strengths, seed=seed)
 
 
-def _interpolate(
-    pipeline: FeatInvPipeline, first: Image.Image, second: Image.Image, steps: int, mode: Mode
-) -> Sequence[Tile]:
-    return interpolate(pipeline, first, second, steps, mode).sections()[1].rows[0]
+def _compose(pipeline: FeatInvPipeline, first: Image.Image, second: Image.Image, *box: int, seed: int) -> Report:
+    top, left, height, width = box
+    return compose(pipeline, first, second, (top, left, height, width), seed=seed)
+
+
+def _audit(
+    pipeline: FeatInvPipeline, picture: Image.Image, samples: int, methods: Sequence[Any], cosine: float, seed: int
+) -> Report:
+    return audit(pipeline, ["the picture"], [picture], samples, methods, cosine or None, seed=seed)

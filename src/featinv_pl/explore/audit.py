@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
+from tqdm import tqdm
 
+from featinv_pl.bars import style
 from featinv_pl.errors import UserError
 from featinv_pl.explore.audited import MODEL, Audit, Audited, Method
 from featinv_pl.explore.exploration import autoencode, classify, reconstruct_maps
@@ -57,7 +59,7 @@ def audit(
     seen = classify(pipeline, pictures)
     free = reconstruct_maps(pipeline, seen["features"][:1], num_samples, next(seeds), bare)
     found = []
-    for number, name in enumerate(names):
+    for number, name in enumerate(tqdm(names, **style("audit", "picture"))):
         picture = _part(seen, slice(number, number + 1))
         samples = {
             method: _part(

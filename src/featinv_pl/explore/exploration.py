@@ -12,8 +12,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torchvision.transforms.v2.functional import InterpolationMode, resize
+from tqdm import tqdm
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
 
+from featinv_pl.bars import style
 from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import Sample
 from featinv_pl.errors import UserError
@@ -84,7 +86,8 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
         if not len(shards):
             raise UserError(f"{option}: the shard set '{folder}' has no samples. Extract features first.")
         chosen = np.linspace(0, len(shards) - 1, min(num_images, len(shards))).round().astype(int).tolist()
-        found += map(ShardSet(folder, folder.name, option, with_images=False).stored, chosen)
+        maps = ShardSet(folder, folder.name, option, with_images=False)
+        found += [maps.stored(number) for number in tqdm(chosen, **style(f"{folder}", "map"))]
         places += [(shards, number) for number in chosen]
     features = torch.stack([sample["features"] for sample in found])
     labels = torch.tensor([sample["labels"] for sample in found])

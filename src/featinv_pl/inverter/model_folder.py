@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # that of Python 3.11 is too old for pydantic
@@ -18,12 +19,14 @@ from featinv_pl.inverter.inverter import Inverter
 from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.backbone import Backbone
 from featinv_pl.nets.control import PARTS, Encoder
+from featinv_pl.nets.frozen import digest
 from featinv_pl.nets.hub import INDEX, SUMS, check_sums, read_index, write_sums
 from featinv_pl.nets.prior import Prior
 from featinv_pl.sampling.sampler import Sampler
 
 CLASSIFIER, PRIOR, PREVIEW, CARD = "backbone", "prior", "preview", "README.md"
-OPENRAIL, OTHER = "creativeml-openrail-m", "other"
+OPENRAIL, UNKNOWN = "creativeml-openrail-m", "unknown"  # as the hub calls them
+TAGS = ["feature-inversion", "interpretability", "explainable-ai", "diffusion", "controlnet"]
 # The control starts as a copy of the prior's encoder, so that the prior's licence binds it.
 LICENCES = {
     "lambdalabs/miniSD-diffusers": OPENRAIL,
@@ -49,11 +52,13 @@ class Index(TypedDict):
 
 
 class Measured(NamedTuple):
-    """A score in the model card, with those of another image and of the autoencoder alone."""
+    """A score in the model card, with its 95 % interval and those of another image and of the autoencoder alone."""
 
     test_set: str
+    samples: int
     score: str
-    value: float | None
+    value: float
+    interval: tuple[float, float] | None
     floor: float | None
     ceiling: float | None
 
@@ -65,12 +70,14 @@ class Facts:
     Attributes:
         recipe: How it was trained, by name.
         scores: What `test` measured.
+        tested: When, as a date.
         notes: What is missing, and other notes of the test.
         license: An identifier of the hub; that of the prior if None.
     """
 
     recipe: dict[str, str] = field(default_factory=dict)
     scores: Sequence[Measured] = ()
+    tested: str = ""
     notes: Sequence[str] = ()
     license: str | None = None
 
@@ -152,17 +159,36 @@ def index_of(inverter: Inverter) -> dict[str, Any]:
 
 
 def model_card(inverter: Inverter, name: str, facts: Facts) -> str:
-    """The card of a model: what it is, how it was trained, and its scores between floor and ceiling."""
-    index, source = index_of(inverter), inverter.prior.source
+    """The card of a model: what it is, how it was trained, its scores between floor and ceiling, and its limits."""
+    index, base_models = index_of(inverter), _base_models(inverter)
+    license = facts.license or LICENCES.get(inverter.prior.source, UNKNOWN)
+    data = ModelCardData(
+        base_model=base_models or None,
+        base_model_relation="adapter" if base_models else None,
+        library_name="featinv-pl",
+        license=license,
+        pipeline_tag="image-to-image",
+        tags=TAGS,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                "image-to-image", one.test_set, one.test_set, one.score, round(one.value, 4), task_name="Inversion"
+            )
+            for one in facts.scores
+        ]
+        or None,
+    )
     template = Environment(undefined=StrictUndefined, trim_blocks=True).from_string(
         files("featinv_pl.inverter").joinpath("model_card.md").read_text()
     )
     return template.render(
+        metadata=data.to_yaml(),
         name=name,
         index=index,
         shape="x".join(map(str, inverter.classifier.feature_shape)),
-        base_models=_base_models(inverter),
-        license=facts.license or LICENCES.get(source, OTHER),
+        base_models=base_models,
+        license=None if license == UNKNOWN else license,
+        digest=digest(inverter.control),
         facts=facts,
     )
 

@@ -1,7 +1,6 @@
 """One progress line for all of a command, with its rate and the time left; how fast training is, for loggers."""
 
 import math
-import sys
 import time
 from collections.abc import Iterable
 from typing import Any, TypeVar, cast
@@ -11,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from featinv_pl.bars import style
+
 Item = TypeVar("Item")
 SHOWN = 50  # steps after which the loss in the progress line is another, if nothing is logged
 
@@ -19,7 +20,7 @@ class Progress(ProgressBar):
     """Counts optimizer steps in `fit`, and batches of all test sets together elsewhere.
 
     Lightning's own bars begin again with each epoch and each test set, so they never show the time that is left.
-    Where the output is not a terminal, a line follows every ten seconds.
+    Where the output is not a terminal, a line follows every ten seconds; see `bars`.
     """
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
-            self.bar = tqdm(**_style("fit", "step"), total=_planned(trainer), initial=trainer.global_step)
+            self.bar = tqdm(**style("fit", "step"), total=_planned(trainer), initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.bar is not None:
@@ -46,11 +47,13 @@ class Progress(ProgressBar):
         command = str(self.trainer.state.fn.value) if self.trainer.state.fn else "fit"
         if self.enabled and command != "fit":  # within which it also validates
             batches = getattr(self.trainer, f"num_{'val' if command == 'validate' else command}_batches")
-            self.bar = tqdm(**_style(command, "batch"), total=int(sum(batches)))
+            self.bar = tqdm(**style(command, "batch"), total=int(sum(batches)))
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.trainer.state.fn != "fit":
             self.bar.update()
+            if self.bar.n == self.bar.total:  # before results are printed
+                self._close()
 
     def _close(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -81,13 +84,8 @@ def _planned(trainer: Trainer) -> int | None:
 def progress(trainer: Trainer, name: str, unit: str, items: Iterable[Item]) -> Iterable[Item]:
     """Show a line for what is done before a stage, on the first rank, if the stage has one."""
     hidden = not trainer.is_global_zero or trainer.progress_bar_callback is None
-    shown: Iterable[Item] = tqdm(items, **_style(name, unit), disable=hidden)
+    shown: Iterable[Item] = tqdm(items, **style(name, unit), disable=hidden)
     return shown
-
-
-def _style(name: str, unit: str) -> dict[str, Any]:
-    interval = 0.1 if sys.stderr.isatty() else 10
-    return {"desc": name, "unit": f" {unit}", "mininterval": interval, "dynamic_ncols": True}
 
 
 class Speed(Callback):

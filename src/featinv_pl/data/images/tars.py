@@ -26,6 +26,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
+from featinv_pl.bars import style
 from featinv_pl.data.addresses import CHUNK, READABLE, attempted, is_remote, open_address
 from featinv_pl.data.images.layouts import NO_CLASS, first_of_each
 from featinv_pl.data.images.sources import FileImages
@@ -268,7 +269,7 @@ def _fetched(places: Sequence[str], cache: Path, source: str, option: str) -> li
         log.info("%s: %d tars are fetched into '%s', once.", source, len(missing), cache)
         with ThreadPoolExecutor(FETCHES) as pool:
             fetching = pool.map(lambda pair: _fetch(pair[0], pair[1], option), missing)
-            for _ in tqdm(fetching, source, len(missing), unit="tar", disable=None):
+            for _ in tqdm(fetching, total=len(missing), **style(source, "tar")):
                 pass
     return kept
 

@@ -18,7 +18,9 @@ from typing import Any, Literal, cast
 
 import numpy as np
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from featinv_pl.bars import style
 from featinv_pl.data.shards.manifest import AGAIN, INDEX, Entry, Shard, find_sets, index_path, one_line, read_manifest
 from featinv_pl.data.shards.remote import RemoteSet
 from featinv_pl.data.shards.samples import IMAGES, Sample, collate_samples, decode, widen
@@ -129,7 +131,7 @@ class ShardSet(Dataset[Sample]):
         for path in sorted(self.folder.glob("*.tar")):
             if path.name not in listed:
                 yield f"'{path}' is not in the manifest. Move it elsewhere."
-        for shard, end in zip(self.shards, self._ends, strict=True):
+        for shard, end in tqdm([*zip(self.shards, self._ends, strict=True)], **style(f"{self.folder}", "shard")):
             path = self.folder / shard["name"]
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
