@@ -33,7 +33,7 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.enabled:
-            self.bar = tqdm(**style("fit", "step"), total=_planned(trainer), initial=trainer.global_step)
+            self.bar = tqdm(**_shown("fit", "step"), total=_planned(trainer), initial=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self.bar is not None:
@@ -47,7 +47,7 @@ class Progress(ProgressBar):
         command = str(self.trainer.state.fn.value) if self.trainer.state.fn else "fit"
         if self.enabled and command != "fit":  # within which it also validates
             batches = getattr(self.trainer, f"num_{'val' if command == 'validate' else command}_batches")
-            self.bar = tqdm(**style(command, "batch"), total=int(sum(batches)))
+            self.bar = tqdm(**_shown(command, "batch"), total=int(sum(batches)))
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         if self.bar is not None and self.trainer.state.fn != "fit":
@@ -79,6 +79,10 @@ def _planned(trainer: Trainer) -> int | None:
     if epochs is not None and epochs >= 0:
         steps = min(steps, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * epochs)
     return None if steps == float("inf") else int(steps)
+
+
+def _shown(name: str, unit: str) -> dict[str, Any]:
+    return style(name, unit) | {"delay": 0}  # a log says of a stage at least that it began and ended
 
 
 def progress(trainer: Trainer, name: str, unit: str, items: Iterable[Item]) -> Iterable[Item]:
