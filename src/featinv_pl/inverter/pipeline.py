@@ -35,9 +35,9 @@ CallbackOnStepEnd = Callable[["FeatInvPipeline", int, Tensor, dict[str, Any]], M
 class FeatInvPipeline:
     """Reconstructs images from a picture's feature map, or from a map.
 
-    pipeline = FeatInvPipeline.from_pretrained("folder-or-hub-name")
-    output = pipeline("cat.jpg", num_samples=4)
-    output.images[0].save("reconstruction.png")
+        pipeline = FeatInvPipeline.from_pretrained("folder-or-hub-name")
+        output = pipeline("cat.jpg", num_samples=4)
+        output.images[0].save("reconstruction.png")
 
     Args:
         inverter: The model, with the sampler that is used where a call does not name another.
