@@ -8,6 +8,7 @@ FOLDER holds photos of 64 px, of which those are shown whose names begin with a 
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 from PIL import Image
 
@@ -27,14 +28,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/photos/readme.jpg"))
     options = parser.parse_args()
     photos = [Image.open(next(options.folder.glob(f"{name}*"))).convert("RGB") for name in options.names]
-    rows = []
+    rows: list[list[Image.Image]] = []
     for model in options.models:
         pipeline = FeatInvPipeline.from_pretrained(model)
         if not rows:  # what of the photos the classifier sees
             rows.append([as_picture(image) for image in classify(pipeline, photos)["images"]])
         output = pipeline(photos, seed=0)
         print(model, *(f"{cosine:.3f}" for cosine in output.cosine))
-        rows.append(output.images)
+        rows.append(cast(list[Image.Image], output.images))
     picture = Image.new("RGB", ((SIDE + GAP) * len(photos) - GAP, (SIDE + GAP) * len(rows) - GAP), "white")
     for top, row in enumerate(rows):
         for left, image in enumerate(row):
