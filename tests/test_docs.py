@@ -116,7 +116,8 @@ def test_make_targets_exist() -> None:
 
 def test_files_exist() -> None:
     pages = {ROOT / "README.md": README, **{ROOT / f"docs/{name}.md": page for name, page in PAGES.items()}}
-    named = {name for page in pages.values() for name in re.findall(r"`((?:src|experiments|tests)/[\w/.-]+)`", page)}
+    current = [page for path, page in pages.items() if path.stem != "smoke"]  # which records what was run on a day
+    named = {name for page in current for name in re.findall(r"`((?:src|experiments|tests)/[\w/.-]+)`", page)}
     assert len(named) >= 15
     assert not [name for name in named if not (ROOT / name).exists() and "NAME" not in name]
     linked = {
