@@ -9,6 +9,7 @@ weights need not be stored, because they are a function of each tensor's name an
 import json
 import math
 import zlib
+from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -147,8 +148,11 @@ def _training(inverter: Inverter, inputs: State, outputs: State) -> Pairs:
     prediction = inverter.denoise(noisy_latents, timesteps, inputs["context"], encoded)
     loss = mse_loss(prediction, denoising_target(inverter.prior.schedule, latents, noise, timesteps))
     loss.backward()
-    parameters = dict(inverter.control.named_parameters())
-    ours = {name: parameters[there].grad.clone() for name, there in control_names(inverter).items()}  # type: ignore[union-attr]
+    named = deepcopy(inverter.control)  # whose state dict gives gradients the names of weights
+    for weight, trained in zip(named.parameters(), inverter.control.parameters(), strict=True):
+        weight.data = torch.as_tensor(trained.grad)
+    gradients_of = named.state_dict()
+    ours = {name: gradients_of[there] for name, there in control_names(inverter).items()}
     inverter.control.zero_grad()
     norms, recorded = GOLDEN["training"]["control_grad_norms"], torch.tensor(GOLDEN["training"]["loss"])
     found, expected = zip(*((float(ours[name].double().norm()), norm) for name, norm in norms.items()), strict=True)

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from bench import counted, gpu, machine, training
+from bench import counted, gpu, loops, machine, samplers, training
 from bench.__main__ import main, tiny_options
 from bench.training import AGAIN, SAVINGS
 from featinv_pl.sampling.sampler import Sampler
 from interrupts import Capture
 
-SYNCHRONISATIONS, COLLECTIVES, LOOP_SYNCHRONISATIONS = 2, 1, 0  # two: of Lightning, which asks for SIGTERM on rank 0
-KERNELS, TRAFFIC = 2250, 2.3  # GB a sample
+TINY_BLOCKS = {
+    "layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+KERNELS, TRAFFIC = 2000, 2.2  # GB a sample
 
 
 @pytest.fixture
@@ -54,17 +58,38 @@ def test_savings_and_ways_have_their_figures(tiny: list[str], monkeypatch: pytes
 
 def test_a_gpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Counted with a small UNet: neither by a training step that logs nothing, nor in the denoising loop."""
-    small = {"block_out_channels": [32, 32], "layers_per_block": 1, "cross_attention_dim": counted.WIDTH}
-    small |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"]}
-    small |= {"up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    small = {"block_out_channels": [32, 32], "cross_attention_dim": counted.WIDTH, **TINY_BLOCKS}
     monkeypatch.setattr(counted, "UNET", {"sample_size": 32, **small})
     _, logs_nothing, *_ = counted.training_steps(counted.full_size(tmp_path), 2)[1:]
     assert logs_nothing.kernels.total() > 200
-    assert logs_nothing.synchronisations.total() <= SYNCHRONISATIONS
-    assert logs_nothing.collectives.total() <= COLLECTIVES
+    assert not logs_nothing.synchronisations
+    assert not logs_nothing.collectives
     loop = counted.sampling_loop(counted.full_size(tmp_path), 2, Sampler(steps=3))
     assert loop.kernels.total() > 100
-    assert loop.synchronisations.total() <= LOOP_SYNCHRONISATIONS
+    assert not loop.synchronisations.total()
+
+
+def test_fewer_computations_are_scored(
+    inverter_folder: Path, classifier_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    names = ("dpm 8, guidance_every 2, control_every 2", "dpm 3")
+    monkeypatch.setattr(samplers, "SAMPLERS", {name: samplers.SAMPLERS[name] for name in names})
+    monkeypatch.setattr(samplers, "full_size", lambda: (0.1, 1.0, 10.0))  # of the encoder, the control and the UNet
+    samplers.main(["--models", str(inverter_folder), "--judge", str(classifier_folder), "--images", "3"])
+    *_, fewer, plain, authors = capsys.readouterr().out.splitlines()
+    figures = [[float(one) for one in row.split(" | ")[2:-1]] for row in (fewer, plain)]
+    # Eight steps, half of them with one branch; the control at every second, of both branches. Three steps with both.
+    assert [row[0] for row in figures] == [0.2 + 8 + 120, 0.2 + 6 + 60]
+    assert all(0 <= row[3] <= 1 and -1 <= row[1] <= 1 for row in figures)
+    assert authors.startswith("authors: ")
+
+
+def test_both_loops_are_timed(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(loops, "TINY", {"block_out_channels": [32, 32], **TINY_BLOCKS})
+    main(["--parts", "loops", "--short"])
+    found = json.loads(Path("runs/bench/bench.json").read_text())["loops"]
+    assert {"diffusers", "ours", "ratio"} == set().union(*found.values())
+    assert all(min(row.values()) > 0 for row in found.values())
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "counted": _counted,
         "startup": _startup,
         "digits": _digits,
+        "loops": _loops,
         "training": _training,
         "sampling": _sampling,
     }

@@ -22,7 +22,7 @@ from bench.pretended import GPU, Autocast, Gpu, Ranks, autocast, pretended_gpu, 
 from featinv_pl.inverter.inverter import Execution
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.nets.precision import spare_factors
+from featinv_pl.nets.spared import spare_kernels
 from featinv_pl.runtime.finite import FiniteGuard
 from featinv_pl.runtime.progress import Progress, Speed
 from featinv_pl.runtime.stopping import Stop
@@ -64,7 +64,7 @@ def full_size(folder: Path) -> FeatureInversion:
         inverter.control = FeatureControl(prior.unet, FEATURES[0], Encoder())
         prior.prompt, prior.empty = torch.empty(TOKENS, WIDTH), torch.empty(TOKENS, WIDTH)
         model.to("meta")
-    spare_factors(prior.unet)  # as one that is loaded
+    spare_kernels(prior.unet)  # as one that is loaded
     inverter.execute(Execution(channels_last=True))
     return model
 

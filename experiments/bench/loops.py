@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -26,7 +26,7 @@ from bench import machine
 from bench.counted import FEATURES, SIDE, TOKENS, WIDTH
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.nets.precision import spare_factors
+from featinv_pl.nets.spared import spare_kernels
 from featinv_pl.runtime.finite import total_norm
 from featinv_pl.tasks.inversion import FeatureInversion
 from featinv_pl.types import Batch
@@ -40,7 +40,7 @@ TINY = {"block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
 
 
 def measure(rounds: int, sizes: dict[str, dict[str, Any]], batch_size: int = 1) -> dict[str, dict[str, float]]:
-    """Seconds a step of both, medians of so many rounds, by size and precision."""
+    """Seconds a step of both, medians of so many rounds, by size and precision; of a CPU, those that it was used."""
     found = {}
     for size, unet in sizes.items():
         for precision in ("fp32", "bf16"):
@@ -48,7 +48,7 @@ def measure(rounds: int, sizes: dict[str, dict[str, Any]], batch_size: int = 1) 
             seconds: dict[str, list[float]] = {name: [] for name in ways}
             for turn in range(rounds + 1):
                 for name, step in ways.items():
-                    taken = machine.timed(step)
+                    taken = machine.timed(step, machine.used)
                     if turn:  # the first allocates the optimizer's moments
                         seconds[name].append(taken)
             found[f"{size}, {precision}"] = {name: median(taken) for name, taken in seconds.items()}
@@ -68,13 +68,15 @@ def _ways(unet: dict[str, Any], batch_size: int, mixed: bool, shared: bool) -> d
     prior.unet.requires_grad_(False).eval()
     prior.prompt, prior.empty = torch.randn(2, TOKENS, WIDTH)
     inverter.control = FeatureControl(prior.unet, FEATURES[0], Encoder())
-    # At full size there is memory for one set of networks; without factors of 1, theirs is a little faster, too.
+    # At full size there is memory for one set of networks; as ours, theirs is a little faster, too.
     theirs: Any = [prior.unet, inverter.control] if shared else [deepcopy(prior.unet), deepcopy(inverter.control)]
+    if not shared:
+        theirs[1].controlnet = ControlNetModel.from_unet(theirs[0])
+        theirs[1].controlnet.controlnet_cond_embedding = nn.Identity()
     if mixed:
         keep_products_in(prior.unet, torch.bfloat16)
         theirs[0].to(torch.bfloat16)
-    for network in (prior.unet, inverter.control.controlnet):
-        spare_factors(network)
+    spare_kernels(prior.unet)
     batch = Batch(
         features=torch.randn(batch_size, *FEATURES),
         moments=torch.randn(batch_size, 8, SIDE // 8, SIDE // 8),

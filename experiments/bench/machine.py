@@ -42,6 +42,11 @@ def now() -> float:
     return time.perf_counter()
 
 
+def used() -> float:
+    """Seconds that do not depend on other processes: of a GPU, as `now`; of the CPU, those of this process."""
+    return now() if GPU else time.process_time()
+
+
 def give_back_from(size: int) -> None:
     """Have the allocator of a CPU give memory back to the system when blocks of at least so many bytes are freed.
 
@@ -92,11 +97,11 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {name: median(one[name] for one in rounds) for name in rounds[0]}
 
 
-def timed(function: Callable[[], Any]) -> float:
+def timed(function: Callable[[], Any], clock: Callable[[], float] = now) -> float:
     """Seconds that a call takes."""
-    start = now()
+    start = clock()
     function()
-    return now() - start
+    return clock() - start
 
 
 def _lines(path: str) -> list[str]:

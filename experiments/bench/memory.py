@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from bench.pretended import autocast, flash, to_gpu
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.nets.precision import call_again, call_throughout, spare_factors
+from featinv_pl.nets.precision import call_again, call_throughout
+from featinv_pl.nets.spared import spare_kernels
 from featinv_pl.tasks.inversion import FeatureInversion
 
 
@@ -118,7 +119,7 @@ def _networks(shapes: Shapes, mixed: bool, again: bool) -> tuple[UNet2DCondition
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(shapes.unet)
         control = FeatureControl(unet, shapes.features[0], Encoder(shapes.hidden_channels))
-    spare_factors(unet)
+    spare_kernels(unet)
     unet.requires_grad_(False).eval()
     if mixed:
         keep_products_in(unet, torch.bfloat16)

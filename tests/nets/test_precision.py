@@ -1,7 +1,6 @@
 """UNet and ControlNet in half precision, with trained weights in single precision."""
 
 from collections import Counter
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from featinv_pl.nets.control import Encoder, FeatureControl
 from featinv_pl.nets.frozen import keep_products_in
-from featinv_pl.nets.precision import One, call_again
+from featinv_pl.nets.precision import call_again
 from featinv_pl.nets.prior import Prior
 
 BF16 = torch.bfloat16
@@ -92,20 +91,3 @@ def test_activations_are_computed_again_by_the_same_weights(parts: tuple[Prior, 
     assert torch.equal(prediction, again)
     assert torch.equal(gradients, same)
     assert after[BF16, BF16] > before[BF16, BF16]
-
-
-def test_factors_of_one_change_nothing(parts: tuple[Prior, FeatureControl]) -> None:
-    prior, control = parts
-    plain = deepcopy(prior.unet)
-    spared = [(part, name) for part in plain.modules() for name, value in vars(part).items() if isinstance(value, One)]
-    assert {name for _, name in spared} == {"output_scale_factor", "rescale_output_factor"}
-    for part, name in spared:
-        setattr(part, name, 1.0)
-    latents, timesteps, prompts = torch.randn(2, 4, 4, 4), torch.tensor([10, 900]), prior.prompt.expand(2, -1, -1)
-    encoded = torch.randn(2, 8, 4, 4)
-    with torch.no_grad():
-        down, middle = control(latents, timesteps, prompts, encoded)
-        same = control.controlnet(latents, timesteps, prompts, encoded, 1.0, return_dict=False)
-        assert all(torch.equal(one, other) for one, other in zip([*down, middle], [*same[0], same[1]], strict=True))
-        prediction = plain(latents, timesteps, prompts, return_dict=False)[0]
-        assert torch.equal(prior.predict(latents, timesteps, prompts), prediction)

@@ -24,14 +24,18 @@ import featinv_pl
 
 SOURCE = Path(featinv_pl.__file__).parent
 NAMES = {
-    "trainer": ("_logger_connector", "_checkpoint_connector", "_accelerator_connector", "fit_loop", "validate_loop"),
+    "trainer": (
+        *("_logger_connector", "_checkpoint_connector", "_accelerator_connector", "_signal_connector"),
+        *("fit_loop", "validate_loop"),
+    ),
     "trainer.validate_loop": ("verbose",),
     "trainer.fit_loop": (
         *("_should_accumulate", "_data_fetcher", "epoch_loop", "epoch_progress", "max_steps", "max_epochs"),
         "reset_restart_stage",
     ),
     "trainer.fit_loop.epoch_progress.current": ("ready", "started", "processed"),
-    "trainer.fit_loop.epoch_loop": ("_should_check_val_fx", "batch_progress", "max_steps"),
+    "trainer.fit_loop.epoch_loop": ("_should_check_val_fx", "batch_progress", "max_steps", "_broadcast_sigterm_tensor"),
+    "trainer._signal_connector": ("received_sigterm",),
     "trainer.fit_loop.epoch_loop.batch_progress": ("total", "current", "is_last_batch"),
     "trainer.fit_loop.epoch_loop.batch_progress.total": ("processed", "completed"),
     "trainer._logger_connector": ("_callback_metrics", "update_train_step_metrics"),

@@ -113,6 +113,11 @@ def test_training_changes_the_control_and_nothing_else(make_model: Any, make_bat
     with pytest.raises(UserError, match=r"2 tensors of the regression are missing"):
         fit(make_model(), make_batch(4), tmp_path, ckpt_path=tmp_path / "older.ckpt")
 
+    del checkpoint["optimizer_states"][0]["param_groups"][0]["params"][0]  # as where weights are divided otherwise
+    torch.save(checkpoint, tmp_path / "others.ckpt")
+    with pytest.raises(UserError, match=r"the optimizer in this checkpoint has (\d+) weights, and this run trains \d+"):
+        fit(make_model(), make_batch(4), tmp_path, ckpt_path=tmp_path / "others.ckpt")
+
     missing, unexpected = model.state_dict(), {**model.state_dict(), "control.more": torch.zeros(1)}
     missing.popitem()
     for state in (missing, unexpected):

@@ -11,7 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from featinv_pl.nets.precision import One, call_throughout, spare_factors
+from featinv_pl.nets.precision import call_throughout
+from featinv_pl.nets.spared import One, spare_kernels
 from featinv_pl.nets.weights import fill, read_weights
 from featinv_pl.sampling.sampler import check_option
 
@@ -109,7 +110,7 @@ class FeatureControl(nn.Module):
         self.controlnet = ControlNetModel.from_unet(unet)
         # The encoder stands outside, so that a map is encoded once and serves every sampling step.
         self.controlnet.controlnet_cond_embedding = nn.Identity()
-        spare_factors(self.controlnet)
+        spare_kernels(self.controlnet)
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, prompts: Tensor, encoded: Tensor, scale: float = 1.0

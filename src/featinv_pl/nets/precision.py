@@ -63,20 +63,3 @@ def _copied(tensors: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     if made:
         torch._foreach_copy_(made, list(tensors))
     return tuple(made)
-
-
-class One:
-    """The factor 1 that costs no kernel: diffusers multiplies and divides whole activations by factors that are 1."""
-
-    def __rmul__(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    __rtruediv__ = __rmul__
-
-
-def spare_factors(network: nn.Module) -> None:
-    """Leave divisions by 1 out of a UNet or ControlNet of diffusers; what it computes stays the same bit for bit."""
-    for module in network.modules():
-        for name in ("output_scale_factor", "rescale_output_factor"):
-            if getattr(module, name, None) == 1:
-                setattr(module, name, One())

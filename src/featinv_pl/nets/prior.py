@@ -17,7 +17,8 @@ from featinv_pl.nets.autoencoder import LatentAutoencoder
 from featinv_pl.nets.control import Residuals
 from featinv_pl.nets.frozen import Frozen, weights_digest
 from featinv_pl.nets.hub import find_folder, load_part
-from featinv_pl.nets.precision import call_throughout, spare_factors
+from featinv_pl.nets.precision import call_throughout
+from featinv_pl.nets.spared import spare_kernels
 from featinv_pl.nets.supported import SCHEDULE, SCHEDULER, check_prior, read_schedule
 from featinv_pl.nets.weights import check_finite, read_weights
 
@@ -61,7 +62,7 @@ class Prior(Frozen):
             )
         self.register_buffer("prompt", prompt)
         self.register_buffer("empty", empty)
-        spare_factors(self.unet)
+        spare_kernels(self.unet)
         self.freeze()
 
     def _load_folder(self, folder: Path) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,20 @@ def hide_score_tables(trainer: Trainer) -> None:
     trainer.validate_loop.verbose = trainer.test_loop.verbose = False
 
 
+def take_sigterm(trainer: Trainer) -> bool:
+    """Whether Lightning has got SIGTERM, which from now on is not its concern.
+
+    With several ranks it would ask the first one before each batch, and wait for the answer and so for the device.
+    """
+    signals, loop = trainer._signal_connector, cast(Any, trainer.fit_loop.epoch_loop)
+    loop._broadcast_sigterm_tensor = _ask_nobody
+    received, signals.received_sigterm = signals.received_sigterm, False
+    return received
+
+
+def _ask_nobody() -> None: ...
+
+
 def position(trainer: Trainer) -> tuple[int, int]:
     """The epoch in which training stands, and how many batches of it have been processed."""
     loop = trainer.fit_loop

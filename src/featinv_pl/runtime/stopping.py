@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from featinv_pl.data.workers import SIGNALS
 from featinv_pl.runtime.checkpoints import settle
-from featinv_pl.runtime.internals import save_now, savers
+from featinv_pl.runtime.internals import save_now, savers, take_sigterm
 from featinv_pl.runtime.ranks import first_rank, forget_children, mean_of_ranks, say
 
 PAUSE = 1.0  # seconds of training on GPUs in which a signal to one of several ranks stays with that
@@ -69,6 +69,8 @@ class Stop(Callback):
             for number in (*SIGNALS, self.requeue):
                 if number and not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                     signal.signal(number, self._note)  # Lightning puts back what was there before it
+        if take_sigterm(trainer) and not self.signal:
+            self.signal = signal.SIGTERM
 
     on_test_start = on_predict_start = on_train_start
 

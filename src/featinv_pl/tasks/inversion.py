@@ -252,6 +252,8 @@ class FeatureInversion(Optimised):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another model, before training starts."""
         check_checkpoint(checkpoint, self.inverter, "`ckpt_path`")
+        if self.fits:
+            self.check_moments(checkpoint)
         self.loaded_step = checkpoint["global_step"]
 
 

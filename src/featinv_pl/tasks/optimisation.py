@@ -48,6 +48,17 @@ class Optimised(LightningModule):
             )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def check_moments(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume with an optimizer of other weights."""
+        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state.get("param_groups", [])]
+        saved, own = sum(len(group["params"]) for group in groups), sum(one.requires_grad for one in self.parameters())
+        if groups and saved != own:
+            raise UserError(
+                f"`ckpt_path`: the optimizer in this checkpoint has {saved} weights, and this run trains {own}: it is "
+                "of an earlier version, or of a run with other options. Its weights can be tested and exported; to "
+                "train them further, give the exported folder as `adapt.control`."
+            )
+
     def log_step(self, figures: dict[str, Tensor]) -> None:
         """Log figures of a training step, in loggers as means over ranks, each of which has as many samples.
 
