@@ -103,7 +103,7 @@ def moved(
 ) -> dict[tuple[int, int], list[Steering]]:
     """Every picture moved to every other class."""
     return {
-        (a, b): [steer(pipeline, one, concepts, number, strengths) for one in pictures[a]]
+        (a, b): [steer(pipeline, one, concepts, number, strengths, controls=False) for one in pictures[a]]
         for number, (a, b) in enumerate(permutations(CLASSES, 2))
     }
 
@@ -149,9 +149,9 @@ def main() -> None:
     for mode in MODES:
         ends, flags = [], []
         for a, b in permutations(CLASSES, 2):
-            found = interpolate(pipeline, pictures[a][0], pictures[b][0], 11, mode, train)
+            found = interpolate(pipeline, pictures[a][0], pictures[b][0], 11, mode, train, controls=False)
             ends += [found.cosines[0, 0], found.cosines[-1, 1]]
-            flags += found.flags
+            flags += found.flags["features"]
         measured[f"cosine of the ends, {mode}"] = torch.stack(ends).mean().item()
         measured[f"steps flagged, {mode}"] = sum(flags) / len(flags)
     Evidence(measured, {pair: several[0] for pair, several in towards.items()}).save(OUT)

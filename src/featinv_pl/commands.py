@@ -53,7 +53,7 @@ def _reconstruct(parser: Parser, args: list[str]) -> None:
 
 def _concepts(parser: Parser, args: list[str]) -> None:
     parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="shard sets of one backbone and layer")
-    parser.add_argument("--method", choices=("nmf", "difference", "cav"), default="nmf", help="(%(default)s)")
+    parser.add_argument("--method", choices=("nmf", "difference", "cav", "sae"), help="(nmf, or what directions are)")
     parser.add_argument("--out", required=True, type=folder, help=OUT)
     parser.add_argument("--num_concepts", type=positive, default=8, help="components of nmf (%(default)s)")
     parser.add_argument(
@@ -61,14 +61,28 @@ def _concepts(parser: Parser, args: list[str]) -> None:
         help="difference and cav: from class A to B, by label or folder; may be repeated. Without it, between two sets",
     )  # fmt: skip
     parser.add_argument("--pooled", action="store_true", help="difference and cav: the same direction at all locations")
+    parser.add_argument(
+        "--directions", type=Path, metavar="FILE",
+        help="found elsewhere, .safetensors, .npz or .npy: measured on the shards, not found in them",
+    )  # fmt: skip
+    parser.add_argument("--key", help="of the array in that file, if it has several")
     parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="at most, of each set (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of nmf (%(default)s)")
     options = parser.parse_args(args)
+    if options.method == "sae" and not options.directions:
+        parser.error("--method sae: a sparse autoencoder is trained elsewhere. Give its file as --directions")
     from featinv_pl.explore import concepts
     from featinv_pl.explore.exploration import read_samples
+    from featinv_pl.explore.external import Directions
+    from featinv_pl.explore.gallery import gallery
 
+    with renamed("concepts", "directions"):
+        given = options.directions and Directions.read(options.directions, options.key, options.method)
     samples = read_samples(options.shards, options.num_images, "SHARDS")
-    if options.method == "nmf":
+    if given:
+        with renamed("concepts", "directions"):
+            found = given.measured(samples)
+    elif options.method in ("nmf", None):
         told(parser.prog, f"factorising {len(samples.keys)} maps")
         found = concepts.nmf_concepts(samples, options.num_concepts, options.seed)
     else:
@@ -76,11 +90,15 @@ def _concepts(parser: Parser, args: list[str]) -> None:
         pairs = concepts.pairs_of_labels(samples, options.between) or concepts.pair_of_sets(samples)
         found = find(samples, pairs, options.pooled)
     found.save(options.out)
-    _finish(concepts.gallery(found, samples), options)
+    _finish(gallery(found, samples), options)
 
 
 def _steer(parser: Parser, args: list[str]) -> None:
-    parser.add_argument("--concepts", required=True, type=Path, help=CONCEPTS)
+    parser.add_argument(
+        "--concepts", required=True, type=Path, metavar="CONCEPTS",
+        help=f"{CONCEPTS}, or a .safetensors, .npz or .npy of directions",
+    )  # fmt: skip
+    parser.add_argument("--key", help="of the array in a file of directions, if it has several")
     parser.add_argument("--concept", default="0", help="by number or name (%(default)s)")
     parser.add_argument("--edit", choices=("add", "scale", "remove"), default="add", help="(%(default)s)")
     parser.add_argument(
@@ -91,34 +109,86 @@ def _steer(parser: Parser, args: list[str]) -> None:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--box", type=box, metavar=BOX, help="the region to edit, in pixels of the classifier's crop")
     where.add_argument("--mask", type=Path, help="the region to edit: a picture of the size of IMAGE, white inside")
-    parser.add_argument("--class", dest="classes", type=int, action="append", default=[], help="plot its probability")
-    options = parse_pictures(parser, args, 1, num_samples=1)
-    from featinv_pl.explore.concepts import Concepts
-    from featinv_pl.explore.exploration import box_mask, picture_mask
+    parser.add_argument(
+        "--class", dest="classes", type=int, action="append", default=[],
+        help="that the edit asks for: plot its probability, and do not count it as another class; may be repeated",
+    )  # fmt: skip
+    _add_over(parser, "IMAGE")
+    options = _one_or_over(parser, args, 1, num_samples=1)
+    if options.over and options.mask:
+        parser.error("--mask is of the size of one picture. Give --box with --over")
+    from featinv_pl.explore.concepts import TENSORS, Concepts
+    from featinv_pl.explore.exploration import box_mask, origin_of, picture_mask
+    from featinv_pl.explore.external import SUFFIXES, Directions
+    from featinv_pl.explore.sets import find_pictures
+    from featinv_pl.explore.steered import steer_over
     from featinv_pl.explore.steering import steer
 
-    concepts = Concepts.load(options.concepts)
-    concept = concepts.number(options.concept)
+    foreign = options.concepts.suffix in SUFFIXES and options.concepts.name != TENSORS
+    given = Directions.read(options.concepts, options.key) if foreign else Concepts.load(options.concepts)
+    number = given.number(options.concept) if isinstance(given, Concepts) else None
+    found = find_pictures(options.over, options.num_images, options.label) if options.over else []
     pipeline = load_pipeline(options.model, options)
+    concepts = given.concepts(origin_of(pipeline)) if isinstance(given, Directions) else given
+    number = concepts.number(options.concept) if number is None else number
     mask = picture_mask(options.mask, options.paths[0], pipeline) if options.mask else None
     if options.box:
         mask = box_mask(options.box, pipeline.inverter.classifier.input_size)
-    moved = options.pictures[0], concepts, concept, options.strengths, options.edit, mask, options.classes
-    _finish(steer(pipeline, *moved, options.num_samples, options.seed), options)
+    moved = concepts, number, options.strengths, options.edit, mask, options.classes, options.num_samples, options.seed
+    if options.over:
+        pipeline.set_progress_bar_config(disable=True)
+    _finish(
+        steer_over(pipeline, found, *moved) if options.over else steer(pipeline, options.pictures[0], *moved),
+        options,
+    )
 
 
 def _interpolate(parser: Parser, args: list[str]) -> None:
     parser.add_argument("--steps", type=positive, default=11, help="number of maps, ends included (%(default)s)")
     parser.add_argument("--mode", choices=("linear", "slerp"), default="linear", help="slerp keeps norms (%(default)s)")
     parser.add_argument("--real", type=Path, help="a shard set of real images; steps outside their range are flagged")
-    parser.add_argument("--num_images", type=positive, default=NUM_IMAGES, help="at most, of --real (%(default)s)")
-    options = parse_pictures(parser, args, 2)
+    parser.add_argument("--num_real", type=positive, default=NUM_IMAGES, help="at most, of --real (%(default)s)")
+    parser.add_argument("--judge", metavar="BACKBONE", help="a held-out classifier that compares steps with --real")
+    _add_over(parser, "two IMAGE: pairs of its pictures")
+    options = _one_or_over(parser, args, 2)
     from featinv_pl.explore.exploration import read_samples
+    from featinv_pl.explore.interpolated import interpolate_over
     from featinv_pl.explore.pairs import interpolate
+    from featinv_pl.explore.sets import find_pictures
+    from featinv_pl.nets.backbone import Backbone
 
-    real = read_samples([options.real], options.num_images, "`real`") if options.real else None
-    pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
-    _finish(interpolate(pipeline, first, second, options.steps, options.mode, real, options.seed), options)
+    if options.real is None and (options.judge or options.over):
+        parser.error(f"--{'judge' if options.judge else 'over'} compares steps with real images. Give --real")
+    real = read_samples([options.real], options.num_real, "`real`") if options.real else None
+    with renamed("backbone", "judge"):
+        judge = Backbone(options.judge).to(device_of(options)) if options.judge else None
+    found = find_pictures(options.over, options.num_images, options.label) if options.over else []
+    pipeline, paths = load_pipeline(options.model, options), (options.steps, options.mode)
+    if options.over:
+        assert real
+        pipeline.set_progress_bar_config(disable=True)
+        _finish(interpolate_over(pipeline, found, *paths, real, options.seed, judge), options)
+    else:
+        first, second = options.pictures
+        _finish(interpolate(pipeline, first, second, *paths, real, options.seed, judge), options)
+
+
+def _add_over(parser: Parser, instead: str) -> None:
+    """Options of commands that also work over a set of pictures."""
+    parser.add_argument(
+        "--over", type=Path, metavar="FOLDER", help=f"of pictures, or a shard set, in place of {instead}"
+    )
+    parser.add_argument("--label", metavar="CLASS", help="with --over: pictures of this label or class folder alone")
+    parser.add_argument("--num_images", type=positive, default=64, help="with --over: at most (%(default)s)")
+
+
+def _one_or_over(parser: Parser, args: list[str], count: int, num_samples: int | None = None) -> Namespace:
+    """Parse the options of such a command, which else takes `count` pictures."""
+    options = parse_pictures(parser, args, "*", num_samples)
+    if len(options.paths) != (0 if options.over else count):
+        besides = " besides --over" if options.over else ""
+        parser.error(f"IMAGE: {len(options.paths)} given{besides}. Give {count}, or --over FOLDER")
+    return options
 
 
 def _compose(parser: Parser, args: list[str]) -> None:

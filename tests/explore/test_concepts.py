@@ -14,12 +14,12 @@ from featinv_pl.explore.concepts import (
     Concepts,
     activation_vectors,
     difference_concepts,
-    gallery,
     nmf_concepts,
     pair_of_sets,
     pairs_of_labels,
 )
 from featinv_pl.explore.exploration import Origin, Samples, read_samples
+from featinv_pl.explore.gallery import gallery
 from interrupts import Capture
 from test_cli import refused
 

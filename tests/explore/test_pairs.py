@@ -14,7 +14,8 @@ from conftest import Pictures
 from featinv_pl.__main__ import main
 from featinv_pl.errors import UserError
 from featinv_pl.explore.exploration import box_mask, location_weights, read_samples
-from featinv_pl.explore.pairs import compose, interpolate, slerp
+from featinv_pl.explore.pairs import compose, interpolate
+from featinv_pl.explore.paths import slerp
 from featinv_pl.explore.reconstruct import compare
 from featinv_pl.inverter.pipeline import FeatInvPipeline
 from featinv_pl.types import to_uint8
@@ -73,13 +74,13 @@ def test_flags_what_is_far_from_all_real_images(
     low, high = cosines.amax(1).quantile(torch.tensor([0.01, 0.99])).tolist()
     assert found.real == pytest.approx((low, high), abs=1e-4)
     nearest = torch.cosine_similarity(found.found["features"], maps[None], dim=2).mean((2, 3)).amax(1)
-    assert found.nearest == pytest.approx(nearest.tolist(), abs=1e-4)
-    assert found.flags == [cosine < low for cosine in nearest.tolist()]
+    assert found.nearest["features"] == pytest.approx(nearest.flatten().tolist(), abs=1e-4)
+    assert found.flags["features"] == [cosine < low for cosine in nearest.flatten().tolist()]
     with pytest.raises(UserError, match=r"`real` belongs to .* layer layer3"):
         interpolate(pipeline, *opened, real=replace(real, origin={**real.origin, "layer": "layer3"}))
     # Real images all alike, among which nothing else belongs.
     alike = replace(real, features=torch.cat([maps[:1]] * 5).half())
-    assert interpolate(pipeline, *opened, steps=3, real=alike).flags == [True] * 3
+    assert interpolate(pipeline, *opened, steps=3, real=alike).flags["features"] == [True] * 3
     for limits, flagged in (((-1.0, 1.0), False), (None, False), ((1.0, 1.0), True)):
         [_, steps, *_] = replace(found, real=limits).sections()
         assert [tile.flagged for tile in steps.rows[0]] == [flagged] * 3

@@ -6,11 +6,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -25,14 +24,9 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 from featinv_pl.errors import UserError
 from featinv_pl.explore.exploration import Origin, Samples
 from featinv_pl.files import read_bytes, read_json, write_bytes
-from featinv_pl.pages.page import Report, Section, Tile, overlay
 
-Method = Literal["nmf", "difference", "cav"]
-LEADS = {
-    "nmf": "Parts of which the feature vectors at all locations are sums; the share of their energy that is",
-    "difference": "Directions from the mean map of one group of images to that of another.",
-    "cav": "Normals of the planes that separate two groups of images; cross-validated accuracy,",
-}
+Method = Literal["nmf", "difference", "cav", "sae"]
+ADDITIVE = ("nmf", "sae")  # methods whose concepts each contribute a part to a map
 TENSORS, FACTS = "concepts.safetensors", "concepts.json"
 UNIT_QUANTILE = 0.99  # of an NMF component's activations: strength 1
 FOLDS = 5
@@ -71,7 +65,9 @@ class Concepts:
     directions: Tensor  # (K, C, h, w), or (K, C, 1, 1) where a direction is the same at all locations
     starts: Tensor  # of that shape, the point whose score is 0: the first group's mean or zero
     scores: dict[str, float]  # by name, a vector's cross-validated accuracy, or the energy's share that NMF explains
-    origin: Origin  # of the maps that they were found in
+    origin: Origin  # of the maps that they were found in, or are used with
+    encoder: Tensor | None = None  # (K, C + 1), weights and bias of a sparse autoencoder, whose ReLU is an activation
+    note: str = ""  # what a page is to say about where they come from
 
     def number(self, concept: str) -> int:
         """The number of a concept, given by number or name."""
@@ -86,10 +82,14 @@ class Concepts:
         """How strongly each location of maps (B, C, h, w) expresses each concept, in units of strength: (B, K, h, w).
 
         NMF: the component's coefficient in the non-negative combination of all components that comes closest.
+        Sparse autoencoder: what its encoder says.
         Otherwise the projection onto the direction, from its start; its mean over locations is the score.
         """
         if self.method == "nmf":
-            return _coefficients(features, self.directions)
+            return coefficients_of(features, self.directions)
+        if self.encoder is not None:
+            weights, bias = self.encoder[:, :-1], self.encoder[:, -1, None, None]
+            return (torch.einsum("bchw,kc->bkhw", features, weights) + bias).relu()
         scaled = self.directions / self.directions.square().sum(1, keepdim=True).mean((2, 3), keepdim=True)
         projected = torch.einsum("bchw,kchw->bkhw", features, scaled.expand(-1, *features.shape[1:]))
         return projected - (self.starts * scaled).sum(1)
@@ -97,17 +97,19 @@ class Concepts:
     def score(self, features: Tensor, weight: Tensor) -> Tensor:
         """The strength at which maps (B, C, h, w) express each concept within a weight (h, w) in [0, 1]: (B, K)."""
         mean = (self.activations(features) * weight).sum((2, 3)) / weight.sum()
-        if self.method == "nmf":
+        if self.method in ADDITIVE:
             return mean
         energy = self.directions.square().sum(1).expand(-1, *weight.shape)
         return mean * energy.mean((1, 2)) * weight.sum() / (energy * weight).sum((1, 2))
 
     def part(self, features: Tensor, number: int) -> Tensor:
-        """The contribution of an NMF component to maps (B, C, h, w), of the same shape."""
+        """The contribution of a component of an NMF or a sparse autoencoder to maps (B, C, h, w), of the same shape."""
         return self.activations(features)[:, number, None] * self.directions[number]
 
     def save(self, folder: Path) -> None:
-        data = save({"directions": self.directions.contiguous(), "starts": self.starts.contiguous()})
+        tensors = {"directions": self.directions, "starts": self.starts}
+        tensors |= {} if self.encoder is None else {"encoder": self.encoder}
+        data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         facts = {"method": self.method, "names": self.names, "scores": self.scores, "origin": self.origin}
         text = json.dumps({**facts, "sha256": seal(data, facts)}, indent=2) + "\n"
         write_bytes(folder / TENSORS, data)
@@ -126,16 +128,17 @@ class Concepts:
                 raise ValueError(f"{TENSORS} and {FACTS} are not as they were written together")
             tensors = load(data)
             directions, starts = tensors["directions"].float(), tensors["starts"].float()
-            _check_shapes(facts, directions, starts)
+            encoder = tensors["encoder"].float() if facts["method"] == "sae" else None
+            _check_shapes(facts, directions, starts, encoder)
         except (ValidationError, SafetensorError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"`concepts`: those in '{folder}' are damaged ({reason}). {advice}") from error
-        return cls(facts["method"], facts["names"], directions, starts, facts["scores"], facts["origin"])
+        return cls(facts["method"], facts["names"], directions, starts, facts["scores"], facts["origin"], encoder)
 
 
-def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
+def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor, encoder: Tensor | None) -> None:
     shape = facts["origin"]["feature_shape"]
-    grids = ([1, 1],) if facts["method"] == "nmf" else ([1, 1], shape[1:])
+    grids = ([1, 1],) if facts["method"] in ADDITIVE else ([1, 1], shape[1:])
     number, *channels_and_grid = directions.shape or (0,)
     if number != len(facts["names"]) or not number or channels_and_grid not in [[*shape[:1], *grid] for grid in grids]:
         raise ValueError(f"{len(facts['names'])} directions of shape {list(directions.shape)} for maps of {shape}")
@@ -143,6 +146,8 @@ def _check_shapes(facts: Facts, directions: Tensor, starts: Tensor) -> None:
         raise ValueError("starts of another shape than directions, or values that are not finite")
     if not directions.flatten(1).any(1).all():
         raise ValueError("a direction that is zero")
+    if encoder is not None and (encoder.shape != (number, shape[0] + 1) or not encoder.isfinite().all()):
+        raise ValueError(f"an encoder of shape {list(encoder.shape)} for {number} directions in maps of {shape}")
 
 
 def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts:
@@ -167,13 +172,18 @@ def nmf_concepts(samples: Samples, num_concepts: int, seed: int = 0) -> Concepts
     components = torch.from_numpy(factorisation.components_).float()
     if signed:
         components = components[:, :channels] - components[:, channels:]
-    coefficients = _coefficients(maps, components[..., None, None])
+    return nmf_of(components[..., None, None], samples, [f"part {number}" for number in range(num_concepts)])
+
+
+def nmf_of(components: Tensor, samples: Samples, names: list[str]) -> Concepts:
+    """Components (K, C, 1, 1) of an NMF as concepts, in units of how strongly images express them."""
+    maps = samples.maps()
+    coefficients = coefficients_of(maps, components)
     units = np.quantile(coefficients.numpy(), UNIT_QUANTILE, axis=(0, 2, 3))
-    missing = maps - torch.einsum("bkhw,kc->bchw", coefficients, components)
-    units = torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)
-    directions = (components * units[:, None])[..., None, None]
+    missing = maps - torch.einsum("bkhw,kc->bchw", coefficients, components[..., 0, 0])
+    scales = torch.from_numpy(units).float().clamp(min=torch.finfo(torch.float).tiny)
+    directions = components * scales.view(-1, 1, 1, 1)
     explained = {"explained": round(1 - (missing.square().sum() / maps.square().sum()).item(), 4)}
-    names = [f"part {number}" for number in range(num_concepts)]
     return Concepts("nmf", names, directions, torch.zeros_like(directions), explained, samples.origin)
 
 
@@ -182,7 +192,7 @@ def _halves(vectors: Tensor) -> Tensor:
     return torch.cat([vectors, -vectors], dim=1).clamp(min=0)
 
 
-def _coefficients(features: Tensor, directions: Tensor) -> Tensor:
+def coefficients_of(features: Tensor, directions: Tensor) -> Tensor:
     """Non-negative coefficients (B, K, h, w) of components (K, C, 1, 1), by least squares at each location of maps.
 
     Positive and negative parts are explained side by side, as they were factorised: components do not cancel.
@@ -252,68 +262,3 @@ def pair_of_sets(samples: Samples) -> list[tuple[str, Tensor, Tensor]]:
         )
     first = torch.tensor([shards is sets[0] for shards, _ in samples.places])
     return [("-".join(shards.source for shards in sets), first, ~first)]
-
-
-class Example(NamedTuple):
-    """An image that expresses a concept: each location by its heat (h, w), all of it by its score."""
-
-    picture: Image.Image
-    heat: Tensor
-    score: float
-    label: int
-    source: str
-
-
-@dataclass(frozen=True)
-class Gallery(Report):
-    """For each concept the images that express it most, the strongest first."""
-
-    name = "examples"
-
-    concepts: Concepts
-    examples: list[list[Example]]
-
-    @property
-    def title(self) -> str:
-        return f"Concepts of {self.concepts.origin['backbone']} ({self.concepts.method})"
-
-    @property
-    def lead(self) -> str:
-        origin = self.concepts.origin
-        scores = "".join(f" {name}: {value:.3f}." for name, value in self.concepts.scores.items())
-        shape = "x".join(map(str, origin["feature_shape"]))
-        return f"{LEADS[self.concepts.method]}{scores} Layer {origin['layer']}, maps of {shape}."
-
-    def sections(self) -> list[Section]:
-        sections = []
-        for number, (name, examples) in enumerate(zip(self.concepts.names, self.examples, strict=True)):
-            if hottest := max(one.heat.abs().max().item() for one in examples):
-                images = [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label}") for one in examples]
-                heats = [Tile(overlay(one.picture, one.heat / hottest), "where") for one in examples]
-                sections.append(Section(f"{number}: {name}", rows=[images, heats]))
-        return sections
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            name: [
-                {"score": one.score, "label": one.label, "source": one.source, "heat": one.heat.tolist()}
-                for one in examples
-            ]
-            for name, examples in zip(self.concepts.names, self.examples, strict=True)
-        }
-
-
-def gallery(concepts: Concepts, samples: Samples, num_examples: int = 8) -> Gallery:
-    """Find the images that express each concept most."""
-    everywhere = torch.ones(samples.features.shape[-2:])
-    batches = [maps.float() for maps in samples.features.split(BATCH)]
-    heat = torch.cat([concepts.activations(maps) for maps in batches])
-    score = torch.cat([concepts.score(maps, everywhere) for maps in batches])
-    best = score.argsort(dim=0, descending=True)[:num_examples]
-
-    def example(index: int, concept: int) -> Example:
-        label, source = int(samples.labels[index]), samples.places[index][0].source
-        return Example(samples.picture(index), heat[index, concept], score[index, concept].item(), label, source)
-
-    numbers = range(len(concepts.names))
-    return Gallery(concepts, [[example(index, number) for index in best[:, number].tolist()] for number in numbers])

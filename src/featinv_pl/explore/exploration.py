@@ -56,6 +56,11 @@ class Samples:
         shards, number = self.places[index]
         return as_picture(shards[number]["images"])
 
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Images (len(indices), 3, H, W) in [-1, 1]."""
+        places = [self.places[index] for index in indices]
+        return torch.stack([shards[number]["images"] for shards, number in places])
+
     def of_class(self, label: int | str) -> Tensor:
         """A boolean for each sample (n,): whether it has a label, or lies in the class folder of that name."""
         known = sorted(set(self.labels.tolist()))
@@ -94,15 +99,20 @@ def read_samples(folders: Sequence[Path], num_images: int, option: str) -> Sampl
     return Samples(features, labels, [sample["key"] for sample in found], first, places)
 
 
-def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) -> None:
-    """Raise an error if maps come from another backbone or layer than an inverter reads; `name` is the argument's."""
+def origin_of(pipeline: FeatInvPipeline) -> Origin:
+    """The backbone and layer whose maps an inverter reads."""
     classifier = pipeline.inverter.classifier
-    ours = Origin(
+    return Origin(
         backbone=classifier.title,
         backbone_digest=pipeline.inverter.digests["backbone"],
         layer=classifier.layer,
         feature_shape=list(classifier.feature_shape),
     )
+
+
+def refuse_other_backbone(origin: Origin, pipeline: FeatInvPipeline, name: str) -> None:
+    """Raise an error if maps come from another backbone or layer than an inverter reads; `name` is the argument's."""
+    ours = origin_of(pipeline)
     if {**origin, "backbone": ""} != {**ours, "backbone": ""}:  # names of the same weights may differ
         raise UserError(
             f"{name} belongs to {_described(origin)}, and the model reads {_described(ours)}. "
@@ -131,13 +141,28 @@ def classify(pipeline: FeatInvPipeline, pictures: Sequence[Image.Image]) -> Obse
 
 def autoencode(pipeline: FeatInvPipeline, images: Tensor) -> Observation:
     """Encode and decode images (P, 3, H, W) by the prior's autoencoder, and classify them: the ceiling of fidelity."""
+    return classified(pipeline, decode(pipeline, encode(pipeline, images)))
+
+
+def encode(pipeline: FeatInvPipeline, images: Tensor) -> Tensor:
+    """The latents of images (P, 3, H, W) in [-1, 1] of any size, without noise."""
     inverter, side = pipeline.inverter, pipeline.inverter.image_size
     sized = resize(images.to(pipeline.device), [side, side], InterpolationMode.BICUBIC)
     with torch.no_grad(), torch.autocast(pipeline.device.type, pipeline.dtype, pipeline.dtype != torch.float32):
         moments = inverter.prior.autoencoder.encode(from_uint8(to_uint8(sized)))
         mean, _ = moments.chunk(2, dim=1)
-        decoded = inverter.decode(inverter.prior.autoencoder.sample(moments, torch.zeros_like(mean)))
-    return _on_cpu(pipeline.classify(decoded))
+        return inverter.prior.autoencoder.sample(moments, torch.zeros_like(mean))
+
+
+def decode(pipeline: FeatInvPipeline, latents: Tensor) -> Tensor:
+    """The images (P, 3, H, W) of latents, about [-1, 1]."""
+    with torch.no_grad(), torch.autocast(pipeline.device.type, pipeline.dtype, pipeline.dtype != torch.float32):
+        return pipeline.inverter.decode(latents)
+
+
+def classified(pipeline: FeatInvPipeline, images: Tensor) -> Observation:
+    """Classify images (P, 3, H, W), on the CPU."""
+    return _on_cpu(pipeline.classify(images))
 
 
 def reconstruct_maps(

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from math import inf
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity
 
 from featinv_pl.explore.exploration import (
     Box,
@@ -21,8 +22,22 @@ from featinv_pl.explore.exploration import (
     refuse_other_backbone,
     tile,
 )
+from featinv_pl.explore.paths import (
+    BETWEEN,
+    COLORS,
+    FEATURES,
+    LATENTS,
+    PIXELS,
+    Naturalness,
+    control_paths,
+    similarities,
+)
+from featinv_pl.explore.paths import (
+    Mode as Mode,
+)
 from featinv_pl.inverter.outputs import as_picture
 from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.nets.backbone import Backbone
 from featinv_pl.pages.page import (
     RED,
     Section,
@@ -33,27 +48,14 @@ from featinv_pl.pages.page import (
     prediction,
     top_classes,
 )
+from featinv_pl.types import Observation
 
-Mode = Literal["linear", "slerp"]
-LOW, HIGH = 0.01, 0.99  # quantiles: the range of cosines between real images
+NATURAL = "The cosine with the most similar real image; grey: its range among the real images themselves."
+ABOUT = {
+    PIXELS: "The two pictures' pixels, mixed.",
+    LATENTS: "Between the two pictures' latents of the prior's autoencoder, decoded.",
+}
 NAMES = ("composed", "first", "second")  # of the maps
-
-
-def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Turn the vector at each location from the first map's to the second's, and change its norm evenly.
-
-    The spherical interpolation of Shoemake (Animating Rotation with Quaternion Curves, 1985) along the channels.
-    Opposite or equal directions go straight.
-    """
-    one, two = first.double(), second.double()  # the angle between similar vectors loses half the digits
-    norms = [vectors.norm(dim=-3, keepdim=True) for vectors in (one, two)]
-    start, end = normalize(one, dim=-3), normalize(two, dim=-3)
-    angle = (start * end).sum(dim=-3, keepdim=True).clamp(-1, 1).acos()
-    sine = angle.sin()
-    turned = (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / sine
-    straight = (sine < 1e-6) | (norms[0] == 0) | (norms[1] == 0)
-    lengths = torch.lerp(norms[0], norms[1], share)
-    return torch.where(straight, torch.lerp(one, two, share), turned * lengths).to(first.dtype)
 
 
 @dataclass(frozen=True)
@@ -64,20 +66,26 @@ class Interpolation(Exploration):
 
     mode: Mode
     shares: list[float]  # (S) of the second map, from 0 to 1
-    nearest: list[float] | None = None  # (S), cosines of the images' maps with that of the most similar real image
-    real: tuple[float, float] | None = None  # the range of that cosine among the real images themselves
+    controls: dict[str, Observation]  # as `found`, on the paths of pixels and latents
+    nearest: dict[str, list[float]]  # by path (S), cosines with the most similar real image; none without real images
+    real: tuple[float, float] | None  # the range of that cosine among the real images themselves
+    judge: str | None  # the held-out classifier whose cosines these are
 
     @cached_property
     def cosines(self) -> Tensor:
         """(S, 2), of the images' maps with those of the two pictures."""
-        return _similarities(self.found["features"][:, 0], self.originals["features"])
+        return similarities(self.found["features"][:, 0], self.originals["features"])
 
     @property
-    def flags(self) -> list[bool]:
-        """For each step whether it is further from every real image than these are from each other."""
-        if self.nearest is None or self.real is None:
-            return [False] * len(self.shares)
-        return [cosine < self.real[0] for cosine in self.nearest]
+    def paths(self) -> dict[str, Observation]:
+        """What is seen on the path of feature maps, and on those of controls."""
+        return {FEATURES: self.found, **self.controls}
+
+    @property
+    def flags(self) -> dict[str, list[bool]]:
+        """By path, for each step, whether it is further from every real image than these are from each other."""
+        low = -inf if self.real is None else self.real[0]
+        return {path: [one < low for one in self.nearest.get(path, [inf] * len(self.shares))] for path in self.paths}
 
     @property
     def lead(self) -> str:
@@ -90,32 +98,50 @@ class Interpolation(Exploration):
         if self.real is None:
             return f"{text} No step is flagged, for lack of real images to compare with (`real`)."
         low, high = (f"{limit:.3f}" for limit in self.real)
-        text += f" The real images' cosines to the most similar other one lie between {low} and {high} (98 %);"
-        return f"{text} {sum(self.flags)} steps lie below, in red."
+        reader = f"the held-out classifier {self.judge}" if self.judge else "the classifier that is inverted"
+        middle = ", ".join(
+            f"{path} {values[len(values) // 2]:.3f} ({sum(self.flags[path])} of {len(values)} steps below)"
+            for path, values in self.nearest.items()
+        )
+        text += (
+            f" By {reader}, the real images' cosines to the most similar other one lie between {low} and {high} (98 %)"
+        )
+        return f"{text}; those of the steps in the middle are: {middle}, in red."
 
     def sections(self) -> list[Section]:
         pictures = zip(self.originals["images"], self.originals["logits"], ("first", "second"), strict=True)
-        images, logits = self.found["images"][:, 0], self.found["logits"][:, 0]
-        steps = [
-            Tile(as_picture(image), f"{share:.2f}\ncosine {first:.2f}, {second:.2f}\nclass {prediction(one)}", flag)
-            for share, image, (first, second), one, flag in zip(
-                self.shares, images, self.cosines.tolist(), logits, self.flags, strict=True
-            )
-        ]
         text = "Below each image the share of the second map, the cosines with both, and the predicted class."
+        plots = [Section("Cosines with the feature maps", plot=self._plot_cosines)]
+        if self.real is not None:
+            plots.insert(0, Section("How natural each step is", NATURAL, plot=self._plot_nearest))
         return [
             Section("The two pictures", rows=[[tile(*one) for one in pictures]]),
-            Section("Reconstructions", text, [steps]),
-            Section("Cosines with the feature maps", plot=self._plot_cosines),
+            Section("Reconstructions", text, [self._steps(FEATURES)]),
+            *(Section(f"Control: path of {path}", ABOUT[path], [self._steps(path)]) for path in self.controls),
+            *plots,
             Section("Probabilities of the pictures' classes", plot=self._plot_classes),
         ]
 
+    def _steps(self, path: str) -> list[Tile]:
+        seen, flags = self.paths[path], self.flags[path]
+        cosines = similarities(seen["features"][:, 0], self.originals["features"]).tolist()
+        steps = zip(self.shares, seen["images"][:, 0], cosines, seen["logits"][:, 0], flags, strict=True)
+        return [
+            Tile(as_picture(image), f"{share:.2f}\ncosine {first:.2f}, {second:.2f}\nclass {prediction(one)}", flag)
+            for share, image, (first, second), one, flag in steps
+        ]
+
+    def _plot_nearest(self, axes: Axes) -> None:
+        assert self.real is not None
+        axes.axhspan(*self.real, color="grey", alpha=0.2, linewidth=0, label="among real images")
+        for path, values in self.nearest.items():
+            axes.plot(self.shares, values, marker=".", color=COLORS[path], label=path)
+            axes.plot(self.shares, values, "o", markevery=self.flags[path], color=RED)
+        axes.set(xlabel="share of the second picture", ylabel="cosine with the most similar real image")
+        axes.legend(fontsize="small")
+
     def _plot_cosines(self, axes: Axes) -> None:
         axes.plot(self.shares, self.cosines.numpy(), marker=".", label=["first", "second"])
-        if self.nearest is not None and self.real is not None:
-            axes.plot(self.shares, self.nearest, marker=".", color="grey", label="most similar real image")
-            axes.axhspan(*self.real, color="grey", alpha=0.2, linewidth=0, label="among real images")
-            axes.plot(self.shares, self.nearest, "o", markevery=self.flags, color=RED)
         axes.set(xlabel="share of the second map", ylabel="cosine")
         axes.legend(fontsize="small")
 
@@ -130,17 +156,24 @@ class Interpolation(Exploration):
             "mode": self.mode,
             "predictions": [prediction(logits) for logits in self.originals["logits"]],
             "real": self.real,
-            "steps": [
-                {
-                    "share": share,
-                    "cosines": self.cosines[step].tolist(),
-                    "nearest": self.nearest[step] if self.nearest else None,
-                    "flagged": self.flags[step] if self.real else None,
-                    "prediction": prediction(self.found["logits"][step, 0]),
-                }
-                for step, share in enumerate(self.shares)
-            ],
+            "judge": self.judge,
+            "steps": self._facts(FEATURES),
+            "controls": {path: self._facts(path) for path in self.controls},
         }
+
+    def _facts(self, path: str) -> list[dict[str, Any]]:
+        seen, nearest, flags = self.paths[path], self.nearest.get(path), self.flags[path]
+        cosines = similarities(seen["features"][:, 0], self.originals["features"]).tolist()
+        return [
+            {
+                "share": share,
+                "cosines": cosines[step],
+                "nearest": nearest[step] if nearest else None,
+                "flagged": flags[step] if nearest else None,
+                "prediction": prediction(seen["logits"][step, 0]),
+            }
+            for step, share in enumerate(self.shares)
+        ]
 
 
 def interpolate(
@@ -151,27 +184,41 @@ def interpolate(
     mode: Mode = "linear",
     real: Samples | None = None,
     seed: int = 0,
+    judge: Backbone | None = None,
+    controls: bool = True,
 ) -> Interpolation:
-    """Reconstruct `steps` maps between those of two pictures, ends included, all from the same noise."""
+    """Reconstruct the maps between those of two pictures, ends included, from the same noise.
+
+    With `controls`, the ways between the pictures' pixels and between their latents are shown, too. With `real`, it is
+    measured how natural each step is: by the held-out classifier `judge`, else by the classifier that is inverted,
+    which favours its own features.
+    """
     if real is not None:
         refuse_other_backbone(real.origin, pipeline, "`real`")
-    ends = classify(pipeline, [first, second])
+    return interpolate_between(
+        pipeline, classify(pipeline, [first, second]), steps, mode, real and Naturalness(real, judge), seed, controls
+    )
+
+
+def interpolate_between(
+    pipeline: FeatInvPipeline,
+    ends: Observation,
+    steps: int,
+    mode: Mode,
+    natural: Naturalness | None,
+    seed: int,
+    controls: bool = True,
+) -> Interpolation:
+    """Do what `interpolate` does, for two pictures that `classify` has classified."""
     shares = torch.linspace(0, 1, steps).tolist()
-    one, other = ends["features"]
-    between = slerp if mode == "slerp" else torch.lerp
-    found = reconstruct_maps(pipeline, [between(one, other, share) for share in shares], seed=seed)
-    if real is None:
-        return Interpolation(ends, found, mode, shares)
-    nearest = _similarities(found["features"][:, 0], real.features).amax(1).tolist()
-    among = _similarities(real.features, real.features).fill_diagonal_(-torch.inf).amax(1)
-    low, high = among.quantile(torch.tensor([LOW, HIGH])).tolist()
-    return Interpolation(ends, found, mode, shares, nearest, (low, high))
-
-
-def _similarities(features: Tensor, others: Tensor) -> Tensor:
-    """Cosines (B, n) of maps (B, C, h, w) with maps (n, C, h, w), averaged over locations."""
-    one, two = (normalize(maps.float()).flatten(1) for maps in (features, others))
-    return one @ two.T / features[0, 0].numel()
+    one, two = ends["features"]
+    found = reconstruct_maps(pipeline, [BETWEEN[mode](one, two, share) for share in shares], seed=seed)
+    others = control_paths(pipeline, ends["images"], shares, mode) if controls else {}
+    if natural is None:
+        return Interpolation(ends, found, mode, shares, others, {}, None, None)
+    nearest = {path: natural(seen) for path, seen in {FEATURES: found, **others}.items()}
+    title = natural.judge.title if natural.judge else None
+    return Interpolation(ends, found, mode, shares, others, nearest, natural.limits, title)
 
 
 @dataclass(frozen=True)
