@@ -14,12 +14,14 @@ from featinv_pl.options import (
     OUT,
     Parser,
     add_device,
+    add_over,
     add_sampler,
     box,
     device_of,
     ended,
     folder,
     load_pipeline,
+    parse_one_or_over,
     parse_pictures,
     positive,
     strengths,
@@ -34,10 +36,12 @@ BOX = "TOP,LEFT,HEIGHT,WIDTH"
 TRY = "featinv-pl reconstruct IMAGE --model {} --out DIR"
 NEXT = {  # commands, by the page that was written
     "examples": "featinv-pl steer IMAGE --model MODEL --concepts {out} --out DIR",
-    "steering": "featinv-pl app --model {model} --concepts {concepts}",
+    "steering": "featinv-pl steer --over FOLDER --model {model} --concepts {concepts} --concept {concept} --out DIR",
     "comparison": "featinv-pl app --model {models[0]}",
     "errors": "featinv-pl audit IMAGE --model {run} --out DIR",
-    **dict.fromkeys(("interpolation", "composition", "audit"), "featinv-pl app --model {model}"),
+    **dict.fromkeys(
+        ("steered", "interpolation", "interpolated", "composition", "audit"), "featinv-pl app --model {model}"
+    ),
 }
 CONCEPTS = "a folder that `featinv-pl concepts` wrote"
 
@@ -113,8 +117,8 @@ def _steer(parser: Parser, args: list[str]) -> None:
         "--class", dest="classes", type=int, action="append", default=[],
         help="that the edit asks for: plot its probability, and do not count it as another class; may be repeated",
     )  # fmt: skip
-    _add_over(parser, "IMAGE")
-    options = _one_or_over(parser, args, 1, num_samples=1)
+    add_over(parser, "IMAGE")
+    options = parse_one_or_over(parser, args, 1, num_samples=1)
     if options.over and options.mask:
         parser.error("--mask is of the size of one picture. Give --box with --over")
     from featinv_pl.explore.concepts import TENSORS, Concepts
@@ -149,8 +153,8 @@ def _interpolate(parser: Parser, args: list[str]) -> None:
     parser.add_argument("--real", type=Path, help="a shard set of real images; steps outside their range are flagged")
     parser.add_argument("--num_real", type=positive, default=NUM_IMAGES, help="at most, of --real (%(default)s)")
     parser.add_argument("--judge", metavar="BACKBONE", help="a held-out classifier that compares steps with --real")
-    _add_over(parser, "two IMAGE: pairs of its pictures")
-    options = _one_or_over(parser, args, 2)
+    add_over(parser, "two IMAGE: pairs of its pictures")
+    options = parse_one_or_over(parser, args, 2)
     from featinv_pl.explore.exploration import read_samples
     from featinv_pl.explore.interpolated import interpolate_over
     from featinv_pl.explore.pairs import interpolate
@@ -171,24 +175,6 @@ def _interpolate(parser: Parser, args: list[str]) -> None:
     else:
         first, second = options.pictures
         _finish(interpolate(pipeline, first, second, *paths, real, options.seed, judge), options)
-
-
-def _add_over(parser: Parser, instead: str) -> None:
-    """Options of commands that also work over a set of pictures."""
-    parser.add_argument(
-        "--over", type=Path, metavar="FOLDER", help=f"of pictures, or a shard set, in place of {instead}"
-    )
-    parser.add_argument("--label", metavar="CLASS", help="with --over: pictures of this label or class folder alone")
-    parser.add_argument("--num_images", type=positive, default=64, help="with --over: at most (%(default)s)")
-
-
-def _one_or_over(parser: Parser, args: list[str], count: int, num_samples: int | None = None) -> Namespace:
-    """Parse the options of such a command, which else takes `count` pictures."""
-    options = parse_pictures(parser, args, "*", num_samples)
-    if len(options.paths) != (0 if options.over else count):
-        besides = " besides --over" if options.over else ""
-        parser.error(f"IMAGE: {len(options.paths)} given{besides}. Give {count}, or --over FOLDER")
-    return options
 
 
 def _compose(parser: Parser, args: list[str]) -> None:

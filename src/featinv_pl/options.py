@@ -99,6 +99,24 @@ def parse_pictures(
     return options
 
 
+def add_over(parser: Parser, instead: str) -> None:
+    """Options of commands that also work over a set of pictures."""
+    parser.add_argument(
+        "--over", type=Path, metavar="FOLDER", help=f"of pictures, or a shard set, in place of {instead}"
+    )
+    parser.add_argument("--label", metavar="CLASS", help="with --over: pictures of this label or class folder alone")
+    parser.add_argument("--num_images", type=positive, default=64, help="with --over: at most (%(default)s)")
+
+
+def parse_one_or_over(parser: Parser, args: list[str], count: int, num_samples: int | None = None) -> Namespace:
+    """Parse the options of such a command, which else takes `count` pictures."""
+    options = parse_pictures(parser, args, "*", num_samples)
+    if len(options.paths) != (0 if options.over else count):
+        besides = " besides --over" if options.over else ""
+        parser.error(f"IMAGE: {len(options.paths)} given{besides}. Give {count}, or --over FOLDER")
+    return options
+
+
 def add_device(parser: Parser) -> None:
     """The option that names the device; see `device_of`."""
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (a GPU, if there is one)")
