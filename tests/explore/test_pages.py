@@ -38,6 +38,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, inverter_folder: Path, dig
     folder = tmp_path_factory.mktemp("outputs")
     model, train = ["--model", str(inverter_folder)], str(digit_shards / "train")
     steering = ["--concept", "3-8", "--strengths", "-2:2:9", "--class", "3", "--num_samples", "2"]
+    over = ["--over", train, "--num_images", "4"]
     with contextlib.chdir(folder):
         four, seven = copy_of("4", folder), copy_of("7", folder)
         two = [str(four), str(seven)]
@@ -46,6 +47,8 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, inverter_folder: Path, dig
             "examples": ["concepts", train, "--method", "difference", "--between", "4", "9", "--between", "3", "8"],
             "steering": ["steer", *model, two[0], "--concepts", "examples", *steering],
             "interpolation": ["interpolate", *model, *two, "--steps", "4", "--mode", "slerp", "--real", train],
+            "steered": ["steer", *model, *over, "--concepts", "examples", "--strengths", "1"],
+            "interpolated": ["interpolate", *model, *over, "--steps", "3", "--real", train],
             "composition": ["compose", *model, *two, "--box", "0,0,16,32", "--num_samples", "2"],
             "comparison": ["compare", *two, "big.png", "--models", model[1], model[1]],
             "audit": ["audit", *model, *two, "--num_samples", "4", "--methods", "inverter", "refined"],
@@ -64,7 +67,7 @@ def test_facts_are_of_what_was_asked_for(outputs: Path) -> None:
     assert [step["strength"] for step in steering["steps"]] == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
     assert steering["concept"] == "3-8"
     page = (outputs / "steering/steering.html").read_text()
-    assert page.count("data:image/png") == 1 + 9 * 2 + 2
+    assert page.count("data:image/png") == 1 + 9 * (2 + 2) + 7  # both samples, one of each control, curves
     assert "http" not in page
     interpolation = facts("interpolation")
     assert interpolation["mode"] == "slerp"
@@ -79,7 +82,10 @@ def test_facts_are_of_what_was_asked_for(outputs: Path) -> None:
     assert (outputs / "comparison/comparison.html").read_text().count("→") == 2 * 6  # in captions and alternatives
 
 
-@pytest.mark.parametrize("name", ["examples", "steering", "interpolation", "composition", "comparison", "audit"])
+PAGES = ["examples", "steering", "steered", "interpolation", "interpolated", "composition", "comparison", "audit"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_page_on_a_phone(name: str, outputs: Path, browser: Browser) -> None:
     problems: list[str] = []
     page = browser.new_page(viewport=PHONE)
