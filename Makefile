@@ -17,7 +17,7 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-once test lint types docs format check smoke study study-cifar10 study-photos bench gpu \
-	bench-data torture parity full-size viz-digits dist matrix clean
+	bench-data torture parity full-size viz-digits notebooks dist matrix clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ full-size: install  ## one step of the full-size model for each backbone of the 
 
 viz-digits: demo-once  ## whether steering and interpolation do what they claim, on digits
 	PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m bench.viz_digits $(BRIEF)
+
+notebooks: demo-once  ## run the tours in experiments/*.ipynb again, and keep what they show; SHORT=1 only runs them
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/notebooks.py $(BRIEF)
 
 dist: install  ## build wheel and sdist, install the wheel into an empty environment (SHORT=1: on .venv's libraries) and try it
 	PYTHONPATH=tests $(BIN)/python -m installs dist --pip="$(PIP_FLAGS)" $(BRIEF) $(FLAGS)

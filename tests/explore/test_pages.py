@@ -15,7 +15,10 @@ from playwright.sync_api import Browser, sync_playwright
 
 from conftest import ROOT, copy_of
 from featinv_pl.__main__ import main
+from featinv_pl.commands import NEXT
+from featinv_pl.completion import collected
 from featinv_pl.pages.page import Report, Section, Tile
+from notebooks import LARGEST
 
 ARGUMENTS = (
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking"),
@@ -53,8 +56,19 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, inverter_folder: Path, dig
             "comparison": ["compare", *two, "big.png", "--models", model[1], model[1]],
             "audit": ["audit", *model, *two, "--num_samples", "4", "--methods", "inverter", "refined"],
         }.items():
-            main([*command, "--out", name])
+            with Path(f"{name}.txt").open("w") as printed, contextlib.redirect_stdout(printed):
+                main([*command, "--out", name])
     return folder
+
+
+@pytest.mark.parametrize("name", [name for name in NEXT if name != "errors"])
+def test_a_command_ends_with_its_results_and_what_follows(name: str, outputs: Path) -> None:
+    *_, results, follows = (outputs / f"{name}.txt").read_text().splitlines()
+    assert results == f"Results: {name}/{name}.html (open it in a browser; .png and .json beside it)"
+    said, program, command, *args = follows.split()
+    assert (said, program) == ("Next:", "featinv-pl")
+    assert {one for one in args if one.startswith("--")} <= {*collected(command)._option_string_actions}
+    assert not {one for one in args if "/" in one and not (outputs / one).exists()}
 
 
 def test_facts_are_of_what_was_asked_for(outputs: Path) -> None:
@@ -132,23 +146,31 @@ def test_text_is_not_markup_and_nothing_is_written_of_a_report_that_fails(monkey
     assert not Path("nothing").exists()
 
 
-def test_notebook_runs_and_has_no_outputs(
-    inverter_folder: Path, digit_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "figures"), [("viz", 6), ("photos", 5)])
+def test_a_notebook_shows_what_it_makes(
+    name: str, figures: int, inverter_folder: Path, digit_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: a kernel of its own would import all libraries again."""
+    """Short, with tiny networks, and in this process: a kernel of its own would import all libraries again."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    shutil.copytree(inverter_folder, "runs/viz/model")
-    shutil.copytree(digit_shards, "runs/demo/shards")
-    shutil.copytree(ROOT / "docs/digits", "docs/digits")
+    path = ROOT / f"experiments/{name}.ipynb"
+    notebook: Any = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+    for need in notebook.metadata.needs:
+        shutil.copytree(digit_shards / "train" if "shards" in need else inverter_folder, need)
+    for folder in ("docs/digits", "src/featinv_pl/explore/examples"):
+        shutil.copytree(ROOT / folder, folder)
     Path("experiments").mkdir()
     monkeypatch.chdir("experiments")
-    notebook: Any = nbformat.read(ROOT / "experiments/viz.ipynb", as_version=4)  # type: ignore[no-untyped-call]
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in cells)
     shell: Any = InteractiveShell()  # type: ignore[no-untyped-call]
-    shown = []
     for cell in cells:
         done = shell.run_cell(cell.source)
         done.raise_error()
-        shown.append(getattr(done.result, "_repr_png_", bytes)()[:4])
-    assert shown.count(b"\x89PNG") == 5
+        shown = getattr(done.result, "_repr_png_", bytes)()[:4] == b"\x89PNG"
+        figures -= shown
+        # What is committed is what `make notebooks` has made of these very cells.
+        assert cell.execution_count, f"{path}: not run. Run `make notebooks`."
+        assert [*("image/png" in one.get("data", ()) for one in cell.outputs)] == [True] * shown + [False] * (
+            len(cell.outputs) - shown
+        )
+    assert figures == 0
+    assert path.stat().st_size < LARGEST

@@ -9,7 +9,7 @@ from pathlib import Path
 from featinv_pl.__main__ import main
 
 PROJECT = Path(__file__).parents[2]
-TARGETS = ("bench", "gpu", "bench-data", "torture", "parity", "full-size", "viz-digits", "dist", "matrix")
+TARGETS = ("bench", "gpu", "bench-data", "torture", "parity", "full-size", "viz-digits", "notebooks", "dist", "matrix")
 """Those that run no file of `experiments` by itself; the demo and the studies do."""
 INHERITED = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # by which an outer make would pass its own FLAGS on
 LINKED = ("Makefile", "pyproject.toml", "constraints.txt", ".venv", "src", "tests", "experiments", "docs")

@@ -101,6 +101,7 @@ def build(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None) -> An
     classifier, size = pipeline.inverter.classifier, pipeline.inverter.image_size
     height, width = classifier.input_size
     shape = "x".join(map(str, classifier.feature_shape))
+    form = partial(_form, name)
     with gr.Blocks(title=f"featinv-pl: {name}", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
         gr.Markdown(f"# featinv-pl\n{PURPOSE}")
         # Not as Markdown, which would read names.
@@ -110,7 +111,7 @@ def build(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None) -> An
         )
         with gr.Tab("Reconstruct"):
             what = "Images that have the picture's feature map: what they share was kept, what differs was not."
-            with _form("Reconstruct", what, partial(reconstructions, pipeline), ["Picture"]) as fields:
+            with form("Reconstruct", what, partial(reconstructions, pipeline), ["Picture"]) as fields:
                 fields.append(_slider("Samples", 1, 16, 4))
         with gr.Tab("Steer"):
             if concepts is None:
@@ -120,18 +121,18 @@ def build(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None) -> An
                 )
             else:
                 what = "The picture's feature map, moved along a concept in steps up to the strength."
-                with _form("Steer", what, partial(_steer, pipeline, concepts), ["Picture"]) as fields:
+                with form("Steer", what, partial(_steer, pipeline, concepts), ["Picture"]) as fields:
                     fields.append(gr.Dropdown(concepts.names, value=concepts.names[0], label="Concept", min_width=140))
                     fields.append(_slider("Strength", -3, 3, 1, 0.1))
         with gr.Tab("Interpolate"):
             what = "Images of the feature maps between those of two pictures."
             two = ["First picture", "Second picture"]
-            with _form("Interpolate", what, partial(interpolate, pipeline), two) as fields:
+            with form("Interpolate", what, partial(interpolate, pipeline), two) as fields:
                 fields.append(_slider("Steps", 2, 21, 7))
                 fields.append(gr.Radio(["linear", "slerp"], value="linear", label="Mode"))
         with gr.Tab("Compose"):
             what = f"A box of the second picture's map, pasted into the first one's: in pixels, of {height}x{width}."
-            with _form("Compose", what, partial(_compose, pipeline), two) as fields:
+            with form("Compose", what, partial(_compose, pipeline), two) as fields:
                 for label, low, high, value in (
                     *(("Top", 0, height - 1, height // 2), ("Left", 0, width - 1, 0)),
                     *(("Height", 1, height, height - height // 2), ("Width", 1, width, width)),
@@ -139,7 +140,7 @@ def build(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None) -> An
                     fields.append(_slider(label, low, high, value))
         with gr.Tab("Audit"):
             what = "What stays open in images whose feature map is as close to the picture's as asked for."
-            with _form("Audit", what, partial(_audit, pipeline), ["Picture"]) as fields:
+            with form("Audit", what, partial(_audit, pipeline), ["Picture"]) as fields:
                 fields.append(_slider("Samples", 4, 64, 16))
                 fields.append(
                     gr.CheckboxGroup(["inverter", "refined", "training-free"], value=["inverter"], label="Methods")
@@ -149,7 +150,7 @@ def build(pipeline: FeatInvPipeline, name: str, concepts: Concepts | None) -> An
 
 
 @contextmanager
-def _form(label: str, what: str, compute: Compute, pictures: list[str]) -> Iterator[list[Any]]:
+def _form(model: str, label: str, what: str, compute: Compute, pictures: list[str]) -> Iterator[list[Any]]:
     """Pictures, the fields that the caller makes and a button; beside them the page of what `compute` returns."""
     fields: list[Any] = []
 
@@ -163,7 +164,10 @@ def _form(label: str, what: str, compute: Compute, pictures: list[str]) -> Itera
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
         with TemporaryDirectory() as folder:  # gradio copies the file before it goes on
-            yield _shown(report), gr.DownloadButton(value=_packed(report, Path(folder)), visible=True)
+            yield (
+                _shown(report, {"model": model, "seed": str(seed)}),
+                gr.DownloadButton(value=_packed(report, Path(folder)), visible=True),
+            )
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -208,9 +212,9 @@ def _examples(uploads: list[Any]) -> None:
     gr.HTML(f"<small>By {', '.join(people)}; photos are cropped.</small>")
 
 
-def _shown(report: Report) -> str:
-    """The page of a report within another."""
-    page = render("page.html", title=report.title, lead=report.lead, sections=report.sections())
+def _shown(report: Report, about: dict[str, str]) -> str:
+    """The page of a report, and what it was made from, within another."""
+    page = render("page.html", title=report.title, lead=report.lead, about=about, sections=report.sections())
     return f'<iframe title="Results" srcdoc="{escape(page)}"></iframe>'
 
 
