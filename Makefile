@@ -14,10 +14,11 @@ WORKFLOW := OMP_NUM_THREADS=1 $(BIN)/snakemake --cores $(JOBS) --nolock --rerun-
 # The table compares what is done, whatever has failed.
 COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-going $(FLAGS); status=$$?; \
 	$(BIN)/python experiments/study/table.py $(STUDY) && $(BIN)/python experiments/study/evidence.py $(STUDY) && exit $$status
+LAYERS = PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m study.layers $(STUDY) $(BRIEF)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-once test lint types docs format check smoke study study-cifar10 study-photos bench gpu \
-	bench-data torture parity full-size viz-digits notebooks dist matrix clean
+.PHONY: help install demo demo-once test lint types docs format check smoke study study-cifar10 study-layers \
+	study-layers-photos study-photos bench gpu bench-data torture parity full-size viz-digits notebooks dist matrix clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-20s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +70,16 @@ study: demo-once  ## what each choice of training and sampling is worth, on digi
 study-cifar10: STUDY = experiments/study/cifar10.yaml
 study-cifar10: install  ## what the map of a classifier of CIFAR-10 keeps, beside all baselines, in data/cifar10: hours
 	$(COMPARED)
+
+study-layers: STUDY = experiments/study/layers.yaml
+study-layers: demo-once  ## what each layer of a classifier keeps, on digits
+	$(COMPARED)
+	$(LAYERS)
+
+study-layers-photos: STUDY = experiments/study/layers-photos.yaml
+study-layers-photos: install  ## the same of EfficientNet-Lite0 on 64 px photos, after study-photos
+	$(COMPARED)
+	$(LAYERS)
 
 study-photos: STUDY = experiments/study/photos.yaml
 study-photos: install  ## the inverter of a real classifier on 64 px photos, in data/photos: many hours

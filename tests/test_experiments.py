@@ -45,7 +45,7 @@ OVERLAYS = (
     "photos/trainer.yaml",
     "photos/features.yaml",
 )
-STUDIES = ("study/digits.yaml", "study/cifar10.yaml", "study/photos.yaml")
+STUDIES = tuple(f"study/{name}.yaml" for name in ("digits", "cifar10", "photos", "layers", "layers-photos"))
 SWEEPS = ("sweeps/backbones.yaml", "sweeps/encoder.yaml", "sweeps/guidance.yaml")
 BACKBONES = {"resnet50": (2048, 7, 7), "convnext": (1024, 9, 9), "swinv2": (1024, 12, 12)}
 FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")}
@@ -54,7 +54,7 @@ FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob(
 @cache
 def settings(*names: str) -> dict[str, Any]:
     """What files amount to, of which later ones override earlier ones."""
-    ends = ("adversarial.yaml", "shards.yaml", "corrupted.yaml", "shapes.yaml")
+    ends = ("adversarial.yaml", "shards.yaml", "corrupted.yaml", "shapes.yaml", "few.yaml")
     extracts = "extract" in names[-1] or names[-1].endswith(ends) or "adversarial" in names[-1]
     return effective_config(["predict" if extracts else "fit", *(f"--config={EXPERIMENTS / name}" for name in names)])
 

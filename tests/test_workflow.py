@@ -5,10 +5,13 @@ import re
 import runpy
 import shutil
 import subprocess
+from math import nan
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -18,6 +21,7 @@ from smoke.__main__ import attempt
 from smoke.files import SHIPPED, TAKEN_ALONG, bases, jobs
 from smoke.parts import make_parts
 from smoke.targets import PROJECT, TARGETS, make, run_here, started
+from study import layers
 from tiny import extraction, inversion, write
 
 SNAKEFILE = """
@@ -185,6 +189,10 @@ def test_study(plan: dict[str, Any]) -> None:
     assert sheet.height == 4 * 32 + 3 * 3  # originals and three rows
     first = sheet.crop((sheet.width - 96, 0, sheet.width, 32))
     assert first.tobytes() == Image.open("study/plain/3/pictures/val/first/original.png").tobytes()
+    layers.main("plan.yaml", "--short")
+    assert "| plain |" in Path("study/layers.md").read_text()
+    curves = json.loads(Path("study/layers.json").read_text())["diversity"]
+    assert [len(curve) for curve in curves["with less"]] == [102, 102]  # of each image
     settings = yaml.safe_load(Path("study/with less/3/fit.yaml").read_text())
     assert settings["seed_everything"] == 3
     assert settings["model"]["init_args"]["adapt"] == {"control": "study/plain/3/model", "train": "encoder"}
@@ -219,6 +227,19 @@ def test_table_says_mean_interval_and_what_part_of_the_gap_is_closed(tmp_path: P
     assert set(none[2:-1]) == {""}
 
 
+def test_diversity_counts_samples_that_reach_a_fidelity() -> None:
+    levels = torch.tensor([[0.0, 0.2, 0.6], [0.0, 1.0, 1.0]])
+    images = levels[..., None, None, None].expand(-1, -1, 3, 4, 4) * 2 - 1
+    rows = layers.open_at(torch.tensor([[0.905, 0.505, 0.705], [0.305, 0.805, 0.205]]), images)
+    grid = layers.GRID.round(2).tolist()
+    at = [grid.index(fidelity) for fidelity in (0.0, 0.3, 0.6, 0.8)]
+    expected = [[(0.2 + 0.6 + 0.4) / 3, (0.2 + 0.6 + 0.4) / 3, 0.6, nan], [2 / 3, 1.0, nan, nan]]
+    np.testing.assert_allclose(rows[:, at], expected, atol=1e-6)
+    # All images have two samples up to 0.3, and half of them, the first alone, up to 0.7.
+    place, counted = layers.equal_fidelity({"one": rows, "other": rows})
+    assert (grid[place], counted.tolist()) == (0.7, [True, False])
+
+
 OTHERS = {"help", "install", "smoke", "test", "coverage", "lint", "types", "docs", "format", "check", "clean"}
 
 
@@ -226,7 +247,8 @@ def test_every_file_and_every_target_is_run() -> None:
     shipped = {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.yaml")}
     assert {*jobs(), *bases(), *TAKEN_ALONG} == shipped
     found = set(re.findall(r"^([a-z0-9-]+):.*?## ", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-    assert found - OTHERS == {*TARGETS, "demo", "study", "study-cifar10", "study-photos"}
+    studies = {f"study{name}" for name in ("", "-cifar10", "-photos", "-layers", "-layers-photos")}
+    assert found - OTHERS == {*TARGETS, "demo", *studies}
 
 
 def test_a_file_is_run(tmp_path: Path) -> None:

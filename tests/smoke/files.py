@@ -73,7 +73,7 @@ def _small_images() -> Iterator[tuple[str, Act]]:
     for name in ("inverter", "pooled", "choices"):
         yield _job(f"cifar10/{name}.yaml", train_and_test, DEBUG)
     yield _job("study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
-    for name in ("extract", "corrupted", "adversarial", "shapes"):
+    for name in ("extract", "corrupted", "adversarial", "shapes", "few"):
         yield _job(f"photos/{name}.yaml", extract, DEBUG)
     yield _job("photos/prior.yaml", pretrain, DEBUG)
     for name in ("inverter", "pooled"):
@@ -117,7 +117,8 @@ def _benchmarks() -> Iterator[tuple[str, Act]]:
 def _studies() -> Iterator[tuple[str, Act]]:
     yield _job("study/digits.yaml", study, "study")
     yield _job("study/cifar10.yaml", study, "study-cifar10")
-    yield _job("study/photos.yaml", study, "study-photos")
+    for name in ("photos", "layers", "layers-photos"):
+        yield _job(f"study/{name}.yaml", study, f"study-{name}")
 
 
 def _job(file: str, act: Callable[..., str], *over: str, **options: str) -> tuple[str, Act]:

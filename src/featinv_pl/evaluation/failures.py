@@ -73,9 +73,9 @@ class Errors(Report):
     def lead(self) -> str:
         viewer, (own, control) = next(iter(self.viewers.items()))
         answers = [
-            f" {name.capitalize()}: {_cell(found, own)} of {found[own].count} drawings, {_cell(found, control)} in the "
-            f"control ({CONTROLS[name]}), difference {_cell(found, own, control)}; nearest training images, as the "
-            f"classifier itself sees them: {_cell(found, NEIGHBOUR) or 'not scored'}."
+            f" {name.capitalize()}: {_cell(found, own)} of {found[own].count} drawings, "
+            f"{_compared(name, found, own, control)}; nearest training images, as the classifier itself sees them: "
+            f"{_cell(found, NEIGHBOUR) or 'not scored'}."
             for name, found in self.found.items()
             if own in found
         ]
@@ -193,6 +193,13 @@ def _cell(found: Found, name: str, less: str | None = None) -> str:
     return cell(as_score(found[name] - found[less] if less else found[name], 0))
 
 
+def _compared(name: str, found: Found, own: str, control: str) -> str:
+    if control not in found:
+        return "no control"
+    share, less = _cell(found, control), _cell(found, own, control)
+    return f"{share} of {found[control].count} in the control ({CONTROLS[name]}), difference {less}"
+
+
 def _by_strength(kind: Kind) -> dict[float, NDArray[Any]]:
     """The errors at each severity, or each epsilon."""
     known = sorted({one for one in kind.strengths.values() if one is not None})
@@ -221,10 +228,10 @@ def _row(case: Case) -> list[Tile]:
     """Original and drawing, with those of the clean image in front where there is one, and where they differ."""
     sample, drawing = case.sample, case.drawing
     pictures = as_picture(sample["images"]), as_picture(drawing["images"])
-    name = sample["source"] if case.clean else f"label {sample['labels']}"
+    name = sample["source"] if case.clean else f"label {class_name(int(sample['labels']), len(sample['logits']))}"
     tiles = [
         Tile(pictures[0], f"{name}\nclass {prediction(sample['logits'])}", True),
-        Tile(pictures[1], f"drawn: class {prediction(drawing['logits'])}\nwrong one: {case.share:.2f}"),
+        Tile(pictures[1], f"drawn: class\n{prediction(drawing['logits'])}\nwrong one: {case.share:.2f}"),
     ]
     first, second = (sample["features"], drawing["features"]), (sample["images"], drawing["images"])
     if case.clean:
