@@ -118,6 +118,9 @@ def test_open_is_relative_to_the_prior() -> None:
     assert facts["interval"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist(), rel=0.15)
     assert Audit(images[1:], deviations(prior)).facts()["measures"]["colour"]["luma"]["interval"] is None
     assert "Hardly" not in found.lead
+    assert "infidelity" not in found.lead
+    lower = Audit([audited("0", prior, 0.85)], deviations(prior))
+    assert "The autoencoder's reconstructions reach 0.900 to 0.900: below that, part of the variance" in lower.lead
 
 
 def test_no_accepted_sample_is_said() -> None:
@@ -128,6 +131,7 @@ def test_no_accepted_sample_is_said() -> None:
     assert "Hardly any sample" in found.lead
     assert "A fidelity of 0.990 would accept a tenth" in found.lead
     assert "nothing can be said" in found.lead
+    assert next(none.tiles()).caption == "4\nnone accepted\nbest 1.000"
     found.save(Path("out"))
     assert "What the classifier ignores" not in Path("out/audit.html").read_text()
     assert found.facts()["acceptance"]["inverter"] == {"accepted": 0, "best": 1, "tenth": pytest.approx(0.99)}

@@ -55,7 +55,9 @@ class Audited:
 
     def tiles(self) -> Iterator[Tile]:
         picture = as_picture(self.images[0])
-        yield Tile(picture, f"{self.name}\n{self.opinions.get(MODEL, {}).get('picture', '')}".strip())
+        best = max(float(cosines.max()) for cosines in self.cosines.values())
+        said = self.opinions.get(MODEL, {}).get("picture", f"none accepted\nbest {best:.3f}")
+        yield Tile(picture, f"{self.name}\n{said}")
         yield Tile(as_picture(self.images[1]), f"autoencoder\ncosine {self.ceiling:.3f}")
         if self.accepted > 1:
             spread = self.variance.sqrt()
@@ -170,14 +172,21 @@ class Audit(Report):
                 f"what the classifier leaves open. A fidelity of {tenth:.3f} would accept a tenth; the lower it is, "
                 "the more of the variance is the inverter's infidelity, and not the classifier's invariance. "
             )
+        elif any(one.fidelity < one.ceiling for one in self.images):
+            reached = [one.ceiling for one in self.images]
+            text += (
+                f"The autoencoder's reconstructions reach {min(reached):.3f} to {max(reached):.3f}: below that, part "
+                "of the variance is the inverter's infidelity. "
+            )
         if not open_:
             return f"{text}No picture has two accepted samples, so nothing can be said of how they vary."
         known = {name: m.open.values[0] for (group, name), m in self.measures.items() if group == PROPERTIES}
         ordered = sorted((name for name in known if isfinite(known[name])), key=lambda name: -known[name])
         listed = ", ".join(f"{name} {known[name]:.2f}" for name in ordered)
         return (
-            f"{text}The variance that properties have within the accepted samples of a picture, divided by that which "
-            f"they have in images that vary freely under the prior: {listed}. 0 is fixed by the features, 1 ignored."
+            f"{text}The variance that properties have within the accepted samples of a picture, of which {open_} of "
+            f"{pictures} have two or more, divided by that in images that vary freely under the prior: {listed}. 0 is "
+            "fixed by the features, 1 ignored."
         )
 
     def sections(self) -> list[Section]:
