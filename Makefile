@@ -14,7 +14,7 @@ WORKFLOW := OMP_NUM_THREADS=1 $(BIN)/snakemake --cores $(JOBS) --nolock --rerun-
 # The table compares what is done, whatever has failed.
 COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-going $(FLAGS); status=$$?; \
 	$(BIN)/python experiments/study/table.py $(STUDY) && $(BIN)/python experiments/study/evidence.py $(STUDY) && exit $$status
-LAYERS = PYTHONPATH=experiments OMP_NUM_THREADS=1 $(BIN)/python -m study.layers $(STUDY) $(BRIEF)
+LAYERS = OMP_NUM_THREADS=1 $(BIN)/python experiments/study/layers.py $(STUDY) $(BRIEF)
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo demo-once test lint types docs format check smoke study study-cifar10 study-layers \

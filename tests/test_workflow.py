@@ -9,6 +9,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import layers
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from smoke.__main__ import attempt
 from smoke.files import SHIPPED, TAKEN_ALONG, bases, jobs
 from smoke.parts import make_parts
 from smoke.targets import PROJECT, TARGETS, make, run_here, started
-from study import layers
 from tiny import extraction, inversion, write
 
 SNAKEFILE = """

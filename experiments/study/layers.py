@@ -1,6 +1,6 @@
 """Compare what the layers of a study keep: `layers.md`, `layers.json` and `layers.png` in its folder.
 
-PYTHONPATH=experiments python -m study.layers experiments/study/layers.yaml
+python experiments/study/layers.py experiments/study/layers.yaml
 
 Fidelity is comparable between layers when it is calibrated: 0 is another image, 1 the autoencoder alone. Diversity is
 compared at equal fidelity: samples of a map count from a calibrated cosine on, so that a layer does not look invariant
@@ -10,6 +10,7 @@ where its inverter is only inexact.
 import json
 import sys
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from table import interval
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.evaluation.results import CEILING, FLOOR, INVERSION, cell, label
 from featinv_pl.explore.exploration import read_samples, reconstruct_maps
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from study.table import interval
 
 COLUMNS = {
     "calibrated cosine": (INVERSION, "cosine_calibrated"),
@@ -172,7 +173,7 @@ def main(plan_path: str, *flags: str) -> None:
     found = {run: diversities(plan, run, seeds[0], "--short" in flags) for run, seeds in scores.items()}
     table = markdown(scores, found)
     (folder / "layers.md").write_text(table)
-    curves = {run: np.where(np.isfinite(rows), rows, None).tolist() for run, rows in found.items()}
+    curves = {run: [[one if isfinite(one) else None for one in row] for row in rows] for run, rows in found.items()}
     (folder / "layers.json").write_text(json.dumps({"scores": scores, "diversity": curves}) + "\n")
     plot(scores, found, folder / "layers.png")
     print(f"\n{table}\nTable in {folder / 'layers.md'}, picture in {folder / 'layers.png'}")
