@@ -1,6 +1,7 @@
 """The commands of `featinv-pl`, in one table; libraries are imported by the command that needs them."""
 
 import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from featinv_pl.options import (
     ended,
     folder,
     load_pipeline,
+    made_from,
     parse_one_or_over,
     parse_pictures,
     positive,
@@ -29,6 +31,7 @@ from featinv_pl.options import (
 )
 
 if TYPE_CHECKING:
+    from featinv_pl.inverter.pipeline import FeatInvPipeline
     from featinv_pl.pages.page import Report
 
 NUM_IMAGES = 2000
@@ -50,9 +53,12 @@ def _reconstruct(parser: Parser, args: list[str]) -> None:
     options = parse_pictures(parser, args, "+", num_samples=4)
     from featinv_pl.explore.reconstruct import reconstruct
 
-    pictures = load_pipeline(options.model, options), options.paths, options.pictures
-    summed_up(reconstruct(*pictures, options.out, options.num_samples, options.seed))
-    ended(f"{options.out}", f"featinv-pl audit IMAGE --model {options.model} --out DIR")
+    pipeline = load_pipeline(options.model, options)
+    about = made_from(options, pipeline)
+    pictures = pipeline, options.paths, options.pictures
+    summed_up(reconstruct(*pictures, options.out, options.num_samples, options.seed, about))
+    page = f"{options.out / 'reconstructions.html'} (open it in a browser)"
+    ended(page, f"featinv-pl audit IMAGE --model {options.model} --out DIR")
 
 
 def _concepts(parser: Parser, args: list[str]) -> None:
@@ -144,6 +150,7 @@ def _steer(parser: Parser, args: list[str]) -> None:
     _finish(
         steer_over(pipeline, found, *moved) if options.over else steer(pipeline, options.pictures[0], *moved),
         options,
+        pipeline,
     )
 
 
@@ -171,10 +178,10 @@ def _interpolate(parser: Parser, args: list[str]) -> None:
     if options.over:
         assert real
         pipeline.set_progress_bar_config(disable=True)
-        _finish(interpolate_over(pipeline, found, *paths, real, options.seed, judge), options)
+        _finish(interpolate_over(pipeline, found, *paths, real, options.seed, judge), options, pipeline)
     else:
         first, second = options.pictures
-        _finish(interpolate(pipeline, first, second, *paths, real, options.seed, judge), options)
+        _finish(interpolate(pipeline, first, second, *paths, real, options.seed, judge), options, pipeline)
 
 
 def _compose(parser: Parser, args: list[str]) -> None:
@@ -183,7 +190,7 @@ def _compose(parser: Parser, args: list[str]) -> None:
     from featinv_pl.explore.pairs import compose
 
     pipeline, (first, second) = load_pipeline(options.model, options), options.pictures
-    _finish(compose(pipeline, first, second, options.box, options.num_samples, options.seed), options)
+    _finish(compose(pipeline, first, second, options.box, options.num_samples, options.seed), options, pipeline)
 
 
 def _compare(parser: Parser, args: list[str]) -> None:
@@ -219,7 +226,7 @@ def _audit(parser: Parser, args: list[str]) -> None:
         others = {name: Backbone(name).to(pipeline.device) for name in options.others}
     names = unique_names([path.stem for path in options.paths])
     sampled = options.num_samples, options.methods, options.fidelity
-    _finish(audit(pipeline, names, options.pictures, *sampled, others, options.seed), options)
+    _finish(audit(pipeline, names, options.pictures, *sampled, others, options.seed), options, pipeline)
 
 
 def _app(parser: Parser, args: list[str]) -> None:
@@ -397,15 +404,16 @@ def run_command(name: str, args: list[str]) -> None:
     does, run, example = COMMANDS[name]
     assert run
     parser = Parser(name, does, example)
+    parser.set_defaults(command=shlex.join(["featinv-pl", name, *args]))
     # `--strengths -2:2:9` and `--box -1,...`: argparse takes a value that begins with a minus for an option.
     args = [re.sub(r"^(?=-[\d.]+[:,])", " ", arg) for arg in args]
     with options_spelled(lambda: parser.options):
         run(parser, args)
 
 
-def _finish(result: "Report", options: Namespace) -> None:
+def _finish(result: "Report", options: Namespace, pipeline: "FeatInvPipeline | None" = None) -> None:
     folder = options.out
-    result.save(folder)
+    result.save(folder, made_from(options, pipeline))
     summed_up(result.lead)
     page = folder / f"{result.name}.html"
     ended(f"{page} (open it in a browser; .png and .json beside it)", NEXT[result.name].format(**vars(options)))

@@ -5,6 +5,8 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
@@ -193,6 +195,23 @@ def load_pipeline(model: str, options: Namespace) -> "FeatInvPipeline":
     pipeline.set_progress_bar_config(**style("sample", "step"), leave=False)
     pipeline.inverter.sampler = changed(pipeline.inverter.sampler, options)
     return pipeline
+
+
+def made_from(options: Namespace, pipeline: "FeatInvPipeline | None") -> dict[str, str]:
+    """What a page says of its origin: input, model, sampler and seed, and the command that made it, and when."""
+    given, found = vars(options), dict[str, str]()
+    inputs = dict.fromkeys(("paths", "over", "shards", "run"), "input")
+    for key, name in {**inputs, "models": "models", "model": "model"}.items():
+        if given.get(key):
+            paths = given[key] if isinstance(given[key], list) else [given[key]]
+            found[name] = ", ".join(f"`{path}`" for path in paths)
+    if pipeline:
+        inverter, sampler = pipeline.inverter, pipeline.inverter.sampler
+        found["model"] += f", {inverter.conditioning} inverter of {inverter.classifier.title}"
+        found["sampler"] = f"{sampler.scheduler}, {sampler.steps} steps, guidance {sampler.guidance_scale:g}"
+    if "seed" in given:
+        found["seed"] = str(options.seed)
+    return found | {"made by": f"`{options.command}`", "made on": f"{date.today()}, version {version('featinv-pl')}"}
 
 
 def positive(text: str) -> int:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def write_sets(shards: Path, folder: Path) -> dict[str, str]:
     clean = shards / "clean"
     predicted = int(ShardSet(clean, "", "")[0]["logits"].argmax())  # of every image
     chosen = [predicted, *(label for label in range(1, 4) if label != predicted)][:3]
-    classes = {str(label): label for label in chosen} | {"unknown": -1}
+    classes = {f"folder {label}": label for label in chosen} | {"unknown": -1}
     write_like(clean, folder / "single", [10])
     write_like(clean, folder / "foreign", [10, 11, 12, 13])
     write_like(clean, folder / "alike", [3] * 9, classes={"3": 3})
@@ -261,20 +262,43 @@ def test_a_report_shows_all_that_was_tested(tested: Path, capsys: Capture) -> No
     main(["report", "."])
     assert joined(json.loads(Path("metrics.json").read_text())["run"]) == joined(document())
     shown = Path("report.html").read_text()
-    # Two plots, three rows for each of four test sets, and two rows of extremes for each of three groups.
-    assert shown.count("data:image/png;base64,") == 2 + 3 * 4 + 2 * 3
+    # Original, autoencoder and reconstruction of 3 images of each of four test sets, and of 3 extremes of each of three
+    # groups; cosine and agreement of two corruptions, and a histogram of each group.
+    assert shown.count("data:image/png;base64,") == 3 * (3 * 4 + 3 * 3)
+    assert shown.count("data:image/svg+xml;base64,") == 2 * 2 + 3
     for method in ("run", "autoencoder", "regression", "neighbour", "floor"):
-        assert f"<td>{method}</td>" in shown
-    assert not re.search(r'(src|href)="(?!data:)', shown)  # it needs nothing else
-    assert "<th>agreement@1 wrong</th>" in shown
-    assert re.search(r"<li>run: tested on .*: step 2 of .*run/inversion.ckpt.* \(weights \w{8}\)</li>", page())
+        assert f'<td data-head="method">{method}</td>' in shown
+    assert not re.search(r'(src|href)="(?!data:|#)', shown)  # it needs nothing else
+    assert '<th scope="col">agreement@1 wrong</th>' in shown
+    assert re.findall(r'scope="rowgroup">(\w+), \d+ images', shown)[:3] == ["clean", "corrupted", "hard"]
+    found = joined(document())
+    assert f"a cosine of {found['clean/cosine']:.3f} [" in page()
+    assert f"another image {found['clean/cosine.floor']:.3f})" in page()
+    made_by = document()["provenance"]
+    for fact in (
+        f"step 2 of <code>run/inversion.ckpt</code> (weights {made_by['checkpoint']['digest'][:8]}), spatial",
+        f"{made_by['networks']['classifier']} (weights {made_by['model']['backbone'][:8]}), layer forward_features",
+        f"{made_by['networks']['prior']} (weights {made_by['model']['unet'][:8]})",
+        f"featinv-pl {made_by['code']['version']}",
+        f"torch {version('torch')}",
+        made_by["date"],
+        "0, 32-true",
+    ):
+        assert fact in page()
+    facts = json.loads(Path("run/pictures/hard/one/first/tiles.json").read_text())
+    folders = {f"{row['label']} folder {row['label']}" for row in samples_of("hard/one", tested)}
+    assert set(facts["label"]) == folders
+    captions = re.findall(r"<figcaption>(original: [^<]*)", page())
+    assert f"original: class {facts['prediction'][1]}\nlabel {facts['label'][1]}" in captions  # which differ
 
     shutil.copytree("run", "same")
     state = torch.load("run/inversion.ckpt", weights_only=True)
     next(iter(state["state_dict"].values())).add_(1)
     torch.save({**state, "global_step": 7}, "run/inversion.ckpt")  # as another training leaves it
     main(["report", "."])
-    assert re.search(r"<td>16</td><td>(run|same) - (run|same)</td>\s*<td>0.000 ", page())
+    assert re.search(r"16 images</th>.*\s*<tr><td [^>]*>(run|same) - (run|same)</td><td [^>]*>0.000 ", page())
+    [notes] = re.findall(r'id="notes">.*?</ul>', page(), re.DOTALL)
+    assert notes.count("no fid and kid") == notes.count("no lpips") == 1  # though both have it
     assert "has changed since: it holds step 7 now. Test again." in page()
 
     def refused(path: str, changed: Settings, fragment: str) -> None:
@@ -360,7 +384,7 @@ def test_a_backbone_without_classes_is_scored_by_its_maps(classifier_folder: Pat
     assert not [name for name in joined(found) if "agreement" in name or "overlap" in name or "label" in name]
     assert [note for note in found["notes"] if "has no classes" in note]
     main(["report", "."])
-    assert "<td>autoencoder</td>" in Path("report.html").read_text()
+    assert '<td data-head="method">autoencoder</td>' in Path("report.html").read_text()
 
 
 def test_what_cannot_be_scored_stops_no_rest(settings: Settings, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,8 @@ def test_facts_are_of_what_was_asked_for(outputs: Path) -> None:
     assert [step["strength"] for step in steering["steps"]] == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
     assert steering["concept"] == "3-8"
     page = (outputs / "steering/steering.html").read_text()
-    assert page.count("data:image/png") == 1 + 9 * (2 + 2) + 7  # both samples, one of each control, curves
+    assert page.count("data:image/png") == 1 + 9 * (2 + 2)  # both samples, one of each control
+    assert page.count("data:image/svg+xml") == 7  # curves
     assert "http" not in page
     interpolation = facts("interpolation")
     assert interpolation["mode"] == "slerp"
@@ -111,6 +112,21 @@ def test_page_on_a_phone(name: str, outputs: Path, browser: Browser) -> None:
     alternatives = page.evaluate("[...document.images].map(image => image.alt)")
     assert all(alternatives)
     assert page.locator("h1").count() == 1
+    assert {"input", "seed", "made by", "made on"} < {*page.locator("dt").all_inner_texts()}
+    command = page.locator("dt:text-is('made by') + dd").inner_text()
+    assert command.startswith("featinv-pl ")
+    assert command.endswith(f"--out {name}")
+    first = page.locator("main img").first
+    first.click()
+    shown = page.locator("dialog img")
+    assert shown.get_attribute("src") == first.get_attribute("src")
+    assert shown.bounding_box()["width"] > 300  # type: ignore[index]
+    page.keyboard.press("Escape")
+    assert not shown.is_visible()
+    page.emulate_media(color_scheme="dark", media="screen")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     page.close()
     assert not problems
     with Image.open(outputs / name / f"{name}.png") as figure:
@@ -122,7 +138,7 @@ class Broken(Report):
 
     name = "broken"
     title, lead = "<b>", "broken"
-    rows: ClassVar = [[Tile(Image.new("RGB", (4, 4)), "<script>")]]
+    rows: ClassVar = [[Tile(Image.new("RGB", (4, 4)), "<script>bad")]]
 
     def sections(self) -> list[Section]:
         return [Section("one", rows=self.rows)]
@@ -135,7 +151,7 @@ def test_text_is_not_markup_and_nothing_is_written_of_a_report_that_fails(monkey
     Broken().save(Path("out"))
     page = Path("out/broken.html").read_text()
     assert "&lt;script&gt;" in page
-    assert "<script>" not in page
+    assert "<script>bad" not in page
     assert "&lt;b&gt;" in page
     monkeypatch.setattr(Broken, "rows", [])
     with pytest.raises(ValueError, match="Number of rows"):

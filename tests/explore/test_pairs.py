@@ -134,7 +134,11 @@ def test_command_writes_a_sheet(
     command = ["reconstruct", "--model", str(inverter_folder), *pictures, "--num_samples", "2", "--seed", "3", "--out"]
     main([*command, "out"])
     names = {f"{stem}-{number}.png" for stem in ("0-noise", "1-noise", "grey") for number in range(2)}
-    assert {path.name for path in Path("out").iterdir()} == names | {"contact_sheet.png", "reconstructions.json"}
+    assert {path.name for path in Path("out").iterdir()} == names | {
+        "contact_sheet.png",
+        "reconstructions.html",
+        "reconstructions.json",
+    }
     assert "6 reconstructions of 3 pictures: mean cosine " in capsys.readouterr().out
     sheet = Image.open("out/contact_sheet.png")
     assert sheet.width == 5 * 192 + 4 * 4  # original, two samples, two heat maps
@@ -157,7 +161,9 @@ def test_command_writes_a_sheet(
 
     main([*command, "again"])
     files = [{path.name: path.read_bytes() for path in Path(folder).iterdir()} for folder in ("out", "again")]
+    pages = [one.pop("reconstructions.html").decode() for one in files]
     assert files[0] == files[1]
+    assert pages[0].replace("--out out", "--out again") == pages[1]  # which name their command
 
 
 def test_command_samples_as_its_options_say(inverter_folder: Path, pictures: list[str]) -> None:

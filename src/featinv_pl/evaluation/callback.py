@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any, Literal, cast
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from featinv_pl.errors import UserError, renamed
 from featinv_pl.evaluation.baselines import from_training_shards
-from featinv_pl.evaluation.pictures import Pictures, cosine_histograms, log_picture, log_table, severity_curves
+from featinv_pl.evaluation.pictures import CURVES, Pictures, cosine_plots, log_picture, log_table, severity_plots
 from featinv_pl.evaluation.reconstructions import ImageCache, Reconstructions
 from featinv_pl.evaluation.results import HEADLINES, INVERSION, LABELS, METRICS, Provenance, Results, aligned, label
 from featinv_pl.evaluation.scorers import Scorer, classifier_scorer, judge_scorer, published_scorers
@@ -29,6 +30,7 @@ from featinv_pl.files import write_bytes
 from featinv_pl.inverter.identity import sampling
 from featinv_pl.metrics.weights import Weights
 from featinv_pl.nets.backbone import Backbone
+from featinv_pl.pages.plots import sheet
 from featinv_pl.runtime.internals import hide_score_tables
 from featinv_pl.runtime.ranks import hands_back_little
 from featinv_pl.runtime.saving import provenance
@@ -37,6 +39,7 @@ from featinv_pl.types import Batch
 
 REPLICATES = 1000
 BATCHES = 3  # of a dry run
+LIBRARIES = ("torch", "lightning", "diffusers", "timm")  # whose versions are kept
 log = logging.getLogger("featinv_pl")
 
 
@@ -133,7 +136,10 @@ class Evaluation(Callback):
         methods, samples = self.reconstructions.methods, self.root if self.writes else None
         self.scores = Scores(self.results, test_sets, scorers, methods, inverter, self.clean, samples)
         weights = how.get("control")
-        self.pictures = Pictures(self.num_images, list(samplers), self.root, weights, trainer.loggers, self.step)
+        labels = [one.manifest["settings"].get("classes", {}) for one in test_sets.values()]
+        classes = {index: name for known in labels for name, index in known.items()}
+        written = self.root, weights, trainer.loggers, self.step
+        self.pictures = Pictures(self.num_images, list(samplers), *written, classes)
 
     def _scorers(self, inverter: Any, diverse: bool) -> list[Scorer]:
         classifier, count, note = inverter.classifier, self.replicates, self.results.notes.append
@@ -199,13 +205,19 @@ class Evaluation(Callback):
 
     def _plot(self, trainer: Any) -> None:
         title, complete = label(INVERSION), [name for name in self.results.counts if "/" not in name]
-        curves = severity_curves({title: self.results.document}, self.clean)
-        plots = {"severity": (curves, "scores against the severity of corruptions, with 95 % intervals")}
-        if complete:
-            histograms = cosine_histograms({title: self.root}, complete, self.results.counts)
-            plots["histograms"] = (histograms, "distribution of the cosine over the images of each test set")
-        for name, (png, caption) in plots.items():
-            if png is not None:
+        scored = {title: self.results.document}
+        curves = {
+            f"{corruption}, {score}": plot
+            for score in CURVES
+            for corruption, plot in severity_plots(scored, score, self.clean).items()
+        }
+        histograms = cosine_plots({title: self.root}, complete, self.results.counts)
+        for name, found, caption in (
+            ("severity", curves, "scores against the severity of corruptions, with 95 % intervals"),
+            ("histograms", histograms, "distribution of the cosine over the images of each test set"),
+        ):
+            if found:
+                png = sheet(found)
                 write_bytes(self.root / "plots" / f"{name}.png", png)
                 pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
                 log_picture(trainer.loggers, f"plots/{name}", pixels, caption, self.step)
@@ -228,6 +240,8 @@ def _provenance(trainer: Any, module: Any, samplers: Mapping[str, Sampler], how:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {"path": None if path is None else str(path), "step": step, "digest": how["control"]},
         "model": module.inverter.identity(),
+        "networks": {"classifier": module.inverter.classifier.title, "prior": str(module.inverter.prior.source)},
+        "libraries": {name: version(name) for name in LIBRARIES},
         "sampling": {name: value for name, value in how.items() if name != "control"} | {"samplers": used},
     }
     return cast(Provenance, described | provenance(trainer))

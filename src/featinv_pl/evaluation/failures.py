@@ -52,6 +52,11 @@ class Errors(Report):
     kinds: dict[str, Kind]
     gallery: dict[str, list[Case]]
     notes: list[str]
+    origin: dict[str, str]  # which weights were tested, and with which seed
+
+    @property
+    def about(self) -> dict[str, str]:
+        return self.origin
 
     @cached_property
     def found(self) -> dict[str, Found]:
@@ -231,21 +236,21 @@ def _row(case: Case) -> list[Tile]:
     name = sample["source"] if case.clean else f"label {class_name(int(sample['labels']), len(sample['logits']))}"
     tiles = [
         Tile(pictures[0], f"{name}\nclass {prediction(sample['logits'])}", True),
-        Tile(pictures[1], f"drawn: class\n{prediction(drawing['logits'])}\nwrong one: {case.share:.2f}"),
+        Tile(pictures[1], f"drawn: class {prediction(drawing['logits'])}\nthe wrong class: {case.share:.0%}"),
     ]
     first, second = (sample["features"], drawing["features"]), (sample["images"], drawing["images"])
     if case.clean:
         clean, drawn = case.clean
         tiles[:0] = [
             Tile(as_picture(clean["images"]), f"clean\nclass {prediction(clean['logits'])}"),
-            Tile(as_picture(drawn["images"]), f"drawn: class\n{prediction(drawn['logits'])}"),
+            Tile(as_picture(drawn["images"]), f"drawn: class {prediction(drawn['logits'])}"),
         ]
         first, second = (clean["features"], sample["features"]), (drawn["images"], drawing["images"])
     apart = 1 - cosine_similarity(first[0].float().cpu(), first[1].float().cpu(), dim=0)  # (h, w), from 0 to 2
     pixels = (second[0].cpu() - second[1].cpu()).abs().mean(0) / 2  # (H, W), from 0 to 1
     for what, where, shown in (("maps", apart, pictures[0]), ("pixels", pixels, pictures[1])):
         top = where.max().item()
-        tiles.append(Tile(overlay(shown, where / max(top, 1e-6)), f"{what} differ\nup to {top:.2f}"))
+        tiles.append(Tile(overlay(shown, where / max(top, 1e-6)), f"bright: {what} differ\nup to {top:.2f}"))
     return tiles
 
 
@@ -266,4 +271,11 @@ def find_errors(folder: Path, num_images: int, device: str | torch.device) -> Er
     notes = [*run.notes, *(note for name, note in zip(KINDS, absent, strict=True) if name not in kinds)]
     gallery = {name: run.cases(name, kind, num_images) for name, kind in kinds.items()}
     classifier = run.reconstructions.inverter.classifier
-    return Errors(classifier.title, classifier.num_classes, kinds, gallery, notes)
+    made_by = run.document["provenance"]
+    weights = made_by["checkpoint"]
+    origin = {
+        "model": f"step {weights['step']} of `{weights['path']}` (weights {weights['digest'][:8]})",
+        "seed": str(made_by["sampling"]["seed"]),
+        "tested on": made_by["date"],
+    }
+    return Errors(classifier.title, classifier.num_classes, kinds, gallery, notes, origin)

@@ -1,10 +1,11 @@
 """Pictures of each test set, originals above their reconstructions, plots of scores, and what the loggers get."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import product
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -33,13 +33,14 @@ from featinv_pl.evaluation.results import (
     read_samples,
 )
 from featinv_pl.files import write_bytes
-from featinv_pl.pages.page import png
+from featinv_pl.pages.page import class_name, png
+from featinv_pl.pages.plots import LINES, Plot
 from featinv_pl.types import Batch, to_uint8
 
 PICTURES, FIRST, FACTS_FILE, POOL = "pictures", "first", "tiles.json", 128
-LINE_STYLES = ("-", "--", ":", "-.")
-CURVES = {"cosine": "cosine of the feature maps", "agreement@1": "agreement of the predicted class"}
-FACTS = ("label", "prediction", "reconstruction_prediction", "cosine")
+CURVES = {"cosine": "cosine of the feature maps", "agreement@1": "share with the original's class"}
+CLASSES = ("label", "prediction", "reconstruction_prediction")
+FACTS = (*CLASSES, "cosine")
 
 
 class Pictures:
@@ -59,10 +60,11 @@ class Pictures:
         checkpoint: Any,
         loggers: Sequence[Logger],
         step: int,
+        classes: Mapping[int, str],
     ) -> None:
         self.num_images, self.folder, self.checkpoint = num_images, root / PICTURES, checkpoint
         self.rows = {method: label(method) for method in (ORIGINAL, CEILING, INVERSION, *samplers)}
-        self.loggers, self.step = loggers, step
+        self.loggers, self.step, self.classes = loggers, step, classes  # names of folders, by label
         self.thread, self.pending = ThreadPoolExecutor(1), list[Future[None]]()
         self._begin(None)
 
@@ -70,6 +72,7 @@ class Pictures:
         self.test_set = test_set
         self.tiles: dict[str, list[Tensor]] = {name: [] for name in self.rows.values()}
         self.facts: dict[str, list[Any]] = {name: [] for name in FACTS}
+        self.num_classes = 0
 
     def update(self, batch: Batch, made: Mapping[str, Reconstruction]) -> None:
         """Keep the first images of a test set, and show those of the set before it."""
@@ -81,6 +84,7 @@ class Pictures:
             self.tiles[name] += to_uint8(made[method]["images"][:left]).cpu().unbind()
         cosines = cosine_similarity(made[INVERSION]["features"], batch["features"]).mean((1, 2)).tolist()
         classes = [_classes(item["logits"]) for item in (batch, made[INVERSION])]
+        self.num_classes = batch["logits"].shape[1]
         facts = (batch["labels"].tolist(), *classes, [round(cosine, 4) for cosine in cosines])
         for name, values in zip(FACTS, facts, strict=True):
             self.facts[name] += values[:left]
@@ -95,7 +99,11 @@ class Pictures:
                 row: torch.cat([tiles[index] for index in chosen], dim=2).permute(1, 2, 0).numpy()
                 for row, tiles in self.tiles.items()
             }
-            facts = {fact: [values[index] for index in chosen] for fact, values in self.facts.items()}
+            facts: dict[str, list[Any]] = {
+                fact: [values[index] for index in chosen] for fact, values in self.facts.items()
+            }
+            for fact in CLASSES:
+                facts[fact] = [self._named(index) for index in facts[fact]]
             self.pending.append(self.thread.submit(self._write, f"{self.test_set}/{name}", strips, facts))
         self._begin(None)
 
@@ -115,6 +123,13 @@ class Pictures:
         picture = np.concatenate(list(strips.values()))
         log_picture(self.loggers, f"reconstructions/{name}", picture, caption, self.step)
 
+    def _named(self, index: int) -> str:
+        """A class by number and name: ImageNet's, or else that of its folder; `none` without one."""
+        if index < 0:
+            return "none"
+        known, folder = class_name(index, self.num_classes), self.classes.get(index, "")
+        return known if " " in known or folder in ("", known) else f"{index} {folder}"
+
     def _extremes(self) -> list[int]:
         """A third each of the best, the median and the worst; if they are few, all from best to worst."""
         cosines, third = self.facts["cosine"], self.num_images // 3
@@ -126,7 +141,7 @@ class Pictures:
 
 
 def _classes(logits: Tensor) -> list[Any]:
-    return logits.argmax(1).tolist() if logits.shape[1] else ["none"] * len(logits)
+    return logits.argmax(1).tolist() if logits.shape[1] else [-1] * len(logits)
 
 
 def log_picture(loggers: Sequence[Logger], name: str, pixels: NDArray[np.uint8], caption: str, step: int) -> None:
@@ -149,51 +164,57 @@ def log_table(loggers: Sequence[Logger], name: str, table: list[list[str]], capt
             logger.experiment.add_text(name, "\n".join([f"{caption}\n", *lines]), step)
 
 
-def severity_curves(runs: Mapping[str, Document], clean: str = "clean") -> bytes | None:
-    """Cosine and agreement against severity as PNG, with 95 % intervals; None without corruptions.
+def severity_plots(runs: Mapping[str, Document], score: str, clean: str = "clean") -> dict[str, Plot]:
+    """One of `CURVES` against the severity of each corruption, with 95 % intervals; none without corruptions.
 
-    Each inverter has a line style, each corruption a colour; `clean` is the test set at severity 0.
+    `clean` is the test set at severity 0.
     """
     found = (re.fullmatch(r".+/([^/]+)/(\d+)", name) for run in runs.values() for name in run["samples"])
-    test_sets = {match[0]: (match[1], int(match[2])) for match in found if match}
-    if not test_sets:
-        return None
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    corruptions = sorted({corruption for corruption, _ in test_sets.values()})
-    palette = colormaps["tab20" if len(corruptions) > 10 else "tab10"]
-    panels = figure.subplots(1, len(CURVES))
-    for axes, (score, title) in zip(panels, CURVES.items(), strict=True):
-        axes.set(xlabel="severity of the corruption (0: clean)", ylabel=title)
-        styles = zip(LINE_STYLES * len(runs), runs.items(), strict=False)
-        for (style, (run, document)), (number, corruption) in product(styles, enumerate(corruptions)):
-            scores, colour = by_name(document), palette(number)
-            names = {level: Name(one, score) for one, (kind, level) in test_sets.items() if kind == corruption}
-            points = sorted({0: Name(clean, score), **names}.items())
-            shown = {level: scores[name] for level, name in points if name in scores}
-            values = [point["value"] for point in shown.values()]
-            name = f"{run}, {corruption.replace('_', ' ')}"
-            axes.plot(list(shown), values, style, color=colour, marker=".", label=name)
-            bounds = [(point["low"], point["high"]) for point in shown.values() if {"low", "high"} <= point.keys()]
-            if shown and len(bounds) == len(shown):
-                axes.fill_between(list(shown), *zip(*bounds, strict=True), color=colour, alpha=0.1, linewidth=0)
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
-    return png(figure)
+    corruptions: dict[str, dict[int, str]] = {}
+    for match in filter(None, found):
+        corruptions.setdefault(match[1], {0: clean})[int(match[2])] = match[0]
+    scores = {run: by_name(document) for run, document in runs.items()}
+
+    def plot(axes: Axes, levels: Mapping[int, str]) -> None:
+        for run, known in scores.items():
+            names = {level: Name(test_set, score) for level, test_set in sorted(levels.items())}
+            points = {level: known[name] for level, name in names.items() if name in known}
+            (line,) = axes.plot([*points], [point["value"] for point in points.values()], marker=".", label=run)
+            bounds = [(point["low"], point["high"]) for point in points.values() if {"low", "high"} <= point.keys()]
+            if points and len(bounds) == len(points):
+                between: Any = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+                axes.fill_between([*points], *zip(*bounds, strict=True), **between)
+        axes.set(xlabel=f"severity (0: {clean})", ylabel=CURVES[score], xticks=sorted(levels))
+        axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)
+        if len(runs) > 1:
+            axes.legend()
+
+    known = {name for one in scores.values() for name in one}
+    return {
+        corruption.replace("_", " "): partial(plot, levels=levels)
+        for corruption, levels in sorted(corruptions.items())
+        if any(Name(test_set, score) in known for test_set in levels.values())
+    }
 
 
-def cosine_histograms(runs: Mapping[str, Path], groups: list[str], test_sets: Iterable[str]) -> bytes:
-    """The distribution of the cosine over the images of each group, for every method, as PNG.
+def cosine_plots(runs: Mapping[str, Path], groups: Iterable[str], test_sets: Iterable[str]) -> dict[str, Plot]:
+    """The distribution of the cosine over the images of each group, for every method.
 
     The first of the inverters, whose folders are given by name, gives the baselines. See `read_samples`.
     """
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+
+    def plot(axes: Axes, group: str) -> None:
+        styles = itertools.cycle(LINES)
         for number, (run, folder) in enumerate(runs.items()):
             table = read_samples(folder, group, test_sets)
             for method in (INVERSION,) if number else LABELS:
                 if (name := column("cosine", method)) in table.column_names:
-                    values = table[name].drop_null().to_numpy()
+                    values = table[name].drop_null().to_numpy().clip(-1, 1)
+                    shares = np.full(len(values), 1 / max(len(values), 1))
                     title = run if method == INVERSION else label(method)
-                    axes.hist(values, bins=40, range=(-0.2, 1), density=True, histtype="step", label=title)
-        axes.set(xlabel="cosine of the feature maps", title=group, yticks=[])
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize="small", loc="outside right upper")
-    return png(figure)
+                    style: Any = {"histtype": "step", "linewidth": 1.5, "linestyle": next(styles)}
+                    axes.hist(values, bins=40, range=(-0.2, 1), weights=shares, label=title, **style)
+        axes.set(xlabel="cosine of the feature maps", ylabel="share of images", xlim=(-0.2, 1.02))
+        axes.legend()
+
+    return {group: partial(plot, group=group) for group in groups}

@@ -15,12 +15,15 @@ from typing_extensions import TypedDict  # that of Python 3.11 is too old for py
 
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation import results
-from featinv_pl.evaluation.pictures import FACTS_FILE, PICTURES, cosine_histograms, severity_curves
+from featinv_pl.evaluation.pictures import CURVES, FACTS_FILE, FIRST, PICTURES, cosine_plots, severity_plots
 from featinv_pl.evaluation.results import (
+    CEILING,
     COMPARED,
+    FLOOR,
     INVERSION,
     LABELS,
     METRICS,
+    ORIGINAL,
     Document,
     Name,
     by_name,
@@ -34,22 +37,26 @@ from featinv_pl.metrics.agreement import ConditionalAgreement
 from featinv_pl.metrics.estimates import Estimate, ImageSums, estimates
 from featinv_pl.nets.frozen import weights_digest
 from featinv_pl.nets.weights import read_checkpoint
-from featinv_pl.pages.page import data_uri, open_picture, render
+from featinv_pl.pages.page import Tile, open_picture, render
 
 ADVICE = "Test again with the Evaluation callback and pictures (`num_images`)."
 HEADLINES = ("cosine", "cosine_calibrated", "agreement@1", "agreement@5", "label@1")
 CONDITIONS = ConditionalAgreement.names
 REPLICATES = 1000
+CLEAN = "clean"  # the test set that comes first, where there is one of that name
+FEW = 4  # pictures of each part of a group, such as a severity of a corruption
 
-TableRow = tuple[str, int, str, list[str]]  # test set, number of images, method, and its scores
+Table = dict[str, list[list[str]]]  # rows, which are a method and its scores, by test set
 
 
 class Tiles(TypedDict):
     """Facts shown below pictures, and the digest of the tested weights."""
 
     checkpoint: str | None
+    label: list[str | int]
     prediction: list[str | int]
     reconstruction_prediction: list[str | int]
+    cosine: list[float]
 
 
 @dataclass(frozen=True)
@@ -79,8 +86,11 @@ class Tested:
             raise UserError(f"report: {pictures} than {scores}. {ADVICE}")
         return tiles
 
-    def strip(self, test_set: str, kind: str, row: str) -> Image.Image:
-        return open_picture(self.folder / PICTURES / test_set / kind / f"{row}.png", "report")
+    def pictures(self, test_set: str, kind: str, method: str) -> list[Image.Image]:
+        """The pictures of a method, which are stored side by side."""
+        strip = open_picture(self.folder / PICTURES / test_set / kind / f"{label(method)}.png", "report")
+        side = strip.height
+        return [strip.crop((left, 0, left + side, side)) for left in range(0, strip.width, side)]
 
 
 def report(folder: Path) -> Path:
@@ -91,16 +101,22 @@ def report(folder: Path) -> Path:
     """
     inverters = _inverters(folder)
     documents = {inverter.name: inverter.document for inverter in inverters}
-    known = [set(inverter.document["samples"]) & inverter.pictured for inverter in inverters]
-    # Data sets first, then corruptions by name and severity.
-    test_sets = sorted(set.intersection(*known), key=lambda test_set: (test_set.count("/"), test_set))
+    known = set[str].intersection(*({*one.document["samples"]} & one.pictured for one in inverters))
+    test_sets = sorted((name for name in inverters[0].document["samples"] if name in known), key=CLEAN.__ne__)
     if not test_sets:
         raise UserError(f"report: no test set has scores and pictures of every inverter below '{folder}'. {ADVICE}")
-    last = {test_set.split("/")[0]: test_set for test_set in test_sets}
-    groups, stages = list(last), folder / "stages.json"
-    curves, folders = severity_curves(documents), {inverter.name: inverter.folder for inverter in inverters}
+    groups, parts = list(dict.fromkeys(name.split("/")[0] for name in test_sets)), dict[str, list[str]]()
+    for name in test_sets:
+        parts.setdefault(name.split("/")[0], []).append(name)
+    notes = dict[str, list[str]]()
+    for one in inverters:
+        for note in one.document["notes"]:
+            notes.setdefault(note, []).append(one.name)
+    stages = folder / "stages.json"
     page = render(
         "report.html",
+        title="Images from feature maps",
+        key=_key_result(inverters[0], groups[0]),
         inverters=inverters,
         head=HEADLINES,
         table=_table(inverters, groups, HEADLINES),
@@ -108,11 +124,19 @@ def report(folder: Path) -> Path:
         conditional=_table(inverters, groups, CONDITIONS),
         compared=list(COMPARED),
         differences=_differences(inverters, groups),
-        notes=[(one.name, note) for one in inverters for note in (_origin(one.document), *one.document["notes"])],
-        curves=curves and data_uri(curves),
-        histograms=data_uri(cosine_histograms(folders, groups, test_sets)),
-        test_sets=test_sets,
-        last=last,
+        notes=notes,
+        origins={one.name: _origin(one.document) for one in inverters},
+        curves={title: severity_plots(documents, score) for score, title in CURVES.items()},
+        histograms=cosine_plots({one.name: one.folder for one in inverters}, groups, test_sets),
+        pictures={
+            group: {name: _cases(inverters, name, FIRST)[: None if name == group else FEW] for name in names}
+            for group, names in parts.items()
+        },
+        extremes={
+            f"{names[-1]}, {one.name}": _cases([one], names[-1], "extremes")
+            for one in inverters
+            for names in parts.values()
+        },
         names=sorted({name for inverter in inverters for name in inverter.scores}),
         stages=read_json(stages, "report", "Remove it.") if stages.is_file() else {},
     )
@@ -166,20 +190,62 @@ def _inverters(folder: Path) -> list[Tested]:
     return sorted(found, key=fidelity, reverse=True)
 
 
-def _table(inverters: Sequence[Tested], groups: Sequence[str], scores: Sequence[str]) -> list[TableRow]:
+def _key_result(inverter: Tested, group: str) -> str:
+    """The most faithful inverter's fidelity in one sentence, between what it can reach and chance."""
+    count, scores = inverter.document["samples"][group], inverter.scores
+    text = f"On '{group}' ({count} images), reconstructions by '{inverter.name}'"
+    if cosine := scores.get(Name(group, "cosine")):
+        text += f" have feature maps with a cosine of {cell(cosine)} to the originals'"
+        limits = ((CEILING, "the prior's autoencoder alone reaches"), (FLOOR, "another image"))
+        found = [(said, scores.get(Name(group, "cosine", method))) for method, said in limits]
+        if known := [f"{said} {score['value']:.3f}" for said, score in found if score]:
+            text += f" ({', '.join(known)})"
+    if agreement := scores.get(Name(group, "agreement@1")):
+        text += f", and a share of {cell(agreement)} is classified as the original is"
+    return f"{text}."
+
+
+def _cases(inverters: Sequence[Tested], test_set: str, kind: str) -> list[list[Tile]]:
+    """For each picture of a test set the original, the autoencoder's and each inverter's reconstruction."""
+    first, facts = inverters[0], [one.tiles(test_set, kind) for one in inverters]
+    originals, labels = facts[0]["prediction"], facts[0]["label"]
+    columns = [
+        [
+            Tile(picture, f"original: class {seen}" + f"\nlabel {label}" * (label not in (seen, "none", -1)))
+            for picture, seen, label in zip(first.pictures(test_set, kind, ORIGINAL), originals, labels, strict=True)
+        ],
+        [Tile(picture, label(CEILING)) for picture in first.pictures(test_set, kind, CEILING)],
+    ]
+    for one, found in zip(inverters, facts, strict=True):
+        drawn, seen, cosines = (
+            one.pictures(test_set, kind, INVERSION),
+            found["reconstruction_prediction"],
+            found["cosine"],
+        )
+        columns.append(
+            [
+                Tile(picture, f"{one.name}: class {name}\ncosine {cosine:.3f}", name != original)
+                for picture, name, cosine, original in zip(drawn, seen, cosines, originals, strict=True)
+            ]
+        )
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _table(inverters: Sequence[Tested], groups: Sequence[str], scores: Sequence[str]) -> Table:
     methods = [(inverter, INVERSION, inverter.name) for inverter in inverters]
     methods += [(inverters[0], method, label(method)) for method in LABELS if method != INVERSION]
-    rows = []
+    table: Table = {}
     for group, (inverter, method, title) in product(groups, methods):
         cells = [cell(inverter.scores.get(Name(group, score, method))) for score in scores]
         if any(cells):
-            rows.append((group, inverter.document["samples"][group], title, cells))
-    return rows
+            count = inverters[0].document["samples"][group]
+            table.setdefault(f"{group}, {count} images", []).append([title, *cells])
+    return table
 
 
-def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> list[TableRow]:
+def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> Table:
     """The most faithful inverter minus each other, on the images of both."""
-    rows = []
+    table: Table = {}
     first, *others = inverters
     for group, other in product(groups, others):
         common = first.document["samples"].keys() & other.document["samples"].keys()
@@ -187,19 +253,37 @@ def _differences(inverters: Sequence[Tested], groups: Sequence[str]) -> list[Tab
         test_sets = [one for one in below if not any(more.startswith(f"{one}/") for more in below)]
         found = differences(first.folder, other.folder, test_sets)
         cells = [cell(results.as_score(estimate, 0)) if estimate.count else "" for estimate in found.values()]
-        rows.append((group, found["cosine"].count or 0, f"{first.name} - {other.name}", cells))
-    return rows
+        row = [f"{first.name} - {other.name}", *cells]
+        table.setdefault(f"{group}, {found['cosine'].count or 0} images", []).append(row)
+    return table
 
 
-def _origin(document: Document) -> str:
-    """Which weights were scored, and whether their checkpoint has changed since."""
-    date, checkpoint = document["provenance"]["date"], document["provenance"]["checkpoint"]
-    if checkpoint["path"] is None:
-        return f"tested on {date} without a checkpoint"
-    digest, path = checkpoint["digest"], Path(checkpoint["path"])
-    note = f"tested on {date}: step {checkpoint['step']} of '{path}' (weights {digest[:8]})"
-    if path.is_file():
+def _origin(document: Document) -> dict[str, str]:
+    """Which weights of which networks were scored, and how, and whether their checkpoint has changed since."""
+    made_by = document["provenance"]
+    checkpoint, model, how = made_by["checkpoint"], made_by["model"], made_by["sampling"]
+    digest, path, networks = checkpoint["digest"], Path(checkpoint["path"] or ""), made_by.get("networks", {})
+    weights = f"step {checkpoint['step']} of `{path}`" if checkpoint["path"] else "without a checkpoint"
+    found = {"control": f"{weights} (weights {digest[:8]}), {model['conditioning']} conditioning"}
+    for name, key, more in (("classifier", "backbone", f", layer {model['layer']}"), ("prior", "unet", "")):
+        found[name] = f"{networks.get(name, '')} (weights {str(model.get(key))[:8]}){more}".strip()
+    sizes = "x".join(map(str, model["feature_shape"]))
+    found["sizes"] = f"feature maps of {sizes}, images of {model['image_size']} pixels"
+    for name, fields in how["samplers"].items():
+        found[f"sampler {label(name)}"] = (
+            f"{fields['scheduler']}, {fields['steps']} steps, guidance {fields['guidance_scale']:g} "
+            f"({fields['guidance']})"
+        )
+    found["seed and precision"] = f"{how['seed']}, {how['precision']}"
+    commit = made_by["code"].get("commit", "")[:8]
+    changed = " with changes" * bool(made_by["code"].get("dirty"))
+    code = [f"featinv-pl {made_by['code']['version']}" + f" (commit {commit}{changed})" * bool(commit)]
+    found["versions"] = ", ".join(code + [f"{name} {one}" for name, one in made_by.get("libraries", {}).items()])
+    found["tested"] = made_by["date"]
+    if checkpoint["path"] and path.is_file():
         state = read_checkpoint(path, "report")
         if weights_digest(control_weights(state["state_dict"])) != digest:
-            note += f", which has changed since: it holds step {state['global_step']} now. Test again."
-    return note
+            found["warning"] = (
+                f"the checkpoint has changed since: it holds step {state['global_step']} now. Test again."
+            )
+    return found

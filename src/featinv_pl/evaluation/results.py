@@ -82,6 +82,8 @@ class Provenance(TypedDict):
     date: str
     checkpoint: Checkpoint
     model: dict[str, Any]
+    networks: NotRequired[dict[str, str]]  # names of classifier and prior, which older files lack
+    libraries: NotRequired[dict[str, str]]  # their versions
     sampling: dict[str, Any]
     code: dict[str, Any]
     shards: dict[str, str]

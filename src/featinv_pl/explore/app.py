@@ -24,7 +24,7 @@ from featinv_pl.explore.pairs import compose, interpolate
 from featinv_pl.explore.reconstructions import reconstructions
 from featinv_pl.explore.steering import steer
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Report, open_picture, png, render
+from featinv_pl.pages.page import Report, open_picture, png
 
 try:
     import gradio as gr
@@ -214,8 +214,7 @@ def _examples(uploads: list[Any]) -> None:
 
 def _shown(report: Report, about: dict[str, str]) -> str:
     """The page of a report, and what it was made from, within another."""
-    page = render("page.html", title=report.title, lead=report.lead, about=about, sections=report.sections())
-    return f'<iframe title="Results" srcdoc="{escape(page)}"></iframe>'
+    return f'<iframe title="Results" srcdoc="{escape(report.page(about))}"></iframe>'
 
 
 def _packed(report: Report, folder: Path) -> str:

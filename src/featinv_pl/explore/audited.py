@@ -56,12 +56,17 @@ class Audited:
     def tiles(self) -> Iterator[Tile]:
         picture = as_picture(self.images[0])
         best = max(float(cosines.max()) for cosines in self.cosines.values())
-        said = self.opinions.get(MODEL, {}).get("picture", f"none accepted\nbest {best:.3f}")
-        yield Tile(picture, f"{self.name}\n{said}")
+        said = self.opinions.get(MODEL)
+        yield Tile(
+            picture, f"{self.name}\n" + (f"class {said['picture']}" if said else f"none accepted\nbest {best:.3f}")
+        )
         yield Tile(as_picture(self.images[1]), f"autoencoder\ncosine {self.ceiling:.3f}")
         if self.accepted > 1:
             spread = self.variance.sqrt()
-            yield Tile(overlay(picture, spread / spread.max().clamp(min=1e-6)), f"bright: open\nto {spread.max():.3f}")
+            yield Tile(
+                overlay(picture, spread / spread.max().clamp(min=1e-6)),
+                f"bright: samples vary\ndeviation to {spread.max():.3f}",
+            )
             labels, shares = self.regions
             density = shares[:, 0] / shares[:, 1].clip(min=1e-12)
             heat = overlay(picture, torch.from_numpy(density / density.max().clip(min=1e-12))[labels])
@@ -69,14 +74,17 @@ class Audited:
             large = np.asarray(heat).repeat(scale, 0).repeat(scale, 1)
             outlined = mark_boundaries(large, labels.repeat(scale, 0).repeat(scale, 1), color=(1, 1, 1))
             varied, pixels = shares[density.argmax()]
-            yield Tile(Image.fromarray((outlined * 255).astype(np.uint8)), f"by region\n{varied:.0%} on {pixels:.0%}")
+            yield Tile(
+                Image.fromarray((outlined * 255).astype(np.uint8)),
+                f"by region: {varied:.0%} of the variance on {pixels:.0%} of the pixels",
+            )
         classes = self.opinions.get(MODEL, {}).get("extremes", [])
         for number, (image, name) in enumerate(zip(self.extremes, classes, strict=True)):
-            yield Tile(as_picture(image), f"accepted {number + 1}\n{name}")
+            yield Tile(as_picture(image), f"accepted {number + 1}\nclass {name}")
         if self.accepted > 1:
             apart = (self.extremes[0] - self.extremes[1]).abs()
             shown = as_picture(apart / apart.max().clamp(min=1e-6) * 2 - 1)
-            yield Tile(shown, f"their difference\nRMS {self.distance:.3f}")
+            yield Tile(shown, f"their difference\nroot mean square {self.distance:.3f}")
 
     def facts(self) -> dict[str, Any]:
         shares = self.regions[1].tolist() if self.accepted > 1 else []
@@ -204,7 +212,7 @@ class Audit(Report):
             Section("Where the accepted samples vary", text, [list(image.tiles()) for image in shown]),
         ]
         if any(image.accepted > 1 for image in self.images):
-            table = [["", "", "open", "share of the variance", "share under the prior"]]
+            table = [["group", "part", "open", "share of the variance", "share under the prior"]]
             table += [[*key, *measure.row()] for key, measure in self.measures.items()]
             text = (
                 "Open: the variance within the accepted samples of a picture, averaged over "

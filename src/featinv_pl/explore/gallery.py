@@ -42,23 +42,28 @@ class Gallery(Report):
 
     @property
     def title(self) -> str:
-        return f"Concepts of {self.concepts.origin['backbone']} ({self.concepts.method})"
+        return f"Concepts of a classifier ({self.concepts.method})"
 
     @property
     def lead(self) -> str:
-        origin = self.concepts.origin
         scores = "".join(f" {name}: {value:.3f}." for name, value in self.concepts.scores.items())
-        shape = "x".join(map(str, origin["feature_shape"]))
         meaning = f"; {MEANING[self.concepts.method]}{scores}" if scores else "."
-        return f"{LEADS[self.concepts.method]}{meaning} Layer {origin['layer']}, maps of {shape}."
+        more = "For each, the images that express it most, and where in them."
+        return f"{LEADS[self.concepts.method]}{meaning} {more}"
+
+    @property
+    def about(self) -> dict[str, str]:
+        origin = self.concepts.origin
+        shape = "x".join(map(str, origin["feature_shape"]))
+        return {"classifier": f"`{origin['backbone']}`, layer {origin['layer']}, maps of {shape}"}
 
     def sections(self) -> list[Section]:
         sections = []
         for number, (name, examples) in enumerate(zip(self.concepts.names, self.examples, strict=False)):
             if hottest := max(one.heat.abs().max().item() for one in examples):
                 images = [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label}") for one in examples]
-                heats = [Tile(overlay(one.picture, one.heat / hottest), "where") for one in examples]
-                sections.append(Section(f"{number}: {name}", rows=[images, heats]))
+                heats = [Tile(overlay(one.picture, one.heat / hottest), "bright: where") for one in examples]
+                sections.append(Section(f"Concept {number}: {name}", rows=[images, heats]))
         return sections
 
     def facts(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Pictures beside their reconstructions: by one inverter, with what these keep of the feature map, or by several."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,43 @@ from featinv_pl.explore.exploration import classify, reconstruct_maps
 from featinv_pl.files import write_bytes
 from featinv_pl.inverter.outputs import as_picture
 from featinv_pl.inverter.pipeline import FeatInvPipeline
-from featinv_pl.pages.page import Report, Section, Tile, listed_classes, overlay, prediction, top_classes, unique_names
+from featinv_pl.pages.page import (
+    Report,
+    Section,
+    Tile,
+    listed_classes,
+    overlay,
+    prediction,
+    render,
+    top_classes,
+    unique_names,
+)
 from featinv_pl.types import Observation, predicted
 
-SHEET, FACTS = "contact_sheet.png", "reconstructions.json"
+SHEET, FACTS, PAGE = "contact_sheet.png", "reconstructions.json", "reconstructions.html"
 SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
+LEGEND = (
+    "Each picture; its reconstructions with the cosine of the feature maps and the predicted class, in a dashed frame "
+    "where that is not the picture's; and, laid over the picture, where the reconstructions lose its map most, and "
+    "where they differ from one another."
+)
 LARGEST_PICTURE = 512  # pixels of a side
-AT_ONCE = 64  # pictures whose reconstructions are in memory
+AT_ONCE = 64  # pictures whose reconstructions are in memory, and those on the page
 
 
 def reconstruct(
-    pipeline: FeatInvPipeline, paths: list[Path], pictures: list[Image.Image], folder: Path, num_samples: int, seed: int
+    pipeline: FeatInvPipeline,
+    paths: list[Path],
+    pictures: list[Image.Image],
+    folder: Path,
+    num_samples: int,
+    seed: int,
+    about: Mapping[str, str],
 ) -> str:
     """Reconstruct pictures, and return a summary.
 
-    The folder receives `<stem>-<number>.png`, `contact_sheet.png`, and what was measured in `reconstructions.json`.
+    The folder receives `<stem>-<number>.png`, all of them in `contact_sheet.png` and, with what they were made from
+    (`about`), on the page `reconstructions.html`, and what was measured in `reconstructions.json`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows, facts, scored = [], [], []
@@ -42,9 +64,9 @@ def reconstruct(
             target = original["features"][number, None]
             shown, expected = as_picture(original["images"][number]), prediction(original["logits"][number])
             cosines = cosine_similarity(features, target).mean((1, 2)).tolist()
-            row, samples = [Tile(shown, f"{stem}\n{expected}")], []
+            row, samples = [Tile(shown, f"{stem}\nclass {expected}")], []
             for sample, (image, cosine, name) in enumerate(zip(images, cosines, map(prediction, logits), strict=True)):
-                row.append(Tile(as_picture(image), f"cosine {cosine:.3f}\n{name}"))
+                row.append(Tile(as_picture(image), f"cosine {cosine:.3f}\nclass {name}", name != expected))
                 row[-1].picture.save(folder / f"{stem}-{sample}.png")
                 samples.append({"file": f"{stem}-{sample}.png", "cosine": round(cosine, 4), "prediction": name})
                 scored.append((cosine, name == expected))
@@ -59,7 +81,11 @@ def reconstruct(
     new = {SHEET, *(one["file"] for fact in facts for one in fact["samples"])}
     if older := sorted({path.name for path in folder.glob("*.png")} - new):
         summary += f"\n{len(older)} earlier pictures in {folder}, such as {older[0]}, are not on the sheet."
-    return f"{summary}\nOpen {folder / SHEET}."
+    few = f" The first {AT_ONCE} are shown." if len(rows) > AT_ONCE else ""
+    sections = [Section("Pictures and reconstructions", f"{LEGEND}{few}", rows=rows[:AT_ONCE])]
+    page = render("page.html", title="Reconstructions", lead=summary, about=about, sections=sections)
+    write_bytes(folder / PAGE, page.encode())
+    return summary
 
 
 def fidelity(
@@ -73,13 +99,15 @@ def fidelity(
     cosines = cosine_similarity(features, original).mean(0)
     low, high = cosines.min().item(), cosines.max().item()
     lost = (high - cosines) / max(high - low, 1e-6)
-    tiles = [Tile(overlay(picture, lost), f"bright: lost\ncosine {low:.3f} to {high:.3f}")]
+    tiles = [Tile(overlay(picture, lost), f"bright: map lost\ncosine {low:.3f} to {high:.3f}")]
     facts: dict[str, Any] = {"cosine_by_location": [[round(v, 4) for v in row] for row in cosines.tolist()]}
     if len(images) > 1:
         # The standard deviation of pixels in [0, 1], root mean square over colours.
         spread = (images / 2).std(0).square().mean(0).sqrt()
         mean, top = spread.mean().item(), spread.max().item()
-        tiles.append(Tile(overlay(picture, spread / max(top, 1e-6)), f"bright: open\nspread to {top:.3f}"))
+        tiles.append(
+            Tile(overlay(picture, spread / max(top, 1e-6)), f"bright: samples differ\ndeviation up to {top:.3f}")
+        )
         facts["pixel_spread"] = {"mean": round(mean, 4), "max": round(top, 4)}
     return tiles, facts
 
@@ -92,9 +120,7 @@ def _sheet(rows: list[list[Tile]]) -> Image.Image:
     for top, row in enumerate(rows):
         for left, one in enumerate(row):
             x, y = left * width, top * height
-            # Small pictures, such as digits, stay sharp; larger ones are smoothed.
-            resample = Image.Resampling.NEAREST if one.picture.width < SMALLEST_TILE else Image.Resampling.BICUBIC
-            sheet.paste(one.picture.resize((side, side), resample), (x, y))
+            sheet.paste(one.picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
             lines = [line if len(line) <= longest else f"{line[: longest - 1]}…" for line in one.caption.splitlines()]
             canvas.multiline_text((x + 4, y + side + 2), "\n".join(lines), fill="black", font=font)
     return sheet
@@ -108,7 +134,7 @@ class Comparison(Report):
     lead = (
         "Each picture beside its reconstruction by each inverter, from the feature map of the inverter's own "
         "classifier. Below an image its inverter, the cosine of the two maps, and the class predicted before and "
-        "after, in red where they differ."
+        "after, in a dashed frame where they differ."
     )
 
     pictures: dict[str, Image.Image]  # P of them, by name

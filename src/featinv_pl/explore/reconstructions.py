@@ -29,8 +29,8 @@ class Reconstructions(Exploration):
         mean = sum(self.cosines) / len(self.cosines)
         return (
             f"{len(self.cosines)} images drawn from the picture's feature map, each from other noise. Below each: the "
-            f"cosine of its map with the picture's ({mean:.3f} on average) and the predicted class, in red where that "
-            "is not the picture's."
+            f"cosine of its map with the picture's ({mean:.3f} on average) and the predicted class, in a dashed "
+            "frame where that is not the picture's."
         )
 
     def _measured(self) -> tuple[list[Tile], dict[str, Any]]:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import textwrap
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -89,8 +90,9 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-TILE, PLOT, TEXT = 1.2, 2.8, 0.17  # inches: side of a picture, height of a plot, height of a line
-RED = "#b00020"
+TILE, TEXT, LETTERS = 1.5, 0.15, 26  # inches: side of a picture, height of a line; letters of a line
+SHARP = 128  # pixels: the width up to which pictures in a page are PNG
+RED = "#b3261e"
 
 
 @dataclass(frozen=True)
@@ -132,42 +134,59 @@ class Report(ABC):
     @abstractmethod
     def facts(self) -> dict[str, Any]: ...  # all measurements, for JSON
 
+    @property
+    def about(self) -> dict[str, str]:  # what the result knows of its input, for the page
+        return {}
+
     def figure(self) -> "Figure":
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
+        from featinv_pl.pages.plots import HEIGHT, STYLE, draw
+
         shown = [section for section in self.sections() if section.rows or section.plot]
-        lines = [sum(max(tile.caption.count("\n") + 1 for tile in row) for row in section.rows) for section in shown]
+        lines = [sum(max(_wrapped(tile).count("\n") + 1 for tile in row) for row in one.rows) for one in shown]
         heights = [
-            0.4 + TILE * len(section.rows) + TEXT * count + PLOT * (section.plot is not None)  # inches
+            0.4 + (TILE + 0.1) * len(section.rows) + TEXT * count + HEIGHT * (section.plot is not None)  # inches
             for section, count in zip(shown, lines, strict=True)
         ]
         columns = max((len(row) for section in shown for row in section.rows), default=0)
-        figure = Figure(figsize=(max(6.0, TILE * columns), sum(heights)), layout="constrained")
-        parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for part, section in zip(parts, shown, strict=True):
-            part.suptitle(section.title, fontsize="medium")
-            if section.plot:
-                section.plot(part.subplots())
-                continue
-            panels = part.subplots(len(section.rows), columns, squeeze=False)
-            for axes in panels.flat:
-                axes.set(xticks=[], yticks=[], frame_on=False)
-            for line, row in zip(panels, section.rows, strict=True):
-                for axes, tile in zip(line, row, strict=False):
-                    axes.imshow(tile.picture)
-                    axes.set_xlabel(tile.caption, fontsize="x-small", color=RED if tile.flagged else "black")
+        with rc_context(STYLE | {"axes.grid": False}):
+            figure = Figure(figsize=(max(6.0, TILE * columns), sum(heights)), layout="constrained")
+            parts = figure.subfigures(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0]
+            for part, section in zip(parts, shown, strict=True):
+                part.suptitle(section.title, fontsize="medium")
+                if section.plot:
+                    draw(section.plot, part)
+                    continue
+                panels = part.subplots(len(section.rows), columns, squeeze=False)
+                for axes in panels.flat:
+                    axes.set(xticks=[], yticks=[], frame_on=False)
+                for line, row in zip(panels, section.rows, strict=True):
+                    for axes, tile in zip(line, row, strict=False):
+                        axes.imshow(tile.picture, interpolation="bicubic")
+                        style: Any = {"color": RED, "weight": "bold"} if tile.flagged else {}
+                        axes.set_xlabel(_wrapped(tile), fontsize="x-small", **style)
         return figure
 
     def _repr_png_(self) -> bytes:  # what a notebook shows
         return png(self.figure())
 
-    def save(self, folder: Path) -> None:
-        """Write the page, the figure and the facts, each atomically, once all three are made."""
+    def page(self, about: Mapping[str, str] | None = None) -> str:
+        """A self-contained page; `about` is what it says of how it was made: input, model, seed."""
+        known = {**(about or {}), **self.about}
+        return render("page.html", title=self.title, lead=self.lead, about=known, sections=self.sections())
+
+    def save(self, folder: Path, about: Mapping[str, str] | None = None) -> None:
+        """Write the page, the figure and the facts, each atomically, once all three are made; see `page`."""
         facts = json.dumps(self.facts(), indent=2, allow_nan=False) + "\n"
-        page = render("page.html", title=self.title, lead=self.lead, sections=self.sections())
-        picture = self._repr_png_()
+        page, picture = self.page(about), self._repr_png_()
         for suffix, data in (("json", facts.encode()), ("png", picture), ("html", page.encode())):
             write_bytes(folder / f"{self.name}.{suffix}", data)
+
+
+def _wrapped(tile: Tile) -> str:
+    return "\n".join(textwrap.fill(line, LETTERS) for line in tile.caption.splitlines())
 
 
 def plot_probabilities(axes: "Axes", x: Sequence[float], lines: Mapping[str, Tensor], xlabel: str) -> None:
@@ -184,8 +203,20 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"code": _code, "picture_uri": lambda one: data_uri(png(one)), "plot_uri": _plot_uri}
+    environment.filters |= {
+        "code": _code,
+        "columns": columns,
+        "interval": _interval,
+        "picture_uri": _picture_uri,
+        "plot_uri": _plot_uri,
+    }
     return environment.get_template(template).render(**values)
+
+
+def columns(count: int, most: int) -> int:
+    """How many of `count` tiles stand side by side, at most so many, so that the last row is not a single tile."""
+    rows = -(-count // most)
+    return -(-count // max(rows, 1))
 
 
 def _code(text: str) -> Markup:
@@ -193,15 +224,25 @@ def _code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def data_uri(data: bytes) -> str:
-    """A PNG within a page."""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def _interval(text: object) -> Markup:
+    """A value in front of its interval, `0.98 [0.97, 0.99]`, or another text."""
+    return Markup(re.sub(r"^([-+\d.]+%?) (\[[^\]]+\])$", r"\1 <small>\2</small>", str(escape(text))))
 
 
-def _plot_uri(section: Section) -> str:
-    from matplotlib.figure import Figure
+def _picture_uri(picture: Image.Image) -> str:
+    """A picture within a page: exactly where it is small, as photos are stored where it is large."""
+    if picture.width <= SHARP:
+        return _uri("png", png(picture))
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="jpeg", quality=92, subsampling=0)
+    return _uri("jpeg", buffer.getvalue())
 
-    assert section.plot
-    figure = Figure(figsize=(6, PLOT), dpi=150, layout="constrained")
-    section.plot(figure.subplots())
-    return data_uri(png(figure))
+
+def _plot_uri(plot: "Callable[[Axes], Any]") -> str:
+    from featinv_pl.pages.plots import svg
+
+    return _uri("svg+xml", svg(plot))
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
