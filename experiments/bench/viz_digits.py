@@ -20,7 +20,8 @@ from torch.nn.functional import cosine_similarity
 
 from featinv_pl.explore.concepts import Concepts, difference_concepts, pairs_of_labels
 from featinv_pl.explore.exploration import Samples, read_samples
-from featinv_pl.explore.pairs import Mode, interpolate
+from featinv_pl.explore.pairs import interpolate
+from featinv_pl.explore.paths import Mode
 from featinv_pl.explore.steering import Steering, steer
 from featinv_pl.inverter.outputs import as_picture
 from featinv_pl.inverter.pipeline import FeatInvPipeline

@@ -162,7 +162,8 @@ def interpolate_over(
     natural = Naturalness(real, judge)
     shown = {*np.linspace(0, half - 1, min(SHOWN, half)).round().astype(int).tolist()}
     nearest: dict[str, list[list[float]]] = {}
-    keys, kept = [], []
+    keys: list[str] = []
+    kept: list[Interpolation] = []
     for number in tqdm(range(half), "interpolate", unit="pair"):
         (first, one), (second, two) = pictures[number], pictures[half + number]
         found = interpolate_between(pipeline, classify(pipeline, [one(), two()]), steps, mode, natural, seed + number)

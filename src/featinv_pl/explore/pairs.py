@@ -28,12 +28,10 @@ from featinv_pl.explore.paths import (
     FEATURES,
     LATENTS,
     PIXELS,
+    Mode,
     Naturalness,
     control_paths,
     similarities,
-)
-from featinv_pl.explore.paths import (
-    Mode as Mode,
 )
 from featinv_pl.inverter.outputs import as_picture
 from featinv_pl.inverter.pipeline import FeatInvPipeline
@@ -195,9 +193,8 @@ def interpolate(
     """
     if real is not None:
         refuse_other_backbone(real.origin, pipeline, "`real`")
-    return interpolate_between(
-        pipeline, classify(pipeline, [first, second]), steps, mode, real and Naturalness(real, judge), seed, controls
-    )
+    natural = None if real is None else Naturalness(real, judge)
+    return interpolate_between(pipeline, classify(pipeline, [first, second]), steps, mode, natural, seed, controls)
 
 
 def interpolate_between(

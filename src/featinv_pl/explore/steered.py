@@ -192,7 +192,8 @@ def steer_over(
     shown = {*np.linspace(0, len(seen) - 1, min(SHOWN, len(seen))).round().astype(int).tolist()}
     arms: dict[str, dict[str, list[Values]]] = {}
     plain: dict[str, list[float]] = {}
-    ranks, goals = [], torch.zeros(len(strengths))
+    ranks: list[float] = []
+    goals = torch.zeros(len(strengths))
     kept: list[tuple[Steering, str]] = []
     for number, (name, original) in enumerate(tqdm(seen, "steer", unit="picture")):
         one = steer_map(
