@@ -57,7 +57,7 @@ def test_effects_are_of_the_images(pipeline: FeatInvPipeline, found: Concepts, o
     kept = sorted({int(original["logits"].argmax()), 9})
     plain = found.score(steered.found["features"][0], everywhere)
     for name, arm in {"edit": steered.found, **steered.controls}.items():
-        seen = {key: value[1] for key, value in arm.items()}
+        seen = {"images": arm["images"][1], "features": arm["features"][1], "logits": arm["logits"][1]}
         scores = found.score(seen["features"], everywhere)
         measured = {measure: values[1] for measure, values in steered.effects[name].items()}
         torch.testing.assert_close(measured["score"], scores[:, 0])
@@ -110,8 +110,9 @@ def test_steer_over_a_set_is_steering_each(
     steps = facts["pictures"][samples.keys[fours[-1]]]
     for arm, measures in last.effects.items():
         for measure, values in measures.items():
-            values = values[:, 0].tolist()
-            assert steps[arm.partition(":")[0]][measure] == pytest.approx(values, abs=0.02 * max(1, *map(abs, values)))
+            expected = values[:, 0].tolist()
+            near = pytest.approx(expected, abs=0.02 * max(1, *map(abs, expected)))
+            assert steps[arm.partition(":")[0]][measure] == near
     scores = [one["edit"]["score"][1] for one in facts["pictures"].values()]
     assert facts["edits"]["edit"]["score"][1]["value"] == pytest.approx(np.mean(scores))
     against = [one["random direction"]["score"][1] for one in facts["pictures"].values()]

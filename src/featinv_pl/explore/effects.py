@@ -112,7 +112,8 @@ def plot_arms(
     for name, values in arms.items():
         color, style = STYLES[name.partition(":")[0]]
         axes.plot(strengths, values.numpy(), style, color=color, marker=".", label=name)
-        axes.fill_between(strengths, *bands[name], color=color, alpha=0.15, linewidth=0)
+        low, high = bands[name]
+        axes.fill_between(strengths, low, high, color=color, alpha=0.15, linewidth=0)
     if measure != REACHED:
         axes.axhline(unedited, color="black", linewidth=0.6, label="unedited")
     axes.set(xlabel="strength", ylabel=LABELS[measure])

@@ -181,7 +181,7 @@ def _tensors(path: Path, key: str | None) -> tuple[dict[str, Tensor], dict[str, 
         raise UserError(f"`concepts`: '{path}' cannot be read ({reason}). Give a complete file of arrays.") from error
 
 
-def _tensor(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float32) if array.dtype.kind in "fiu" else np.full(1, np.nan))
 
 

@@ -1,6 +1,7 @@
 """Paths between two pictures: of feature maps, and as controls of pixels and of latents; how natural each step is."""
 
 from collections.abc import Callable, Mapping
+from math import sqrt
 from typing import Literal
 
 import torch
@@ -88,12 +89,14 @@ class Naturalness:
     def _pooled(self, images: Tensor) -> Tensor:
         assert self.judge is not None
         read = [self.judge.classify(part.to(self.judge.mean.device)) for part in images.split(AT_ONCE)]
-        return normalize(torch.cat([one["features"].mean((2, 3)).cpu() for one in read]))
+        vectors: Tensor = normalize(torch.cat([one["features"].mean((2, 3)).cpu() for one in read]))
+        return vectors
 
 
 def _flat(features: Tensor) -> Tensor:
     """Maps (B, C, h, w) as vectors (B, C h w) whose product is the cosine averaged over locations."""
-    return normalize(features.float()).flatten(1) / features[0, 0].numel() ** 0.5
+    vectors: Tensor = normalize(features.float()).flatten(1)
+    return vectors / sqrt(features[0, 0].numel())
 
 
 def similarities(features: Tensor, others: Tensor) -> Tensor:
