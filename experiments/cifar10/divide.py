@@ -1,6 +1,6 @@
 """Lay out CIFAR-10 in data/cifar10.
 
-python experiments/cifar10/unpack.py ARCHIVE
+python experiments/cifar10/divide.py ARCHIVE
 
 ARCHIVE is a zip of images, train/<class>/ and test/<class>/. Of the training images of each class the last hundred by
 name are held out, to choose settings on; nothing is trained on them. The test images are for the table alone.
