@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from diffusers import AutoencoderKL
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -86,6 +87,8 @@ class FeatureExtraction(LightningModule):
             fold_norms(self.backbone.model, lambda: self.backbone(noise))
         if self.autoencoder_dtype == "bfloat16":
             self.autoencoder.to(torch.bfloat16)
+        if self.device.type == "cpu" and not isinstance(self.autoencoder.vae, AutoencoderKL):
+            self.autoencoder.to(memory_format=torch.channels_last)  # faster without norms, and as fast with those of KL
 
     def _stored(self, images: Tensor) -> Tensor:
         """Images at the prior's resolution, as bytes have them."""
@@ -95,7 +98,7 @@ class FeatureExtraction(LightningModule):
         """Classify a batch; its images are stored at the prior's resolution."""
         features, logits = self.backbone(batch["images"])
         images = self._stored(batch["images"])
-        moments = self.autoencoder.encode(images.to(self.autoencoder.vae.dtype)).float()
+        moments = self.autoencoder.encode(images.to(self.autoencoder.vae.dtype)).float().contiguous()
         made = {"images": images, "features": features.contiguous(), "logits": logits, "moments": moments}
         made["labels"] = self._labels(batch)
         return cast(Batch, {**batch, **made})
