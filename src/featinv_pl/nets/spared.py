@@ -24,8 +24,9 @@ class Transformer(Transformer2DModel):  # type: ignore[misc]
     """One whose last product reads tokens as they are; diffusers reorders them, and gradients, for a convolution."""
 
     def _get_output_for_continuous_inputs(self, hidden_states: Tensor, residual: Tensor, **sizes: int) -> Tensor:
-        tokens = functional.linear(hidden_states, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return residual + tokens.transpose(1, 2).unflatten(2, residual.shape[2:])
+        tokens: Tensor = functional.linear(hidden_states, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        output: Tensor = residual + tokens.transpose(1, 2).unflatten(2, residual.shape[2:])
+        return output
 
 
 def spare_kernels(network: nn.Module) -> None:
