@@ -217,10 +217,7 @@ def _plot(axes: Axes, kind: Kind) -> None:
     for name in (*METHODS, CONTROL):
         points = {x: as_score(one[name], 0) for x, one in found.items() if name in one}
         if points:
-            style = ":" if name == CONTROL else "-"
-            (line,) = axes.plot(
-                [*points], [one["value"] for one in points.values()], style, marker=".", label=label(name)
-            )
+            (line,) = axes.plot([*points], [one["value"] for one in points.values()], marker=".", label=label(name))
             low = [one.get("low", one["value"]) for one in points.values()]
             high = [one.get("high", one["value"]) for one in points.values()]
             axes.fill_between([*points], low, high, color=line.get_color(), alpha=0.1, linewidth=0)
