@@ -59,6 +59,22 @@ def test_sets_are_read_by_us_and_by_webdataset(make_batch: MakeBatch, tmp_path: 
         assert np.array_equal([entry[member] for entry in entries], half.numpy())
 
 
+def test_a_shard_stays_open_while_it_is_read(
+    make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where another thread opens so many others at that moment that this one is no longer among the last."""
+    batch = make_batch(2)
+    write_set(tmp_path, batch)
+    shards, read = ShardSet(tmp_path, "val", OPTION), os.preadv
+
+    def meanwhile(*arguments: Any) -> int:
+        reader._open.cache_clear()
+        return read(*arguments)
+
+    monkeypatch.setattr(reader.os, "preadv", meanwhile)
+    assert shards[0]["key"] == batch["key"][0]
+
+
 def test_shards_stay_open_and_few_of_them(
     make_batch: MakeBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

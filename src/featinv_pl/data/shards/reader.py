@@ -235,7 +235,8 @@ def _read(path: Path, shard: Shard, entry: Entry, with_images: bool) -> dict[str
     if not 0 <= start < end <= shard["bytes"]:
         raise ValueError("it would lie outside the shard")
     data = np.empty(end - start, np.uint8).data
-    if os.preadv(_open(path, shard["sha256"]).fileno(), [data], start) != len(data):
+    file = _open(path, shard["sha256"])  # referred to until it is read: another thread's opening may drop it meanwhile
+    if os.preadv(file.fileno(), [data], start) != len(data):
         raise ValueError("the shard ends before it")
     contents = {}
     for suffix, (first, last) in spans.items():
