@@ -182,8 +182,8 @@ def severity_plots(runs: Mapping[str, Document], score: str, clean: str = "clean
             (line,) = axes.plot([*points], [point["value"] for point in points.values()], marker=".", label=run)
             bounds = [(point["low"], point["high"]) for point in points.values() if {"low", "high"} <= point.keys()]
             if points and len(bounds) == len(points):
-                between: Any = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
-                axes.fill_between([*points], *zip(*bounds, strict=True), **between)
+                low, high = zip(*bounds, strict=True)
+                axes.fill_between([*points], low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set(xlabel=f"severity (0: {clean})", ylabel=CURVES[score], xticks=sorted(levels))
         axes.set_ylim(min(0.0, axes.get_ylim()[0]), 1.02)
         if len(runs) > 1:
