@@ -54,6 +54,7 @@ def test_command_is_understood(command: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(ROOT)
     # Checkpoint and configuration of a run are its results, so they need not be there.
     line = re.sub(r" --ckpt_path \S+", "", command)
+    line = line.replace("runs/layers/inverter/fit.yaml", "experiments/digits/spatial.yaml")
     line = re.sub(r"runs/imagenet/(\w+)/(\w+)/fit.yaml", r"experiments/imagenet/train/\1-\2.yaml", line)
     own = yaml.safe_load((ROOT / "experiments/digits/extract.yaml").read_text())
     own |= {"base": str(ROOT / "experiments/digits/trainer.yaml"), "data": {"class_path": "FolderData"}}
