@@ -271,13 +271,14 @@ def _import(parser: Parser, args: list[str]) -> None:
     parser.add_argument("--model.input_size", dest="input_size", type=int, help="of the backbone, in pixels (288)")
     parser.add_argument("--model.prior", dest="prior", help="(%(default)s)", default="lambdalabs/miniSD-diffusers")
     parser.add_argument("--model.image_size", dest="image_size", type=int, default=256, help="in pixels (%(default)s)")
-    options = vars(parser.parse_args(args))
-    if options["backbone"] == parser.get_default("backbone") and options["input_size"] is None:
-        options["input_size"] = 288
+    options = parser.parse_args(args)
+    size = options.input_size
+    if options.backbone == parser.get_default("backbone") and size is None:
+        size = 288
     from featinv_pl.publishing import import_official
 
-    out = options.pop("out")
-    ended(import_official(options.pop("checkpoint"), out, **options), TRY.format(out))
+    theirs = options.backbone, options.prior, options.weights, size, options.image_size
+    ended(import_official(options.checkpoint, options.out, *theirs), TRY.format(options.out))
 
 
 def _verify(parser: Parser, args: list[str]) -> None:
