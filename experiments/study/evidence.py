@@ -113,13 +113,14 @@ class Study:
         return Scored(float(values.mean()), *bootstrap(values), len(keys), count)
 
     def _distance(self, method: str, test_set: str, score: str) -> Scored | None:
-        """A score of sets of images, which has no interval."""
+        """A score that images do not have by themselves; its interval is that of the test, of one seed alone."""
         run, _, name = method.partition(".")
         documents = [json.loads((self._path(run, seed) / METRICS).read_text()) for seed in self.seeds[run]]
         found = [each["scores"].get(test_set, {}).get(name or INVERSION, {}).get(score) for each in documents]
         values = [each["value"] for each in found if each]
         images = documents[0]["samples"].get(test_set, 0) if documents else 0
-        return Scored(float(np.mean(values)), None, None, images, len(values)) if values else None
+        low, high = (found[0].get(end) for end in ("low", "high")) if len(values) == 1 and found[0] else (None, None)
+        return Scored(float(np.mean(values)), low, high, images, len(values)) if values else None
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
