@@ -205,7 +205,7 @@ class Audit(Report):
         text = (
             "Each picture, its reconstruction by the autoencoder alone, where the accepted samples vary (standard "
             "deviation of pixels in [0, 1]), the same by region, with the share of the variance and of the pixels of "
-            "the brightest one, and the two accepted samples that differ most, though their features are the same."
+            "the brightest one, and the two accepted samples that differ most, though both maps are that close."
         )
         sections = [
             Section("Which samples are accepted", plot=self._plot_acceptance, table=acceptance),
