@@ -309,10 +309,10 @@ def test_a_report_shows_all_that_was_tested(tested: Path, capsys: Capture) -> No
         assert fragment in capsys.readouterr().err
         Path(path).write_text(before)
 
-    tiles, found = "run/pictures/clean/first/tiles.json", document()
+    tiles, scored = "run/pictures/clean/first/tiles.json", document()
     refused(tiles, {"checkpoint": "0" * 64}, "are of other weights (00000000) than the scores in")
     refused("run/metrics.json", {"samples": {"other": 16}}, "no test set has scores and pictures of every inverter")
-    validated = {**found["provenance"], "command": "validate"}
+    validated = {**scored["provenance"], "command": "validate"}
     refused("run/metrics.json", {"provenance": validated}, "are those of `validate`, and a report shows")
 
 

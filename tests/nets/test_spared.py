@@ -28,7 +28,9 @@ BLOCKS = {
 class Kernels(TorchDispatchMode):
     """Counts what is computed."""
 
-    found = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found += not func.is_view

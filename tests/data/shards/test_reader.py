@@ -71,7 +71,7 @@ def test_a_shard_stays_open_while_it_is_read(
         reader._open.cache_clear()
         return read(*arguments)
 
-    monkeypatch.setattr(reader.os, "preadv", meanwhile)
+    monkeypatch.setattr(os, "preadv", meanwhile)
     assert shards[0]["key"] == batch["key"][0]
 
 
