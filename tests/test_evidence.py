@@ -14,6 +14,12 @@ from scipy import stats
 
 EVIDENCE = runpy.run_path(str(Path(__file__).parents[1] / "experiments/study/evidence.py"))
 IMAGES = 60
+PROVENANCE = {
+    "command": "test",
+    "date": "2026-01-01T00:00:00+00:00",
+    "checkpoint": {"path": None, "step": 1, "digest": "0"},
+    **{name: {} for name in ("model", "sampling", "code", "shards")},
+}
 
 
 @pytest.fixture
@@ -33,7 +39,13 @@ def plan(rng: np.random.Generator) -> dict[str, Any]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 parquet.write_table(pyarrow.table(table), path)
             scores = {"inversion": {"fd": {"value": 10.0 + seed}, "cosine": {"value": 0}}, "floor": {}}
-            document = {"samples": {"test": IMAGES, "worse": IMAGES}, "scores": {"test": scores, "worse": scores}}
+            samples = dict.fromkeys(("test", "worse", "worse/fog/3", "worse/snow/3"), IMAGES)
+            document = {
+                "samples": samples,
+                "scores": {"test": scores, "worse": scores},
+                "notes": [],
+                "provenance": PROVENANCE,
+            }
             (root / "metrics.json").write_text(json.dumps(document))
     return {
         "folder": "study",
@@ -62,20 +74,31 @@ def test_a_difference_is_that_of_the_same_images(plan: dict[str, Any]) -> None:
     found = json.loads(Path("study/evidence.json").read_text())
 
     own, other = ([column(run, seed, "test", "cosine") for seed in (0, 1)] for run in ("spatial", "pooled"))
-    difference = found["test: spatial - pooled: cosine"]
+    difference = found["differences"]["spatial - pooled"]["cosine"]
     assert difference["value"] == pytest.approx(np.mean(own) - np.mean(other))
     assert (difference["images"], difference["seeds"]) == (IMAGES, 2)
     assert difference["low"] < difference["value"] < difference["high"]
-    assert found["test: spatial"]["fd"] == {"value": 10.5, "low": None, "high": None, "images": IMAGES, "seeds": 2}
+    sets = {"value": 10.5, "low": None, "high": None, "images": IMAGES, "seeds": 2}
+    assert found["test"]["spatial"]["fd"] == sets
 
     # The corruptions of an image are one image, and the one that a corruption lacks has fewer.
     fog, snow = ([column("spatial", seed, f"worse/{one}/3", "cosine") for seed in (0, 1)] for one in ("fog", "snow"))
     by_image = [(np.append(few, many[-1]) + many) / 2 for few, many in zip(snow, fog, strict=True)]
-    assert found["worse: spatial"]["cosine"]["value"] == pytest.approx(np.mean(by_image))
+    assert found["worse"]["spatial"]["cosine"]["value"] == pytest.approx(np.mean(by_image))
 
     text = Path("study/evidence.md").read_text()
     assert text.count("| another image (floor) |") == 2  # of one run alone, in two tables
-    assert f"| spatial - pooled | test | map cosine | {difference['value']:.3f} [{difference['low']:.3f}, " in text
+    assert f"| spatial - pooled | {difference['value']:.3f} [{difference['low']:.3f}, " in text
+
+
+def test_runs_are_compared_seed_by_seed(plan: dict[str, Any]) -> None:
+    Path("study/pooled/0/metrics.json").unlink()  # it is not done
+    Path("plan.yaml").write_text(yaml.safe_dump(plan))
+    EVIDENCE["main"]("plan.yaml")
+    difference = json.loads(Path("study/evidence.json").read_text())["differences"]["spatial - pooled"]["cosine"]
+    own, other = (column(run, 1, "test", "cosine") for run in ("spatial", "pooled"))
+    assert difference["value"] == pytest.approx(np.mean(own) - np.mean(other))
+    assert difference["seeds"] == 1
 
 
 def test_intervals_are_those_of_a_bootstrap(rng: np.random.Generator) -> None:

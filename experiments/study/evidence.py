@@ -11,16 +11,29 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from math import isfinite
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from featinv_pl.evaluation.results import CEILING, FLOOR, INVERSION, METRICS, NEIGHBOUR, REGRESSION, read_samples
+from featinv_pl.evaluation.results import (
+    CEILING,
+    FLOOR,
+    INVERSION,
+    METRICS,
+    NEIGHBOUR,
+    ORIGINAL,
+    REGRESSION,
+    Document,
+    cell,
+    read_document,
+    read_samples,
+)
 
 BASELINES = {
     CEILING: "autoencoder (ceiling)",
@@ -42,7 +55,7 @@ class Scored:
     seeds: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.low is not None else "")
+        return cell(cast(Any, {name: value for name, value in asdict(self).items() if value is not None}))
 
 
 def bootstrap(values: NDArray[np.float64], replicates: int = REPLICATES) -> tuple[float, float]:
@@ -63,64 +76,56 @@ class Study:
     """The scores of all runs of a plan that are done."""
 
     def __init__(self, plan: Mapping[str, Any]) -> None:
-        self.folder, self.runs, self.scores = Path(plan["folder"]), list(plan["runs"]), plan["scores"]
-        self.seeds = {
-            run: [seed for seed in plan["seeds"] if self._path(run, seed).joinpath(METRICS).is_file()]
-            for run in plan["runs"]
-        }
-
-    def _path(self, run: str, seed: int) -> Path:
-        return self.folder / run / str(seed)
+        self.folder, self.scores = Path(plan["folder"]), plan["scores"]
+        self.documents: dict[str, dict[int, Document]] = {}  # by run and seed
+        for run, seed in product(plan["runs"], plan["seeds"]):
+            done = self.documents.setdefault(run, {})
+            if (path := self.folder / run / str(seed) / METRICS).is_file():
+                done[seed] = read_document(path, "evidence")
 
     def methods(self, run: str, test_set: str) -> list[str]:
         """The samplers of a run that have scores, its own first, and its baselines."""
-        if not self.seeds[run]:
-            return []
-        found = json.loads((self._path(run, self.seeds[run][0]) / METRICS).read_text())["scores"].get(test_set, {})
-        samplers = [name for name in found if name not in (INVERSION, *BASELINES, "original")]
-        baselines = [name for name in BASELINES if name in found]
-        return [name for name in (INVERSION, *samplers, *baselines) if name in found]
+        found = next(iter(self.documents[run].values()), {"scores": {}})["scores"].get(test_set, {})
+        samplers = [name for name in found if name not in (INVERSION, ORIGINAL, *BASELINES)]
+        return [name for name in (INVERSION, *samplers, *BASELINES) if name in found]
 
-    def by_image(self, method: str, test_set: str, score: str) -> list[dict[str, float]]:
+    def by_image(self, method: str, test_set: str, score: str) -> dict[int, dict[str, float]]:
         """By seed, the scores of images, by key; in a group of test sets, the mean over those that hold the image."""
         run, _, name = method.partition(".")
-        column, found = f"{score}.{name}" if name else score, []
-        for seed in self.seeds[run]:
-            root = self._path(run, seed)
-            files = sorted(path.relative_to(root / "samples") for path in (root / "samples").rglob("*.parquet"))
-            names = [file.with_suffix("").as_posix() for file in files]
-            chosen = [one for one in names if f"{one}/".startswith(f"{test_set}/")]
+        column, found = f"{score}.{name}" if name else score, {}
+        for seed, document in self.documents[run].items():
             values = defaultdict[str, list[float]](list)
-            for one in chosen:
-                table = read_samples(root, one, [one])
-                if column in table.column_names:
-                    for key, value in zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True):
+            if test_set in document["samples"]:
+                rows = read_samples(self.folder / run / str(seed), test_set, document["samples"])
+                if column in rows.column_names:
+                    for key, value in zip(rows["key"].to_pylist(), rows[column].to_pylist(), strict=True):
                         if value is not None and isfinite(value):
                             values[key].append(value)
-            found.append({key: fmean(all_of_it) for key, all_of_it in values.items()})
+            found[seed] = {key: fmean(each) for key, each in values.items()}
         return found
 
     def score(self, method: str, test_set: str, score: str, minus: str | None = None) -> Scored | None:
-        """A method's score, or the difference to another's on the same images; None if there is none."""
+        """A method's score, or its difference to that of another, of the same images and seeds."""
         parts = [self.by_image(one, test_set, score) for one in (method, minus) if one]
-        count = min(len(part) for part in parts)
-        by_seed = [part[number] for part in parts for number in range(count)]
-        keys = sorted(set.intersection(*(set(values) for values in by_seed))) if by_seed else []
+        seeds = [seed for seed in parts[0] if all(part.get(seed) for part in parts)]
+        keys = sorted(set.intersection(*({*part[seed]} for part in parts for seed in seeds))) if seeds else []
         if not keys:
-            return self._distance(method, test_set, score) if minus is None else None
-        rows = [np.array([[values[key] for key in keys] for values in part[:count]]) for part in parts]
-        values = rows[0] - rows[1] if minus else rows[0]
-        return Scored(float(values.mean()), *bootstrap(values), len(keys), count)
+            return None if minus else self._of_sets(method, test_set, score)
+        own, *others = (np.array([[part[seed][key] for key in keys] for seed in seeds]) for part in parts)
+        values = own - others[0] if others else own
+        return Scored(float(values.mean()), *bootstrap(values), len(keys), len(seeds))
 
-    def _distance(self, method: str, test_set: str, score: str) -> Scored | None:
-        """A score that images do not have by themselves; its interval is that of the test, of one seed alone."""
+    def _of_sets(self, method: str, test_set: str, score: str) -> Scored | None:
+        """A score that single images do not have; of one seed, with the interval of its test."""
         run, _, name = method.partition(".")
-        documents = [json.loads((self._path(run, seed) / METRICS).read_text()) for seed in self.seeds[run]]
-        found = [each["scores"].get(test_set, {}).get(name or INVERSION, {}).get(score) for each in documents]
-        values = [each["value"] for each in found if each]
-        images = documents[0]["samples"].get(test_set, 0) if documents else 0
-        low, high = (found[0].get(end) for end in ("low", "high")) if len(values) == 1 and found[0] else (None, None)
-        return Scored(float(np.mean(values)), low, high, images, len(values)) if values else None
+        tested = [one for one in self.documents[run].values() if test_set in one["samples"]]
+        found = [one["scores"][test_set].get(name or INVERSION, {}).get(score) for one in tested]
+        scores = [one for one in found if one]
+        if not scores:
+            return None
+        one = cast(dict[str, float], scores[0]) if len(scores) == 1 else {}
+        mean = fmean(each["value"] for each in scores)
+        return Scored(mean, one.get("low"), one.get("high"), tested[0]["samples"][test_set], len(scores))
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -128,37 +133,33 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *rows))
 
 
-def tables(study: Study, plan: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A table for each test set and one of the claims, and the same as data."""
-    data: dict[str, Any] = {}
-    parts = []
-    for test_set in plan["test_sets"]:
-        rows, shown = [], set[str]()  # the baselines of one run
-        for run in study.runs:
-            for method in study.methods(run, test_set):
-                if method in shown:
-                    continue
-                shown |= {method} & BASELINES.keys()
-                name = run if method == INVERSION else f"{run}.{method}"
-                found = {score: study.score(name, test_set, score) for score in study.scores}
-                data[f"{test_set}: {name}"] = {score: asdict(one) for score, one in found.items() if one}
-                count = max((one.images for one in found.values() if one), default=0)
-                seeds = max((one.seeds for one in found.values() if one), default=0)
-                title = BASELINES.get(method, run if method == INVERSION else f"{run}, {method}")
-                rows.append([title, *(str(one or "") for one in found.values()), str(count), str(seeds)])
-        parts.append(f"{test_set}\n\n{markdown(['images from', *study.scores.values(), 'images', 'seeds'], rows)}")
+def scored(study: Study, test_set: str) -> dict[str, dict[str, Scored]]:
+    """The scores of every method, by its title; baselines are those of the first run that has them."""
+    found: dict[str, dict[str, Scored]] = {}
+    for run in study.documents:
+        for method in study.methods(run, test_set):
+            own = method == INVERSION
+            title = BASELINES.get(method, run if own else f"{run}, {method}")
+            if title not in found:
+                scores = {one: study.score(run if own else f"{run}.{method}", test_set, one) for one in study.scores}
+                found[title] = {one: value for one, value in scores.items() if value}
+    return found
+
+
+def differences(study: Study, claim: Mapping[str, str], test_set: str) -> dict[str, Scored]:
+    """What a claim says of each score that images have."""
+    found = {one: study.score(claim["one"], test_set, one, claim["other"]) for one in study.scores}
+    return {one: value for one, value in found.items() if value}
+
+
+def table(study: Study, first: str, found: Mapping[str, Mapping[str, Scored]]) -> str:
+    """One in Markdown, with a line for each of the found."""
     rows = []
-    for claim in plan["claims"]:
-        test_set, wanted = claim.get("test_set", plan["source"]), claim.get("scores", study.scores)
-        titles = [study.scores.get(score, score) for score in wanted]
-        for score, title in zip(wanted, titles, strict=True):
-            found_difference = study.score(claim["one"], test_set, score, claim["other"])
-            if found_difference:
-                what = f"{claim['one']} - {claim['other']}"
-                data[f"{test_set}: {what}: {score}"] = asdict(found_difference)
-                rows.append([what, test_set, title, str(found_difference), str(found_difference.images)])
-    parts.append(f"Differences on the same images\n\n{markdown(['what', 'test set', 'score', 'value', 'n'], rows)}")
-    return "\n".join(parts), data
+    for title, scores in found.items():
+        counts = next(iter(scores.values()))
+        cells = [str(scores.get(one, "")) for one in study.scores]
+        rows.append([title, *cells, str(counts.images), str(counts.seeds)])
+    return markdown([first, *study.scores.values(), "images", "seeds"], rows)
 
 
 def main(plan_path: str) -> None:
@@ -167,9 +168,15 @@ def main(plan_path: str) -> None:
     if "claims" not in plan:
         return
     study = Study(plan)
-    text, data = tables(study, plan)
+    by_set = {test_set: scored(study, test_set) for test_set in plan["test_sets"]}
+    claims = {f"{one['one']} - {one['other']}": differences(study, one, plan["source"]) for one in plan["claims"]}
+    found = {test_set: scores for test_set, scores in by_set.items() if scores}
+    parts = [f"{test_set}\n\n{table(study, 'images from', scores)}" for test_set, scores in found.items()]
+    said = {what: scores for what, scores in claims.items() if scores}
+    parts.append(f"Differences on the same images of {plan['source']}\n\n{table(study, 'what', said)}")
+    text, data = "\n".join(parts), {**found, "differences": said}
     (study.folder / "evidence.md").write_text(text)
-    (study.folder / "evidence.json").write_text(json.dumps(data, indent=2) + "\n")
+    (study.folder / "evidence.json").write_text(json.dumps(data, default=asdict, indent=2) + "\n")
     print(f"{text}\nTables in {study.folder / 'evidence.md'}")
 
 

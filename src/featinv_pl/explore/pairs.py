@@ -104,7 +104,7 @@ class Interpolation(Exploration):
         text += (
             f" By {reader}, the real images' cosines to the most similar other one lie between {low} and {high} (98 %)"
         )
-        return f"{text}; those of the steps in the middle are: {middle}, in red."
+        return f"{text}; those of the steps in the middle are: {middle}. Steps below are marked."
 
     def sections(self) -> list[Section]:
         pictures = zip(self.originals["images"], self.originals["logits"], ("first", "second"), strict=True)

@@ -11,12 +11,12 @@ from PIL import Image
 from scipy.stats import permutation_test
 
 from featinv_pl.data.images.layouts import labelled_images
+from featinv_pl.data.shards.manifest import MANIFEST
 from featinv_pl.errors import UserError, renamed
 from featinv_pl.explore.exploration import read_samples
 from featinv_pl.metrics.estimates import Estimate, estimates
 from featinv_pl.pages.page import open_picture
 
-MANIFEST = "manifest.json"
 READ = 2000  # pictures of a shard set at most, of which those of a class are taken
 REPLICATES, PERMUTATIONS = 1000, 9999
 Values = NDArray[np.float64]

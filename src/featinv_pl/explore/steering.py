@@ -114,7 +114,7 @@ class Steering(Exploration):
         [picture], [expected] = self.originals["images"], self.originals["logits"]
         original = tile(picture, expected, "the picture", f"score {self.original_score:.2f}")
         rows = self._rows(self.found, EDIT)
-        text = "Below each image its strength, score and predicted class, in red where that is not the picture's."
+        text = "Below each image its strength, score and predicted class, marked where that is not the picture's."
         found = [
             Section("Reconstructions", text, [[original, *rows[0]], *rows[1:]]),
             *(
