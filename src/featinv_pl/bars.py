@@ -1,4 +1,4 @@
-"""What tells of a wait: bars, in a terminal from the first second on and in a log every ten; a line at the start."""
+"""How long waits are shown: a line at the start, and bars, in a terminal after a second and in a log every ten."""
 
 import sys
 from typing import Any
