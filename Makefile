@@ -17,7 +17,7 @@ COMPARED = $(WORKFLOW) experiments/study/Snakefile --configfile $(STUDY) --keep-
 LAYERS = OMP_NUM_THREADS=1 $(BIN)/python experiments/study/layers.py $(STUDY) $(BRIEF)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-once test lint types docs format check smoke study study-cifar10 study-layers \
+.PHONY: help install demo demo-once test lint types docs format check smoke study study-choices study-cifar10 study-layers \
 	study-layers-photos study-photos bench gpu bench-data torture parity full-size viz-digits notebooks dist matrix clean
 
 help:  ## list the targets
@@ -69,6 +69,10 @@ study: demo-once  ## what each choice of training and sampling is worth, on digi
 
 study-cifar10: STUDY = experiments/study/cifar10.yaml
 study-cifar10: install  ## what the map of a classifier of CIFAR-10 keeps, beside all baselines, in data/cifar10: hours
+	$(COMPARED)
+
+study-choices: STUDY = experiments/study/choices.yaml
+study-choices: install  ## what each choice is worth there, after study-cifar10
 	$(COMPARED)
 
 study-layers: STUDY = experiments/study/layers.yaml

@@ -45,7 +45,7 @@ OVERLAYS = (
     "photos/trainer.yaml",
     "photos/features.yaml",
 )
-STUDIES = tuple(f"study/{name}.yaml" for name in ("digits", "cifar10", "photos", "layers", "layers-photos"))
+STUDIES = tuple(f"study/{name}.yaml" for name in ("digits", "cifar10", "choices", "photos", "layers", "layers-photos"))
 SWEEPS = ("sweeps/backbones.yaml", "sweeps/encoder.yaml", "sweeps/guidance.yaml")
 BACKBONES = {"resnet50": (2048, 7, 7), "convnext": (1024, 9, 9), "swinv2": (1024, 12, 12)}
 FILES = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.rglob("*.yaml")}

@@ -247,7 +247,7 @@ def test_every_file_and_every_target_is_run() -> None:
     shipped = {path.relative_to(SHIPPED).as_posix() for path in SHIPPED.rglob("*.yaml")}
     assert {*jobs(), *bases(), *TAKEN_ALONG} == shipped
     found = set(re.findall(r"^([a-z0-9-]+):.*?## ", (PROJECT / "Makefile").read_text(), re.MULTILINE))
-    studies = {f"study{name}" for name in ("", "-cifar10", "-photos", "-layers", "-layers-photos")}
+    studies = {f"study{name}" for name in ("", "-cifar10", "-choices", "-photos", "-layers", "-layers-photos")}
     assert found - OTHERS == {*TARGETS, "demo", *studies}
 
 

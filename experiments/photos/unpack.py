@@ -2,10 +2,10 @@
 
 python experiments/photos/unpack.py FOLDER
 
-FOLDER holds, at any depth, tiny-imagenet-64px.zip (train/<wnid>/, val/<wnid>/), cue-conflict-224px.zip (<class>/), and
-the weights tf_efficientnet_lite0.safetensors, mobilenetv2_100.safetensors and taef2.safetensors. Of the training photos
-of each class the last five by name are held out, to choose settings on; the archive's validation photos are the test
-set.
+FOLDER holds, at any depth, tiny-imagenet-64px.zip (train/<wnid>/, val/<wnid>/), cue-conflict-224px.zip
+(<kind>/<class>/), and the weights tf_efficientnet_lite0.safetensors, mobilenetv2_100.safetensors and
+taef2.safetensors. Of the training photos of each class the last five by name are held out, to choose settings on; the
+archive's validation photos are the test set.
 """
 
 import json
@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
             part = "test" if parent.parts[-2] == "val" else "train" if number < len(members) - HELD_OUT else "val"
             places[str(image)] = DATA / part / parent.name / image.name
     unpack(photos, places)
-    unpack(shapes, {str(image): DATA / "shapes" / image.parent.name / image.name for image in images(shapes)})
+    unpack(shapes, {str(image): DATA.joinpath("shapes", *image.parts[-3:]) for image in images(shapes)})
     (DATA / "mobilenetv2").mkdir(exist_ok=True)
     (DATA / "mobilenetv2/config.json").write_text(json.dumps(JUDGE))
     shutil.copy(judge, DATA / "mobilenetv2/model.safetensors")

@@ -67,13 +67,13 @@ def _small_images() -> Iterator[tuple[str, Act]]:
         yield _job(f"{name}.yaml", extract, DEBUG)
     for name in ("digits/spatial", "digits/pooled", "own/inverter"):
         yield _job(f"{name}.yaml", train_and_test, DEBUG)
-    for name in ("extract", "corrupted", "adversarial-1", "adversarial-2", "adversarial-4"):
+    for name in ("extract", "judge-shards", "clean", "corrupted", "adversarial-1", "adversarial-2", "adversarial-4"):
         yield _job(f"cifar10/{name}.yaml", extract, DEBUG)
     yield _job("cifar10/prior.yaml", pretrain, DEBUG)
-    for name in ("inverter", "pooled", "choices"):
+    for name in ("inverter", "pooled"):
         yield _job(f"cifar10/{name}.yaml", train_and_test, DEBUG)
     yield _job("study/digits/authors.yaml", train_and_test, DEBUG, root="runs/authors")
-    for name in ("extract", "corrupted", "adversarial", "shapes", "few"):
+    for name in ("extract", "clean", "corrupted", "adversarial", "shapes", "few"):
         yield _job(f"photos/{name}.yaml", extract, DEBUG)
     yield _job("photos/prior.yaml", pretrain, DEBUG)
     for name in ("inverter", "pooled"):
@@ -116,8 +116,7 @@ def _benchmarks() -> Iterator[tuple[str, Act]]:
 
 def _studies() -> Iterator[tuple[str, Act]]:
     yield _job("study/digits.yaml", study, "study")
-    yield _job("study/cifar10.yaml", study, "study-cifar10")
-    for name in ("photos", "layers", "layers-photos"):
+    for name in ("cifar10", "choices", "photos", "layers", "layers-photos"):
         yield _job(f"study/{name}.yaml", study, f"study-{name}")
 
 

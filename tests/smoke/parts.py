@@ -107,7 +107,8 @@ def make_photos(root: Path) -> None:
     for split, number in (("train", 13), ("val", 3)):
         for wnid in (*CLASSES, "n02123045"):  # two photos of each are a batch
             make_folder(archives / "photos" / split / wnid, number, (64, 64), "JPEG")
-    make_folder(archives / "shapes/bear", 3, (224, 224), "png")
+    for kind in ("style-transfer-preprocessed-512", "filled-silhouettes"):
+        make_folder(archives / "shapes" / kind / "bear", 3, (224, 224), "png")
     for name, folder in (("tiny-imagenet-64px", "photos"), ("cue-conflict-224px", "shapes")):
         shutil.make_archive(str(archives / name), "zip", archives / folder)
     networks = {name: timm.create_model(name) for name in ("tf_efficientnet_lite0", "mobilenetv2_100")}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -148,12 +149,14 @@ class FeatureInversion(Optimised):
             figures["regression"] = (error * ~dropped).mean()
             loss = loss + objective.regression * figures["regression"]
         if objective.consistency:
+            # As many as are expected to have little noise: how many have is not known without waiting for the device.
             near = (timesteps < objective.consistency_below * prior.num_timesteps) & ~dropped
-            estimate = clean_estimate(prior.schedule, noisy_latents, prediction, timesteps)
-            # A mask: how many there are is not known here without waiting for the device.
-            maps = inverter.decoded_features(torch.where(near.view(-1, 1, 1, 1), estimate, 0))
-            distances = 1 - functional.cosine_similarity(maps, features).mean((1, 2))
-            figures["consistency"] = (distances * near).mean()
+            least = torch.where(near, timesteps, prior.num_timesteps).argsort(stable=True)
+            least = least[: math.ceil(objective.consistency_below * len(least))]
+            estimate = clean_estimate(prior.schedule, noisy_latents, prediction, timesteps)[least]
+            maps = inverter.decoded_features(torch.where(near[least].view(-1, 1, 1, 1), estimate, 0))
+            distances = 1 - functional.cosine_similarity(maps, features[least]).mean((1, 2))
+            figures["consistency"] = (distances * near[least]).sum() / len(near)
             loss = loss + objective.consistency * figures["consistency"]
         self.log_step({"loss": loss, **figures})
         return loss
