@@ -1,5 +1,6 @@
 """The method: one training step, both conditionings, and what a checkpoint holds."""
 
+import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -406,12 +407,18 @@ def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, 
     assert 0 < logged["train/consistency"] < 2
     logged["train/consistency"].backward()
     assert model.inverter.control.controlnet.controlnet_mid_block.weight.grad.abs().max() > 0
-    timesteps, parts = sorted(Draws(torch.initial_seed(), 0, 1000)(batch["key"], (4, 4, 4))[1].tolist()), []
-    for below in (1e-9, timesteps[2] / 1000, 1.0):  # those with more noise count as 0, however many there are
+    alone = []  # each sample by itself, from that with the least noise
+    timesteps = Draws(torch.initial_seed(), 0, 1000)(batch["key"], (4, 4, 4))[1]
+    model.objective = Objective(dropout=0.0, consistency=1.0, consistency_below=1.0)
+    for row in timesteps.argsort().tolist():
+        model.training_step({name: value[row : row + 1] for name, value in batch.items()}, 0)
+        alone.append(logged["train/consistency"].item())
+    least, *_, most = sorted(timesteps.tolist())
+    for below, counted in ((1e-9, 0), ((least + 1) / 1000, 1), (most / 1000, 3), (1.0, 4)):
         model.objective = Objective(dropout=0.0, consistency=1.0, consistency_below=below)
         model.training_step(batch, 0)
-        parts.append(logged["train/consistency"].item())
-    assert 0 == parts[0] < parts[1] < parts[2]
+        expected = sum(alone[: min(counted, math.ceil(4 * below))]) / 4  # at most as many as are expected in a batch
+        assert logged["train/consistency"].item() == pytest.approx(expected, rel=1e-4)
     model.objective = Objective(dropout=0.999999, consistency=1.0, consistency_below=1.0)  # none has a map
     assert model.training_step(batch, 0).isfinite()
     assert logged["train/consistency"] == 0

@@ -20,7 +20,8 @@ class Objective:
             the feature encoder's last hidden activations. It is thrown away after training.
         consistency: Weight of the feature-consistency loss: 1 - cosine between the given map and the
             classifier's map of the decoded estimate, at timesteps with little noise.
-        consistency_below: The noisiest of these timesteps, as a fraction of the schedule.
+        consistency_below: The noisiest of these timesteps, as a fraction of the schedule, and of how much of a batch
+            it is computed at most: of the samples with the least noise.
         distilled_guidance: Guidance scale at which the prediction of the control to `adapt` is what is trained,
             in place of noise or velocity: sampling without guidance then gives what guidance gave, at half the cost.
     """
