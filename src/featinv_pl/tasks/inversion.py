@@ -1,8 +1,8 @@
 """Training of an inverter: p(image | feature map), learned by steering a frozen latent diffusion prior."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
