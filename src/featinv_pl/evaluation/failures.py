@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import cosine_similarity
 
 from featinv_pl.errors import UserError
-from featinv_pl.evaluation.results import INVERSION, NEIGHBOUR, as_score, cell, label
+from featinv_pl.evaluation.results import FLOOR, INVERSION, NEIGHBOUR, as_score, cell, label
 from featinv_pl.evaluation.scored_run import (
     ADVERSARIAL,
     CONTROL,
@@ -79,15 +79,15 @@ class Errors(Report):
         viewer, (own, control) = next(iter(self.viewers.items()))
         answers = [
             f" {name.capitalize()}: {_cell(found, own)} of {found[own].count} drawings, "
-            f"{_compared(name, found, own, control)}; nearest training images, as the classifier itself sees them: "
-            f"{_cell(found, NEIGHBOUR) or 'not scored'}."
+            f"{_compared(name, found, own, control)}; as the classifier itself sees them, nearest training images: "
+            f"{_cell(found, NEIGHBOUR) or 'not scored'}, other images of the test set: {_cell(found, FLOOR)}."
             for name, found in self.found.items()
             if own in found
         ]
         return (
             "Does a reconstruction show what the classifier saw? Of the images that it takes for a wrong class, the "
             f"share whose drawing the {viewer} takes for the same wrong class, with 95 % intervals.{''.join(answers)} "
-            "Where the difference is above 0, the map makes the drawing show the wrong class."
+            "Where the difference is above 0 and other images have the wrong class less often, the map puts it there."
         )
 
     def sections(self) -> list[Section]:
@@ -96,6 +96,15 @@ class Errors(Report):
         )
         found = [
             Section("What the drawings show", "The last column: the original, seen by the same.", table=self._seen()),
+        ]
+        for name, cases in self.gallery.items():
+            text = (
+                f"From the drawing that shows the wrong class most plainly to the one that does least, by the "
+                f"probability that the {next(iter(self.viewers))} gives it: {len(cases)} of "
+                f"{self.kinds[name].wrong.sum()}, evenly spaced. Bright: where maps or drawings differ."
+            )
+            found.append(Section(f"{name.capitalize()} images", text, [_row(case) for case in cases]))
+        found += [
             Section("Classes kept, beside baselines", kept, table=self._kept()),
             *(
                 Section(f"{name.capitalize()} images: wrong class kept", plot=partial(_plot, kind=kind))
@@ -105,13 +114,6 @@ class Errors(Report):
             Section("Wrong class kept, by test set", table=self._by_set()),
             Section(f"Wrong class kept, by confusion (the {PAIRS} most frequent)", table=self._by_confusion()),
         ]
-        for name, cases in self.gallery.items():
-            text = (
-                f"From the drawing that shows the wrong class most plainly to the one that does least, by the "
-                f"probability that the {next(iter(self.viewers))} gives it: {len(cases)} of "
-                f"{self.kinds[name].wrong.sum()}, evenly spaced. Bright: where maps or drawings differ."
-            )
-            found.append(Section(f"{name.capitalize()} images", text, [_row(case) for case in cases]))
         return [*found, *([Section("Notes", " ".join(self.notes))] if self.notes else [])]
 
     def _seen(self) -> list[list[str]]:

@@ -90,7 +90,7 @@ def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-TILE, TEXT, LETTERS = 1.5, 0.15, 26  # inches: side of a picture, height of a line; letters of a line
+TILE, TEXT, LETTERS = 1.5, 0.15, 23  # inches: side of a picture, height of a line; letters of a line
 SHARP = 128  # pixels: the width up to which pictures in a page are PNG
 RED = "#b3261e"
 
