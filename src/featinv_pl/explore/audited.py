@@ -261,7 +261,7 @@ class Audit(Report):
             if isfinite(value := measure.values[0]):
                 axes.plot(value, place, "o", color="tab:blue")
                 if interval := _interval(measure):
-                    axes.plot(interval, [place, place], color="tab:blue")
+                    axes.plot(interval, [place, place], "-", color="tab:blue")
         names = [name if group == PROPERTIES else f"{group} {name}" for group, name in reversed(keys)]
         axes.set_yticks(range(len(keys)), names, fontsize="x-small")
         axes.axvline(1, color="grey", linestyle=":")
