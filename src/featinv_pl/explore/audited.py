@@ -246,7 +246,7 @@ class Audit(Report):
             values = torch.cat([image.cosines[method] - image.fidelity for image in self.images])
             axes.hist(values.numpy(), bins=40, alpha=0.6, label=method)
         axes.axvline(0, color="black", linewidth=1)
-        axes.set(xlabel="cosine of a sample's map, less what was asked for (accepted: from 0)", ylabel="samples")
+        axes.set(xlabel="cosine, less what was asked for (0: accepted)", ylabel="samples")
         axes.legend(fontsize="small")
 
     def _plot_properties(self, axes: Axes) -> None:
@@ -265,7 +265,7 @@ class Audit(Report):
         names = [name if group == PROPERTIES else f"{group} {name}" for group, name in reversed(keys)]
         axes.set_yticks(range(len(keys)), names, fontsize="x-small")
         axes.axvline(1, color="grey", linestyle=":")
-        axes.set(xlabel="open: 0 is fixed by the features, 1 varies as freely as under the prior")
+        axes.set(xlabel="open (0: fixed, 1: as under the prior)")
         axes.set_xlim(left=0)
 
     def facts(self) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from featinv_pl.explore.concepts import BATCH, Concepts
 from featinv_pl.explore.exploration import Samples
-from featinv_pl.pages.page import Report, Section, Tile, overlay
+from featinv_pl.inverter.outputs import as_picture
+from featinv_pl.pages.page import Report, Section, Tile, class_name, overlay
 
 LEADS = {
     "nmf": "Parts of which the feature vectors at all locations are sums",
@@ -28,6 +29,7 @@ class Example(NamedTuple):
     heat: Tensor
     score: float
     label: int
+    label_name: str
     source: str
 
 
@@ -61,7 +63,7 @@ class Gallery(Report):
         sections = []
         for number, (name, examples) in enumerate(zip(self.concepts.names, self.examples, strict=False)):
             if hottest := max(one.heat.abs().max().item() for one in examples):
-                images = [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label}") for one in examples]
+                images = [Tile(one.picture, f"score {one.score:.2f}\nlabel {one.label_name}") for one in examples]
                 heats = [Tile(overlay(one.picture, one.heat / hottest), "bright: where") for one in examples]
                 sections.append(Section(f"Concept {number}: {name}", rows=[images, heats]))
         return sections
@@ -85,8 +87,11 @@ def gallery(concepts: Concepts, samples: Samples, num_examples: int = 8) -> Gall
     best = score.argsort(dim=0, descending=True)[:num_examples]
 
     def example(index: int, concept: int) -> Example:
-        label, source = int(samples.labels[index]), samples.places[index][0].source
-        return Example(samples.picture(index), heat[index, concept], score[index, concept].item(), label, source)
+        label, (shards, number) = int(samples.labels[index]), samples.places[index]
+        sample = shards[number]
+        name = class_name(label, len(sample["logits"])) if label >= 0 else "unknown"
+        shown = as_picture(sample["images"]), heat[index, concept], score[index, concept].item()
+        return Example(*shown, label, name, shards.source)
 
     numbers = range(min(len(concepts.names), SHOWN))
     return Gallery(concepts, [[example(index, number) for index in best[:, number].tolist()] for number in numbers])

@@ -98,10 +98,11 @@ class Steered(Report):
             else ""
         )
         rank = f" Spearman of strength and score: {np.mean(self.ranks):.2f} on average." if self.ranks else ""
+        samples = "1 sample" if self.num_samples == 1 else f"{self.num_samples} samples"
         return (
             f"The feature maps of {len(self.keys)} pictures were edited ({self.edit} the concept "
-            f"{self.concepts.names[self.number]}), and reconstructed {self.num_samples} times each; all is measured on "
-            f"the reconstructions. At strength {strength:g} the concept is reached by: {', '.join(reached)}; the edit "
+            f"{self.concepts.names[self.number]}), and reconstructed in {samples} each; all is measured on the "
+            f"reconstructions. At strength {strength:g} the concept is reached by: {', '.join(reached)}; the edit "
             f"minus the random direction {cell(minus)}, p {shown_p(p)} (paired).{classified}{rank} 95 % intervals are "
             f"over pictures. {self.concepts.note}"
         ).rstrip()
@@ -109,8 +110,8 @@ class Steered(Report):
     def sections(self) -> list[Section]:
         text = (
             "Pictures evenly spaced over the set, not selected: the picture, its plain reconstruction, and at strength "
-            f"{self.strengths[self.step]:g} {', '.join(self.arms)}, from the same noise. Red: another class than the "
-            "picture's."
+            f"{self.strengths[self.step]:g} {', '.join(self.arms)}, from the same noise. Marked: another class than "
+            "the picture's."
         )
         tests = (
             f"At strength {self.strengths[self.step]:g}, which changes maps most. p: of a paired permutation test, "
