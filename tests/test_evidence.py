@@ -34,6 +34,7 @@ def plan(rng: np.random.Generator) -> dict[str, Any]:
                     "key": [f"{number:03}" for number in range(count)],
                     "cosine": values + higher + 0.01 * seed,
                     "cosine.floor": values / 2,
+                    "cosine.ceiling": 1 - values / 10,
                 }
                 path = root / "samples" / f"{test_set}.parquet"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def plan(rng: np.random.Generator) -> dict[str, Any]:
         "source": "test",
         "seeds": [0, 1, 2],  # the last is not done
         "runs": {"spatial": {}, "pooled": {}},
-        "scores": {"cosine": "map cosine", "fd": "FD"},
+        "scores": {"cosine": "map cosine", "cosine_calibrated": "calibrated cosine", "fd": "FD"},
         "test_sets": ["test", "worse"],
         "claims": [{"one": "spatial", "other": "pooled"}, {"one": "spatial", "other": "spatial.floor"}],
     }
@@ -78,6 +79,17 @@ def test_a_difference_is_that_of_the_same_images(plan: dict[str, Any]) -> None:
     assert difference["value"] == pytest.approx(np.mean(own) - np.mean(other))
     assert (difference["images"], difference["seeds"]) == (IMAGES, 2)
     assert difference["low"] < difference["value"] < difference["high"]
+
+    floors, ceilings = (
+        [column("spatial", seed, "test", f"cosine.{one}") for seed in (0, 1)] for one in ("floor", "ceiling")
+    )
+    calibrated = found["test"]["spatial"]["cosine_calibrated"]
+    assert calibrated["value"] == pytest.approx(
+        (np.mean(own) - np.mean(floors)) / np.mean(np.subtract(ceilings, floors))
+    )
+    assert calibrated["low"] < calibrated["value"] < calibrated["high"]
+    less = found["differences"]["spatial - pooled"]["cosine_calibrated"]["value"]
+    assert less == pytest.approx(difference["value"] / scale)
     sets = {"value": 10.5, "low": None, "high": None, "images": IMAGES, "seeds": 2}
     assert found["test"]["spatial"]["fd"] == sets
 
@@ -104,7 +116,7 @@ def test_runs_are_compared_seed_by_seed(plan: dict[str, Any]) -> None:
 def test_intervals_are_those_of_a_bootstrap(rng: np.random.Generator) -> None:
     values = rng.normal(0.5, 0.2, (1, 200))
     expected = stats.bootstrap(values, np.mean, method="percentile", random_state=0).confidence_interval
-    assert EVIDENCE["bootstrap"](values) == pytest.approx(tuple(expected), abs=2e-3)
+    assert EVIDENCE["bootstrap"](EVIDENCE["resampled"](values)[0]) == pytest.approx(tuple(expected), abs=2e-3)
     # Seeds that differ by more than images do make it wider, and images that do not differ leave the seeds alone.
     apart = values + np.array([[0.0], [1.0]])
     low, high = EVIDENCE["bootstrap"](apart)

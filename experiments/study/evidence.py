@@ -42,6 +42,7 @@ BASELINES = {
     FLOOR: "another image (floor)",
 }
 REPLICATES, LEVEL = 10_000, 0.95
+CALIBRATED = "_calibrated"  # 0 is another image, 1 the autoencoder
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,21 @@ class Scored:
         return cell(cast(Any, {name: value for name, value in asdict(self).items() if value is not None}))
 
 
-def bootstrap(values: NDArray[np.float64], replicates: int = REPLICATES) -> tuple[float, float]:
-    """The percentile interval of a mean of values (seeds, images), of which both are resampled.
+def resampled(*values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means (number of values, replicates) of the same values (seeds, images), of which both are resampled.
 
     An image is the same one under every seed, so rows and columns are resampled independently (the pigeonhole
     bootstrap; Owen, arXiv 0712.1111). Of one seed, images alone are.
     """
-    random, (seeds, images) = np.random.default_rng(0), values.shape
-    counts = random.multinomial(images, np.full(images, 1 / images), replicates) / images
-    rows = random.multinomial(seeds, np.full(seeds, 1 / seeds), replicates) / seeds
-    means = np.einsum("rs,rs->r", rows, counts @ values.T)
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    random, (seeds, images) = np.random.default_rng(0), values[0].shape
+    counts = random.multinomial(images, np.full(images, 1 / images), REPLICATES) / images
+    rows = random.multinomial(seeds, np.full(seeds, 1 / seeds), REPLICATES) / seeds
+    return np.stack([np.einsum("rs,rs->r", rows, counts @ one.T) for one in values])
+
+
+def bootstrap(replicates: NDArray[np.float64]) -> tuple[float, float]:
+    """The percentile interval."""
+    low, high = np.quantile(replicates, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -106,14 +111,17 @@ class Study:
 
     def score(self, method: str, test_set: str, score: str, minus: str | None = None) -> Scored | None:
         """A method's score, or its difference to that of another, of the same images and seeds."""
-        parts = [self.by_image(one, test_set, score) for one in (method, minus) if one]
+        run, plain = method.partition(".")[0], score.removesuffix(CALIBRATED)
+        ends = (f"{run}.{FLOOR}", f"{run}.{CEILING}") if plain != score else ()
+        parts = [self.by_image(one, test_set, plain) for one in (method, *((minus,) if minus else ()), *ends)]
         seeds = [seed for seed in parts[0] if all(part.get(seed) for part in parts)]
         keys = sorted(set.intersection(*({*part[seed]} for part in parts for seed in seeds))) if seeds else []
         if not keys:
             return None if minus else self._of_sets(method, test_set, score)
-        own, *others = (np.array([[part[seed][key] for key in keys] for seed in seeds]) for part in parts)
-        values = own - others[0] if others else own
-        return Scored(float(values.mean()), *bootstrap(values), len(keys), len(seeds))
+        values = [np.array([[part[seed][key] for key in keys] for seed in seeds]) for part in parts]
+        means, many = np.stack(values).mean((1, 2)), resampled(*values)
+        found, replicates = (_score(one, bool(minus), bool(ends)) for one in (means, many))
+        return Scored(float(found), *bootstrap(replicates), len(keys), len(seeds))
 
     def _of_sets(self, method: str, test_set: str, score: str) -> Scored | None:
         """A score that single images do not have; of one seed, with the interval of its test."""
@@ -126,6 +134,15 @@ class Study:
         one = cast(dict[str, float], scores[0]) if len(scores) == 1 else {}
         mean = fmean(each["value"] for each in scores)
         return Scored(mean, one.get("low"), one.get("high"), tested[0]["samples"][test_set], len(scores))
+
+
+def _score(means: NDArray[np.float64], less: bool, calibrated: bool) -> NDArray[np.float64]:
+    """Of means: the own, perhaps that of another method, which is subtracted, and perhaps floor and ceiling."""
+    own, *others = means
+    if calibrated:
+        floor, ceiling = others[-2:]
+        return np.asarray((own - (others[0] if less else floor)) / (ceiling - floor))
+    return np.asarray(own - others[0] if less else own)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
