@@ -411,7 +411,8 @@ def test_consistency_is_what_the_backbone_sees_at_little_noise(make_model: Any, 
     timesteps = Draws(torch.initial_seed(), 0, 1000)(batch["key"], (4, 4, 4))[1]
     model.objective = Objective(dropout=0.0, consistency=1.0, consistency_below=1.0)
     for row in timesteps.argsort().tolist():
-        model.training_step({name: value[row : row + 1] for name, value in batch.items()}, 0)
+        one: Any = {name: cast(Any, value)[row : row + 1] for name, value in batch.items()}
+        model.training_step(one, 0)
         alone.append(logged["train/consistency"].item())
     least, *_, most = sorted(timesteps.tolist())
     for below, counted in ((1e-9, 0), ((least + 1) / 1000, 1), (most / 1000, 3), (1.0, 4)):
