@@ -62,5 +62,5 @@ for name, step in STEPS.items():
             script=str(Path(workflow.current_basedir) / "step.sh"),
             words=shlex.join([FOLDER, name, digest(name), result(name), *command(name)]),
         log: f"{FOLDER}/steps/{name}.log"
-        message: shlex.join(command(name))
+        message: shlex.join(command(name)).replace("{", "{{").replace("}", "}}")  # which is formatted
         shell: "bash {params.script:q} {params.words}"
