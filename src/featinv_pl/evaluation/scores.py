@@ -1,5 +1,6 @@
 """The scores of all test sets, one set after the other, and of the groups that these belong to."""
 
+import gc
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,9 @@ class Scores:
     def _next(self) -> None:
         if self.current is not None:
             self._close(self.current)
+        # Metrics refer to themselves, and those of a set hold hundreds of MB, of which the collector knows nothing.
+        self.current = None
+        gc.collect()
         self.current = self._opened(self.pending.pop(0)) if self.pending else None
 
     def _opened(self, test_set: str) -> Tally:
