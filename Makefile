@@ -72,7 +72,7 @@ study-cifar10: install  ## what the map of a classifier of CIFAR-10 keeps, besid
 	$(COMPARED)
 
 study-choices: STUDY = experiments/study/choices.yaml
-study-choices: install  ## what each choice is worth there, after study-cifar10
+study-choices: install  ## what each choice is worth on CIFAR-10, after study-cifar10
 	$(COMPARED)
 
 study-layers: STUDY = experiments/study/layers.yaml

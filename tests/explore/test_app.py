@@ -170,7 +170,7 @@ def test_webcam_on_a_phone(page: Page) -> None:
     panel = open_tab(page, "Reconstruct")
     panel.get_by_label("Capture from camera").click()
     panel.get_by_text("Click to Access Webcam").click()
-    # A photo that is taken before the camera's first frame is none.
+    # A photo that is taken before the camera's first frame is empty.
     page.wait_for_function("[...document.querySelectorAll('video')].some(one => one.readyState >= 2 && one.videoWidth)")
     panel.get_by_label("capture photo").click()
     expect(panel.locator(".image-frame img")).to_have_count(1)
