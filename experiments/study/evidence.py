@@ -29,6 +29,7 @@ from featinv_pl.evaluation.results import (
     NEIGHBOUR,
     ORIGINAL,
     REGRESSION,
+    RIDGE,
     Document,
     cell,
     read_document,
@@ -38,6 +39,7 @@ from featinv_pl.evaluation.results import (
 BASELINES = {
     CEILING: "autoencoder (ceiling)",
     REGRESSION: "regression",
+    RIDGE: "ridge",
     NEIGHBOUR: "neighbour",
     FLOOR: "another image (floor)",
 }

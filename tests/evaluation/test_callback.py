@@ -47,6 +47,7 @@ SAMPLERS = {
     "pooled": {"steps": 2},  # as a score of the maps ends
     "free": {"steps": 2, "guidance_scale": 1.0, "control_scale": 0.0, "refine": {"interval": [0, 1]}},
 }
+BASELINES = ["regression", "ridge", "neighbour"]
 SIZE = 16  # of the sets that are tested
 FOOLED = [1.0, 0.0, float("nan")] * 5
 Settings = dict[str, Any]
@@ -64,7 +65,7 @@ def tested(tmp_path_factory: pytest.TempPathFactory, shards: Path, classifier_fo
     with contextlib.chdir(home), pytest.MonkeyPatch.context() as patch:
         settings = inversion(classifier_folder, prior_folder, shards)
         main(["fit", "--config", write(Path("fit.yaml"), settings), "--trainer.limit_val_batches=1"])
-        options(settings, judge=str(classifier_folder), num_samples=2, samplers=SAMPLERS)
+        options(settings, judge=str(classifier_folder), num_samples=2, samplers=SAMPLERS, baselines=BASELINES)
         settings["data"]["init_args"]["test"] = write_sets(shards, home / "sets")
         main(["test", "--config", write(Path("test.yaml"), settings), *CHECKPOINT])
         Path("left").write_text(json.dumps(digests()))
@@ -135,7 +136,7 @@ def test_every_method_has_its_scores(tested: Path) -> None:
         *("cosine", "cosine_median", "cosine_flat", "cosine_pooled", "cosine_q05", "judge_cosine"),
         *("agreement@1", "agreement@5", "overlap@5", "label@1", "psnr", "ssim"),
     )
-    every = ("", ".ceiling", ".regression", ".neighbour", *(f".{name}" for name in SAMPLERS))
+    every = ("", ".ceiling", *(f".{name}" for name in (*BASELINES, *SAMPLERS)))
     for test_set in SETS:
         for name in names:
             assert {f"{test_set}/{name}{method}" for method in (*every, ".floor")} <= set(scores)
@@ -266,7 +267,7 @@ def test_a_report_shows_all_that_was_tested(tested: Path, capsys: Capture) -> No
     # groups; cosine and agreement of two corruptions, and a histogram of each group.
     assert shown.count("data:image/png;base64,") == 3 * (3 * 4 + 3 * 3)
     assert shown.count("data:image/svg+xml;base64,") == 2 * 2 + 3
-    for method in ("run", "autoencoder", "regression", "neighbour", "floor"):
+    for method in ("run", "autoencoder", *BASELINES, "floor"):
         assert f'<td data-head="method">{method}</td>' in shown
     assert not re.search(r'(src|href)="(?!data:|#)', shown)  # it needs nothing else
     assert '<th scope="col">agreement@1 wrong</th>' in shown
@@ -318,7 +319,7 @@ def test_a_report_shows_all_that_was_tested(tested: Path, capsys: Capture) -> No
 
 def test_an_interrupted_test_resumes_otherwise(tested: Path, settings: Settings, classifier_folder: Path) -> None:
     shutil.copytree(tested / "run", "run")
-    fitted = Path("run/regression.safetensors").stat().st_mtime_ns
+    fitted = {path: path.stat().st_mtime_ns for path in Path("run").glob("r*.safetensors")}
     removed: set[str] = set()
     # Half of what is stored of each test set, by time, since files are named by digests.
     for path in sorted(Path("run/reconstructions").iterdir(), key=lambda path: path.stat().st_mtime_ns)[::2]:
@@ -328,7 +329,7 @@ def test_an_interrupted_test_resumes_otherwise(tested: Path, settings: Settings,
     Path("run/reconstructions/damaged.safetensors").write_bytes(b"no")
     for file in ("metrics.json", "scores.csv", "samples/clean.parquet"):
         Path("run", file).unlink()
-    options(settings, judge=str(classifier_folder), num_samples=2, samplers=SAMPLERS)
+    options(settings, judge=str(classifier_folder), num_samples=2, samplers=SAMPLERS, baselines=BASELINES)
     settings["data"]["init_args"]["test"] = {"clean": str(tested / "sets/clean")}
     processes = ("--data.batch_size=7", "--trainer.devices=2", "--trainer.strategy=ddp_fork")
     scores = joined(run_test(settings, *CHECKPOINT, *processes))
@@ -341,7 +342,8 @@ def test_an_interrupted_test_resumes_otherwise(tested: Path, settings: Settings,
     made = [name for path in new for name in load_file(path)]
     assert len(set(made)) == len(made) > 0
     assert set(made) <= removed  # what was stored has been reused
-    assert Path("run/regression.safetensors").stat().st_mtime_ns == fitted
+    assert {path: path.stat().st_mtime_ns for path in fitted} == fitted
+    assert {path.stem for path in fitted} == {"regression", "ridge"}
 
 
 def test_a_dry_run_estimates_and_writes_nothing(settings: Settings, capsys: Capture) -> None:

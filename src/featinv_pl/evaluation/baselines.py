@@ -1,4 +1,4 @@
-"""The baselines beside the inverter: another image, a regression, and the training image with the nearest map."""
+"""The baselines beside the inverter: another image, regressions, and the training image with the nearest map."""
 
 import copy
 import hashlib
@@ -23,9 +23,9 @@ from featinv_pl.data.shards.samples import Sample, collate_samples, widen
 from featinv_pl.data.workers import loader
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.reconstructions import Baseline, Reconstruction
-from featinv_pl.evaluation.results import NEIGHBOUR, REGRESSION
+from featinv_pl.evaluation.results import NEIGHBOUR, RIDGE
 from featinv_pl.files import write_bytes
-from featinv_pl.nets.regression import LatentRegression, fit
+from featinv_pl.nets.regression import LatentRegression, RidgeRegression, fit, fit_ridge
 from featinv_pl.runtime.progress import progress
 from featinv_pl.runtime.ranks import agree, of_all_ranks, rows_of_all_ranks
 from featinv_pl.sampling.noise import generator
@@ -33,7 +33,7 @@ from featinv_pl.types import Batch, key_hash
 
 PARTNERS = 64
 STEPS, EPOCHS, BATCH_SIZE = 4000, 50, 64  # whichever of steps and epochs ends first
-FILE, IDENTITY = "regression.safetensors", "identity"
+IDENTITY = "identity"
 MEMORY = 4 << 30  # bytes, in which the maps of 25,000 images of ConvNeXt at 288 pixels fit unabridged
 CANDIDATES = 32
 READ, COMPARED = 64, 1 << 26  # images read at a time, and numbers that are compared at a time
@@ -65,22 +65,24 @@ class Floor:
 
 
 class Regression:
-    """Decodes the latents that a regression predicts from a feature map.
+    """Decodes the latents that a regression, by convolutions or a ridge, predicts from a feature map.
 
-    The regression is fitted to the training shards in the run's precision, in an order that the seed determines, and
-    kept in `<default_root_dir>/regression.safetensors` for further tests with the same shards and seed. Each rank fits
-    it, so that none waits for another for long, and takes the weights of the first.
+    The regression is fitted to the training shards, convolutions in the run's precision, in an order that the seed
+    determines, and kept in `<default_root_dir>/<name>.safetensors` for further tests with the same shards and seed.
+    Each rank fits it, so that none waits for another for long, and takes the weights of the first.
     """
 
-    def __init__(self, trainer: Trainer, inverter: Any, training: ShardSet, num_workers: int) -> None:
-        self.trainer, self.inverter, self.training, self.num_workers = trainer, inverter, training, num_workers
-        seed, path = torch.initial_seed(), Path(trainer.default_root_dir) / FILE
+    def __init__(self, name: str, trainer: Trainer, inverter: Any, training: ShardSet, num_workers: int) -> None:
+        self.name, self.trainer, self.inverter = name, trainer, inverter
+        self.training, self.num_workers = training, num_workers
+        seed, path = torch.initial_seed(), Path(trainer.default_root_dir) / f"{name}.safetensors"
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             shape = inverter.prior.latent_grid(inverter.image_size)
-            self.network = LatentRegression(inverter.classifier.feature_shape, shape).to(inverter.device)
+            network = RidgeRegression if name == RIDGE else LatentRegression
+            self.network = network(inverter.classifier.feature_shape, shape).to(inverter.device)
         self.order = ShuffledBatches(training.shard_sizes, min(BATCH_SIZE, len(training)), 0, 1, seed)
-        self.steps = min(STEPS, EPOCHS * len(self.order))
+        self.steps = min(STEPS, (1 if name == RIDGE else EPOCHS) * len(self.order))
         settings = f"{seal(training.manifest)} {self.network} seed {seed}, {self.steps} steps of {BATCH_SIZE}"
         settings += f" in {trainer.precision}"
         identity = hashlib.sha256(settings.encode()).hexdigest()
@@ -99,7 +101,10 @@ class Regression:
 
     def _fit(self) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad():
-            error = fit(self.network, self._batches(), self.steps, self.trainer.precision_plugin.forward_context)
+            if isinstance(self.network, RidgeRegression):
+                error = fit_ridge(self.network, self._batches())
+            else:
+                error = fit(self.network, self._batches(), self.steps, self.trainer.precision_plugin.forward_context)
         if not isfinite(error):
             raise UserError(f"its error after {self.steps} steps is {error}")
         return {name: value.cpu() for name, value in self.network.state_dict().items()}
@@ -112,7 +117,7 @@ class Regression:
             self.order.set_epoch(self.order.epoch + 1)
         reader, batches = BatchReader(self.training), Batches(order[: self.steps])
         read, device = loader(reader, batches, self.num_workers, again=False), self.inverter.device
-        for batch in progress(self.trainer, "regression", "step", read):
+        for batch in progress(self.trainer, self.name, "step", read):
             moments = batch["moments"].to(device).float()
             mean = self.inverter.prior.autoencoder.sample(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
             yield batch["features"].to(device).float(), mean
@@ -186,16 +191,16 @@ def from_training_shards(
     trainer: Trainer, inverter: Any, data: Any, wanted: Sequence[str], note: Callable[[str], None]
 ) -> dict[str, Baseline]:
     """The wanted baselines that need training shards; `note` is told why one is missing."""
-    shards = {REGRESSION: data.train, NEIGHBOUR: data.train if data.neighbours is None else data.neighbours}
+    neighbours = data.train if data.neighbours is None else data.neighbours
     found: dict[str, Baseline] = {}
     for name in wanted:
         try:
-            if not shards[name]:  # None, or without samples
+            if not (training := neighbours if name == NEIGHBOUR else data.train):  # None, or without samples
                 raise UserError("there are no training samples. Give `data.train`")
-            if name == REGRESSION:
-                found[name] = Regression(trainer, inverter, shards[name], data.num_workers)
+            if name == NEIGHBOUR:
+                found[name] = Neighbours(trainer, training, data.num_workers, inverter.device)
             else:
-                found[name] = Neighbours(trainer, shards[name], data.num_workers, inverter.device)
+                found[name] = Regression(name, trainer, inverter, training, data.num_workers)
         except UserError as error:
             note(f"no {name}: {error}")
     return found

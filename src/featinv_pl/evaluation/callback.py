@@ -60,7 +60,7 @@ class Evaluation(Callback):
             their differences.
         samplers: Further samplers by name, whose reconstructions `test` scores as `<score>.<name>`, such as one with
             refinement, or one without the control.
-        baselines: Those that are made from the training shards when a test starts.
+        baselines: Those that are made from the training shards when a test starts; `ridge` is a linear regression.
         num_images: Images of each test set in its pictures, at most 128; 0 for no pictures.
         inception: The Inception weights of 2015, which define `fid` and `kid`: a file, or `download` to fetch it
             once. By default they are used if torch has downloaded them before.
@@ -74,7 +74,7 @@ class Evaluation(Callback):
         judge: str | None = None,
         num_samples: int = 1,
         samplers: dict[str, Sampler] | None = None,
-        baselines: tuple[Literal["regression", "neighbour"], ...] = ("regression", "neighbour"),
+        baselines: tuple[Literal["regression", "ridge", "neighbour"], ...] = ("regression", "neighbour"),
         num_images: int = 12,
         inception: Weights = None,
         alexnet: Weights = None,

@@ -20,12 +20,13 @@ from featinv_pl.errors import UserError
 from featinv_pl.files import read_json, write_bytes
 from featinv_pl.metrics.estimates import Estimate
 
-INVERSION, CEILING, REGRESSION = "inversion", "ceiling", "regression"
+INVERSION, CEILING, REGRESSION, RIDGE = "inversion", "ceiling", "regression", "ridge"
 NEIGHBOUR, FLOOR, ORIGINAL = "neighbour", "floor", "original"
 LABELS = {
     INVERSION: "reconstruction",  # by the inverter's own sampler
     CEILING: "autoencoder",  # the original through the prior's autoencoder alone
     REGRESSION: "regression",  # the decoded latents that a small network predicts from the feature map
+    RIDGE: "ridge",  # likewise, by a linear function
     NEIGHBOUR: "neighbour",  # the training image with the most similar feature map
     FLOOR: "floor",  # another image of the test set
     ORIGINAL: "original",
