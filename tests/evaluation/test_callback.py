@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import hashlib
 import html
 import json
@@ -33,7 +34,9 @@ from featinv_pl.data.shards.reader import ShardSet
 from featinv_pl.data.shards.samples import collate_samples
 from featinv_pl.errors import UserError
 from featinv_pl.evaluation.callback import Evaluation
+from featinv_pl.evaluation.scores import Scores
 from featinv_pl.inverter.inverter import Inverter
+from featinv_pl.metrics.distances import Distance
 from featinv_pl.metrics.estimates import wilson
 from featinv_pl.sampling.sampler import Sampler
 from featinv_pl.tasks.inversion import FeatureInversion
@@ -412,6 +415,29 @@ def test_what_cannot_be_scored_stops_no_rest(settings: Settings, shards: Path, m
     missing = ("empty: left out", "a/b: left out 4 samples with NaN", "no regression", "no scores relative to 'clean'")
     for fragment in (*missing, "a/b: the originals are stored as JPEGs"):
         assert any(fragment in note for note in found["notes"])
+
+
+def test_the_scores_of_one_set_are_freed_before_the_next(
+    settings: Settings, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold hundreds of MB, and refer to themselves."""
+    opened, alive = Scores._opened, []
+
+    def counting(self: Scores, test_set: str) -> Any:
+        alive.append(sum(isinstance(one, Distance) for one in gc.get_objects()))
+        return opened(self, test_set)
+
+    monkeypatch.setattr(Scores, "_opened", counting)
+    settings["data"]["init_args"]["test"] = {name: str(shards / "clean") for name in ("one", "two", "three")}
+    options(settings, baselines=[])
+    gc.collect()
+    gc.disable()  # by itself it runs too late
+    try:
+        run_test(settings, "--trainer.limit_test_batches=1")
+    finally:
+        gc.enable()
+    assert len(alive) == 3
+    assert len({*alive}) == 1
 
 
 def test_scores_reach_the_caller(shards: Path, classifier_folder: Path, prior_folder: Path, capsys: Capture) -> None:
