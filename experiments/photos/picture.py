@@ -3,7 +3,8 @@
 python experiments/photos/picture.py FOLDER NAME... --out docs/photos/readme.jpg
 
 FOLDER holds photos of 64 px, of which those are shown whose names begin with a NAME. The inverters are those of
-`make study-photos`, spatial above pooled. Prints the cosine of each reconstruction with its photo's feature map.
+`make study-photos`, spatial above pooled, and refine towards the map and towards its mean. Prints the cosine of each
+reconstruction with its photo's feature map.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from PIL import Image
 from featinv_pl import FeatInvPipeline
 from featinv_pl.explore.exploration import classify
 from featinv_pl.inverter.outputs import as_picture
+from featinv_pl.sampling.sampler import Refinement
 
 SIDE, GAP = 144, 4  # pixels
 
@@ -30,7 +32,7 @@ def main() -> None:
     photos = [Image.open(next(options.folder.glob(f"{name}*"))).convert("RGB") for name in options.names]
     rows: list[list[Image.Image]] = []
     for model in options.models:
-        pipeline = FeatInvPipeline.from_pretrained(model)
+        pipeline = FeatInvPipeline.from_pretrained(model).with_sampler(refine=Refinement())
         if not rows:  # what of the photos the classifier sees
             rows.append([as_picture(image) for image in classify(pipeline, photos)["images"]])
         output = pipeline(photos, seed=0)
