@@ -16,8 +16,9 @@ from featinv_pl.errors import UserError
 from featinv_pl.explore.exploration import box_mask, location_weights, read_samples
 from featinv_pl.explore.pairs import compose, interpolate
 from featinv_pl.explore.paths import slerp
-from featinv_pl.explore.reconstruct import compare
+from featinv_pl.explore.reconstruct import _sheet, compare
 from featinv_pl.inverter.pipeline import FeatInvPipeline
+from featinv_pl.pages.page import Tile
 from featinv_pl.types import to_uint8
 from interrupts import Capture
 
@@ -126,6 +127,15 @@ def pictures() -> list[str]:
         picture = Image.effect_noise((40 + 10 * number, 50), 60)
         (picture if path.suffix == ".jpg" else picture.convert("RGBA")).save(path)
     return [str(path) for path in paths]
+
+
+def test_captions_of_a_sheet_stay_below_their_pictures() -> None:
+    """Of letters as wide as they come, and of what fits."""
+    black = Image.new("RGB", (64, 64))
+    sheet = np.array(_sheet([[Tile(black, f"{letter * 99}\nclass 3")] * 2 for letter in "Wi5"]))
+    assert (sheet[:, 192:196] == 255).all()
+    assert (sheet[:, -4:].min(axis=(1, 2))[:192] == 0).all()  # the picture
+    assert not (sheet[192:210, 170:192] == 255).all()  # the caption is as long as the picture
 
 
 def test_command_writes_a_sheet(

@@ -1,7 +1,7 @@
 """Pictures beside their reconstructions: by one inverter, with what these keep of the feature map, or by several."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from featinv_pl.pages.page import (
 from featinv_pl.types import Observation, predicted
 
 SHEET, FACTS, PAGE = "contact_sheet.png", "reconstructions.json", "reconstructions.html"
-SMALLEST_TILE, CAPTION, GAP = 192, 40, 4  # pixels
+SMALLEST_TILE, CAPTION, GAP, MARGIN = 192, 40, 4, 4  # pixels
 LEGEND = (
     "Each picture; its reconstructions with the cosine of the feature maps and the predicted class, in a dashed frame "
     "where that is not the picture's; and, laid over the picture, where the reconstructions lose its map most, and "
@@ -116,14 +116,20 @@ def _sheet(rows: list[list[Tile]]) -> Image.Image:
     side = max(SMALLEST_TILE, rows[0][1].picture.width)
     width, height = side + GAP, side + CAPTION
     sheet = Image.new("RGB", (width * len(rows[0]) - GAP, height * len(rows)), "white")
-    canvas, font, longest = ImageDraw.Draw(sheet), ImageFont.load_default(size=13), side // 7
+    canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
     for top, row in enumerate(rows):
         for left, one in enumerate(row):
             x, y = left * width, top * height
             sheet.paste(one.picture.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-            lines = [line if len(line) <= longest else f"{line[: longest - 1]}…" for line in one.caption.splitlines()]
-            canvas.multiline_text((x + 4, y + side + 2), "\n".join(lines), fill="black", font=font)
+            lines = [_fitted(line, side - MARGIN, font.getlength) for line in one.caption.splitlines()]
+            canvas.multiline_text((x + MARGIN, y + side + 2), "\n".join(lines), fill="black", font=font)
     return sheet
+
+
+def _fitted(line: str, width: float, length: Callable[[str], float]) -> str:
+    """As much of a line as fits."""
+    parts = (f"{line[:end]}…" for end in range(len(line) - 1, -1, -1))
+    return next((text for text in (line, *parts) if length(text) <= width), "")
 
 
 @dataclass(frozen=True)
