@@ -102,7 +102,7 @@ class _Moments:
 
     def __init__(self, network: RidgeRegression) -> None:
         inputs, outputs = network.linear.in_features, network.linear.out_features
-        self.count, self.inputs = 0, inputs
+        self.count = 0
         self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.double)
         self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.double)
         self.yy = 0.0
